@@ -1,0 +1,21 @@
+"""The one exception a user of kvcompile meets."""
+
+from __future__ import annotations
+
+from hydra.errors import CompactHydraException
+
+
+class KvcompileError(CompactHydraException):
+    """A mistake the user can mend: the rule, what was given, the fix, on one line.
+
+    Derives from Hydra's compact exception, so the command line prints it without a traceback.
+    """
+
+    def __init__(self, rule: str, got: object = None, fix: str | None = None) -> None:
+        parts = [rule.rstrip(".")]
+        if got is not None:
+            parts[0] += f", got {got}"
+        if fix:
+            parts.append(f"Fix: {fix.rstrip('.')}")
+        super().__init__(". ".join(parts) + ".")
+        self.rule, self.got, self.fix = rule, got, fix

@@ -1,0 +1,81 @@
+"""What a score may look at: one sequence, one layer, per KV head; never expanded to query heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean `[H_kv, g, D]` and covariance `[H_kv, g, D, D]` of a sequence's queries before rotation (float32)."""
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One layer's cache of one sequence, and the newest queries, at the moment of a selection.
+
+    Shapes: queries `[H_kv, g, W, D]` after rotation, oldest first; query_positions `[W]`; keys and values
+    `[H_kv, n, D]` as cached (keys after rotation); positions `[H_kv, n]`, true ones, ascending, -1 past a row's end.
+    `lengths [H_kv]` are the rows' entries, `tokens` the number of tokens the sequence has seen.
+    `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
+    `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R).
+    """
+
+    queries: Tensor
+    query_positions: Tensor
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    tokens: int
+    scale: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    carried: Tensor | None = None
+    moments: Moments | None = None
+    mean_rotation: Callable[[int], Tensor] | None = None
+
+    def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.
+
+        A = softmax_j(softcap(q_i k_j * scale)), over all entries the query may see. Rows sum to 1.
+        """
+        queries = self.queries[:, :, start:stop].float()
+        asked = self.query_positions[start:stop].view(1, 1, -1, 1)
+        keys = self.keys.float().unsqueeze(1)
+        logits = torch.matmul(queries, keys.transpose(-1, -2)) * self.scale
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        held = self.positions[:, None, None, :]
+        hidden = (held > asked) | (held < 0)
+        if self.sliding_window:
+            hidden = hidden | (held <= asked - self.sliding_window)
+        return logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_(0.0)
+
+    def attention_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`(query positions [w], attention [H_kv, g, w, n])` in blocks, so that no full matrix is held."""
+        for start in range(0, self.queries.shape[2], QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, self.queries.shape[2])
+            yield self.query_positions[start:stop], self.attention(start, stop)
+
+
+def pool(votes: Tensor, kernel: int, kind: Literal["avg", "max"]) -> Tensor:
+    """Votes `[H_kv, n]` pooled along the sequence, stride 1, without attenuation at the edges."""
+    if kernel == 1:
+        return votes
+    rows = votes.unsqueeze(1)
+    if kind == "max":
+        return F.max_pool1d(rows, kernel, 1, kernel // 2).squeeze(1)
+    return F.avg_pool1d(rows, kernel, 1, kernel // 2, count_include_pad=False).squeeze(1)

@@ -1,0 +1,187 @@
+"""The plan: everything static about each layer's KV cache, frozen; policies fold over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from kvcompile.errors import KvcompileError
+from kvcompile.selection import Selection
+
+Family = Literal["structure", "selection", "recall", "storage"]
+ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+POSITION_BYTES = 4  # one int32 true position per kept entry
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One attention layer: heads, head size, whose KV it reads, and what of it is kept."""
+
+    index: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    owner: int
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    selection: Selection | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+    def span(self, tokens: int) -> int:
+        """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
+        return min(tokens, self.sliding_window) if self.sliding_window else tokens
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer will hold for one sequence: tokens per KV head (None: only the total is known ahead) and bytes."""
+
+    index: int
+    kept: tuple[int, ...] | None
+    kept_total: int  # summed over the layer's KV heads (mean share, where the split depends on the input)
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A policy as it stands in the plan's history."""
+
+    name: str
+    family: Family
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per-layer plans of a model plus the policies that made them."""
+
+    architecture: str
+    dtype: str
+    layers: tuple[LayerPlan, ...]
+    prefill_chunk: int = 0
+    applied: tuple[Applied, ...] = field(default=())
+
+    def map(self, change: Callable[[LayerPlan], LayerPlan], layers: Iterable[int] | None = None) -> Plan:
+        """The plan with `change` applied to the given layers (default: all)."""
+        chosen = set(range(len(self.layers)) if layers is None else layers)
+        return replace(self, layers=tuple(change(p) if p.index in chosen else p for p in self.layers))
+
+    def record(self, name: str, family: Family) -> Plan:
+        """The plan with a policy added to its history.
+
+        Raises KvcompileError where the family comes after a later one (legal: structure, selection, recall, storage).
+        """
+        for before in self.applied:
+            if ORDER.index(before.family) > ORDER.index(family):
+                raise KvcompileError(
+                    f"{family} policies come before {before.family} policies",
+                    f"{name!r} ({family}) after {before.name!r} ({before.family})",
+                    "order the stack " + " -> ".join(ORDER),
+                )
+        return replace(self, applied=(*self.applied, Applied(name, family)))
+
+    @property
+    def selected(self) -> tuple[LayerPlan, ...]:
+        """Layers that own a cache and drop tokens from it."""
+        return tuple(p for p in self.layers if p.selection is not None and p.owner == p.index)
+
+    def rank(self, index: int) -> tuple[int, int]:
+        """(place of layer `index` among the layers that share its selection, how many those are)."""
+        mates = [p.index for p in self.selected if p.selection == self.layers[index].selection]
+        return mates.index(index), len(mates)
+
+    def check(self) -> None:
+        """Raise KvcompileError, naming policy and layer, if the plan cannot run."""
+        for p in self.layers:
+            owner = self.layers[p.owner]
+            if p.query_heads % p.kv_heads:
+                raise KvcompileError(f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}")
+            if (owner.kv_heads, owner.head_dim) != (p.kv_heads, p.head_dim) or owner.owner != owner.index or p.owner > p.index:
+                raise KvcompileError(f"layer {p.index} cannot read the cache of layer {p.owner}", f"owner {owner}")
+            if p.selection is not None:
+                self._check_selection(p, p.selection)
+
+    def _check_selection(self, p: LayerPlan, s: Selection) -> None:
+        where = f"{s.policy}: layer {p.index}"
+        if s.positions == "compact":
+            alike = all(q.selection == s for q in self.layers if q.owner == q.index)
+            if s.allocation.scope == "head" or s.allocation.cross_layer or not alike or p.sliding_window:
+                raise KvcompileError(
+                    f"{where}: compact positions need every layer and head to keep the same tokens",
+                    f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",
+                    f"stack.{s.policy}.positions=original",
+                )
+        if s.budget is not None and s.budget.value > 1 and s.sinks + s.recent > s.budget.value:
+            raise KvcompileError(
+                f"{where}: the budget must hold the {s.sinks} sinks and {s.recent} recent tokens that always stay",
+                f"{s.budget.value:g} tokens",
+                f"stack.{s.policy}.budget={s.sinks + s.recent} or more",
+            )
+
+    def kept(self, index: int, tokens: int) -> tuple[int, ...] | None:
+        """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input."""
+        p = self.layers[index]
+        full = p.span(tokens)
+        if p.selection is None:
+            return (full,) * p.kv_heads
+        if p.selection.budget is None:
+            return None
+        s = p.selection
+        budget = max(s.budget.of(full), min(full, s.sinks + s.recent)) if s.budget else full
+        place, count = self.rank(index)
+        return s.allocation.static(place, count, p.kv_heads, budget, full, min(full, s.sinks + s.recent))
+
+    def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
+        """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
+        size = DTYPE_BYTES[self.dtype]
+        rows = []
+        for p in self.layers:
+            full = p.span(tokens)
+            one = 2 * p.head_dim * size * batch
+            dense = full * p.kv_heads * one
+            if p.owner != p.index:
+                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense))
+                continue
+            kept = self.kept(p.index, tokens)
+            if kept is not None:
+                total = sum(kept)
+            elif p.selection is not None and p.selection.budget is not None:
+                floor = min(full, p.selection.sinks + p.selection.recent)
+                total = max(p.selection.budget.of(full), floor) * p.kv_heads
+            else:
+                total = full * p.kv_heads
+            rows.append(LayerBytes(p.index, kept, total, total * one, dense))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict of the whole plan, for reading and for comparing; scores and allocations by class name and fields."""
+        return {
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "prefill_chunk": self.prefill_chunk,
+            "policies": [dataclasses.asdict(a) for a in self.applied],
+            "layers": [_plain(p) for p in self.layers],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of `to_json`: two plans with the same digest make the same model."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,137 @@
+"""Which tokens stay: score x allocation x schedule, as data that a plan can hold.
+
+This module has names and numbers only (no torch at import): the tensors arrive in
+`kvcompile.observe.Observation`, the run-time side is `kvcompile.compress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompile.observe import Observation
+
+Scope = Literal["layer", "head"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a KV head may keep: `value` <= 1 is a fraction of the tokens seen, above 1 a count of tokens."""
+
+    value: float
+
+    def of(self, tokens: int) -> int:
+        """Tokens kept out of `tokens` seen: never more than there are, never fewer than one."""
+        wanted = int(self.value * tokens + 1e-6) if self.value <= 1 else int(self.value)
+        return max(1, min(wanted, tokens))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Ranks the cached entries of one sequence in one layer; the highest stay.
+
+    A subclass says what it must see (`queries`, `carries`, `moments`) and implements `score`.
+    """
+
+    @property
+    def queries(self) -> int | None:
+        """How many of the newest queries it looks at; None means every query since its last look, 0 none."""
+        return 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether it keeps one number per cached entry between looks (see `observe`)."""
+        return False
+
+    @property
+    def moments(self) -> bool:
+        """Whether it needs mean and covariance of the queries before rotation."""
+        return False
+
+    def observe(self, seen: Observation) -> Tensor:
+        """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
+        raise NotImplementedError
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores `[H_kv, n]`, float32, higher = keep; entries past a row's end are ignored."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What an allocation sees of one layer of one sequence: scores, row lengths, and what the layer may keep."""
+
+    scores: Tensor  # [H_kv, n] float32; protected entries +inf, entries past a row's end -inf
+    mass: Tensor | None  # [H_kv, n] attention mass of the last queries, where the selection asks for `uncertainty`
+    lengths: Tensor  # [H_kv] int64, entries held
+    budget: int  # tokens a head keeps on average
+    floor: int  # protected tokens (sinks and recent ones) that every head keeps
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Splits a budget over the rows (layers x KV heads) of one sequence.
+
+    `static` answers when the split is known before any input is seen, `allot` when it depends on the scores.
+    The sum of what `allot` returns equals the sum of `budget * H_kv` over the layers it was given
+    (or the rows' lengths, where those are shorter).
+    """
+
+    @property
+    def scope(self) -> Scope:
+        """`head` if the heads of one layer may keep different numbers of tokens."""
+        return "layer"
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether it must see the scores of all layers before any of them is compressed."""
+        return False
+
+    def static(self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int) -> tuple[int, ...] | None:
+        """Tokens per head that `layer` (counted among the `layers` selected ones) keeps of `tokens`; None: ask `allot`."""
+        return None
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        """Tokens per head, one int64 `[H_kv]` for each given layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every head of every layer keeps the same number of tokens."""
+
+    def static(self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int) -> tuple[int, ...]:
+        """`(budget,) * heads`."""
+        return (min(tokens, max(budget, floor)),) * heads
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a selection is applied: always at the end of a prefill, and where switched on more often."""
+
+    between_chunks: bool = True  # also after every prefill chunk (bounds the peak), not only after the last
+    decode_every: int = 0  # also after this many decoded tokens; 0: never
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Everything static about which tokens a layer keeps.
+
+    `budget` None means a threshold decides: the allocation then sees budget = row length.
+    `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget.
+    `uncertainty` is a second score whose values reach the allocation as `LayerScores.mass`.
+    """
+
+    policy: str
+    score: Score
+    budget: Budget | None
+    allocation: Allocation = Uniform()
+    schedule: Schedule = Schedule()
+    sinks: int = 0
+    recent: int = 0
+    uncertainty: Score | None = None
+    positions: Literal["original", "compact"] = "original"

@@ -1,0 +1,69 @@
+"""SnapKV: the last queries vote for the tokens that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kvcompile.policies.base import SelectionPolicy
+from kvcompile.selection import Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompile.observe import Observation
+
+
+@dataclass(frozen=True)
+class WindowAttention(Score):
+    """Attention that the last `window` queries pay to each entry, pooled along the sequence, one vote per KV head.
+
+    s[h, j] = pool_kernel( reduce_{g, i} softmax(q_i k_j / sqrt(d)) )
+    Source: SnapKV, arXiv 2404.14469, section 4; max over group and rows keeps the needle (see benchmarks).
+    """
+
+    window: int
+    kernel: int = 1
+    pooling: Literal["avg", "max"] = "avg"
+    reduce: Literal["mean", "max"] = "mean"
+
+    @property
+    def queries(self) -> int:
+        """The observation window."""
+        return self.window
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores `[H_kv, n]`."""
+        from kvcompile.observe import pool
+
+        rows = seen.attention()  # [H_kv, g, w, n]
+        votes = rows.amax(dim=(1, 2)) if self.reduce == "max" else rows.mean(dim=(1, 2))
+        return pool(votes, self.kernel, self.pooling)
+
+
+@dataclass(frozen=True)
+class SnapKV(SelectionPolicy):
+    """Keep the tokens that the last `window` queries attend to, after prefill (arXiv 2404.14469)."""
+
+    name: ClassVar[str] = "snapkv"
+    summary: ClassVar[str] = "tokens that the last queries of the prompt attend to"
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.window >= 1, "window", "1 or more")
+        self.require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", "odd")
+        self.require(self.pooling in ("avg", "max"), "pooling", "avg or max")
+        self.require(self.reduce in ("mean", "max"), "reduce", "mean or max")
+
+    @property
+    def recent(self) -> int:
+        """The window itself stays."""
+        return self.window
+
+    def score(self) -> Score:
+        """Pooled window attention."""
+        return WindowAttention(self.window, self.kernel, self.pooling, self.reduce)  # type: ignore[arg-type]
