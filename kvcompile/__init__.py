@@ -1,0 +1,1 @@
+"""A declarative compiler for the KV cache of Hugging Face causal language models."""

@@ -1,0 +1,1 @@
+"""Attention adapters: one module per family of attention layers."""

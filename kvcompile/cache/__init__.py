@@ -1,0 +1,1 @@
+"""The cache: bytes, lengths and true positions, dense or ragged."""
