@@ -30,7 +30,7 @@ class Observation:
     `[H_kv, n, D]` as cached (keys after rotation); positions `[H_kv, n]`, true ones, ascending, -1 past a row's end.
     `lengths [H_kv]` are the rows' entries, `tokens` the number of tokens the sequence has seen.
     `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
-    `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R).
+    `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R); `layer` its index in the model.
     """
 
     queries: Tensor
@@ -46,6 +46,7 @@ class Observation:
     carried: Tensor | None = None
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
+    layer: int = 0
 
     def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.

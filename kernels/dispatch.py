@@ -1,0 +1,27 @@
+"""The one place where a kernel route is chosen; the choice can be forced and is always reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels import library, reference
+from kvcompile.kernels.layout import Queries, View
+from kvcompile.kernels.spec import KernelSpec
+
+Route = Callable[[Queries, View, KernelSpec], Tensor]
+ROUTES: dict[str, Route] = {"library": library.attend, "reference": reference.attend}
+
+
+def choose(requested: str) -> str:
+    """The route that `kernels=<requested>` means: `auto` is the fastest one that runs here.
+
+    Raises KvcompileError for a name that is none.
+    """
+    if requested == "auto":
+        return "library"
+    if requested not in ROUTES:
+        raise KvcompileError(f"kernels must be one of auto, {', '.join(ROUTES)}", repr(requested))
+    return requested

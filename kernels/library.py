@@ -1,0 +1,131 @@
+"""Attention over a cache by library calls: SDPA with the GQA group folded into query rows, no repeated K/V.
+
+Folding `[B, H_kv * g, 1, D]` to `[B, H_kv, g, D]` reads each key once for its whole group.
+Queries of a prefill run in blocks, so that neither a mask nor a score matrix of prompt x prompt is ever held.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View
+from kvcompile.kernels.spec import KernelSpec
+
+QUERY_BLOCK = 512
+
+
+def attend(queries: Queries, view: View, spec: KernelSpec) -> Tensor:
+    """Same contract as `reference.attend`, in the dtype of the queries."""
+    if isinstance(view, DenseView):
+        return _dense(queries.states, queries.positions, view, spec)
+    if queries.states.shape[2] == 1 and queries.valid is None:
+        return _ragged_step(queries, view, spec)
+    return _ragged_prefill(queries, view, spec)
+
+
+def _dense(q: Tensor, at: Tensor, view: DenseView, spec: KernelSpec) -> Tensor:
+    count, held = q.shape[2], view.keys.shape[2]
+    if count == 1:
+        return _folded(q, view.keys, view.values, _window_mask(at, view.positions, spec), spec)
+    if count == held and not spec.softcap and not (spec.sliding_window and count > spec.sliding_window):
+        return F.scaled_dot_product_attention(
+            q, view.keys, view.values, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
+        )
+    blocks = []
+    for start in range(0, count, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, count)
+        # entries of later new tokens lie behind `seen`: no block needs them
+        seen = held - count + stop
+        mask = _mask(at[:, start:stop], view.positions[:, :, :seen], spec)
+        blocks.append(_folded(q[:, :, start:stop], view.keys[:, :, :seen], view.values[:, :, :seen], mask, spec))
+    return torch.cat(blocks, 2)
+
+
+def _folded(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: KernelSpec) -> Tensor:
+    """q `[B, H_q, Q, D]` over keys `[B, H_kv, n, D]` with the group's queries as rows; mask `[B, 1 or H_kv, Q, n]`."""
+    batch, heads, count, dim = q.shape
+    rows = q.reshape(batch, -1, spec.group * count, dim)
+    if mask is not None and count > 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, spec.group, -1, -1).flatten(2, 3)
+    if spec.softcap:
+        out = _softcapped(rows, keys, values, mask, spec)
+    else:
+        out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=spec.scale)
+    return out.reshape(batch, heads, count, -1)
+
+
+def _softcapped(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: KernelSpec) -> Tensor:
+    """SDPA has no soft-cap: matmul, tanh, softmax in float32, matmul."""
+    cap = spec.softcap or 1.0
+    logits = torch.matmul(rows, keys.transpose(-1, -2)).float() * spec.scale
+    logits = cap * torch.tanh(logits / cap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return torch.matmul(logits.softmax(-1).to(values.dtype), values)
+
+
+def _mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor:
+    """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]` over entries at `held [B, H_kv or 1, n]`."""
+    asked, held = at[:, None, :, None], held[:, :, None, :]
+    visible = held <= asked
+    if spec.sliding_window:
+        visible = visible & (held > asked - spec.sliding_window)
+    return visible
+
+
+def _window_mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor | None:
+    """One new token sees everything held, unless a sliding window hides what has not been trimmed yet."""
+    if not spec.sliding_window or held.shape[-1] <= spec.sliding_window:
+        return None
+    return _mask(at, held, spec)
+
+
+def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor:
+    """One new token: each row's keys are contiguous, so each row is one SDPA call without a copy or a mask."""
+    q = queries.states
+    batch, heads, _, dim = q.shape
+    rows = q.reshape(batch * view.heads, 1, 1, spec.group, dim)
+    outs = []
+    for i, (start, length) in enumerate(zip(view.starts, view.lengths, strict=True)):
+        keys = view.keys[None, None, start : start + length]
+        values = view.values[None, None, start : start + length]
+        mask = None
+        if spec.sliding_window and length > spec.sliding_window:
+            held = view.positions[None, None, start : start + length]
+            mask = _mask(queries.positions[i // view.heads, None], held, spec)
+        if spec.softcap:
+            outs.append(_softcapped(rows[i], keys, values, mask, spec))
+        else:
+            outs.append(F.scaled_dot_product_attention(rows[i], keys, values, attn_mask=mask, scale=spec.scale))
+    return torch.cat(outs, 1).reshape(batch, heads, 1, -1)
+
+
+def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor:
+    """Each sequence alone, exactly as if it had come in a batch of one; heads of one length in one call."""
+    q = queries.states
+    out = q.new_zeros(*q.shape[:3], view.values.shape[-1])
+    for b in range(view.batch):
+        real = slice(None) if queries.valid is None else queries.valid[b].nonzero().squeeze(-1)
+        states, at = q[b : b + 1, :, real], queries.positions[b : b + 1, real]
+        if not states.shape[2]:
+            continue
+        rows = range(b * view.heads, (b + 1) * view.heads)
+        lengths = {view.lengths[i] for i in rows}
+        if len(lengths) == 1:
+            out[b : b + 1, :, real] = _dense(states, at, _stacked(view, rows), spec)
+            continue
+        for h, i in enumerate(rows):
+            mine = slice(h * spec.group, (h + 1) * spec.group)
+            out[b : b + 1, mine, real] = _dense(states[:, mine], at, _stacked(view, range(i, i + 1)), spec)
+    return out
+
+
+def _stacked(view: RaggedView, rows: range) -> DenseView:
+    """Rows of equal length as a dense view of one sequence."""
+
+    def stack(flat: Tensor) -> Tensor:
+        return torch.stack([flat[view.starts[i] : view.starts[i] + view.lengths[i]] for i in rows]).unsqueeze(0)
+
+    return DenseView(stack(view.keys), stack(view.values), stack(view.positions))

@@ -1,0 +1,196 @@
+"""The cache of a compiled model: a transformers `Cache` that knows the plan, true positions and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvcompile.cache.layer import LayerCache
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import ROUTES
+from kvcompile.kernels.spec import KernelSpec
+from kvcompile.plan import Plan
+
+Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+HEADROOM = 64  # tokens of room behind a row; a full row moves once per so many tokens
+TRIM_EVERY = 64  # decoded tokens between two trims of sliding layers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: true positions `[B, Q]` of the new tokens, which are real, and where it stands in the prompt."""
+
+    cache: KVCache
+    positions: Tensor
+    valid: Tensor | None
+    prefill: bool
+    last: bool  # the last chunk of the prompt, or a decoded token
+    tick: int = 0  # tokens decoded since the last prefill, this one included
+
+    def due(self, decode_every: int, between_chunks: bool = True) -> bool:
+        """Whether a schedule asks for a selection at the end of this pass."""
+        if self.prefill:
+            return self.last or between_chunks
+        return decode_every > 0 and self.tick % decode_every == 0
+
+
+@dataclass
+class Evictions:
+    """Proof that a selection ran: how often, and how many entries it dropped, per layer."""
+
+    events: int = 0
+    dropped: dict[int, int] = field(default_factory=dict)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Keys and values of all owner layers of a compiled model.
+
+    `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
+    `shift [B]` is how far rotary positions lie behind true ones (compact positions only).
+    Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room.
+    """
+
+    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "library") -> None:
+        super().__init__(layers=[LayerCache(p) for p in plan.layers])
+        self.plan, self.rotaries, self.route = plan, rotaries or [], route
+        self.attend = ROUTES[route]
+        self.specs: dict[tuple[int, str], KernelSpec] = {}
+        self.headroom = HEADROOM
+        self.evictions = Evictions()
+        self._start()
+
+    def _start(self) -> None:
+        self.seen: list[int] = []
+        self.shift: Tensor | None = None
+        self.tick = 0
+        self.croppable = 0
+        self.last_chunk = True
+
+    def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
+        """Open a forward pass over new `tokens [B, Q]`; the mask `[B, seen + Q]` says which are padding.
+
+        Raises KvcompileError for masks that are no padding masks or batches of another size.
+        """
+        batch, count = tokens.shape
+        self.seen = self.seen or [0] * batch
+        if len(self.seen) != batch:
+            raise KvcompileError("a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache")
+        valid = self._valid(attention_mask, batch, count)
+        prefill = count > 1 or not any(self.seen)
+        start = torch.tensor(self.seen, device=tokens.device).unsqueeze(1)
+        if valid is None:
+            positions = start + torch.arange(count, device=tokens.device)
+            self.seen = [n + count for n in self.seen]
+        else:
+            positions = start + valid.long().cumsum(1) - 1
+            self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
+        self.tick = 0 if prefill else self.tick + 1
+        self.croppable = self.croppable + count if valid is None else 0
+        return Step(self, positions, valid, prefill, self.last_chunk, self.tick)
+
+    def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
+        if mask is None:
+            return None
+        if mask.ndim != 2 or mask.shape[0] != batch:
+            raise KvcompileError("the attention mask must be a padding mask [batch, tokens]", tuple(mask.shape))
+        new = mask[:, -count:] != 0
+        if new.shape[1] != count or bool(new.all()):
+            return None
+        if not bool((new.any(1) | (torch.tensor(self.seen, device=mask.device) > 0)).all()):
+            raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
+        return new
+
+    def spec(self, index: int, layout: str) -> KernelSpec:
+        """The kernel that layer `index` needs over a store of this layout."""
+        if (index, layout) not in self.specs:
+            p = self.plan.layers[index]
+            self.specs[index, layout] = KernelSpec(
+                layout, self.plan.dtype, self.plan.dtype, p.group, p.head_dim, p.scale, p.sliding_window, p.softcap
+            )
+        return self.specs[index, layout]
+
+    def evicted(self, index: int, dropped: int) -> None:
+        """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
+        self.evictions.dropped[index] = self.evictions.dropped.get(index, 0) + dropped
+        self.croppable = 0
+
+    def lengths(self) -> list[list[int]]:
+        """Tokens held per layer and row (sequence-major); empty for layers that own no cache."""
+        return [layer.store.lengths if layer.store is not None else [] for layer in self.layers]
+
+    def nbytes(self) -> int:
+        """Bytes of all keys and values held."""
+        return sum(layer.store.nbytes() for layer in self.layers if layer.store is not None)
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated for the cache: keys, values, positions and room for the next tokens."""
+        return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included (what transformers slices by); entries held are `lengths()`."""
+        return max((layer.columns for layer in self.layers), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask transformers would build; the compiled graph builds none."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first forward."""
+        return len(self.seen) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every token could be taken back: only where nothing can be evicted."""
+        return not self.plan.selected and not any(p.sliding_window for p in self.plan.layers)
+
+    def _select(self, sequences: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(sequences)
+        self.seen = [self.seen[int(b)] for b in sequences] if self.seen else []
+        if self.shift is not None:
+            self.shift = self.shift[sequences]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search picks sequences."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        self._select(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the given sequences."""
+        self._select(indices)
+
+    def reset(self) -> None:
+        """Forget everything; the plan stays."""
+        for layer in self.layers:
+            layer.reset()
+        self._start()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens, exactly.
+
+        Raises KvcompileError if an eviction has seen them: what it dropped cannot come back.
+        """
+        count = abs(tokens_to_remove)
+        if count == 0:
+            return
+        if tokens_to_remove > 0 or count > self.croppable:
+            raise KvcompileError(
+                "only tokens that came after the last eviction can be cropped, given as a negative number",
+                f"{tokens_to_remove} with {self.croppable} such tokens",
+                "crop fewer, or start a new cache",
+            )
+        for layer in self.layers:
+            if layer.store is not None:
+                layer.store.drop_last(count)
+                layer.columns -= count
+                layer.watch.forget()
+        self.seen = [n - count for n in self.seen]
+        self.croppable -= count

@@ -1,0 +1,122 @@
+"""The dense layout: every row of a layer holds the same number of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.layout import DenseView
+
+POSITION_TYPE = torch.int32
+
+
+class DenseStore:
+    """Keys `[B, H_kv, capacity, D]`, values, true positions `[B, H_kv or 1, capacity]`, one length for all rows.
+
+    Appending writes into room kept at the end; a full store grows by `headroom` tokens, so that a token costs a
+    copy of its own keys only.
+    """
+
+    layout = "dense"
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int) -> None:
+        self.keys, self.values, self.positions, self.length = keys, values, positions, length
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor, room: int) -> DenseStore:
+        """A store shaped for new tokens like `keys [B, H_kv, Q, D]` with room for `room` of them."""
+        batch, heads, _, dim = keys.shape
+        return cls(
+            keys.new_empty(batch, heads, room, dim),
+            values.new_empty(batch, heads, room, values.shape[-1]),
+            torch.empty(batch, 1, room, dtype=POSITION_TYPE, device=keys.device),
+            0,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.keys.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """KV heads held."""
+        return self.keys.shape[1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row (sequence-major)."""
+        return [self.length] * (self.batch * self.heads)
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at true `positions [B, Q]`."""
+        start, stop = self.length, self.length + keys.shape[2]
+        if stop > self.keys.shape[2]:
+            self._grow(stop + headroom)
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
+        self.positions[:, :, start:stop] = positions.unsqueeze(1)
+        self.length = stop
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("keys", "values", "positions"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def view(self) -> DenseView:
+        """What a kernel reads."""
+        n = self.length
+        return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` and row lengths of one sequence."""
+        n = self.length
+        positions = self.positions[b, :, :n].expand(self.heads, n)
+        return self.keys[b, :, :n], self.values[b, :, :n], positions, [n] * self.heads
+
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each row's keys `[n, D]`, values and positions, sequence-major."""
+        out = []
+        for b in range(self.batch):
+            keys, values, positions, _ = self.sequence(b)
+            out += [(keys[h], values[h], positions[h]) for h in range(self.heads)]
+        return out
+
+    def take(self, indices: list[Tensor], headroom: int) -> DenseStore:
+        """A new store with only the entries `indices[row]` of each row, all of one number."""
+        count = indices[0].numel()
+        index = torch.stack(indices).view(self.batch, self.heads, count, 1)
+        positions = self.positions[:, :, : self.length].expand(-1, self.heads, -1)
+        new = DenseStore(
+            self.keys.new_empty(self.batch, self.heads, count + headroom, self.keys.shape[-1]),
+            self.values.new_empty(self.batch, self.heads, count + headroom, self.values.shape[-1]),
+            self.positions.new_empty(self.batch, self.heads, count + headroom),
+            count,
+        )
+        new.keys[:, :, :count] = self.keys.take_along_dim(index, 2)
+        new.values[:, :, :count] = self.values.take_along_dim(index, 2)
+        new.positions[:, :, :count] = positions.take_along_dim(index.squeeze(-1), 2)
+        return new
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
+        self.keys, self.values = self.keys[sequences], self.values[sequences]
+        self.positions = self.positions[sequences]
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row."""
+        self.length -= count
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held (not of the room behind them)."""
+        return _bytes(self.keys[:, :, : self.length]) + _bytes(self.values[:, :, : self.length])
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: keys, values, positions, room."""
+        return _bytes(self.keys) + _bytes(self.values) + _bytes(self.positions)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()

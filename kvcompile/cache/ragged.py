@@ -1,0 +1,129 @@
+"""The ragged layout: every (sequence, KV head) row has a length of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache.dense import POSITION_TYPE
+from kvcompile.kernels.layout import RaggedView
+
+
+class RaggedStore:
+    """Rows back to back in flat buffers: keys `[T, D]`, values `[T, D]`, true positions `[T]`.
+
+    Row `b * heads + h` occupies `starts[row] : starts[row] + lengths[row]` and may grow to `rooms[row]` tokens;
+    when one row is full all are moved once, with `headroom` tokens of new room each.
+    """
+
+    layout = "ragged"
+
+    def __init__(self, like_keys: Tensor, like_values: Tensor, batch: int, heads: int, rooms: list[int]) -> None:
+        self.batch, self.heads, self.rooms = batch, heads, rooms
+        self.starts = [0]
+        for room in rooms[:-1]:
+            self.starts.append(self.starts[-1] + room)
+        total = sum(rooms)
+        self.keys = like_keys.new_empty(total, like_keys.shape[-1])
+        self.values = like_values.new_empty(total, like_values.shape[-1])
+        self.positions = torch.empty(total, dtype=POSITION_TYPE, device=like_keys.device)
+        self.lengths = [0] * len(rooms)
+        self._mark_ends()
+
+    def _mark_ends(self) -> None:
+        ends = [s + n for s, n in zip(self.starts, self.lengths, strict=True)]
+        self._ends = torch.tensor(ends, device=self.keys.device)
+
+    @classmethod
+    def of(cls, rows: list[tuple[Tensor, Tensor, Tensor]], batch: int, heads: int, headroom: int) -> RaggedStore:
+        """A store holding the given rows (keys `[n, D]`, values, positions), with `headroom` tokens behind each."""
+        keys, values, _ = rows[0]
+        store = cls(keys, values, batch, heads, [r[0].shape[0] + headroom for r in rows])
+        for i, (k, v, p) in enumerate(rows):
+            store._write(i, k, v, p)
+        store._mark_ends()
+        return store
+
+    def _write(self, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        start = self.starts[row] + self.lengths[row]
+        stop = start + keys.shape[0]
+        self.keys[start:stop], self.values[start:stop], self.positions[start:stop] = keys, values, positions
+        self.lengths[row] += keys.shape[0]
+
+    def append(
+        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
+    ) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; tokens that are not `valid [B, Q]` are not stored."""
+        count = keys.shape[2]
+        added = [count] * self.batch if valid is None else [int(n) for n in valid.sum(1)]
+        if any(n + added[i // self.heads] > self.rooms[i] for i, n in enumerate(self.lengths)):
+            self._grow(max(added) + headroom)
+        if count == 1 and valid is None:
+            self.keys.index_copy_(0, self._ends, keys.reshape(len(self.rooms), -1))
+            self.values.index_copy_(0, self._ends, values.reshape(len(self.rooms), -1))
+            self.positions.index_copy_(0, self._ends, positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0).view(-1))
+            self.lengths = [n + 1 for n in self.lengths]
+            self._ends += 1
+            return
+        for b in range(self.batch):
+            real = slice(None) if valid is None else valid[b]
+            for h in range(self.heads):
+                self._write(b * self.heads + h, keys[b, h, real], values[b, h, real], positions[b, real])
+        self._mark_ends()
+
+    def _grow(self, room: int) -> None:
+        grown = RaggedStore.of(self.rows(), self.batch, self.heads, room)
+        self.__dict__.update(grown.__dict__)
+
+    def view(self) -> RaggedView:
+        """What a kernel reads."""
+        return RaggedView(
+            self.keys, self.values, self.positions, self.starts, self.lengths, self.batch, self.heads
+        )
+
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each row's keys `[n, D]`, values and positions, sequence-major."""
+        spans = [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+        return [(self.keys[at], self.values[at], self.positions[at]) for at in spans]
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        mine = self.rows()[b * self.heads : (b + 1) * self.heads]
+        lengths = [r[0].shape[0] for r in mine]
+        longest = max(lengths)
+        keys = self.keys.new_zeros(self.heads, longest, self.keys.shape[-1])
+        values = self.values.new_zeros(self.heads, longest, self.values.shape[-1])
+        positions = self.positions.new_full((self.heads, longest), -1)
+        for h, (k, v, p) in enumerate(mine):
+            n = lengths[h]
+            keys[h, :n], values[h, :n], positions[h, :n] = k, v, p
+        return keys, values, positions, lengths
+
+    def take(self, indices: list[Tensor], headroom: int) -> RaggedStore:
+        """A new store with only the entries `indices[row]` of each row."""
+        rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(self.rows(), indices, strict=True)]
+        return RaggedStore.of(rows, self.batch, self.heads, headroom)
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
+        rows = self.rows()
+        chosen = [int(b) for b in sequences]
+        if chosen == list(range(self.batch)):
+            return
+        picked = [rows[b * self.heads + h] for b in chosen for h in range(self.heads)]
+        spare = max(room - n for room, n in zip(self.rooms, self.lengths, strict=True))
+        self.__dict__.update(RaggedStore.of(picked, len(chosen), self.heads, spare).__dict__)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row."""
+        self.lengths = [n - count for n in self.lengths]
+        self._mark_ends()
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held (not of the room behind them)."""
+        per_token = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
+        return sum(self.lengths) * per_token
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: keys, values, positions, room."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.positions))

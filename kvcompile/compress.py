@@ -1,0 +1,255 @@
+"""The run-time side of a selection: look at a layer, split the budget, keep what it allows, free the rest.
+
+Everything happens per sequence and per KV head, so that a batch of N is N batches of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache.cache import TRIM_EVERY, Rotary, Step
+from kvcompile.cache.layer import LayerCache
+from kvcompile.observe import Observation
+from kvcompile.plan import LayerPlan
+from kvcompile.selection import LayerScores, Score, Selection
+
+Looks = list["LayerScores | None"] | None
+"""One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer at one step: what every function here needs."""
+
+    kv: LayerCache
+    plan: LayerPlan
+    selection: Selection
+    step: Step
+
+
+def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> Looks:
+    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look."""
+    s = plan.selection
+    if s is None:
+        return None
+    layer = _Layer(kv, plan, s, step)
+    attentive = step.prefill or s.schedule.decode_every > 0
+    if not attentive:
+        return None
+    keep = _queries_needed(s)
+    if s.score.moments:
+        kv.watch.add_moments(unrotated, step.positions, step.valid)
+    if keep != 0:
+        kv.watch.remember(queries, step.positions, step.valid, keep)
+    due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
+    if s.score.carries and (step.prefill or due):
+        kv.watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(kv.held.batch)]
+        kv.watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
+    looks = [_look(layer, b) for b in range(kv.held.batch)] if due else None
+    if step.last and step.prefill and not s.schedule.decode_every:
+        kv.watch.forget()
+    return looks
+
+
+def _queries_needed(s: Selection) -> int | None:
+    needs = [s.score.queries] + ([s.uncertainty.queries] if s.uncertainty else [])
+    return None if None in needs else max(n for n in needs if n is not None)
+
+
+def _observation(layer: _Layer, b: int, score: Score) -> Observation:
+    kv, plan, step = layer.kv, layer.plan, layer.step
+    keys, values, positions, lengths = kv.held.sequence(b)
+    heads, tokens = keys.shape[0], step.cache.seen[b]
+    unread = [g for g in kv.watch.segments if score.queries is not None or not g.counted]
+    if score.queries != 0 and unread:
+        queries, asked = kv.watch.recall(b, heads, score.queries)
+    else:
+        queries, asked = keys.new_empty(heads, plan.group, 0, keys.shape[-1]), positions.new_empty(0)
+    return Observation(
+        queries=queries,
+        query_positions=asked,
+        keys=keys,
+        values=values,
+        positions=positions,
+        lengths=torch.tensor(lengths, device=keys.device),
+        tokens=tokens,
+        scale=plan.scale,
+        softcap=plan.softcap,
+        sliding_window=plan.sliding_window,
+        carried=kv.watch.carry(b, keys.shape[1]),
+        moments=kv.watch.moments(b, heads) if score.moments else None,
+        mean_rotation=_mean_rotation(layer, b, keys),
+        layer=plan.index,
+    )
+
+
+def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
+    """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin."""
+    cache, index, dim = layer.step.cache, layer.plan.index, keys.shape[-1]
+    next_position = cache.seen[b] - (int(cache.shift[b]) if cache.shift is not None else 0)
+
+    def mean_rotation(horizon: int) -> Tensor:
+        if not cache.rotaries or cache.rotaries[index] is None:
+            return torch.eye(dim, device=keys.device)
+        at = torch.arange(next_position, next_position + horizon, device=keys.device)
+        cos, sin = (x.float().mean(0) for x in cache.rotaries[index](at))
+        half = cos.shape[0] // 2
+        rotation = torch.eye(dim, device=keys.device)
+        rotation[: 2 * half, : 2 * half] = torch.diag(cos)
+        for i in range(half):
+            rotation[i + half, i] -= sin[i]
+            rotation[i, i + half] += sin[i + half]
+        return rotation
+
+    return mean_rotation
+
+
+def _look(layer: _Layer, b: int) -> LayerScores | None:
+    """Scores of one sequence with protected entries at +inf and dead ones at -inf; None if it keeps everything."""
+    s, plan, tokens = layer.selection, layer.plan, layer.step.cache.seen[b]
+    span = plan.span(tokens)
+    budget = s.budget.of(span) if s.budget is not None else span
+    sinks, recent = s.protected(budget)
+    budget = min(span, max(budget, sinks + recent))
+    if s.budget is not None and budget >= span:
+        return None
+    seen = _observation(layer, b, s.score)
+    scores = s.score.score(seen).float()
+    mass = s.uncertainty.score(_observation(layer, b, s.uncertainty)).float() if s.uncertainty else None
+    at = seen.positions
+    dead = at < max(0, tokens - span)
+    scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))
+    alive = (~dead).sum(1)
+    return LayerScores(
+        scores=scores,
+        mass=mass,
+        lengths=alive,
+        budget=budget,
+        floor=min(span, sinks + recent),
+        newest=tokens - 1,
+    )
+
+
+def compress(step: Step, looks: dict[int, Looks]) -> None:
+    """Keep what the selection of these layers allows; layers given together share one budget."""
+    if all(look is None for look in looks.values()):
+        return
+    layers = list(looks)
+    indices: dict[int, list[Tensor]] = {i: [] for i in layers}
+    for b in range(len(step.cache.seen)):
+        mine = {i: found[b] for i in layers if (found := looks[i]) is not None}
+        scored = {i: look for i, look in mine.items() if look is not None}
+        counts = _counts(step, scored)
+        for i in layers:
+            if i in scored:
+                indices[i] += _top(scored[i].scores, counts[i])
+            else:
+                indices[i] += _all(step.cache.layers[i], b)
+    for i in layers:
+        if looks[i] is not None:
+            _keep(step, i, indices[i])
+
+
+def _counts(step: Step, scored: dict[int, LayerScores]) -> dict[int, Tensor]:
+    """Tokens per head `[H_kv]` for each scored layer of one sequence."""
+    plan, counts, dynamic = step.cache.plan, {}, []
+    for i, look in scored.items():
+        s = plan.layers[i].selection
+        if s is None:
+            continue
+        place, mates = plan.rank(i)
+        heads = look.scores.shape[0]
+        full = plan.layers[i].span(look.newest + 1)
+        fixed = s.allocation.static(place, mates, heads, look.budget, full, look.floor) if s.budget else None
+        if fixed is None:
+            dynamic.append(i)
+        else:
+            counts[i] = torch.tensor(fixed, device=look.lengths.device).minimum(look.lengths)
+    if dynamic:
+        selection = plan.layers[dynamic[0]].selection
+        if selection is not None:
+            allotted = selection.allocation.allot([scored[i] for i in dynamic])
+            counts.update({i: c.minimum(scored[i].lengths) for i, c in zip(dynamic, allotted, strict=True)})
+    return counts
+
+
+def _top(scores: Tensor, counts: Tensor) -> list[Tensor]:
+    """Indices of each head's `counts[h]` highest scores, ascending; of equal scores the older entry stays."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return [order[h, : int(n)].sort().values for h, n in enumerate(counts)]
+
+
+def _all(kv: LayerCache, b: int) -> list[Tensor]:
+    store = kv.held
+    mine = store.lengths[b * store.heads : (b + 1) * store.heads]
+    return [torch.arange(n, device=store.keys.device) for n in mine]
+
+
+def _keep(step: Step, index: int, indices: list[Tensor]) -> None:
+    kv: LayerCache = step.cache.layers[index]
+    selection, watch, heads = kv.plan.selection, kv.watch, kv.held.heads
+    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
+    step.cache.evictions.events += 1
+    if not dropped:
+        return
+    kv.keep(indices, step.cache.headroom)
+    step.cache.evicted(index, dropped)
+    if watch.carried is not None:
+        watch.carried = [
+            torch.nn.utils.rnn.pad_sequence(
+                [held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True
+            )
+            for b, held in enumerate(watch.carried)
+        ]
+    if selection is not None and selection.positions == "compact":
+        _close_ranks(step, index, kv, indices)
+
+
+def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) -> None:
+    """Rotate kept keys to positions 0..n-1 (StreamingLLM: position inside the cache); new tokens follow on.
+
+    Between two evictions entry j of a row sits at rotary position j, so entry `indices[i]` turns by `i - indices[i]`.
+    """
+    cache = step.cache
+    for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True):
+        keys.copy_(turn(keys, index_row, torch.arange(index_row.numel(), device=keys.device), cache.rotaries[index]))
+    per_sequence = kv.held.lengths[:: kv.held.heads]
+    shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
+    cache.shift = torch.tensor(shift, device=indices[0].device)
+
+
+def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
+    """Rotated keys `[n, D]` moved from positions `old [n]` to `new [n]`, angles in float32.
+
+    k' = k cos(d) + rotate_half(k) sin(d), d = (new - old) theta; an amplitude in the rotary table cancels.
+    """
+    (cos_o, sin_o), (cos_n, sin_n) = ((x.float() for x in rotary(p)) for p in (old, new))
+    amplitude = cos_o.square() + sin_o.square()
+    cos = (cos_n * cos_o + sin_n * sin_o) / amplitude
+    sin = (sin_n * cos_o - cos_n * sin_o) / amplitude
+    width = cos.shape[-1]
+    first, second = keys[:, :width].float().chunk(2, -1)
+    turned = keys[:, :width].float() * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(keys.dtype), keys[:, width:]), -1)
+
+
+def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
+    """Free the entries of a sliding layer that no later token can see."""
+    window = plan.sliding_window
+    if window is None or not step.due(TRIM_EVERY):
+        return
+    indices = []
+    for i, (_, _, positions) in enumerate(kv.held.rows()):
+        oldest = step.cache.seen[i // kv.held.heads] - window
+        indices.append((positions >= oldest).nonzero().squeeze(-1))
+    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
+    if dropped:
+        kv.keep(indices, step.cache.headroom)
+        step.cache.evicted(plan.index, dropped)
+
+
+__all__ = ["Looks", "compress", "observe", "trim", "turn"]

@@ -1,0 +1,100 @@
+"""The nodes of a compiled graph. Each is one call in the trace: the tracer records it and does not look inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from kvcompile import compress as selections
+from kvcompile.cache import KVCache, Step
+from kvcompile.cache.layer import LayerCache
+from kvcompile.kernels.layout import Queries
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def leaf(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that a trace records as one node, however it was imported."""
+
+    @wraps(function)
+    def node(*args: P.args, **kwargs: P.kwargs) -> R:
+        for arg in args:
+            if isinstance(arg, torch.fx.Proxy):
+                return arg.tracer.create_proxy("call_function", node, args, kwargs)  # type: ignore[return-value, arg-type]
+        return function(*args, **kwargs)
+
+    return node
+
+
+@leaf
+def begin(cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None) -> Step:
+    """Open a forward pass: true positions of the new tokens and which of them are padding."""
+    return cache.begin(input_ids, attention_mask)
+
+
+@leaf
+def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `[B, H, Q, D]` by `cos, sin [B, Q, D_rot]` (half-split layout); channels past `D_rot` pass through."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    width = cos.shape[-1]
+    turned = states if width == states.shape[-1] else states[..., :width]
+    first, second = turned.chunk(2, dim=-1)
+    out = turned * cos + torch.cat((-second, first), -1) * sin
+    return out if width == states.shape[-1] else torch.cat((out, states[..., width:]), -1)
+
+
+@leaf
+def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: int) -> LayerCache:
+    """Store new keys and values `[B, H_kv, Q, D]`; the result is the edge that `attend` and `compress` read."""
+    kv: LayerCache = cache.layers[layer]
+    # a prefill that is about to be compressed needs no room behind it
+    kv.append(keys, values, step.positions, step.valid, 0 if step.prefill and kv.plan.selection else cache.headroom)
+    return kv
+
+
+@leaf
+def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int) -> selections.Looks:
+    """Let the layer's selection see the new queries `[B, H_q, Q, D]`; scores per sequence where a selection is due."""
+    return selections.observe(kv, queries, unrotated, step, step.cache.plan.layers[layer])
+
+
+@leaf
+def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
+    """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`."""
+    store = kv.held
+    cache = step.cache
+    out = cache.attend(Queries(queries, step.positions, step.valid), store.view(), cache.spec(layer, store.layout))
+    return out.transpose(1, 2).flatten(2)
+
+
+@leaf
+def compress(kv: LayerCache, looks: selections.Looks, step: Step, layer: int) -> None:
+    """Drop what the layer's selection does not keep (nothing where none is due)."""
+    selections.compress(step, {layer: looks})
+
+
+@leaf
+def allocate(step: Step, layers: Sequence[int], *looks: selections.Looks) -> None:
+    """Split one budget over all the given layers by their scores, then drop what is not kept."""
+    selections.compress(step, dict(zip(layers, looks, strict=True)))
+
+
+@leaf
+def trim(kv: LayerCache, step: Step, layer: int) -> None:
+    """Free what a sliding layer can never see again."""
+    selections.trim(kv, step, step.cache.plan.layers[layer])
+
+
+for op in (begin, kv_append, observe, compress, allocate, trim):
+    has_side_effect(op)
+
+NAMES: dict[Any, str] = {
+    f: f.__name__ for f in (begin, rope, kv_append, observe, attend, compress, allocate, trim)
+}

@@ -1,0 +1,149 @@
+"""Rewriting passes: requires -> run -> ensures; each says what it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from kvcompile.errors import KvcompileError
+from kvcompile.graph import ops
+from kvcompile.graph.wiring import attends, appends, observes, wiring
+from kvcompile.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite of the graph towards a plan."""
+
+    plan: Plan
+
+    def wanted(self) -> bool:
+        """Whether the plan asks for this pass at all."""
+        return True
+
+    def run(self, module: fx.GraphModule) -> int:
+        """Rewrite; return how many places changed."""
+        raise NotImplementedError
+
+    def ensures(self, module: fx.GraphModule) -> None:
+        """Raise KvcompileError if the graph is not what the plan says."""
+
+
+class DropObservers(Pass):
+    """Layers without a selection need no `observe` node."""
+
+    def wanted(self) -> bool:
+        """Where some layer has no selection of its own."""
+        return len(self.plan.selected) < len(self.plan.layers)
+
+    def run(self, module: fx.GraphModule) -> int:
+        """Erase the nodes."""
+        chosen = {p.index for p in self.plan.selected}
+        nodes = [node for index, node in observes(module.graph).items() if index not in chosen]
+        for node in nodes:
+            module.graph.erase_node(node)
+        return len(nodes)
+
+
+class InsertCompression(Pass):
+    """Each selected layer gets a `compress` node after its last reader; layers that share a budget one `allocate` node."""
+
+    def wanted(self) -> bool:
+        """Where the plan drops anything."""
+        return bool(self.plan.selected)
+
+    def run(self, module: fx.GraphModule) -> int:
+        """Insert the nodes."""
+        graph = module.graph
+        watched, readers = observes(graph), last_readers(graph)
+        groups: dict[int, list[LayerPlan]] = {}
+        for p in self.plan.selected:
+            if p.selection is not None and p.selection.allocation.cross_layer:
+                mates = [q.index for q in self.plan.selected if q.selection == p.selection]
+                groups.setdefault(mates[0], []).append(p)
+                continue
+            node = watched[p.index]
+            with graph.inserting_after(readers[p.index]):
+                graph.call_function(ops.compress, (node.args[0], node, node.args[3], p.index))
+        for group in groups.values():
+            indices = tuple(p.index for p in group)
+            step = watched[indices[0]].args[3]
+            with graph.inserting_after(readers[indices[-1]]):
+                graph.call_function(ops.allocate, (step, indices, *(watched[i] for i in indices)))
+        return len(self.plan.selected)
+
+    def ensures(self, module: fx.GraphModule) -> None:
+        """Every selected layer is compressed exactly once."""
+        done: list[int] = []
+        for node in module.graph.nodes:
+            if node.target is ops.compress:
+                done.append(node.args[3])
+            elif node.target is ops.allocate:
+                done.extend(node.args[1])
+        if sorted(done) != [p.index for p in self.plan.selected]:
+            raise KvcompileError("every selected layer must be compressed once", f"layers {sorted(done)}")
+
+
+class TrimSliding(Pass):
+    """Sliding layers without a selection free what has left their window."""
+
+    def _layers(self) -> list[LayerPlan]:
+        return [p for p in self.plan.layers if p.sliding_window and p.selection is None and p.owner == p.index]
+
+    def wanted(self) -> bool:
+        """Where such a layer exists."""
+        return bool(self._layers())
+
+    def run(self, module: fx.GraphModule) -> int:
+        """Insert a `trim` node after the layer's last reader."""
+        graph = module.graph
+        stored, readers = appends(graph), last_readers(graph)
+        for p in self._layers():
+            kv = stored[p.index]
+            with graph.inserting_after(readers[p.index]):
+                graph.call_function(ops.trim, (kv, kv.args[3], p.index))
+        return len(self._layers())
+
+
+@dataclass
+class Rewritten:
+    """What the passes did, for the report: pass name -> places changed."""
+
+    changes: dict[str, int] = field(default_factory=dict)
+
+
+def last_readers(graph: fx.Graph) -> dict[int, fx.Node]:
+    """For each owner layer the last `attend` node that reads its KV."""
+    last: dict[int, fx.Node] = {}
+    reads = wiring(graph)
+    for index, node in attends(graph).items():
+        last[reads[index]] = node
+    return last
+
+
+def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | None = None) -> Rewritten:
+    """Run the passes that `plan` asks for, in order, in place.
+
+    Raises KvcompileError, naming the pass and those before it, where one matches nothing or fails its own check.
+    """
+    report = Rewritten()
+    for kind in passes or (DropObservers, InsertCompression, TrimSliding):
+        step = kind(plan)
+        if not step.wanted():
+            continue
+        name = kind.__name__
+        try:
+            changed = step.run(module)
+            if not changed:
+                found = sorted({str(n.target) for n in module.graph.nodes if n.op == "call_module"})[:8]
+                raise KvcompileError("a pass must match something", f"no place among modules {found}")
+            module.graph.lint()
+            step.ensures(module)
+        except KvcompileError as error:
+            raise KvcompileError(f"pass {name} (after {list(report.changes) or 'none'}): {error}") from error
+        report.changes[name] = changed
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return report

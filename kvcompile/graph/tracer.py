@@ -1,0 +1,107 @@
+"""Whole-model torch.fx trace of a Hugging Face causal LM whose attention has been swapped for our adapters.
+
+transformers 5 dropped its own fx support; norms, MLPs, embeddings and rotary modules are leaves here, adapters are
+transparent, so that per layer `q_proj, k_proj, v_proj, rope, kv_append, observe, attend, o_proj` are nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from kvcompile.adapters.base import Attention
+from kvcompile.errors import KvcompileError
+from kvcompile.graph import ops
+
+
+class StepProxy(fx.Proxy):
+    """Stands for the `Step` on the edge where transformers expects an attention mask.
+
+    It passes for a ready 4-D mask, which transformers' mask builders hand through untouched.
+    """
+
+    shape = (0, 0, 0, 0)
+    ndim = 4
+
+    @property
+    def __class__(self) -> Any:
+        """What `isinstance` in the mask builders asks for."""
+        return torch.Tensor
+
+
+class CacheProxy(fx.Proxy):
+    """Stands for our cache; transformers only asks which layers slide, and ours answers by positions instead."""
+
+    is_sliding = (False,)
+    is_compileable = False
+
+
+class Entry(nn.Module):
+    """The traced signature: one forward pass of a causal LM over new tokens, with our cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, logits_to_keep: Any) -> Any:
+        """Logits `[B, kept, vocabulary]`."""
+        step = ops.begin(cache, input_ids, attention_mask)
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=step,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        ).logits
+
+
+class KVTracer(fx.Tracer):
+    """Traces through the causal LM, its base model, its decoder layers and our adapters; all else is a leaf."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.transparent: set[int] = set()
+        if model is not None:
+            base = getattr(model, str(model.base_model_prefix))
+            self.transparent = {id(model), id(base), *(id(layer) for layer in decoder_layers(model))}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Everything but the skeleton and our adapters."""
+        return id(m) not in self.transparent and not isinstance(m, (nn.ModuleList, Entry, Attention))
+
+    def create_arg(self, a: Any) -> Any:
+        """A step proxy passes for a tensor; as an argument it is its node."""
+        return a.node if type(a) is StepProxy else super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxies that answer what transformers asks of a mask and of a cache."""
+        if node.target is ops.begin:
+            return StepProxy(node, self)
+        if node.op == "placeholder" and node.target == "cache":
+            return CacheProxy(node, self)
+        return super().proxy(node)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the one as long as the config says."""
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise KvcompileError("the model must have one list of decoder layers", f"none of length {count} in {type(model).__name__}")
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The graph of one forward pass (arguments of `Entry.forward`), sharing its leaf modules with `model`."""
+    entry = Entry(model)
+    tracer = KVTracer(model)
+    graph = tracer.trace(entry)
+    module = fx.GraphModule(entry, graph, class_name=type(model).__name__)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module

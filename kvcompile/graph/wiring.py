@@ -1,0 +1,45 @@
+"""Reading a compiled graph: which layer reads whose keys and values, from the edges alone."""
+
+from __future__ import annotations
+
+import torch.fx as fx
+
+from kvcompile.errors import KvcompileError
+from kvcompile.graph import ops
+from kvcompile.plan import Plan
+
+
+def _by_layer(graph: fx.Graph, op: object, place: int) -> dict[int, fx.Node]:
+    return {int(n.args[place]): n for n in graph.nodes if n.target is op}  # type: ignore[arg-type]
+
+
+def appends(graph: fx.Graph) -> dict[int, fx.Node]:
+    """`kv_append` nodes by layer."""
+    return _by_layer(graph, ops.kv_append, 4)
+
+
+def attends(graph: fx.Graph) -> dict[int, fx.Node]:
+    """`attend` nodes by layer."""
+    return _by_layer(graph, ops.attend, 3)
+
+
+def observes(graph: fx.Graph) -> dict[int, fx.Node]:
+    """`observe` nodes by layer."""
+    return _by_layer(graph, ops.observe, 4)
+
+
+def wiring(graph: fx.Graph) -> dict[int, int]:
+    """{layer that attends: layer whose `kv_append` it reads}."""
+    return {index: int(node.args[1].args[4]) for index, node in attends(graph).items()}  # type: ignore[union-attr, arg-type]
+
+
+def verify(graph: fx.Graph, plan: Plan) -> dict[int, int]:
+    """The wiring, if it is what the plan says.
+
+    Raises KvcompileError naming the first layer that reads another layer's KV than planned.
+    """
+    found = wiring(graph)
+    for p in plan.layers:
+        if found.get(p.index) != p.owner:
+            raise KvcompileError(f"layer {p.index} must read the KV of layer {p.owner}", f"layer {found.get(p.index)} in the graph")
+    return found

@@ -1,0 +1,147 @@
+"""The compiled model: still its transformers class, with the graph as its forward and our cache in `generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvcompile.cache import KVCache
+from kvcompile.cache.cache import Rotary
+from kvcompile.errors import KvcompileError
+from kvcompile.plan import Plan
+
+IGNORED = {"return_dict", "cache_position", "token_type_ids", "num_items_in_batch"}
+
+
+@dataclass
+class Compiled:
+    """What a compiled model carries besides its weights."""
+
+    plan: Plan
+    graph: fx.GraphModule
+    rotaries: list[Rotary]
+    route: str
+    recipe: str
+    changes: dict[str, int]
+
+
+class CompiledMixin:
+    """Forward and cache of a compiled causal LM; mixed in front of the model's own class."""
+
+    kvcompile: Compiled
+
+    def new_cache(self) -> KVCache:
+        """An empty cache of this model's plan, for multi-turn use: pass it as `past_key_values`."""
+        return KVCache(self.kvcompile.plan, self.kvcompile.rotaries, self.kvcompile.route)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One forward pass over `input_ids [B, Q]`; a prompt is compressed at its end (and between its chunks).
+
+        Raises KvcompileError for inputs the compiled graph does not take.
+        """
+        _refuse(kwargs)
+        if input_ids is None:
+            raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
+        cache = self._own(past_key_values)
+        start = cache.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep, use_cache is not False)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)  # type: ignore[attr-defined]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None)
+
+    def _own(self, cache: Any) -> KVCache:
+        if cache is None:
+            return self.new_cache()
+        if not isinstance(cache, KVCache):
+            raise KvcompileError(
+                "a compiled model needs its own cache", type(cache).__name__, "pass model.new_cache(), or none at all"
+            )
+        if cache.plan is not self.kvcompile.plan and cache.plan != self.kvcompile.plan:
+            raise KvcompileError("a cache belongs to the model that made it", "a cache of another plan", "use model.new_cache()")
+        return cache
+
+    def _run(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache, keep: int | Tensor, caching: bool
+    ) -> Tensor:
+        """The graph over the prompt in chunks of `prefill_chunk` tokens; logits of the wanted tokens only."""
+        count, start = ids.shape[1], cache.get_seq_length()
+        chunk = self.kvcompile.plan.prefill_chunk if caching else 0
+        chunk = chunk or count
+        if isinstance(keep, Tensor):
+            wanted = [int(i) % count for i in keep]
+        else:
+            wanted = list(range(count - keep, count)) if keep else None
+        pieces = []
+        for first in range(0, count, chunk):
+            stop = min(first + chunk, count)
+            cache.last_chunk = stop == count
+            mine: Any = slice(None)
+            if wanted is not None:
+                mine = torch.tensor([i - first for i in wanted if first <= i < stop], dtype=torch.long, device=ids.device)
+            at = positions[:, first:stop]
+            if cache.shift is not None:
+                at = at - cache.shift.unsqueeze(1)
+            seen = None if mask is None else mask[:, : start + stop]
+            pieces.append(self.kvcompile.graph(ids[:, first:stop], seen, at, cache, mine))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Hook of `generate`: put our cache in place of transformers'."""
+        mode = str(getattr(generation_mode, "value", generation_mode))
+        if "assisted" in mode or "dola" in mode:
+            raise KvcompileError(
+                "a compressed cache cannot take back tokens, so assisted decoding does not work",
+                f"generation mode {mode!r}",
+                "use greedy search, sampling or beam search",
+            )
+        if generation_config.cache_implementation is not None:
+            raise KvcompileError(
+                "a compiled model brings its own cache",
+                f"cache_implementation={generation_config.cache_implementation!r}",
+                "leave cache_implementation unset",
+            )
+        if generation_config.use_cache is False:
+            return
+        given = model_kwargs.get("past_key_values")
+        model_kwargs["past_key_values"] = self._own(given)
+        if given is not None:
+            given._is_user_defined = True
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name not in IGNORED and value is not None and value is not False:
+            raise KvcompileError(
+                "a compiled model takes input_ids, attention_mask, position_ids, past_key_values, labels",
+                f"{name}",
+                "leave it out; attentions, hidden states and embeddings are not part of the compiled graph",
+            )
+
+
+def adopt(model: nn.Module, compiled: Compiled) -> nn.Module:
+    """Turn `model` into its compiled self, in place: same class name, same weights, same config."""
+    original = type(model)
+    model.__class__ = type(original.__name__, (CompiledMixin, original), {"__module__": original.__module__})
+    # not a submodule: the graph shares the model's own modules and must not appear twice in its state dict
+    object.__setattr__(model, "kvcompile", compiled)
+    return model
