@@ -115,7 +115,7 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
     budget = s.budget.of(span) if s.budget is not None else span
     sinks, recent = s.protected(budget)
     budget = min(span, max(budget, sinks + recent))
-    if s.budget is not None and budget >= span:
+    if tokens == 0 or (s.budget is not None and budget >= span):
         return None
     seen = _observation(layer, b, s.score)
     scores = s.score.score(seen).float()

@@ -59,6 +59,8 @@ class CompiledMixin:
             raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
         cache = self._own(past_key_values)
         start = cache.get_seq_length()
+        if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.any(1).all()):
+            raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
         if position_ids is None:
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep, use_cache is not False)
@@ -92,7 +94,7 @@ class CompiledMixin:
         pieces = []
         for first in range(0, count, chunk):
             stop = min(first + chunk, count)
-            cache.last_chunk = stop == count
+            cache.chunk(prompting=count > 1, last=stop == count)
             mine: Any = slice(None)
             if wanted is not None:
                 mine = torch.tensor([i - first for i in wanted if first <= i < stop], dtype=torch.long, device=ids.device)

@@ -70,6 +70,7 @@ class LayerScores:
     lengths: Tensor  # [H_kv] int64, entries held
     budget: int  # tokens a head keeps on average
     floor: int  # protected tokens (sinks and recent ones) that every head keeps
+    newest: int = 0  # true position of the newest token
 
 
 @dataclass(frozen=True)

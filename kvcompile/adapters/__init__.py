@@ -1,1 +1,1 @@
-"""Attention adapters: one module per family of attention layers."""
+"""Attention adapters: one module per family of attention layers, and the table of known architectures."""

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
+from kvcompile.plan import LayerPlan
 
 
 class Attention(nn.Module):
-    """Base adapter: keeps the original projections under their names and calls the graph's ops in between.
+    """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
-    A family overrides `project` (states to q, k, v `[B, H, Q, D]`) or the names of its submodules.
+    A family overrides `keeps`, `out` and `project`. `rotary` is False for layers without position embedding.
+    Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
+    Raises KvcompileError where the original has other submodules than its family.
     """
 
-    keeps: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    out: str = "o_proj"
+    keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    out: ClassVar[str] = "o_proj"
 
-    def __init__(self, original: nn.Module, layer: int, head_dim: int) -> None:
+    def __init__(self, original: nn.Module, plan: LayerPlan, rotary: bool = True) -> None:
         super().__init__()
-        for name in self.keeps:
-            setattr(self, name, getattr(original, name))
-        self.layer_idx, self.head_dim = layer, head_dim
+        found = dict(original.named_children())
+        if set(found) != set(self.keeps) or list(original.parameters(recurse=False)):
+            raise KvcompileError(
+                f"layer {plan.index}: the attention must have exactly {', '.join(self.keeps)}",
+                f"{type(original).__name__} with {', '.join(found)}",
+                "compile the model as transformers builds it",
+            )
+        for name, child in found.items():
+            self.add_module(name, child)
+        self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, rotary
+        self.train(original.training)
 
     def heads(self, states: Tensor) -> Tensor:
-        """`[B, Q, H * D]` to `[B, H, Q, D]`; the number of heads is read off the tensor (they may be sharded)."""
+        """`[B, Q, H * D]` to `[B, H, Q, D]`."""
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before rotation."""
+        """Queries, keys and values `[B, H, Q, D]` of `states [B, Q, hidden]`, normed, before rotation."""
         return self.heads(self.q_proj(states)), self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
 
     def rotate(self, queries: Tensor, keys: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
@@ -48,7 +60,9 @@ class Attention(nn.Module):
         """Attention of new tokens to the cache; `attention_mask` carries the `Step` of this pass."""
         step, layer = attention_mask, self.layer_idx
         unrotated, keys, values = self.project(hidden_states)
-        queries, keys = self.rotate(unrotated, keys, position_embeddings)
+        queries = unrotated
+        if self.rotary:
+            queries, keys = self.rotate(queries, keys, position_embeddings)
         kv = ops.kv_append(past_key_values, keys, values, step, layer)
         ops.observe(kv, queries, unrotated, step, layer)
         return getattr(self, self.out)(ops.attend(queries, kv, step, layer)), None

@@ -68,7 +68,11 @@ class KVCache(Cache):  # type: ignore[misc]
         self.shift: Tensor | None = None
         self.tick = 0
         self.croppable = 0
-        self.last_chunk = True
+        self.prompting, self.last_chunk = False, True
+
+    def chunk(self, prompting: bool, last: bool) -> None:
+        """Say of the next pass whether it is part of a prompt, and the last part of it."""
+        self.prompting, self.last_chunk = prompting, last
 
     def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
         """Open a forward pass over new `tokens [B, Q]`; the mask `[B, seen + Q]` says which are padding.
@@ -80,7 +84,7 @@ class KVCache(Cache):  # type: ignore[misc]
         if len(self.seen) != batch:
             raise KvcompileError("a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache")
         valid = self._valid(attention_mask, batch, count)
-        prefill = count > 1 or not any(self.seen)
+        prefill = self.prompting or count > 1 or not any(self.seen)
         start = torch.tensor(self.seen, device=tokens.device).unsqueeze(1)
         if valid is None:
             positions = start + torch.arange(count, device=tokens.device)
@@ -100,8 +104,6 @@ class KVCache(Cache):  # type: ignore[misc]
         new = mask[:, -count:] != 0
         if new.shape[1] != count or bool(new.all()):
             return None
-        if not bool((new.any(1) | (torch.tensor(self.seen, device=mask.device) > 0)).all()):
-            raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
         return new
 
     def spec(self, index: int, layout: str) -> KernelSpec:
