@@ -7,12 +7,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import library, reference
+from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
 
 Route = Callable[[Queries, View, KernelSpec], Tensor]
-ROUTES: dict[str, Route] = {"library": library.attend, "reference": reference.attend}
+ROUTES: dict[str, Route] = {"sdpa": sdpa.attend, "reference": reference.attend}
 
 
 def choose(requested: str) -> str:
@@ -21,7 +21,7 @@ def choose(requested: str) -> str:
     Raises KvcompileError for a name that is none.
     """
     if requested == "auto":
-        return "library"
+        return "sdpa"
     if requested not in ROUTES:
         raise KvcompileError(f"kernels must be one of auto, {', '.join(ROUTES)}", repr(requested))
     return requested

@@ -54,7 +54,7 @@ class KVCache(Cache):  # type: ignore[misc]
     Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room.
     """
 
-    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "library") -> None:
+    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
         super().__init__(layers=[LayerCache(p) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend = ROUTES[route]

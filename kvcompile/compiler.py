@@ -1,0 +1,118 @@
+"""The corridor: recipe -> stack -> plan -> graph -> model, and around it proof, measurement and the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompile.compose import compose, to_recipe
+from kvcompile.config import Config
+from kvcompile.errors import KvcompileError
+from kvcompile.plan import Plan
+from kvcompile.stack import apply_stack
+
+if TYPE_CHECKING:
+    from kvcompile.policies.base import Policy
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one compile left: the artifact's folder and the numbers of its summary row."""
+
+    path: str
+    summary: dict[str, float | int | str | None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress that shows nothing."""
+
+
+def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Policy]) -> Plan:
+    """The checked plan of a stack on a model, from the model's config alone."""
+    from dataclasses import replace
+
+    from kvcompile.adapters.registry import describe
+
+    plan = replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
+    return apply_stack(plan, policies)
+
+
+def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> Any:
+    """Rewrite `model` in place to what `plan` says: swap attention, trace, passes, wiring check.
+
+    Raises KvcompileError where an adapter, a pass or the wiring check fails.
+    """
+    from kvcompile.adapters.registry import rotary, swap
+    from kvcompile.graph.passes import rewrite
+    from kvcompile.graph.tracer import trace
+    from kvcompile.graph.wiring import verify
+    from kvcompile.kernels.dispatch import choose
+    from kvcompile.model import Compiled, adopt
+
+    route = choose(kernels)
+    rotaries = [rotary(model, p.index) for p in plan.layers]
+    swap(model)
+    graph = trace(model)
+    changes = rewrite(graph, plan).changes
+    verify(graph.graph, plan)
+    return adopt(model, Compiled(plan, graph, rotaries, route, recipe, changes))
+
+
+def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent) -> Any:
+    """Compile a loaded model in place by a config: calibrate what needs it, plan, build. Nothing is measured."""
+    from kvcompile.calibrator import ModelCalibrator
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    policies = config.policies()
+    plan_of(model.config, dtype, config, policies)
+    calibrator = ModelCalibrator(model, tokenizer, progress)
+    policies = tuple(p.calibrated(calibrator) for p in policies)
+    config = config.with_policies(policies)
+    plan = plan_of(model.config, dtype, config, policies)
+    return build(model, plan, config.kernels, to_recipe(config))
+
+
+def compile(  # noqa: A001  (the name users expect: kvcompile.compile)
+    model: Any,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer: Any = None,
+) -> Any:
+    """Compile a model in memory: no files, nothing measured.
+
+    model: a loaded transformers causal LM (rewritten in place), or the name of a model group (`"llama"`).
+    recipe: name of a recipe; overrides: as on the command line (`["stack.zigzag.budget=0.1"]`).
+    tokenizer: only needed by policies that calibrate. Returns the compiled model, still its transformers class.
+    Raises KvcompileError for anything that would be an error on the command line.
+    """
+    named = isinstance(model, str)
+    wanted = [f"recipe={recipe}"] if recipe else []
+    config = compose([*wanted, *([f"model={model}"] if named else []), *overrides])
+    if named:
+        from kvcompile.models import load
+
+        model, tokenizer = load(config.model)
+    return assemble(model, config, tokenizer)
+
+
+def compile_config(config: Config) -> Outcome:
+    """One job of the command line: load, measure, compile, prove, measure again, report, save."""
+    from kvcompile.models import config_of, load, progress_bar
+    from kvcompile.prove import compile_and_report
+
+    hf = config_of(config.model)
+    plan_of(hf, "float32", config, config.policies())  # a stack that cannot work fails before weights are read
+    with progress_bar() as progress:
+        model, tokenizer = load(config.model, progress)
+        return compile_and_report(model, tokenizer, config, progress)
+
+
+def target(config: Config) -> Path:
+    """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours."""
+    if config.output is None:
+        raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")
+    return Path(config.output)
