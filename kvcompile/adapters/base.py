@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kvcompile.errors import KvcompileError
@@ -21,6 +22,9 @@ class Attention(nn.Module):
 
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     out: ClassVar[str] = "o_proj"
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, original: nn.Module, plan: LayerPlan, rotary: bool = True) -> None:
         super().__init__()
@@ -38,7 +42,7 @@ class Attention(nn.Module):
 
     def heads(self, states: Tensor) -> Tensor:
         """`[B, Q, H * D]` to `[B, H, Q, D]`."""
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(states, -1, (-1, self.head_dim)).transpose(1, 2)
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, H, Q, D]` of `states [B, Q, hidden]`, normed, before rotation."""

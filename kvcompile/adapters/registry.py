@@ -1,0 +1,171 @@
+"""Which architectures are known: their adapter, and how the facts of each layer are read from their config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.adapters.base import Attention
+from kvcompile.adapters.families import Fused, HeadNormed, Interleaved, Separate, WidthNormed
+from kvcompile.errors import KvcompileError
+from kvcompile.models import require_weights
+from kvcompile.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _by_head_dim(config: Any) -> float:
+    return float(_head_dim(config) ** -0.5)
+
+
+def _by_scalar(config: Any) -> float:
+    return float(config.query_pre_attn_scalar**-0.5)
+
+
+def _no_window(config: Any, layer: int) -> int | None:
+    return None
+
+
+def _one_window(config: Any, layer: int) -> int | None:
+    return getattr(config, "sliding_window", None)
+
+
+def _typed_window(config: Any, layer: int) -> int | None:
+    kind = config.layer_types[layer]
+    if kind not in ("full_attention", "sliding_attention"):
+        raise KvcompileError(f"layer {layer}: attention must be full or sliding", kind, "use another checkpoint")
+    return config.sliding_window if kind == "sliding_attention" else None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type`: its adapter, the name of the attention in a decoder layer, and its layers' facts."""
+
+    adapter: type[Attention]
+    attention: str = "self_attn"
+    scale: Callable[[Any], float] = _by_head_dim
+    window: Callable[[Any, int], int | None] = _no_window
+    softcap: Callable[[Any], float | None] = lambda config: None
+    rotates: Callable[[Any, int], bool] = lambda config, layer: True
+    rotary_per_type: bool = False  # the rotary module wants the layer's type
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(Separate),
+    "mistral": Architecture(Separate, window=_one_window),
+    "mixtral": Architecture(Separate, window=_one_window),
+    "qwen2": Architecture(Separate, window=_typed_window),
+    "qwen3": Architecture(HeadNormed, window=_typed_window),
+    "smollm3": Architecture(
+        Separate, window=_typed_window, rotates=lambda config, layer: bool(config.no_rope_layers[layer])
+    ),
+    "olmo2": Architecture(WidthNormed),
+    "granite": Architecture(Separate, scale=lambda config: float(config.attention_multiplier)),
+    "phi3": Architecture(Fused, window=_one_window),
+    "gemma2": Architecture(
+        Separate, scale=_by_scalar, window=_typed_window, softcap=lambda config: config.attn_logit_softcapping
+    ),
+    "gemma3_text": Architecture(HeadNormed, scale=_by_scalar, window=_typed_window, rotary_per_type=True),
+    "gpt_neox": Architecture(Interleaved, attention="attention"),
+}
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The known architecture of a config. Raises KvcompileError, listing the known ones, for any other."""
+    known = ARCHITECTURES.get(config.model_type)
+    if known is None:
+        raise KvcompileError(
+            "the architecture must be known", repr(config.model_type), f"use one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise KvcompileError("a KV cache needs causal attention", "use_bidirectional_attention=True")
+    return known
+
+
+def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
+    """The identity plan of a model, from its config alone: every layer owns its cache and keeps all.
+
+    Raises KvcompileError for unknown architectures.
+    """
+    known = architecture_of(config)
+    heads: int = config.num_attention_heads
+    layers = tuple(
+        LayerPlan(
+            index=index,
+            query_heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=_head_dim(config),
+            owner=index,
+            scale=known.scale(config),
+            sliding_window=known.window(config, index),
+            softcap=known.softcap(config),
+        )
+        for index in range(config.num_hidden_layers)
+    )
+    return Plan(architecture=config.model_type, dtype=dtype, layers=layers)
+
+
+def swap(model: PreTrainedModel) -> list[str]:
+    """Put our adapter in place of every attention module, in place; return their qualified names.
+
+    Nothing is changed unless all can be. Raises KvcompileError for unknown architectures, weights that are not in
+    memory, a model compiled before, and where the module disagrees with what its config says.
+    """
+    known, plan = architecture_of(model.config), describe(model.config)
+    require_weights(model)
+    adapters = []
+    for layer, facts in zip(_base(model).layers, plan.layers, strict=True):
+        original = getattr(layer, known.attention)
+        _require_plain(original, facts)
+        adapters.append(known.adapter(original, facts, known.rotates(model.config, facts.index)))
+    for layer, adapter in zip(_base(model).layers, adapters, strict=True):
+        setattr(layer, known.attention, adapter)
+    return [name for name, module in model.named_modules() if isinstance(module, Attention)]
+
+
+def rotary(model: PreTrainedModel, layer: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The rotation of one layer: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's own rotary module.
+
+    A layer without position embedding gets the identity (cos 1, sin 0). The module is copied: types that adapt to the
+    longest position seen must not be disturbed by a question.
+    """
+    known, config = architecture_of(model.config), model.config
+    module = copy.deepcopy(_base(model).rotary_emb)
+    kind = {"layer_type": config.layer_types[layer]} if known.rotary_per_type else {}
+    width, turns = _head_dim(config), known.rotates(config, layer)
+
+    def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=torch.float32, device=positions.device)
+        if not turns:
+            return like.new_ones(len(positions), width), like.new_zeros(len(positions), width)
+        cos, sin = module(like, position_ids=positions.unsqueeze(0), **kind)
+        return cos[0], sin[0]
+
+    return rotation
+
+
+def _base(model: PreTrainedModel) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+def _require_plain(original: nn.Module, facts: LayerPlan) -> None:
+    if isinstance(original, Attention):
+        raise KvcompileError("a model is compiled once", "one that is compiled already", "load it afresh")
+    scale = getattr(original, "scaling", facts.scale)
+    window = getattr(original, "sliding_window", facts.sliding_window)
+    if (scale, window) != (facts.scale, facts.sliding_window):
+        raise KvcompileError(
+            f"layer {facts.index}: scale and window must be what the config says",
+            f"{scale} and {window} instead of {facts.scale} and {facts.sliding_window}",
+            "use the transformers version that the checkpoint was made for",
+        )
