@@ -121,12 +121,14 @@ class Plan:
                     f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",
                     f"stack.{s.policy}.positions=original",
                 )
-        if s.budget is not None and s.budget.value > 1 and s.sinks + s.recent > s.budget.value:
-            raise KvcompileError(
-                f"{where}: the budget must hold the {s.sinks} sinks and {s.recent} recent tokens that always stay",
-                f"{s.budget.value:g} tokens",
-                f"stack.{s.policy}.budget={s.sinks + s.recent} or more",
-            )
+        if s.budget is not None and s.budget.value > 1:
+            sinks, recent = s.protected(int(s.budget.value))
+            if sinks + recent > s.budget.value:
+                raise KvcompileError(
+                    f"{where}: the budget must hold the {sinks} sinks and {recent} recent tokens that always stay",
+                    f"{s.budget.value:g} tokens",
+                    f"stack.{s.policy}.budget={sinks + recent} or more",
+                )
 
     def kept(self, index: int, tokens: int) -> tuple[int, ...] | None:
         """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input."""
@@ -136,10 +138,9 @@ class Plan:
             return (full,) * p.kv_heads
         if p.selection.budget is None:
             return None
-        s = p.selection
-        budget = max(s.budget.of(full), min(full, s.sinks + s.recent)) if s.budget else full
+        budget, floor = p.selection.resolve(full)
         place, count = self.rank(index)
-        return s.allocation.static(place, count, p.kv_heads, budget, full, min(full, s.sinks + s.recent))
+        return p.selection.allocation.static(place, count, p.kv_heads, budget, full, floor)
 
     def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
         """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
@@ -156,8 +157,7 @@ class Plan:
             if kept is not None:
                 total = sum(kept)
             elif p.selection is not None and p.selection.budget is not None:
-                floor = min(full, p.selection.sinks + p.selection.recent)
-                total = max(p.selection.budget.of(full), floor) * p.kv_heads
+                total = p.selection.resolve(full)[0] * p.kv_heads
             else:
                 total = full * p.kv_heads
             rows.append(LayerBytes(p.index, kept, total, total * one, dense))

@@ -70,6 +70,7 @@ class LayerScores:
     lengths: Tensor  # [H_kv] int64, entries held
     budget: int  # tokens a head keeps on average
     floor: int  # protected tokens (sinks and recent ones) that every head keeps
+    newest: int = -1  # true position of the newest token seen, for thresholds on time
     newest: int = 0  # true position of the newest token
 
 
@@ -123,7 +124,8 @@ class Selection:
     """Everything static about which tokens a layer keeps.
 
     `budget` None means a threshold decides: the allocation then sees budget = row length.
-    `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget.
+    `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget;
+    `recent` below 1 is a fraction of the budget (see `protected`).
     `uncertainty` is a second score whose values reach the allocation as `LayerScores.mass`.
     """
 
@@ -133,6 +135,21 @@ class Selection:
     allocation: Allocation = Uniform()
     schedule: Schedule = Schedule()
     sinks: int = 0
-    recent: int = 0
+    recent: int | float = 0
     uncertainty: Score | None = None
     positions: Literal["original", "compact"] = "original"
+
+    def protected(self, budget: int) -> tuple[int, int]:
+        """(first tokens, last tokens) that always stay, where a head may keep `budget` tokens.
+
+        A fraction `recent` is cut to what the sinks leave of the budget; counts are taken as they are.
+        """
+        if 0 < self.recent < 1:
+            return self.sinks, min(int(self.recent * budget), max(0, budget - self.sinks))
+        return self.sinks, int(self.recent)
+
+    def resolve(self, tokens: int) -> tuple[int, int]:
+        """(tokens a head keeps on average, those of them that always stay) out of `tokens` seen."""
+        budget = self.budget.of(tokens) if self.budget else tokens
+        floor = min(tokens, sum(self.protected(budget)))
+        return max(budget, floor), floor
