@@ -70,7 +70,6 @@ class LayerScores:
     lengths: Tensor  # [H_kv] int64, entries held
     budget: int  # tokens a head keeps on average
     floor: int  # protected tokens (sinks and recent ones) that every head keeps
-    newest: int = -1  # true position of the newest token seen, for thresholds on time
     newest: int = 0  # true position of the newest token
 
 
