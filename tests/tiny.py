@@ -63,7 +63,9 @@ def tiny_model(name: str = "llama", **over: Any) -> PreTrainedModel:
     """The seeded model, fp32, in eval mode; norms and biases are random, so that a test notices when one is dropped."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(name, **over), dtype=torch.float32)
+        # up to transformers 5.17 at least, SDPA silently drops gemma2's soft-cap: only eager is the true reference
+        options = {"attn_implementation": "eager"} if name == "gemma2" else {}
+        model = AutoModelForCausalLM.from_config(tiny_config(name, **over), dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

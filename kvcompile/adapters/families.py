@@ -54,7 +54,7 @@ class Fused(Attention):
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, Q, (g + 2) * H_kv * D]` cut into g + 2 equal parts: g of queries, one of keys, one of values."""
         parts = torch.unflatten(self.qkv_proj(states), -1, (self.group + 2, -1))
-        queries, keys, values = parts.split((self.group, 1, 1), 2)
+        queries, keys, values = torch.split(parts, [self.group, 1, 1], 2)
         return self.heads(queries.flatten(2)), self.heads(keys.flatten(2)), self.heads(values.flatten(2))
 
 
