@@ -203,9 +203,9 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
 
 def _publish(made: Path, folder: Path, replaced: Path, verify: bool) -> None:
     """Rename the finished folder into place; where another process was faster, its result stands."""
-    if folder.exists() and not _intact(folder, verify):
-        folder.rename(replaced)
     try:
+        if folder.exists() and not _intact(folder, verify):
+            folder.rename(replaced)
         made.rename(folder)
     except OSError:
         if not _intact(folder, verify):

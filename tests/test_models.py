@@ -7,21 +7,21 @@ import json
 import subprocess
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 from kvcompile import models
+from kvcompile.config import ModelConfig
 from kvcompile.errors import KvcompileError
 
 
-def asked(pretrained: object = None, **over: Any) -> Any:
-    settings = {"name": "llama", "dtype": "auto", "device": "cpu", "revision": None, **over}
-    return SimpleNamespace(pretrained=None if pretrained is None else str(pretrained), **settings)
+def asked(pretrained: object = None, device: str = "cpu", **over: Any) -> ModelConfig:
+    return ModelConfig(pretrained=None if pretrained is None else str(pretrained), device=device, **over)
 
 
 @pytest.fixture
@@ -60,6 +60,52 @@ def test_local_folder_gives_the_saved_logits_in_eval_mode(checkpoint: Path) -> N
 def test_dtype_auto_is_float32_on_cpu(checkpoint: Path, dtype: str, expected: torch.dtype) -> None:
     tiny_model("llama").to(torch.float16).save_pretrained(checkpoint)
     assert models.load(asked(checkpoint, dtype=dtype))[0].dtype == expected
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """A llama of one layer, random weights, with a byte-level vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    file, draw = tmp_path / "tiny.gguf", np.random.default_rng(0)
+    out = gguf.GGUFWriter(file, "llama")
+    words = ["<unk>", "<s>", "</s>", *(chr(ord("a") + i) for i in range(26)), "ab"]
+    out.add_block_count(1)
+    out.add_context_length(64)
+    out.add_embedding_length(32)
+    out.add_feed_forward_length(64)
+    out.add_head_count(4)
+    out.add_head_count_kv(2)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_vocab_size(len(words))
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(words)
+    out.add_token_merges(["a b"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32), "attn_norm": (32,)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "ffn_norm": (32,)}
+    tensors = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": (len(words), 32), "output.weight": (len(words), 32), "output_norm.weight": (32,)}
+    for name, shape in tensors.items():
+        out.add_tensor(name, draw.standard_normal(shape, dtype=np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gguf_file_loads_and_can_be_saved(gguf_file: Path, tmp_path: Path) -> None:
+    """transformers refuses to save what it has read from a GGUF file; a compiled model must be saved."""
+    assert models.config_of(asked(gguf_file)).num_key_value_heads == 2
+    model, tokenizer = models.load(asked(gguf_file))
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again, _ = models.load(asked(tmp_path / "saved"))
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again(ids).logits.std() > 0.1
 
 
 def test_config_needs_no_weights(checkpoint: Path) -> None:
