@@ -1,0 +1,50 @@
+# Two commands: `make demo` compiles the default model, `make test` checks the project. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := outputs/zigzag-llama
+
+.PHONY: help demo test lint types clean
+
+help:
+	@echo "make demo   set up, compile the default model with zigzag, show how to load it"
+	@echo "make test   set up, lint, types, all tests"
+	@echo "make clean  remove .venv, caches and build files (not outputs)"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "python 3.10 to 3.13 is needed: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	touch $@
+
+$(DEMO)/recipe.yaml: | $(READY)
+	$(BIN)/python -m kvcompile.models
+	$(BIN)/kvcompile recipe=zigzag model=llama
+
+demo: $(DEMO)/recipe.yaml
+	@echo
+	@echo "The compiled model lies in $(DEMO), its report in $(DEMO)/report.md. In $(BIN)/python:"
+	@echo
+	@echo "    import kvcompile, transformers"
+	@echo "    model, tokenizer = kvcompile.load('$(DEMO)'), transformers.AutoTokenizer.from_pretrained('$(DEMO)')"
+	@echo "    print(tokenizer.decode(model.generate(**tokenizer('Once upon a time', return_tensors='pt'), max_new_tokens=30)[0]))"
+	@echo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot follow setuptools' package-dir map: it gets the installed layout as links.
+types: $(READY)
+	@rm -rf .typed && mkdir -p .typed/kvcompile
+	@for path in kvcompile/*; do ln -s ../../$$path .typed/kvcompile/; done
+	@for path in policies kernels conf recipes; do ln -s ../../$$path .typed/kvcompile/; done
+	$(BIN)/mypy
+
+test: lint types
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q
+
+clean:
+	rm -rf .venv .typed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

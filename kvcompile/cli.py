@@ -1,0 +1,123 @@
+"""The command line: `kvcompile recipe=... model=...`, `kvcompile ls`, `kvcompile --help`, `kvcompile --version`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+
+from kvcompile import multirun
+from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, check, register, resolve
+from kvcompile.config import Config
+from kvcompile.errors import KvcompileError
+from kvcompile.stack import discover
+
+JOB_FLAGS = {"-m", "--multirun", "-r", "--run"}
+PIPE_WIDTH = 160
+MULTIRUN_MARKS = ("-m", "--multirun", "sweep=", "hydra.mode=MULTIRUN")
+
+
+def main() -> None:
+    """Entry point of the `kvcompile` script. Exits with 1 after an error that the user can mend, on one line."""
+    arguments = sys.argv[1:]
+    try:
+        if "--version" in arguments:
+            import kvcompile
+
+            sys.stdout.write(f"kvcompile {kvcompile.__version__}\n")
+        elif arguments[:1] == ["ls"]:
+            sys.stdout.write(f"{listing(arguments[1:])}\n")
+        else:
+            _hydra(arguments)
+    except KvcompileError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(1) from None
+
+
+def _hydra(arguments: Sequence[str]) -> None:
+    register()
+    flags = {text for text in arguments if text.startswith("-")}
+    if flags <= JOB_FLAGS:  # with any other, Hydra reads more than overrides, or runs nothing
+        check([text for text in arguments if text not in flags], _sweeps(arguments))
+    failed = 0
+    try:
+        _app()
+    finally:
+        failed = multirun.summarise(_console())
+    if failed:
+        raise SystemExit(f"{failed} of the jobs failed")
+
+
+def _console() -> Console:
+    """Standard output; wide where no terminal limits it, so that a pipe loses no column."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+def _sweeps(arguments: Sequence[str]) -> bool:
+    return any(text.startswith(MULTIRUN_MARKS) for text in arguments)
+
+
+@hydra.main(version_base=VERSION_BASE, config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)  # type: ignore[untyped-decorator]
+def _app(cfg: DictConfig) -> None:
+    """One job, as Hydra calls it."""
+    context = HydraConfig.get()
+    overrides = list(context.overrides.task)
+    if context.mode != RunMode.MULTIRUN:
+        _work(resolve(cfg, context.runtime.choices, overrides))
+        return
+    folder = Path(context.runtime.output_dir)
+
+    def work() -> multirun.Done:
+        config = resolve(cfg, context.runtime.choices, overrides)
+        place = Path(cfg.output, str(context.job.num)) if cfg.output else folder / config.label
+        return _work(replace(config, output=str(place)))
+
+    multirun.run_job(folder, int(context.job.num), overrides, work)
+
+
+def _work(config: Config) -> multirun.Done:
+    """Compile, or only plan; returns (output folder, summary row)."""
+    if config.plan.mode == "only":
+        from kvcompile import planning
+
+        plan = planning.plan_of(config)
+        planning.show(plan, config, _console())
+        return None, planning.summary(plan, config)
+    from kvcompile.compiler import compile_config
+
+    outcome = compile_config(config)
+    return outcome.path, outcome.summary
+
+
+def listing(kinds: Sequence[str]) -> str:
+    """`kvcompile ls [recipes|policies|models]`: one line each. Raises KvcompileError for another word."""
+    known = {
+        "recipes": _headers("kvcompile.recipes", "recipe"),
+        "policies": {name: f"{cls.family}: {cls.summary}" for name, cls in discover().items()},
+        "models": _headers(CONFIG_MODULE, "model"),
+    }
+    for kind in kinds:
+        if kind not in known:
+            raise KvcompileError("kvcompile ls lists " + ", ".join(known), repr(kind))
+    width = max(len(name) for entries in known.values() for name in entries)
+    blocks = []
+    for kind in kinds or known:
+        blocks.append("\n".join([kind, *(f"  {name:{width}}  {line}" for name, line in known[kind].items())]))
+    return "\n\n".join(blocks)
+
+
+def _headers(package: str, group: str) -> dict[str, str]:
+    """The first comment line of every YAML file of a group."""
+    found = {}
+    for file in sorted(files(package).joinpath(group).iterdir(), key=lambda f: f.name):
+        lines = (line.removeprefix("#").strip() for line in file.read_text("utf-8").splitlines() if line[:1] == "#")
+        found[file.name.removesuffix(".yaml")] = next((line for line in lines if not line.startswith("@")), "")
+    return found

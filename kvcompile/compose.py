@@ -1,0 +1,162 @@
+"""From overrides to a Config, the same way for the command line and for Python."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from kvcompile.config import Config, finish
+from kvcompile.errors import KvcompileError
+from kvcompile.stack import discover, first_line, orphan, schema, suggest
+
+CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
+CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
+_LOCK = threading.RLock()
+
+
+class RecipeFolder(SearchPathPlugin):  # type: ignore[misc]
+    """Puts the shipped recipes beside our own config; other Hydra applications are left alone.
+
+    `hydra.searchpath` in the config would do for composing, but help and completion do not read it, and a user who
+    sets it would lose the recipes.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the package of recipes, if this search path is ours."""
+        if any(element.path == f"pkg://{CONFIG_MODULE}" for element in search_path.get_path()):
+            search_path.append("kvcompile", "pkg://kvcompile.recipes")
+
+
+def register() -> None:
+    """Give Hydra the recipes, the schema of the config, and every installed policy as an option of `policy`."""
+    Plugins.instance().register(RecipeFolder)
+    store = ConfigStore.instance()
+    store.store(name="kvcompile_schema", node=Config)
+    for name, cls in discover().items():
+        store.store(group="policy", name=name, node=schema(cls), package=f"stack.{name}")
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The config that `kvcompile <overrides>` would run. Safe in threads and inside another Hydra application.
+
+    Raises KvcompileError for whatever the command line would refuse, and for a sweep.
+    """
+    overrides = list(overrides)
+    with _own_hydra():
+        return _compose(overrides)
+
+
+def check(overrides: Sequence[str], multirun: bool) -> None:
+    """Raise KvcompileError if a job of this command line would not compose, before the first one starts."""
+    with _own_hydra():
+        for job in expand(overrides) if multirun else [list(overrides)]:
+            _compose(job, sweeping=True)
+
+
+def expand(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The jobs of a finite sweep, in order (at most `CHECKED_JOBS`); none where a sweep is over an interval."""
+    parsed = _parse(overrides)
+    if any(isinstance(o.value(), IntervalSweep) for o in parsed):
+        return
+    axes = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [text]
+        for o, text in zip(parsed, overrides, strict=True)
+    ]
+    yield from (list(job) for job in itertools.islice(itertools.product(*axes), CHECKED_JOBS))
+
+
+def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """The finished Config of a composed one. `choices` are Hydra's, `overrides` the task's own.
+
+    Raises KvcompileError for unknown, duplicate or orphan policies and for values out of range.
+    """
+    for override in _parse(overrides):
+        value = override.value() if override.key_or_group == "policy" else None
+        named: list[str] = [str(name) for name in value] if isinstance(value, list) else []
+        for name in named:
+            if named.count(name) > 1:
+                raise KvcompileError("each policy may be in the stack once", f"policy=[{','.join(named)}]")
+    stack = cfg.stack
+    chosen = [str(name) for name in stack if OmegaConf.get_type(stack, name) is not dict]
+    for name in stack:
+        if name not in chosen:
+            raise orphan(str(name), chosen)
+    try:
+        config = cast(Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:
+        raise _one_line(error) from error
+    plain = OmegaConf.to_container(stack, resolve=True)
+    recipe = choices.get("recipe")
+    return finish(Config(**{**vars(config), "stack": plain, "recipe": recipe or config.recipe}))
+
+
+def _compose(overrides: list[str], sweeping: bool = False) -> Config:
+    try:
+        cfg = hydra_compose(CONFIG_NAME, overrides, return_hydra_config=True)
+        choices, own = cfg.hydra.runtime.choices, list(cfg.hydra.overrides.task)
+        if choices.get("sweep") and not sweeping:
+            raise KvcompileError("one config has no sweep", f"sweep={choices['sweep']}", "compose each point of it")
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return resolve(cfg, choices, own)
+    except KvcompileError:
+        raise
+    except (CompactHydraException, OmegaConfBaseException, ValueError) as error:
+        raise _one_line(error) from error
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
+    except CompactHydraException as error:
+        raise _one_line(error) from error
+    return parsed
+
+
+def _one_line(error: BaseException) -> KvcompileError:
+    """Hydra's and OmegaConf's messages as ours: the rule, what was given, the nearest name that exists."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+        known = discover() if group == "policy" else error.options or []
+        return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
+    cause: Any = error.__cause__ if isinstance(error, ConfigCompositionException) else error
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        parent, key = cause.parent_node, str(cause.key)
+        names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
+        if cause.full_key == f"stack.{key}":
+            return orphan(key, names)
+        return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
+    if isinstance(cause, OmegaConfBaseException):
+        return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))
+    sweep = "Ambiguous value" in str(error)
+    return KvcompileError(first_line(error), fix="put -m first to sweep, or [a,b] for a list" if sweep else None)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra initialised with our config only, whatever application is around us; that one's state is put back."""
+    with _LOCK:
+        register()
+        around = GlobalHydra.instance()
+        saved, around.hydra = around.hydra, None
+        try:
+            with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+                yield
+        finally:
+            GlobalHydra.instance().hydra = saved

@@ -1,0 +1,181 @@
+"""The one configuration: what a recipe, the command line and the Python API all end in, and its YAML form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvcompile.errors import KvcompileError
+from kvcompile.stack import build_stack, first_line, options_of, policy_class, suggest
+
+if TYPE_CHECKING:
+    from kvcompile.policies.base import Policy
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "sdpa", "reference")
+MODES = ("run", "only")
+
+
+@dataclass
+class ModelConfig:
+    """Which model: `pretrained` is a local folder, a GGUF file or a hub id (None: the default model, offline)."""
+
+    name: str = "llama"
+    pretrained: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class NeedleConfig:
+    """Needle-in-a-haystack score before and after: `samples` per length in `tokens`, at `depths` in [0, 1]."""
+
+    enabled: bool = True
+    tokens: list[int] = field(default_factory=lambda: [1024])
+    samples: int = 4
+    depths: list[float] = field(default_factory=lambda: [0.1, 0.35, 0.6, 0.85])
+    seed: int = 0
+
+
+@dataclass
+class SpeedConfig:
+    """Tokens per second before and after: decode `tokens` after a prompt of `context`."""
+
+    enabled: bool = True
+    context: int = 1024
+    tokens: int = 16
+
+
+@dataclass
+class PlanConfig:
+    """`only`: print the plan for a `batch` of prompts of `context` tokens, and what fits in `memory` GiB; then stop."""
+
+    mode: str = "run"
+    batch: int = 1
+    context: int = 4096
+    memory: float | None = None
+
+
+@dataclass
+class Config:
+    """Everything a compile depends on. `stack` maps each policy, in order, to its fields.
+
+    budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
+    prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: attention route. output: artifact folder.
+    """
+
+    recipe: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stack: dict[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+    prefill_chunk: int = 0
+    kernels: str = "auto"
+    output: str | None = None
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    @property
+    def label(self) -> str:
+        """`<recipe, or the policies joined by +>-<model>`."""
+        return f"{self.recipe or '+'.join(self.stack) or 'dense'}-{self.model.name}"
+
+    def policies(self) -> tuple[Policy, ...]:
+        """The stack as policies. Raises KvcompileError (see `build_stack`)."""
+        return build_stack(list(self.stack), self.stack)
+
+    def with_policies(self, policies: Iterable[Policy]) -> Config:
+        """The config with these policies, e.g. after calibration."""
+        return replace(self, stack=options_of(policies))
+
+
+def finish(config: Config) -> Config:
+    """The config with the budget shortcut folded in, every policy's fields filled in, and an output folder.
+
+    Raises KvcompileError where a value is out of range.
+    """
+    config = replace(_budgeted(config), budget=None)
+    config = config.with_policies(config.policies())
+    _check(config)
+    return replace(config, output=config.output or f"outputs/{config.label}")
+
+
+def _budgeted(config: Config) -> Config:
+    if config.budget is None:
+        return config
+    takers = [n for n in config.stack if "budget" in {f.name for f in dataclasses.fields(policy_class(n))}]
+    if not takers:
+        raise KvcompileError(
+            "budget needs a policy that has one in the stack",
+            f"budget={config.budget:g} with policy=[{','.join(config.stack)}]",
+            "choose a recipe, e.g. recipe=zigzag, or drop budget",
+        )
+    given = {name: {**config.stack[name], "budget": config.budget} for name in takers}
+    return replace(config, stack={**config.stack, **given})
+
+
+def _check(config: Config) -> None:
+    m, n, s, p = config.model, config.needle, config.speed, config.plan
+    _one_of("model.dtype", m.dtype, DTYPES)
+    _one_of("kernels", config.kernels, KERNELS)
+    _one_of("plan", p.mode, MODES)
+    _require(config.prefill_chunk >= 0, "prefill_chunk", config.prefill_chunk, "0 (whole prompt at once) or more")
+    _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
+    _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
+    _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
+    _require(s.context >= 1, "speed.context", s.context, "1 or more")
+    _require(s.tokens >= 1, "speed.tokens", s.tokens, "1 or more")
+    _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
+    _require(p.context >= 1, "plan.context", p.context, "1 or more")
+    _require(p.memory is None or p.memory > 0, "plan.memory", p.memory, "more than 0 GiB")
+
+
+def _require(ok: bool, name: str, got: object, rule: str) -> None:
+    if not ok:
+        raise KvcompileError(f"{name} must be {rule}", got)
+
+
+def _one_of(name: str, got: str, known: Iterable[str]) -> None:
+    if got not in known:
+        raise KvcompileError(f"unknown {name}", repr(got), suggest(got, known))
+
+
+def to_recipe(config: Config) -> str:
+    """YAML that recreates exactly this config with `from_recipe`."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return f"# Written by kvcompile. Read it again with kvcompile.config.from_recipe.\n{text}"
+
+
+def from_recipe(text: str) -> Config:
+    """The config that `to_recipe` wrote. Data only: no Hydra, no interpolation, nothing executed.
+
+    Raises KvcompileError for broken YAML, unknown keys, wrong types and values out of range.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise KvcompileError("a recipe must be YAML", first_line(error)) from error
+    if not isinstance(data, dict):
+        raise KvcompileError("a recipe must be a YAML mapping", type(data).__name__)
+    _refuse_interpolation(data)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), data)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise KvcompileError(f"recipe: {first_line(error)}", getattr(error, "full_key", None)) from error
+    return finish(config)
+
+
+def _refuse_interpolation(value: Any) -> None:
+    if isinstance(value, str) and "${" in value:
+        raise KvcompileError("a resolved recipe holds plain values", value, "replace the interpolation by its value")
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in items:
+        _refuse_interpolation(item)

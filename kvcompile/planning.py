@@ -1,0 +1,127 @@
+"""`kvcompile plan=only`: what a stack will hold, layer by layer, before a weight is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kvcompile.plan import LayerBytes, LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvcompile.config import Config, ModelConfig
+
+GIB = 1 << 30
+ENDLESS = 1 << 40  # tokens; a cache that still fits then does not grow with the prompt
+
+
+def plan_of(config: Config) -> Plan:
+    """The plan of a config, from the model's configuration alone.
+
+    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it.
+    """
+    from kvcompile import compiler
+    from kvcompile.models import config_of
+
+    architecture = config_of(config.model)
+    dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
+    return compiler.plan_of(architecture, dtype, config, config.policies())
+
+
+def cache_dtype(model: ModelConfig, own: object) -> str:
+    """The cache's dtype: as asked; `auto` is float32 on a CPU and the checkpoint's `own` on an accelerator."""
+    if model.dtype != "auto":
+        return model.dtype
+    import torch
+
+    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
+    return "float32" if on_cpu or own is None else str(own).removeprefix("torch.")
+
+
+def cache_bytes(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
+    """(bytes held, bytes of the uncompressed model) after a prefill of `tokens` by `batch` sequences."""
+    rows = plan.bytes(batch, tokens)
+    return sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
+
+
+def tokens_that_fit(plan: Plan, batch: int, memory: float, dense: bool = False) -> int | None:
+    """The longest prompt whose cache fits in `memory` GiB, for `batch` sequences; None: any length does."""
+
+    def fits(tokens: int) -> bool:
+        return cache_bytes(plan, batch, tokens)[dense] <= memory * GIB
+
+    if fits(ENDLESS):
+        return None
+    low, high = 0, ENDLESS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def summary(plan: Plan, config: Config) -> dict[str, float | int | str | None]:
+    """The totals as one row, for the summary of a sweep."""
+    wanted = config.plan
+    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    row: dict[str, float | int | str | None] = {"cache_bytes": held, "dense_bytes": dense, "ratio": held / dense}
+    if wanted.memory:
+        fit = tokens_that_fit(plan, wanted.batch, wanted.memory)
+        row["tokens_that_fit"] = "any" if fit is None else fit
+    return row
+
+
+def show(plan: Plan, config: Config, console: Console) -> None:
+    """Print the plan: a row for each run of layers alike, the total, the ratio, and what fits in the given memory."""
+    wanted = config.plan
+    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
+    console.print(f"total {size(held)}, uncompressed {size(dense)}: {held / dense:.1%}", highlight=False)
+    if wanted.memory:
+        fit, before = (tokens_that_fit(plan, wanted.batch, wanted.memory, dense=d) for d in (False, True))
+        console.print(
+            f"{wanted.memory:g} GiB hold prompts of {_count(fit)} tokens, uncompressed {_count(before)} "
+            f"(cache only, batch {wanted.batch})",
+            highlight=False,
+        )
+
+
+def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
+    """Layers x (KV heads, tokens kept per head, precision, bytes), consecutive layers alike in one row."""
+    drawn = Table(title=f"{title}\nafter a prefill of {tokens:,} tokens, batch {batch}", title_justify="left")
+    drawn.add_column("layers")
+    for heading in ("KV heads", "kept per head", "precision", "bytes", "kept"):
+        drawn.add_column(heading, justify="right", overflow="fold")
+    rows = [_cells(p, row, plan.dtype) for p, row in zip(plan.layers, plan.bytes(batch, tokens), strict=True)]
+    for cells, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1]):
+        numbers = [index for index, _ in run]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        drawn.add_row(span, *cells)
+    return drawn
+
+
+def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
+    if p.owner != p.index:
+        return str(p.kv_heads), f"reads layer {p.owner}", "", size(0), f"{0:.1%}"
+    if row.kept is None:
+        kept = f"{row.kept_total // p.kv_heads:,} on average, by input"
+    else:
+        low, high = min(row.kept), max(row.kept)
+        kept = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return str(p.kv_heads), kept, dtype, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
+
+
+def size(number: int) -> str:
+    """Bytes in binary units, three digits."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{number} B"
+        value /= 1024
+    return f"{value:,.3g} TiB"
+
+
+def _count(tokens: int | None) -> str:
+    return "any number of" if tokens is None else f"{tokens:,}"
