@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 
 Route = Callable[[Queries, View, KernelSpec], Tensor]
 ROUTES: dict[str, Route] = {"sdpa": sdpa.attend, "reference": reference.attend}

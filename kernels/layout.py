@@ -20,7 +20,7 @@ class DenseView:
 class RaggedView:
     """Rows of any length, one per (sequence, KV head), back to back with slack between them.
 
-    keys `[T, D]`, values `[T, D_v]`, positions `[T]`; row `b * heads + h` is `starts[row] : starts[row] + lengths[row]`.
+    keys `[T, D]`, values `[T, D_v]`, positions `[T]`; row `r = b * heads + h` is `starts[r] : starts[r] + lengths[r]`.
     """
 
     keys: Tensor

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from kvcompile.kernels.layout import DenseView, Queries, View
 from kvcompile.kernels.spec import KernelSpec
+from torch import Tensor
 
 
 def row(view: View, sequence: int, head: int) -> tuple[Tensor, Tensor, Tensor]:

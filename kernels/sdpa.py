@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View
 from kvcompile.kernels.spec import KernelSpec
+from torch import Tensor
 
 QUERY_BLOCK = 512
 

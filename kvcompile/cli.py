@@ -71,7 +71,10 @@ def _app(cfg: DictConfig) -> None:
     context = HydraConfig.get()
     overrides = list(context.overrides.task)
     if context.mode != RunMode.MULTIRUN:
-        _work(resolve(cfg, context.runtime.choices, overrides))
+        try:
+            _work(resolve(cfg, context.runtime.choices, overrides))
+        except KvcompileError as error:
+            sys.exit(f"{error}")  # raised further, Hydra would put a line of its own before it
         return
     folder = Path(context.runtime.output_dir)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.compose import compose, to_recipe
-from kvcompile.config import Config
+from kvcompile.compose import compose
+from kvcompile.config import Config, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
 from kvcompile.stack import apply_stack
@@ -76,7 +76,7 @@ def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progre
     return build(model, plan, config.kernels, to_recipe(config))
 
 
-def compile(  # noqa: A001  (the name users expect: kvcompile.compile)
+def compile(
     model: Any,
     recipe: str | None = None,
     overrides: Sequence[str] = (),

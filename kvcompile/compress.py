@@ -46,13 +46,29 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     if keep != 0:
         kv.watch.remember(queries, step.positions, step.valid, keep)
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
-    if s.score.carries and (step.prefill or due):
-        kv.watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(kv.held.batch)]
-        kv.watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
+    if step.prefill or due:
+        _carry(layer)
     looks = [_look(layer, b) for b in range(kv.held.batch)] if due else None
     if step.last and step.prefill and not s.schedule.decode_every:
         kv.watch.forget()
     return looks
+
+
+def look(kv: LayerCache, step: Step, plan: LayerPlan) -> Looks:
+    """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
+    if plan.selection is None:
+        return None
+    layer = _Layer(kv, plan, plan.selection, step)
+    _carry(layer)
+    return [_look(layer, b) for b in range(kv.held.batch)]
+
+
+def _carry(layer: _Layer) -> None:
+    """Let a score that carries state count the queries that came since its last look."""
+    s, watch = layer.selection, layer.kv.watch
+    if s.score.carries:
+        watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
+        watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
 
 
 def _queries_needed(s: Selection) -> int | None:
@@ -112,9 +128,8 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
     """Scores of one sequence with protected entries at +inf and dead ones at -inf; None if it keeps everything."""
     s, plan, tokens = layer.selection, layer.plan, layer.step.cache.seen[b]
     span = plan.span(tokens)
-    budget = s.budget.of(span) if s.budget is not None else span
-    sinks, recent = s.protected(budget)
-    budget = min(span, max(budget, sinks + recent))
+    budget, floor = s.resolve(span)
+    sinks, recent = s.protected(s.budget.of(span) if s.budget is not None else span)
     if tokens == 0 or (s.budget is not None and budget >= span):
         return None
     seen = _observation(layer, b, s.score)
@@ -129,7 +144,7 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
         mass=mass,
         lengths=alive,
         budget=budget,
-        floor=min(span, sinks + recent),
+        floor=floor,
         newest=tokens - 1,
     )
 
@@ -200,9 +215,7 @@ def _keep(step: Step, index: int, indices: list[Tensor]) -> None:
     step.cache.evicted(index, dropped)
     if watch.carried is not None:
         watch.carried = [
-            torch.nn.utils.rnn.pad_sequence(
-                [held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True
-            )
+            torch.nn.utils.rnn.pad_sequence([held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True)
             for b, held in enumerate(watch.carried)
         ]
     if selection is not None and selection.positions == "compact":
@@ -252,4 +265,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
         step.cache.evicted(plan.index, dropped)
 
 
-__all__ = ["Looks", "compress", "observe", "trim", "turn"]
+__all__ = ["Looks", "compress", "look", "observe", "trim", "turn"]

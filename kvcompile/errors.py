@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra.errors import CompactHydraException
 
 
-class KvcompileError(CompactHydraException):
+class KvcompileError(CompactHydraException):  # type: ignore[misc]
     """A mistake the user can mend: the rule, what was given, the fix, on one line.
 
     Derives from Hydra's compact exception, so the command line prints it without a traceback.

@@ -67,7 +67,9 @@ class CompiledMixin:
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)  # type: ignore[attr-defined]
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
+        )
 
     def _own(self, cache: Any) -> KVCache:
         if cache is None:
@@ -77,7 +79,9 @@ class CompiledMixin:
                 "a compiled model needs its own cache", type(cache).__name__, "pass model.new_cache(), or none at all"
             )
         if cache.plan is not self.kvcompile.plan and cache.plan != self.kvcompile.plan:
-            raise KvcompileError("a cache belongs to the model that made it", "a cache of another plan", "use model.new_cache()")
+            raise KvcompileError(
+                "a cache belongs to the model that made it", "a cache of another plan", "use model.new_cache()"
+            )
         return cache
 
     def _run(
@@ -88,7 +92,7 @@ class CompiledMixin:
         chunk = self.kvcompile.plan.prefill_chunk if caching else 0
         chunk = chunk or count
         if isinstance(keep, Tensor):
-            wanted = [int(i) % count for i in keep]
+            wanted: list[int] | None = [int(i) % count for i in keep]
         else:
             wanted = list(range(count - keep, count)) if keep else None
         pieces = []
@@ -97,7 +101,9 @@ class CompiledMixin:
             cache.chunk(prompting=count > 1, last=stop == count)
             mine: Any = slice(None)
             if wanted is not None:
-                mine = torch.tensor([i - first for i in wanted if first <= i < stop], dtype=torch.long, device=ids.device)
+                mine = torch.tensor(
+                    [i - first for i in wanted if first <= i < stop], dtype=torch.long, device=ids.device
+                )
             at = positions[:, first:stop]
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
@@ -106,7 +112,12 @@ class CompiledMixin:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any = None, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Hook of `generate`: put our cache in place of transformers'."""
         mode = str(getattr(generation_mode, "value", generation_mode))

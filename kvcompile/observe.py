@@ -30,7 +30,8 @@ class Observation:
     `[H_kv, n, D]` as cached (keys after rotation); positions `[H_kv, n]`, true ones, ascending, -1 past a row's end.
     `lengths [H_kv]` are the rows' entries, `tokens` the number of tokens the sequence has seen.
     `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
-    `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R); `layer` its index in the model.
+    `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
+    `layer` is the index in the model.
     """
 
     queries: Tensor

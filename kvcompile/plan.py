@@ -105,8 +105,14 @@ class Plan:
         for p in self.layers:
             owner = self.layers[p.owner]
             if p.query_heads % p.kv_heads:
-                raise KvcompileError(f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}")
-            if (owner.kv_heads, owner.head_dim) != (p.kv_heads, p.head_dim) or owner.owner != owner.index or p.owner > p.index:
+                raise KvcompileError(
+                    f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}"
+                )
+            if (
+                (owner.kv_heads, owner.head_dim) != (p.kv_heads, p.head_dim)
+                or owner.owner != owner.index
+                or p.owner > p.index
+            ):
                 raise KvcompileError(f"layer {p.index} cannot read the cache of layer {p.owner}", f"owner {owner}")
             if p.selection is not None:
                 self._check_selection(p, p.selection)
@@ -164,7 +170,7 @@ class Plan:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict of the whole plan, for reading and for comparing; scores and allocations by class name and fields."""
+        """Plain dict of the whole plan, for reading and comparing; scores and allocations by class name and fields."""
         return {
             "architecture": self.architecture,
             "dtype": self.dtype,

@@ -92,8 +92,10 @@ class Allocation:
         """Whether it must see the scores of all layers before any of them is compressed."""
         return False
 
-    def static(self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int) -> tuple[int, ...] | None:
-        """Tokens per head that `layer` (counted among the `layers` selected ones) keeps of `tokens`; None: ask `allot`."""
+    def static(
+        self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int
+    ) -> tuple[int, ...] | None:
+        """Tokens per head that `layer` (of the `layers` selected ones) keeps of `tokens`; None: ask `allot`."""
         return None
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:

@@ -59,7 +59,11 @@ class SelectionPolicy(Policy):
     skip_layers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.require(0 < self.budget <= 1 or float(self.budget).is_integer() and self.budget > 1, "budget", "in (0, 1] or a whole number of tokens")
+        self.require(
+            0 < self.budget <= 1 or (float(self.budget).is_integer() and self.budget > 1),
+            "budget",
+            "in (0, 1] or a whole number of tokens",
+        )
         self.require(self.sinks >= 0, "sinks", "0 or more")
         self.require(self.decode_every >= 0, "decode_every", "0 or more")
 

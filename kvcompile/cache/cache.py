@@ -22,7 +22,7 @@ TRIM_EVERY = 64  # decoded tokens between two trims of sliding layers
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: true positions `[B, Q]` of the new tokens, which are real, and where it stands in the prompt."""
+    """One forward pass: true positions `[B, Q]` of the new tokens, which are real, where in the prompt it stands."""
 
     cache: KVCache
     positions: Tensor
@@ -82,7 +82,9 @@ class KVCache(Cache):  # type: ignore[misc]
         batch, count = tokens.shape
         self.seen = self.seen or [0] * batch
         if len(self.seen) != batch:
-            raise KvcompileError("a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache")
+            raise KvcompileError(
+                "a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache"
+            )
         valid = self._valid(attention_mask, batch, count)
         prefill = self.prompting or count > 1 or not any(self.seen)
         start = torch.tensor(self.seen, device=tokens.device).unsqueeze(1)

@@ -53,7 +53,7 @@ class RaggedStore:
     def append(
         self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
     ) -> None:
-        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; tokens that are not `valid [B, Q]` are not stored."""
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
         count = keys.shape[2]
         added = [count] * self.batch if valid is None else [int(n) for n in valid.sum(1)]
         if any(n + added[i // self.heads] > self.rooms[i] for i, n in enumerate(self.lengths)):
@@ -61,7 +61,9 @@ class RaggedStore:
         if count == 1 and valid is None:
             self.keys.index_copy_(0, self._ends, keys.reshape(len(self.rooms), -1))
             self.values.index_copy_(0, self._ends, values.reshape(len(self.rooms), -1))
-            self.positions.index_copy_(0, self._ends, positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0).view(-1))
+            self.positions.index_copy_(
+                0, self._ends, positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0).view(-1)
+            )
             self.lengths = [n + 1 for n in self.lengths]
             self._ends += 1
             return
@@ -77,9 +79,7 @@ class RaggedStore:
 
     def view(self) -> RaggedView:
         """What a kernel reads."""
-        return RaggedView(
-            self.keys, self.values, self.positions, self.starts, self.lengths, self.batch, self.heads
-        )
+        return RaggedView(self.keys, self.values, self.positions, self.starts, self.lengths, self.batch, self.heads)
 
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each row's keys `[n, D]`, values and positions, sequence-major."""

@@ -74,7 +74,7 @@ class Watch:
         joined, at = torch.cat(queries, 1), torch.cat(positions)
         if keep is not None:
             joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
-        return joined.unflatten(0, (heads, -1)), at
+        return joined.view(heads, -1, *joined.shape[1:]), at
 
     def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
         """Add queries before rotation `[B, H_q, Q, D]` to the running sums."""
@@ -100,8 +100,8 @@ class Watch:
         covariance = self.outers[b] / self.counts[b] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
         return Moments(
             self.counts[b],
-            mean.float().unflatten(0, (heads, -1)),
-            covariance.float().unflatten(0, (heads, -1)),
+            mean.float().view(heads, -1, *mean.shape[1:]),
+            covariance.float().view(heads, -1, *covariance.shape[1:]),
         )
 
     def carry(self, b: int, entries: int) -> Tensor | None:

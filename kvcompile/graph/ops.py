@@ -27,7 +27,7 @@ def leaf(function: Callable[P, R]) -> Callable[P, R]:
     def node(*args: P.args, **kwargs: P.kwargs) -> R:
         for arg in args:
             if isinstance(arg, torch.fx.Proxy):
-                return arg.tracer.create_proxy("call_function", node, args, kwargs)  # type: ignore[return-value, arg-type]
+                return arg.tracer.create_proxy("call_function", node, args, kwargs)  # type: ignore[return-value]
         return function(*args, **kwargs)
 
     return node
@@ -95,6 +95,4 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
 for op in (begin, kv_append, observe, compress, allocate, trim):
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {
-    f: f.__name__ for f in (begin, rope, kv_append, observe, attend, compress, allocate, trim)
-}
+NAMES: dict[Any, str] = {f: f.__name__ for f in (begin, rope, kv_append, observe, attend, compress, allocate, trim)}

@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.wiring import attends, appends, observes, wiring
+from kvcompile.graph.wiring import appends, attends, observes, wiring
 from kvcompile.plan import LayerPlan, Plan
 
 
@@ -48,7 +48,7 @@ class DropObservers(Pass):
 
 
 class InsertCompression(Pass):
-    """Each selected layer gets a `compress` node after its last reader; layers that share a budget one `allocate` node."""
+    """Each selected layer gets a `compress` node after its last reader; layers that share a budget, one `allocate`."""
 
     def wanted(self) -> bool:
         """Where the plan drops anything."""

@@ -27,7 +27,7 @@ class StepProxy(fx.Proxy):
     ndim = 4
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # type: ignore[misc]
         """What `isinstance` in the mask builders asks for."""
         return torch.Tensor
 
@@ -92,7 +92,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise KvcompileError("the model must have one list of decoder layers", f"none of length {count} in {type(model).__name__}")
+    raise KvcompileError(
+        "the model must have one list of decoder layers", f"none of length {count} in {type(model).__name__}"
+    )
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

@@ -41,5 +41,7 @@ def verify(graph: fx.Graph, plan: Plan) -> dict[int, int]:
     found = wiring(graph)
     for p in plan.layers:
         if found.get(p.index) != p.owner:
-            raise KvcompileError(f"layer {p.index} must read the KV of layer {p.owner}", f"layer {found.get(p.index)} in the graph")
+            raise KvcompileError(
+                f"layer {p.index} must read the KV of layer {p.owner}", f"layer {found.get(p.index)} in the graph"
+            )
     return found

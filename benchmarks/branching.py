@@ -1,0 +1,112 @@
+"""One dense prefill, many stacks: each is applied to a copy of the same cache, so a sweep pays for the prompt once.
+
+Equal to compiling each stack by itself (tests/test_benchmarks.py) for selections that act after prefill; chunked
+prefill and eviction while decoding are not exercised here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile import compress
+from kvcompile.adapters.registry import describe
+from kvcompile.cache import KVCache, Step
+from kvcompile.calibrator import Everything, shared
+from kvcompile.compiler import build
+from kvcompile.plan import Plan
+from kvcompile.selection import Schedule, Score, Selection
+
+
+@dataclass(frozen=True)
+class Recorder(Score):
+    """Remembers all queries and their moments, keeps everything."""
+
+    @property
+    def queries(self) -> int:
+        """All of them."""
+        return 1 << 30
+
+    @property
+    def moments(self) -> bool:
+        """Before rotation too."""
+        return True
+
+    def score(self, seen: Any) -> Tensor:
+        """Zeros."""
+        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device)
+
+
+class Branching:
+    """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left."""
+
+    def __init__(self, model: Any) -> None:
+        identity = describe(model.config, str(model.dtype).removeprefix("torch."))
+        recorder = Selection("recorder", Recorder(), None, Everything(), Schedule(True, 1 << 30))
+        self.identity = identity
+        self.model = build(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
+        self.cache: KVCache | None = None
+        self.logits: Tensor | None = None
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Run the prompt densely."""
+        with torch.no_grad():
+            out = self.model(torch.tensor([list(ids)]), logits_to_keep=1)
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+    def branch(self, plan: Plan) -> KVCache:
+        """A copy of the cache after the selection of `plan`."""
+        if self.cache is None:
+            raise RuntimeError("prefill first")
+        branch = KVCache(plan, self.cache.rotaries, self.cache.route)
+        branch.seen = list(self.cache.seen)
+        for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):
+            mine.store, mine.columns, mine.is_initialized = copy.copy(theirs.store), theirs.columns, True
+            mine.watch = copy.copy(theirs.watch)
+            mine.watch.segments = [copy.copy(s) for s in theirs.watch.segments]
+        step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
+        looks = {p.index: compress.look(branch.layers[p.index], step, p) for p in plan.selected}
+        together = [p.index for p in plan.selected if p.selection and p.selection.allocation.cross_layer]
+        if together:
+            compress.compress(step, {i: looks[i] for i in together})
+        for i in set(looks) - set(together):
+            compress.compress(step, {i: looks[i]})
+        return branch
+
+    def decode(self, cache: KVCache, count: int) -> list[int]:
+        """Greedy continuation of the prompt over a branch."""
+        token = self._first()
+        out = []
+        for _ in range(count):
+            out.append(int(token))
+            logits = self._forward(token.view(1, 1), cache)
+            token = logits[:, -1].argmax(-1)
+        return out
+
+    def loss(self, cache: KVCache, ids: Sequence[int]) -> float:
+        """Mean negative log-likelihood of the true continuation `ids` over a branch, in one causal pass."""
+        new = torch.tensor([list(ids)])
+        logits = self._forward(new, cache)[0, :-1]
+        first = self.logits
+        if first is None:
+            raise RuntimeError("prefill first")
+        return float(torch.nn.functional.cross_entropy(torch.cat([first, logits]), new[0]))
+
+    def _first(self) -> Tensor:
+        if self.logits is None:
+            raise RuntimeError("prefill first")
+        return self.logits.argmax(-1)
+
+    def _forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+        start = cache.get_seq_length()
+        at = torch.arange(start, start + ids.shape[1]).unsqueeze(0)
+        if cache.shift is not None:
+            at = at - cache.shift.unsqueeze(1)
+        with torch.no_grad():
+            logits: Tensor = self.model.kvcompile.graph(ids, None, at, cache, slice(None))
+        return logits

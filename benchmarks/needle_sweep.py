@@ -1,0 +1,120 @@
+"""Which stack keeps the needle at which bytes: many stacks on the same prefills of the default model.
+
+    python benchmarks/needle_sweep.py --stacks benchmarks/stacks/zigzag.txt --tokens 1024 2048 --samples 20
+
+Each line of a stacks file is a row: `label: recipe and overrides as on the command line`. Per row: share of KV bytes
+kept (measured from the caches), exact-match needle score per length and form, perplexity of a continued text
+(prefill 512 tokens, score the next 128 over the compressed cache).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from branching import Branching
+from tabulate import tabulate
+
+from kvcompile.compiler import plan_of
+from kvcompile.compose import compose
+from kvcompile.config import ModelConfig
+from kvcompile.models import load
+from kvcompile.needle import NeedleTask
+from kvcompile.plan import Plan
+from kvcompile.text import sentences
+
+
+def stacks(path: str) -> dict[str, list[str]]:
+    """label -> overrides."""
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    return {label.strip(): rest.split() for label, _, rest in (x.partition(":") for x in lines if x and x[0] != "#")}
+
+
+def plans(rows: dict[str, list[str]], model: Any, calibrated: Any) -> dict[str, Plan]:
+    """label -> plan (calibrating where a policy asks for it)."""
+    out = {}
+    for label, overrides in rows.items():
+        config = compose(overrides)
+        policies = tuple(p.calibrated(calibrated) for p in config.policies())
+        out[label] = plan_of(model.config, "float32", config, policies)
+    return out
+
+
+def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: NeedleTask) -> dict[str, list[Any]]:
+    """label -> [score, share of bytes kept] over one task; None is the dense model."""
+    right = dict.fromkeys([None, *all_plans], 0)
+    kept = dict.fromkeys(all_plans, 0.0)
+    prompts = task.prompts(tokenizer)
+    for done, prompt in enumerate(prompts):
+        runs.prefill(prompt.ids)
+        for label in right:
+            cache = runs.branch(runs.identity if label is None else all_plans[label])
+            if label is not None:
+                dense = runs.cache.nbytes() if runs.cache else 1
+                kept[label] += cache.nbytes() / dense / len(prompts)
+            text = tokenizer.decode(runs.decode(cache, task.max_new_tokens))
+            right[label] += prompt.answer in "".join(c if c.isdigit() else " " for c in text).split()
+        print(f"{task.form} {task.tokens}: {done + 1}/{len(prompts)}", file=sys.stderr, flush=True)
+    return {label or "dense": [right[label] / len(prompts), kept.get(label, 1.0)] for label in right}
+
+
+def perplexities(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], windows: int) -> dict[str, float]:
+    """label -> perplexity of the next 128 tokens after 512, over `windows` places of the text."""
+    ids = tokenizer(" ".join(sentences()))["input_ids"]
+    losses: dict[str, list[float]] = {label: [] for label in ("dense", *all_plans)}
+    for w in range(windows):
+        start = w * (len(ids) - 700) // windows
+        runs.prefill(ids[start : start + 512])
+        for label, found in losses.items():
+            cache = runs.branch(runs.identity if label == "dense" else all_plans[label])
+            found.append(runs.loss(cache, ids[start + 512 : start + 640]))
+    return {label: math.exp(sum(found) / len(found)) for label, found in losses.items()}
+
+
+def main() -> None:
+    """Parse, run, write JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--forms", nargs="+", default=["magic"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    from kvcompile.calibrator import ModelCalibrator
+
+    model, tokenizer = load(ModelConfig())
+    rows = stacks(args.stacks)
+    all_plans = plans(rows, model, ModelCalibrator(model, tokenizer, lambda *_: None))
+    runs = Branching(model)
+    table: dict[str, dict[str, Any]] = {label: {"stack": " ".join(rows.get(label, []))} for label in ("dense", *rows)}
+    for form in args.forms:
+        for tokens in args.tokens:
+            task = NeedleTask(tokens=tokens, samples=args.samples, form=form, seed=args.seed)
+            for label, (score, kept) in needles(runs, tokenizer, all_plans, task).items():
+                table[label][f"{form} {tokens}"] = round(100 * score, 1)
+                table[label][f"kept % {tokens}"] = round(100 * kept, 1)
+    if args.windows:
+        for label, value in perplexities(runs, tokenizer, all_plans, args.windows).items():
+            table[label]["perplexity"] = round(value, 2)
+    lines = [{"row": label, **{k: v for k, v in row.items() if k != "stack"}} for label, row in table.items()]
+    text = tabulate(lines, headers="keys", tablefmt="github")
+    print(text)
+    if args.out:
+        head = f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+        head += f"{args.samples} samples a cell\n\n    python {' '.join(sys.argv)}\n\n"
+        stack_lines = "\n".join(f"- {label}: `{' '.join(rows[label])}`" for label in rows)
+        Path(args.out + ".md").write_text(f"{head}{text}\n\n{stack_lines}\n")
+        Path(args.out + ".json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
