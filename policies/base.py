@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
 from kvcompile.selection import Allocation, Budget, Schedule, Score, Selection, Uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Calibrator(Protocol):
@@ -16,7 +19,12 @@ class Calibrator(Protocol):
 
     model: Any
     tokenizer: Any
+    layers: int
     progress: Callable[[str, int, int], None]
+
+    def attention(self, ids: Tensor, last: int) -> list[Tensor]:
+        """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ class StepProxy(fx.Proxy):
     shape = (0, 0, 0, 0)
     ndim = 4
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """What `isinstance` in the mask builders asks for."""
         return torch.Tensor
 

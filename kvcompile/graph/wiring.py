@@ -10,7 +10,7 @@ from kvcompile.plan import Plan
 
 
 def _by_layer(graph: fx.Graph, op: object, place: int) -> dict[int, fx.Node]:
-    return {int(n.args[place]): n for n in graph.nodes if n.target is op}  # type: ignore[arg-type]
+    return {int(n.args[place]): n for n in graph.nodes if n.target is op}
 
 
 def appends(graph: fx.Graph) -> dict[int, fx.Node]:
