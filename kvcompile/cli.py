@@ -47,13 +47,12 @@ def _hydra(arguments: Sequence[str]) -> None:
     flags = {text for text in arguments if text.startswith("-")}
     if flags <= JOB_FLAGS:  # with any other, Hydra reads more than overrides, or runs nothing
         check([text for text in arguments if text not in flags], _sweeps(arguments))
-    failed = 0
     try:
         _app()
-    finally:
-        failed = multirun.summarise(_console())
+    finally:  # also after an interrupt: the jobs that are done are not lost
+        failed, jobs = multirun.summarise(_console())
     if failed:
-        raise SystemExit(f"{failed} of the jobs failed")
+        sys.exit(f"{failed} of {jobs} jobs failed")
 
 
 def _console() -> Console:

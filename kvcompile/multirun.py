@@ -136,19 +136,19 @@ def _text(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 
-def summarise(console: Console) -> int:
-    """Print and write the summary of this process's sweep, if there was one; return how many jobs failed."""
+def summarise(console: Console) -> tuple[int, int]:
+    """Print and write the summary of this process's sweep, if there was one; return (jobs failed, jobs)."""
     folder = SweepFolder.current
     if folder is None:
-        return 0
+        return 0, 0
     SweepFolder.current = None
     results = collect(folder, SweepFolder.started) if folder.is_dir() else []
     if not results:
-        return 0
+        return 0, 0
     write_summary(results, folder)
     console.print(summary_table(results))
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         console.print(f"job {result.job}: {result.error}", style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{folder}/summary.csv, summary.md", markup=False, highlight=False, soft_wrap=True)
-    return len(failed)
+    return len(failed), len(results)

@@ -1,0 +1,89 @@
+"""`plan=only`: the numbers it prints are the plan's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from kvcompile import planning
+from kvcompile.compose import compose
+from kvcompile.config import Config, ModelConfig, PlanConfig
+from kvcompile.plan import LayerPlan, Plan
+from kvcompile.selection import Budget, Score, Selection
+
+LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 8
+TOKEN_BYTES = LAYERS * KV_HEADS * HEAD_DIM * 2 * 4  # keys and values, float32
+
+
+def plan(budget: float | None = None) -> Plan:
+    keep = Selection("test", Score(), Budget(budget)) if budget else None
+    layers = (LayerPlan(i, 4, KV_HEADS, HEAD_DIM, i, 1.0, selection=keep) for i in range(LAYERS))
+    return Plan("llama", "float32", tuple(layers))
+
+
+def shown(p: Plan, config: Config) -> str:
+    out = StringIO()
+    planning.show(p, config, Console(file=out, width=140))
+    return out.getvalue()
+
+
+def test_bytes_and_ratio() -> None:
+    assert planning.cache_bytes(plan(), 3, 100) == (300 * TOKEN_BYTES, 300 * TOKEN_BYTES)
+    assert planning.cache_bytes(plan(0.25), 3, 100) == (75 * TOKEN_BYTES, 300 * TOKEN_BYTES)
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(None, 1), (0.25, 1), (0.3, 4)])
+def test_tokens_that_fit_is_the_largest_number_that_does(budget: float | None, batch: int) -> None:
+    p, memory = plan(budget), 0.01
+    fit = planning.tokens_that_fit(p, batch, memory)
+    assert fit is not None
+    assert planning.cache_bytes(p, batch, fit)[0] <= memory * 2**30 < planning.cache_bytes(p, batch, fit + 1)[0]
+
+
+def test_a_budget_in_tokens_fits_any_prompt() -> None:
+    assert planning.tokens_that_fit(plan(64.0), 1, 0.01) is None
+    assert planning.tokens_that_fit(plan(64.0), 1, 0.01, dense=True) == int(0.01 * 2**30 // TOKEN_BYTES)
+    assert planning.tokens_that_fit(plan(), 1, 1e-9) == 0
+
+
+def test_table_groups_layers_alike_and_shows_owners() -> None:
+    p = plan(0.25)
+    shared = replace(p.layers[3], owner=2)
+    p = replace(p, layers=(replace(p.layers[0], selection=None), *p.layers[1:3], shared))
+    text = shown(p, Config(plan=PlanConfig(context=1000, batch=2, memory=1)))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["0", "2", "1,000", "float32", "250 KiB", "100.0%"],
+        ["1-2", "2", "250", "float32", "62.5 KiB", "25.0%"],
+        ["3", "2", "reads layer 2", "", "0 B", "0.0%"],
+    ]
+    assert "total 375 KiB, uncompressed 1e+03 KiB: 37.5%" in text or "total 375 KiB, uncompressed 1000 KiB" in text
+    assert "1 GiB hold prompts of" in text
+
+
+def test_summary_row_has_the_totals() -> None:
+    row = planning.summary(plan(0.25), Config(plan=PlanConfig(context=100, memory=0.01)))
+    assert row["cache_bytes"] == 25 * TOKEN_BYTES
+    assert row["ratio"] == 0.25
+    assert row["tokens_that_fit"] == planning.tokens_that_fit(plan(0.25), 1, 0.01)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5 GiB")])
+def test_sizes_read_well(number: int, text: str) -> None:
+    assert planning.size(number) == text
+
+
+def test_cache_dtype_follows_the_model() -> None:
+    assert planning.cache_dtype(ModelConfig(dtype="bfloat16"), "torch.float32") == "bfloat16"
+    assert planning.cache_dtype(ModelConfig(device="cpu"), "torch.bfloat16") == "float32"
+    assert planning.cache_dtype(ModelConfig(device="cuda"), "torch.bfloat16") == "bfloat16"
+
+
+def test_plan_of_the_default_model_needs_no_weights() -> None:
+    p = planning.plan_of(compose(["policy=[snapkv]", "budget=0.5", "prefill_chunk=256"]))
+    assert (len(p.layers), p.layers[0].kv_heads, p.layers[0].head_dim, p.prefill_chunk) == (30, 3, 64, 256)
+    held, dense = planning.cache_bytes(p, 1, 1000)
+    assert held * 2 == dense
