@@ -1,0 +1,51 @@
+"""Perplexity of text read through the cache: prefill, then one token at a time, as in generation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+
+
+def cached_perplexity(model: Any, ids: Tensor, context: int, tokens: int, windows: int = 1) -> float:
+    """Perplexity of the tokens after a cached context, each predicted by a query of one token over the cache.
+
+    exp( mean over windows and i of -log p(x[c+i+1] | cache of x[:c], x[c:c+i+1]) ),  c = context, i = 0..tokens-1.
+    One forward over a whole text never reads a compressed cache; this does for every scored token. The first token
+    after the context is fed, not scored: prefill predicts it before anything is dropped.
+    ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it.
+    Raises KvcompileError if the text is too short for one window.
+    """
+    ids = ids.reshape(-1).to(model.device)
+    width = context + tokens + 1
+    if context < 1 or tokens < 1 or windows < 1:
+        raise KvcompileError("context, tokens and windows must be 1 or more", (context, tokens, windows))
+    if len(ids) < width:
+        raise KvcompileError("the text must hold context + tokens + 1 tokens", len(ids), f"{width} tokens or more")
+    step = (len(ids) - width) // max(1, windows - 1)
+    losses = [_losses(model, ids[i * step : i * step + width], context) for i in range(windows)]
+    return math.exp(torch.cat(losses).mean().item())
+
+
+def forward(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits `[B, vocabulary]` after the last of `ids [B, Q]`, and the cache; None lets the model make its own."""
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+    return out.logits[:, -1], out.past_key_values
+
+
+@torch.inference_mode()
+def _losses(model: Any, ids: Tensor, context: int) -> Tensor:
+    """Negative log likelihoods, float32, of `ids[context + 1:]`."""
+    _, cache = forward(model, ids[:context].unsqueeze(0))
+    losses = []
+    for i in range(context, len(ids) - 1):
+        logits, cache = forward(model, ids[i].view(1, 1), cache)
+        losses.append(F.cross_entropy(logits.float(), ids[i + 1].view(1)))
+    return torch.stack(losses)

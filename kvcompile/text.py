@@ -1,0 +1,78 @@
+"""English text that needs no download: the sentences of Python's own language reference, or of a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kvcompile.errors import KvcompileError
+
+SHORTEST, LONGEST = 20, 400  # characters of a sentence worth keeping
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_BULLET = re.compile(r"^(?:[*+-]|\d+\.)\s+")
+_EMPHASIS = re.compile(r"(?<![\w*\"])(\*{1,2})([^\s*](?:[^*]*[^\s*])?)\1(?![\w*\"])")
+_ROLE = re.compile(r":\w+:`~?([^`<]+?)(?: <[^>]*>)?`|``([^`]+)``")
+_FOOTNOTE = re.compile(r"\s*\[\d+\]")
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"“(])")
+_ABBREVIATED = re.compile(r"(?:\be\.g|\bi\.e|\betc|\bvs|\bcf|\bMr|\bMrs|\bDr)\.$")
+_CODE = re.compile(r"::=|>>>|->|[|\\{}<>=_]{2}|[|`~^]|::")
+
+
+def builtin() -> list[str]:
+    """Sentences of the language reference that ships with Python, in a fixed order, without repetitions.
+
+    Source: the standard library's `pydoc_data.topics`; the text follows the Python version.
+    """
+    from pydoc_data.topics import topics
+
+    return from_text("\n\n".join(topics[name] for name in sorted(topics)))
+
+
+def from_file(path: str | Path) -> list[str]:
+    """Sentences of a UTF-8 text file. Raises KvcompileError if it cannot be read or holds none."""
+    try:
+        found = from_text(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise KvcompileError("a text source must be a readable UTF-8 file", f"{str(path)!r} ({error})") from error
+    if not found:
+        raise KvcompileError(
+            f"a text source must hold sentences of {SHORTEST} to {LONGEST} characters", repr(str(path))
+        )
+    return found
+
+
+def sentences(source: str | Path | None = None) -> list[str]:
+    """Sentences of the file `source`, or the built-in ones for None."""
+    return builtin() if source is None else from_file(source)
+
+
+def from_text(text: str) -> list[str]:
+    """Whole sentences of 20 to 400 characters, markup removed; headings, tables, grammars and code are left out."""
+    found: dict[str, None] = {}
+    for paragraph in _PARAGRAPH.split(text):
+        line = _BULLET.sub("", " ".join(paragraph.split()))
+        for sentence in _split(_plain(line)):
+            if SHORTEST <= len(sentence) <= LONGEST and _readable(sentence):
+                found.setdefault(sentence)
+    return list(found)
+
+
+def _plain(line: str) -> str:
+    without_roles = _ROLE.sub(lambda m: m[1] or m[2], line)
+    return _FOOTNOTE.sub("", _EMPHASIS.sub(r"\2", without_roles))
+
+
+def _split(paragraph: str) -> list[str]:
+    parts: list[str] = []
+    for part in _END.split(paragraph):
+        if parts and _ABBREVIATED.search(parts[-1]):
+            parts[-1] += " " + part
+        else:
+            parts.append(part)
+    return parts
+
+
+def _readable(sentence: str) -> bool:
+    balanced = sentence.count("(") == sentence.count(")") and sentence.count('"') % 2 == 0
+    return balanced and sentence[0].isupper() and sentence[-1] in ".!?" and not _CODE.search(sentence)

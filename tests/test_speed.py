@@ -1,0 +1,65 @@
+"""Protects the speed measurement: what is counted, in which order, and against what."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from kvcompile.errors import KvcompileError
+from kvcompile.speed import WARM_UP, cache_bytes, compare, measure
+
+
+class Paced:
+    """A model whose forward takes a known time and notes its turns."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, seconds: float, held: int, turns: list[str]) -> None:
+        self.name, self.seconds, self.held, self.turns = name, seconds, held, turns
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        self.turns.append(f"{self.name}{input_ids.shape[1]}")
+        time.sleep(self.seconds * input_ids.shape[1])
+        cache = past_key_values or SimpleNamespace(nbytes=lambda: self.held)
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 4), past_key_values=cache)
+
+    __call__ = forward
+
+
+def test_models_take_turns_and_ratios_are_against_the_first() -> None:
+    turns: list[str] = []
+    models = {"slow": Paced("s", 0.02, 400, turns), "fast": Paced("f", 0.004, 100, turns)}
+    got = compare(models, tiny_ids(1, 3), new_tokens=2, rounds=2)
+    warm = [f"{m}{n}" for m in "sf" for n in [3] + [1] * WARM_UP]
+    assert turns == warm + ["s3", "s1", "s1", "f3", "f1", "f1"] * 2
+    assert got.cache_ratio == {"slow": 1.0, "fast": 4.0}
+    assert got.decode_ratio["slow"] == got.prefill_ratio["slow"] == 1.0
+    assert got.decode_ratio["fast"] > 1.5
+    assert got.prefill_ratio["fast"] > 1.5
+    slow = got.speeds["slow"]
+    assert slow.step_s >= slow.step_min_s >= 0.02
+    assert slow.prefill_s >= 0.06
+    assert slow.decode_tokens_s == pytest.approx(1 / slow.step_s)
+    assert slow.prefill_tokens_s == pytest.approx(3 / slow.prefill_s)
+
+
+def test_a_transformers_cache_is_counted_by_its_tensors() -> None:
+    model, ids = tiny_model(), tiny_ids(2, 24)
+    got = measure(model, ids, new_tokens=3)
+    assert got.cache_bytes == 4 * 2 * (2 * 2 * 24 * 16) * 4  # layers, keys and values, [B, H_kv, T, D], fp32
+    assert (got.batch, got.context, got.new_tokens) == (2, 24, 3)
+    assert got.peak_bytes >= 0
+
+
+def test_a_cache_that_counts_itself_is_believed() -> None:
+    assert cache_bytes(SimpleNamespace(nbytes=lambda: 7)) == 7
+
+
+@pytest.mark.parametrize("wrong", [{"new_tokens": 0}, {"rounds": 0}, {"ids": torch.zeros(3)}, {"models": {}}])
+def test_empty_measurements_are_refused(wrong: dict) -> None:
+    with pytest.raises(KvcompileError, match="speed"):
+        compare(**{"models": {"m": None}, "ids": tiny_ids(1, 3), "new_tokens": 1, "rounds": 1, **wrong})
