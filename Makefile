@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := outputs/zigzag-llama
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test model lint types clean
 
 help:
 	@echo "make demo   set up, compile the default model with zigzag, show how to load it"
@@ -19,8 +19,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
 	touch $@
 
-$(DEMO)/recipe.yaml: | $(READY)
-	$(BIN)/python -m kvcompile.models
+# Fetches and converts the default model once, into the user's cache folder.
+model: $(READY)
+	@$(BIN)/python -m kvcompile.models
+
+$(DEMO)/recipe.yaml: | model
 	$(BIN)/kvcompile recipe=zigzag model=llama
 
 demo: $(DEMO)/recipe.yaml
@@ -43,7 +46,7 @@ types: $(READY)
 	@for path in policies kernels conf recipes; do ln -s ../../$$path .typed/kvcompile/; done
 	$(BIN)/mypy
 
-test: lint types
+test: lint types model
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q
 
 clean:

@@ -23,11 +23,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
-from kvcompile.stack import discover, first_line, orphan, schema, suggest
+from kvcompile.stack import discover, first_line, orphan, policy_class, schema, suggest
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
 _LOCK = threading.RLock()
+_STORED: set[str] = set()  # Hydra 1.4 warns about storing twice
 
 
 class RecipeFolder(SearchPathPlugin):  # type: ignore[misc]
@@ -47,9 +48,11 @@ def register() -> None:
     """Give Hydra the recipes, the schema of the config, and every installed policy as an option of `policy`."""
     Plugins.instance().register(RecipeFolder)
     store = ConfigStore.instance()
-    store.store(name="kvcompile_schema", node=Config)
-    for name, cls in discover().items():
-        store.store(group="policy", name=name, node=schema(cls), package=f"stack.{name}")
+    if not _STORED:
+        store.store(name="kvcompile_schema", node=Config)
+    for name in discover().keys() - _STORED:
+        store.store(group="policy", name=name, node=schema(policy_class(name)), package=f"stack.{name}")
+        _STORED.add(name)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -13,6 +13,8 @@ import pytest
 from kvcompile.policies.base import Policy
 
 import kvcompile.stack as stack
+from kvcompile.compose import compose
+from kvcompile.config import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
 from kvcompile.stack import apply_stack, build_stack, discover, options_of, policy_class
@@ -85,6 +87,12 @@ def test_discover_finds_built_in_and_third_party_policies(plug: Any) -> None:
     assert discover()["probe"] is Probe
     assert discover()["snapkv"].__module__ == "kvcompile.policies.snapkv"
     assert list(discover()) == sorted(discover())
+
+
+def test_a_plug_in_is_composed_like_a_built_in_policy(plug: Any) -> None:
+    config = compose(["policy=[early,probe]", "stack.probe.bits=4", "stack.probe.heads=[7]"])
+    assert config.policies() == (Early(), Probe(bits=4, heads=(7,)))
+    assert from_recipe(to_recipe(config)) == config
 
 
 def test_every_policy_file_is_discovered() -> None:
