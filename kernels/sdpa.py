@@ -75,8 +75,11 @@ def _mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor:
 
 
 def _window_mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor | None:
-    """One new token sees everything held, unless a sliding window hides what has not been trimmed yet."""
-    if not spec.sliding_window or held.shape[-1] <= spec.sliding_window:
+    """One new token sees everything held, unless a sliding window hides what has not been trimmed yet.
+
+    Rows ascend, so the first entry tells; their number does not, as an eviction leaves gaps.
+    """
+    if not spec.sliding_window or bool((held[:, :, 0] > at - spec.sliding_window).all()):
         return None
     return _mask(at, held, spec)
 
@@ -90,10 +93,8 @@ def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor
     for i, (start, length) in enumerate(zip(view.starts, view.lengths, strict=True)):
         keys = view.keys[None, None, start : start + length]
         values = view.values[None, None, start : start + length]
-        mask = None
-        if spec.sliding_window and length > spec.sliding_window:
-            held = view.positions[None, None, start : start + length]
-            mask = _mask(queries.positions[i // view.heads, None], held, spec)
+        held = view.positions[None, None, start : start + length]
+        mask = _window_mask(queries.positions[i // view.heads, None], held, spec)
         if spec.softcap:
             outs.append(_softcapped(rows[i], keys, values, mask, spec))
         else:
