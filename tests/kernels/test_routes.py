@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.dispatch import ROUTES, choose
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11
 # and 2^-8 relative), and of the logits where soft-cap goes by matmul; logits here stay below about 4.
@@ -115,8 +116,8 @@ def naive(case: Case) -> Tensor:
                         continue
                     logit = float(case.states[b, h, t].double() @ keys[j].double()) * spec.scale
                     if spec.softcap:
-                        logit = spec.softcap * float(torch.tanh(torch.tensor(logit / spec.softcap, dtype=torch.float64)))
-                    weights.append(float(torch.tensor(logit, dtype=torch.float64).exp()))
+                        logit = spec.softcap * math.tanh(logit / spec.softcap)
+                    weights.append(math.exp(logit))
                     total += weights[-1]
                 out[b, h, t] = torch.tensor(weights, dtype=torch.float64) @ values.double() / total
     return out
@@ -133,7 +134,7 @@ def agree(case: Case, got: Tensor, expected: Tensor) -> None:
 
 common = {
     "seed": st.integers(0, 2**16),
-    "heads": st.integers(1, 3),
+    "heads": st.integers(1, 2),
     "group": st.sampled_from([1, 3, 4, 8]),
     "dims": st.sampled_from([(8, 8), (16, 8), (5, 12)]),
     "window": st.sampled_from([None, 1, 4, 9]),
@@ -144,7 +145,7 @@ common = {
 }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(history=st.integers(0, 20), new=st.integers(1, 13), batch=st.integers(1, 3), **common)
 @example(0, 1, 1, 0, 1, 1, (8, 8), None, None, torch.float32, 512, True).via("one token ever")
 def test_dense_layout(history, new, batch, seed, heads, group, dims, window, softcap, dtype, block, contiguous) -> None:
@@ -156,7 +157,7 @@ def test_dense_layout(history, new, batch, seed, heads, group, dims, window, sof
     agree(case, got, reference.attend(case.queries(), view, case.spec))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), batch=st.integers(1, 3), **common)
 def test_ragged_layout(data, batch, seed, heads, group, dims, window, softcap, dtype, block, contiguous) -> None:
     history = data.draw(st.lists(st.integers(0, 20), min_size=batch * heads, max_size=batch * heads))
