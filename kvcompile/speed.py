@@ -165,11 +165,11 @@ def _peak(on: Tensor) -> Iterator[Callable[[], int]]:
         yield lambda: torch.cuda.max_memory_allocated(on.device) - before
         return
     process, done = psutil.Process(), threading.Event()
-    before = most = process.memory_info().rss
+    before = most = int(process.memory_info().rss)
 
     def look() -> int:
         nonlocal most
-        most = max(most, process.memory_info().rss)
+        most = max(most, int(process.memory_info().rss))
         return most - before
 
     def watch() -> None:

@@ -1,0 +1,325 @@
+"""How a report looks: the same tables on screen and in Markdown, and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+from tabulate import tabulate
+
+from kvcompile.needle import NeedleResult
+from kvcompile.speed import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+
+    from kvcompile.report import LayerRow, Report
+
+Verdict = Literal["better", "worse", "wrong", ""]
+COLOUR: dict[Verdict, str] = {"better": "green", "worse": "bold red", "wrong": "bold red", "": ""}
+NOISE = 0.05  # timings within this share of each other are no verdict
+INK, DENSE, KEPT, LOSS = "#333f48", "#b8c2cc", "#2a6fbb", "#c8402f"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, and whether it is better or worse than the uncompressed model's."""
+
+    text: str
+    verdict: Verdict = ""
+
+
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; `first` columns are text, the others numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[Row]
+    first: int = 1
+
+
+def tables(report: Report) -> list[Table]:
+    """The report's tables: summary, needle by length and depth, layers."""
+    found = [_summary(report)]
+    if report.needle is not None:
+        found.append(_needle(*report.needle))
+    return [*found, _layers(report)]
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown; values worse than the uncompressed model's are bold and marked."""
+    mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
+    parts = [f"# {_inline(report.title)}", _facts(report, _inline), "![Budget and needle](report.png)"]
+    parts += [f"> **Warning:** {_inline(w)}" for w in report.warnings]
+    shown = tables(report)
+    if report.needle is not None:
+        shown.append(_answers(*report.needle))
+    for table in shown:
+        body = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
+        align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
+        grid = tabulate(body, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
+        parts += [f"## {table.title}", grid]
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the tables: worse in red, better in green."""
+    console.print(f"\n[bold]{escape(report.title)}[/bold]", highlight=False)
+    console.print(escape(_facts(report, str)), highlight=False)
+    for table in reversed(tables(report)):  # the summary last, where the eye is
+        grid = RichTable(title=table.title, title_justify="left", title_style="bold")
+        for place, name in enumerate(table.header):
+            grid.add_column(name, justify="left" if place < table.first else "right")
+        for row in table.rows:
+            grid.add_row(*(_coloured(cell) for cell in row))
+        console.print(grid)
+    for warning in report.warnings:
+        console.print(f"[bold red]Warning:[/bold red] {escape(warning)}", highlight=False)
+
+
+def draw(report: Report, path: Path) -> None:
+    """The picture: tokens kept by layer (mean of the heads, whiskers from least to most), needle score by depth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    widths = [1.7] if report.needle is None else [1.7, 1.0]
+    figure = Figure(figsize=(4.2 * sum(widths), 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no global state, no window system
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    _draw_layers(report, axes[0])
+    if report.needle is not None:
+        _draw_needle(*report.needle, axes[1])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(DENSE)
+        ax.tick_params(colors=INK, length=0)
+        ax.grid(axis="y", color=DENSE, alpha=0.4, linewidth=0.6)
+        ax.set_axisbelow(True)
+    figure.suptitle(report.title.replace("$", r"\$"), x=0.01, ha="left", fontweight="bold", color=INK)
+    figure.savefig(path)
+
+
+def _summary(report: Report) -> Table:
+    rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
+    rows.append((Cell("as planned"), Cell(""), Cell(_kept_promise(report)), Cell("")))
+    if report.needle is not None:
+        rows.append(_share("needle, exact answers", *report.needle))
+    if report.perplexity is not None:
+        rows.append(_change("perplexity, cached", *report.perplexity, "{:.3f}".format, -1))
+    if report.speed is not None:
+        rows += _speed(report.speed)
+    return Table("Before and after", ("", "uncompressed", "compiled", "change"), rows)
+
+
+def _kept_promise(report: Report) -> str:
+    free = [r for r in report.rows if r.planned is None]
+    thresholds = sum(r.threshold for r in free)
+    parts = []
+    if len(free) < len(report.rows):
+        parts.append(f"{len(report.rows) - len(free)} layers: every head")
+    if len(free) > thresholds:
+        parts.append(f"{len(free) - thresholds} layers: {report.planned_total or 0:,} tokens in all")
+    if thresholds:
+        parts.append(f"{thresholds} layers: threshold, no plan")
+    return ", ".join(parts)
+
+
+def _speed(speed: Comparison) -> list[Row]:
+    """Times and sizes; the change is the median over rounds, each against its own neighbour."""
+    first, *_, last = speed.speeds
+    old, new = speed.speeds[first], speed.speeds[last]
+    at = f"{new.context:,} tokens" + (f" x {new.batch}" if new.batch > 1 else "")
+    return [
+        _ratio(f"prefill, {at}", f"{old.prefill_s:.2f} s", f"{new.prefill_s:.2f} s", speed.prefill_ratio[last]),
+        _ratio(
+            f"decode, {at}",
+            f"{old.decode_tokens_s:.1f} tokens/s",
+            f"{new.decode_tokens_s:.1f} tokens/s",
+            speed.decode_ratio[last],
+        ),
+        _change(f"cache, {at}", old.cache_bytes, new.cache_bytes, size, -1),
+        _change(f"peak memory growth, {at}", old.peak_bytes, new.peak_bytes, size, -1, NOISE),
+    ]
+
+
+def _ratio(name: str, old: str, new: str, ratio: float) -> Row:
+    verdict = _verdict(1.0, ratio, 1, NOISE)
+    return (Cell(name), Cell(old), Cell(new, verdict), Cell(f"{ratio:.2f}x as fast", verdict))
+
+
+def _layers(report: Report) -> Table:
+    rows = [_layer(row) for row in report.rows]
+    heads = Cell(str(sum(r.kv_heads for r in report.rows)))
+    planned = [r.planned_bytes for r in report.rows if r.planned_bytes is not None]
+    total = sum(planned) if len(planned) == len(report.rows) else None
+    rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
+    header = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
+    return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
+
+
+def _layer(row: LayerRow) -> Row:
+    tokens = " ".join(map(str, row.kept))
+    if len(row.kept) > 1 and len(set(row.kept)) == 1:
+        tokens = f"{row.kept[0]} each"
+    sizes = _sizes(row.bytes, row.planned_bytes, row.dense_bytes)
+    return (Cell(str(row.layer)), Cell(str(row.kv_heads)), Cell(tokens), *sizes)
+
+
+def _sizes(held: int, planned: int | None, dense: int) -> Row:
+    verdict = _verdict(dense, held, -1)
+    promised = "by input" if planned is None else size(planned)
+    kept = f"{held / dense:.1%}" if dense else ""
+    return (Cell(size(held), verdict), Cell(promised), Cell(size(dense)), Cell(kept, verdict))
+
+
+def _needle(before: NeedleResult, after: NeedleResult) -> Table:
+    rows = [_share(f"all ({len(after.records)} prompts)", before, after)]
+    for name, text in (("form", "form {}"), ("length", "{:,} tokens"), ("depth", "depth {:.0%}")):
+        values = sorted({getattr(r, name) for r in after.records})
+        if len(values) > 1:
+            rows += [_share(text.format(v), _only(before, name, v), _only(after, name, v)) for v in values]
+    return Table("Needle in a haystack", ("", "uncompressed", "compiled", "change"), rows)
+
+
+def _answers(before: NeedleResult, after: NeedleResult) -> Table:
+    rows = [
+        (
+            Cell(f"{new.form}, {new.tokens:,} tokens, depth {new.depth:.0%}"),
+            Cell(new.answer),
+            *(Cell(r.text.strip(), "" if r.right else "wrong") for r in (old, new)),
+        )
+        for old, new in zip(before.records, after.records, strict=True)
+    ]
+    return Table("Needle answers", ("prompt", "hidden", "uncompressed", "compiled"), rows, first=4)
+
+
+def _only(result: NeedleResult, name: str, value: Any) -> NeedleResult:
+    return NeedleResult(tuple(r for r in result.records if getattr(r, name) == value))
+
+
+def _share(name: str, before: NeedleResult, after: NeedleResult) -> Row:
+    old, new = before.mean, after.mean
+    verdict = _verdict(old, new, 1)
+    points = f"{100 * (new - old):+.0f} points" if new != old else "none"
+    return (Cell(name), Cell(f"{old:.0%}"), Cell(f"{new:.0%}", verdict), Cell(points, verdict))
+
+
+def _change(name: str, old: float, new: float, text: Callable[[float], str], sign: int, noise: float = 0.0) -> Row:
+    verdict = _verdict(old, new, sign, noise)
+    percent = "none" if new == old else f"{new / old - 1:+.1%}" if old else ""
+    return (Cell(name), Cell(text(old)), Cell(text(new), verdict), Cell(percent, verdict))
+
+
+def _verdict(old: float, new: float, sign: int, noise: float = 0.0) -> Verdict:
+    """`sign` 1: more is better, -1: less is. What is no number (NaN) is worse than any."""
+    if math.isnan(new):
+        return "worse"
+    if abs(new - old) <= noise * abs(old):
+        return ""
+    return "better" if (new - old) * sign > 0 else "worse"
+
+
+def size(count: float) -> str:
+    """Bytes for people: B, KiB, MiB, GiB."""
+    units = ["B", "KiB", "MiB", "GiB"]
+    while abs(count) >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.2f} {units[0]}"
+
+
+def _facts(report: Report, text: Callable[[str], str]) -> str:
+    lines = {
+        "model": report.model,
+        "recipe": report.recipe,
+        "policies": " -> ".join(report.policies) or "none",
+        "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+        "machine": report.machine,
+        "graph passes": ", ".join(f"{name} {times}" for name, times in report.passes.items()),
+        "kernels": ", ".join(f"{name} ({times} layers)" for name, times in Counter(report.kernels).items()),
+    }
+    return "\n".join(f"- {name}: {text(value)}" for name, value in lines.items() if value)
+
+
+def _inline(text: str) -> str:
+    """Text that cannot break a Markdown table or start markup."""
+    flat = " ".join(text.split())
+    return "".join("\\" + c if c in "\\`*_|<>[]" else c for c in flat)
+
+
+def _coloured(cell: Cell) -> str:
+    colour = COLOUR[cell.verdict]
+    return f"[{colour}]{escape(cell.text)}[/]" if colour else escape(cell.text)
+
+
+def _draw_layers(report: Report, ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    means = [sum(row.kept) / max(1, len(row.kept)) for row in report.rows]
+    places = [row.layer for row in report.rows]
+    ax.bar(places, means, color=KEPT, width=0.78, label="mean of the KV heads")
+    uneven = [(r.layer, m, min(r.kept), max(r.kept)) for r, m in zip(report.rows, means, strict=True) if r.kept]
+    uneven = [row for row in uneven if row[2] != row[3]]
+    if uneven:
+        x, mean, least, most = zip(*uneven, strict=True)
+        spread = [_minus(mean, least), _minus(most, mean)]
+        ax.errorbar(x, mean, spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2, label="least to most")
+    top = max([max(row.kept, default=0) for row in report.rows], default=0)
+    if top > report.tokens / 2:
+        ax.axhline(report.tokens, color=DENSE, linestyle="--", linewidth=1.2, label="uncompressed")
+        top = max(top, report.tokens)
+    ax.set_ylim(0, top * 1.08 or 1)
+    ax.set_xlim(min(places, default=0) - 0.7, max(places, default=0) + 0.7)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layer", color=INK)
+    ax.set_ylabel(f"tokens kept of {report.tokens:,}", color=INK)
+    share = f", {report.bytes_held / report.dense_bytes:.1%}" if report.dense_bytes else ""
+    ax.set_title(f"Cache: {size(report.bytes_held)} of {size(report.dense_bytes)}{share}", fontsize=10, color=INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+
+
+def _draw_needle(before: NeedleResult, after: NeedleResult, ax: Axes) -> None:
+    depths = list(after.by_depth)
+    old, new = list(before.by_depth.values()), list(after.by_depth.values())
+    lost = [n < o for o, n in zip(old, new, strict=True)]
+    ax.bar([i - 0.2 for i in range(len(depths))], [100 * o for o in old], 0.38, color=DENSE)
+    colours = [LOSS if bad else KEPT for bad in lost]
+    bars = ax.bar([i + 0.2 for i in range(len(depths))], [100 * n for n in new], 0.38, color=colours)
+    ax.bar_label(bars, [f"{n:.0%}" for n in new], fontsize=7, color=INK, padding=1)
+    ax.set_xticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=8 if len(depths) < 8 else 6)
+    ax.set_ylim(0, 108)
+    ax.set_xlabel("depth of the needle", color=INK)
+    ax.set_ylabel("exact answers, %", color=INK)
+    totals = f"{before.mean:.0%} → {after.mean:.0%} of {len(after.records)} prompts"
+    ax.set_title(f"Needle: {totals}", fontsize=10, color=INK)
+    _needle_legend(ax, any(lost))
+
+
+def _needle_legend(ax: Axes, lost: bool) -> None:
+    from matplotlib.patches import Patch
+
+    names = [(DENSE, "uncompressed"), (KEPT, "compiled")] + [(LOSS, "compiled, worse")] * lost
+    handles = [Patch(color=colour, label=label) for colour, label in names]
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=3,
+    )
+
+
+def _minus(left: Iterable[float], right: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(left, right, strict=True)]
