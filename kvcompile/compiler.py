@@ -101,11 +101,11 @@ def compile(
 
 def compile_config(config: Config) -> Outcome:
     """One job of the command line: load, measure, compile, prove, measure again, report, save."""
-    from kvcompile.models import config_of, load, progress_bar
+    from kvcompile import planning
+    from kvcompile.models import load, progress_bar
     from kvcompile.prove import compile_and_report
 
-    hf = config_of(config.model)
-    plan_of(hf, "float32", config, config.policies())  # a stack that cannot work fails before weights are read
+    planning.plan_of(config)  # a stack that cannot work fails before weights are read
     with progress_bar() as progress:
         model, tokenizer = load(config.model, progress)
         return compile_and_report(model, tokenizer, config, progress)

@@ -1,0 +1,144 @@
+"""One job, end to end: measure the original, compile, prove that the compression ran, measure again, report, save."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile import artifact, compiler, report
+from kvcompile.cache import KVCache
+from kvcompile.calibrator import shared
+from kvcompile.config import Config
+from kvcompile.errors import KvcompileError
+from kvcompile.needle import NeedleResult, NeedleTask, score
+from kvcompile.plan import Plan
+from kvcompile.report import LayerRow, Report
+from kvcompile.speed import Comparison, compare
+from kvcompile.text import sentences
+
+Progress = Callable[[str, int, int], None]
+PROOF_TOKENS = 1024
+
+
+def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> compiler.Outcome:
+    """Compile a loaded model by `config` and leave an artifact with its report.
+
+    Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
+    """
+    folder = compiler.target(config)
+    original = shared(model)
+    compiled = compiler.assemble(model, config, tokenizer, progress)
+    ids = _text(tokenizer, _proof_length(config, model))
+    rows, planned_total = prove(compiled, ids)
+    made = Report(
+        title=config.label,
+        model=config.model.pretrained or config.model.name,
+        recipe=compiled.kvcompile.recipe,
+        policies=list(config.stack),
+        machine=_machine(),
+        versions=artifact.versions(),
+        tokens=ids.shape[1],
+        rows=rows,
+        planned_total=planned_total,
+        kernels=_kernels(compiled),
+        passes=compiled.kvcompile.changes,
+        needle=_needle(original, compiled, tokenizer, config, progress),
+        speed=_speed(original, compiled, tokenizer, config, progress),
+    )
+    del original
+    artifact.save(compiled, folder, tokenizer, extra=lambda tmp: report.write(made, tmp))
+    report.show(made)
+    return compiler.Outcome(str(folder), report.summary(made))
+
+
+def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
+    """What each layer of the live cache holds after the prompt `ids [1, n]`, beside what the plan says.
+
+    Raises KvcompileError where they differ, or where nothing was dropped though the plan drops.
+    """
+    plan: Plan = model.kvcompile.plan
+    with torch.no_grad():
+        cache: KVCache = model(ids.to(model.device), logits_to_keep=1).past_key_values
+    tokens = ids.shape[1]
+    planned = plan.bytes(1, tokens)
+    rows = []
+    for expected, layer, p in zip(planned, cache.layers, plan.layers, strict=True):
+        held = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
+        measured = layer.store.nbytes() if layer.store is not None else 0
+        rows.append(
+            LayerRow(
+                layer=p.index,
+                kv_heads=p.kv_heads,
+                kept=list(held),
+                planned=None if expected.kept is None else list(expected.kept),
+                bytes=measured,
+                planned_bytes=expected.bytes if expected.kept is not None else None,
+                dense_bytes=expected.dense_bytes,
+                threshold=p.selection is not None and p.selection.budget is None,
+            )
+        )
+    free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
+    total = sum(free) if free else None
+    report.verify(rows, total)
+    if plan.selected and not cache.evictions.events and cache.nbytes() >= sum(r.dense_bytes for r in rows):
+        wanted = sum(e.bytes for e in planned)
+        if wanted < sum(r.dense_bytes for r in rows):
+            raise KvcompileError("the compression must run", f"no eviction after {tokens} tokens")
+    return rows, total
+
+
+def _proof_length(config: Config, model: Any) -> int:
+    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", PROOF_TOKENS))
+    wanted = max(config.needle.tokens) if config.needle.enabled and config.needle.tokens else PROOF_TOKENS
+    return min(wanted, longest)
+
+
+def _text(tokenizer: Any, tokens: int) -> Tensor:
+    """The first `tokens` tokens of the offline text."""
+    ids = tokenizer(" ".join(sentences()), return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
+    return torch.as_tensor(ids)
+
+
+def _needle(
+    original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
+) -> tuple[NeedleResult, NeedleResult] | None:
+    if not config.needle.enabled:
+        return None
+    results: list[NeedleResult] = []
+    for which, model in (("before", original), ("after", compiled)):
+        total: NeedleResult | None = None
+        for tokens in config.needle.tokens:
+            task = NeedleTask(tokens, config.needle.samples, tuple(config.needle.depths), config.needle.seed)
+            found = score(model, tokenizer, task, lambda what, done, n, w=which: progress(f"{what}, {w}", done, n))
+            total = found if total is None else total + found
+        if total is None:
+            return None
+        results.append(total)
+    return results[0], results[1]
+
+
+def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress) -> Comparison | None:
+    if not config.speed.enabled:
+        return None
+    progress("speed, before and after in turns", 0, 0)
+    ids = _text(tokenizer, config.speed.context)
+    return compare({"original": original, "compiled": compiled}, ids, config.speed.tokens, rounds=2)
+
+
+def _kernels(model: Any) -> list[str]:
+    """Which route runs in which layer."""
+    cache = model.new_cache()
+    return [f"{cache.spec(p.index, 'dense').name}: {model.kvcompile.route}" for p in model.kvcompile.plan.layers]
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return f"{device}, {torch.get_num_threads()} threads, {platform.system()}"
+
+
+__all__ = ["Path", "compile_and_report", "prove"]
