@@ -88,13 +88,10 @@ class CompiledMixin:
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache, keep: int | Tensor, caching: bool
     ) -> Tensor:
         """The graph over the prompt in chunks of `prefill_chunk` tokens; logits of the wanted tokens only."""
-        count, start = ids.shape[1], cache.get_seq_length()
+        count = ids.shape[1]
         chunk = self.kvcompile.plan.prefill_chunk if caching else 0
         chunk = chunk or count
-        if isinstance(keep, Tensor):
-            wanted: list[int] | None = [int(i) % count for i in keep]
-        else:
-            wanted = list(range(count - keep, count)) if keep else None
+        wanted = _wanted(keep, count)
         pieces = []
         for first in range(0, count, chunk):
             stop = min(first + chunk, count)
@@ -102,14 +99,17 @@ class CompiledMixin:
             mine: Any = slice(None)
             if wanted is not None:
                 mine = torch.tensor(
-                    [i - first for i in wanted if first <= i < stop], dtype=torch.long, device=ids.device
+                    [i - first for i in sorted(wanted) if first <= i < stop], dtype=torch.long, device=ids.device
                 )
             at = positions[:, first:stop]
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
-            seen = None if mask is None else mask[:, : start + stop]
+            seen = None if mask is None else mask[:, : mask.shape[1] - (count - stop)]
             pieces.append(self.kvcompile.graph(ids[:, first:stop], seen, at, cache, mine))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        if wanted is None or wanted == sorted(wanted):
+            return logits
+        return logits[:, [sorted(wanted).index(i) for i in wanted]]
 
     def _prepare_cache_for_generation(
         self,
@@ -133,12 +133,26 @@ class CompiledMixin:
                 f"cache_implementation={generation_config.cache_implementation!r}",
                 "leave cache_implementation unset",
             )
+        if generation_config.prefill_chunk_size is not None:
+            raise KvcompileError(
+                "the plan says how a prompt is cut into chunks",
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}",
+                "compile with prefill_chunk=<tokens> instead",
+            )
         if generation_config.use_cache is False:
             return
         given = model_kwargs.get("past_key_values")
         model_kwargs["past_key_values"] = self._own(given)
         if given is not None:
             given._is_user_defined = True
+
+
+def _wanted(keep: int | Tensor, count: int) -> list[int] | None:
+    """Which of `count` new tokens get logits, as transformers reads `logits_to_keep`; None: all of them."""
+    if isinstance(keep, Tensor):
+        chosen = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+        return [int(i) % count for i in chosen]
+    return list(range(max(0, count - keep), count)) if keep else None
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:

@@ -58,12 +58,12 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[LayerCache(p) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend = ROUTES[route]
-        self.specs: dict[tuple[int, str], KernelSpec] = {}
+        self.specs: dict[tuple[int, str, str], KernelSpec] = {}
         self.headroom = HEADROOM
-        self.evictions = Evictions()
         self._start()
 
     def _start(self) -> None:
+        self.evictions = Evictions()
         self.seen: list[int] = []
         self.shift: Tensor | None = None
         self.tick = 0
@@ -80,12 +80,12 @@ class KVCache(Cache):  # type: ignore[misc]
         Raises KvcompileError for masks that are no padding masks or batches of another size.
         """
         batch, count = tokens.shape
-        self.seen = self.seen or [0] * batch
-        if len(self.seen) != batch:
+        if len(self.seen or tokens) != batch:
             raise KvcompileError(
                 "a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache"
             )
         valid = self._valid(attention_mask, batch, count)
+        self.seen = self.seen or [0] * batch
         prefill = self.prompting or count > 1 or not any(self.seen)
         start = torch.tensor(self.seen, device=tokens.device).unsqueeze(1)
         if valid is None:
@@ -101,21 +101,23 @@ class KVCache(Cache):  # type: ignore[misc]
     def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
         if mask is None:
             return None
-        if mask.ndim != 2 or mask.shape[0] != batch:
-            raise KvcompileError("the attention mask must be a padding mask [batch, tokens]", tuple(mask.shape))
-        new = mask[:, -count:] != 0
-        if new.shape[1] != count or bool(new.all()):
-            return None
-        return new
-
-    def spec(self, index: int, layout: str) -> KernelSpec:
-        """The kernel that layer `index` needs over a store of this layout."""
-        if (index, layout) not in self.specs:
-            p = self.plan.layers[index]
-            self.specs[index, layout] = KernelSpec(
-                layout, self.plan.dtype, self.plan.dtype, p.group, p.head_dim, p.scale, p.sliding_window, p.softcap
+        expected = (batch, self.get_seq_length() + count)
+        if tuple(mask.shape) != expected:
+            raise KvcompileError(
+                f"the attention mask must be a padding mask over past and new tokens, {expected}", tuple(mask.shape)
             )
-        return self.specs[index, layout]
+        new = mask[:, -count:] != 0
+        return None if bool(new.all()) else new
+
+    def spec(self, index: int, layout: str, dtype: torch.dtype | None = None) -> KernelSpec:
+        """The kernel that layer `index` needs over a store of this layout and type (default: the plan's)."""
+        kind = self.plan.dtype if dtype is None else str(dtype).removeprefix("torch.")
+        if (index, layout, kind) not in self.specs:
+            p = self.plan.layers[index]
+            self.specs[index, layout, kind] = KernelSpec(
+                layout, kind, kind, p.group, p.head_dim, p.scale, p.sliding_window, p.softcap
+            )
+        return self.specs[index, layout, kind]
 
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
