@@ -49,6 +49,12 @@ class Observation:
     mean_rotation: Callable[[int], Tensor] | None = None
     layer: int = 0
 
+    @property
+    def alive(self) -> Tensor:
+        """Entries that the next query can see, bool `[H_kv, n]`."""
+        oldest = max(0, self.tokens - self.sliding_window + 1) if self.sliding_window else 0
+        return self.positions >= oldest
+
     def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.
 
@@ -73,11 +79,15 @@ class Observation:
             yield self.query_positions[start:stop], self.attention(start, stop)
 
 
-def pool(votes: Tensor, kernel: int, kind: Literal["avg", "max"]) -> Tensor:
-    """Votes `[H_kv, n]` pooled along the sequence, stride 1, without attenuation at the edges."""
-    if kernel == 1:
-        return votes
-    rows = votes.unsqueeze(1)
+def pool(votes: Tensor, kernel: int, kind: Literal["avg", "max"], among: Tensor) -> Tensor:
+    """Votes `[H_kv, n]`, none negative, pooled along the sequence with stride 1, over the entries `among` (bool).
+
+    Averages divide by the entries really there, so that no edge is attenuated; entries outside keep their votes.
+    """
+    inside = among.to(votes.dtype).unsqueeze(1)
+    rows = votes.unsqueeze(1) * inside
     if kind == "max":
-        return F.max_pool1d(rows, kernel, 1, kernel // 2).squeeze(1)
-    return F.avg_pool1d(rows, kernel, 1, kernel // 2, count_include_pad=False).squeeze(1)
+        pooled = F.max_pool1d(rows, kernel, 1, kernel // 2)
+    else:
+        pooled = F.avg_pool1d(rows, kernel, 1, kernel // 2) / F.avg_pool1d(inside, kernel, 1, kernel // 2)
+    return torch.where(among, pooled.squeeze(1), votes)

@@ -50,30 +50,45 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class SelectionPolicy(Policy):
-    """Base of the policies that keep some tokens: a score, an allocation, a schedule.
+class TokenPolicy(Policy):
+    """Base of the policies that keep some tokens: what always stays, and when the others are dropped.
 
-    budget: fraction of the tokens seen (<= 1) or tokens (> 1), per KV head.
     sinks: first tokens always kept. decode_every: evict again after so many decoded tokens (0: never).
     between_chunks: evict after each prefill chunk, not only after the last (see `prefill_chunk`).
     skip_layers: layers left whole.
     """
 
     family: ClassVar[Family] = "selection"
-    budget: float = 0.2
     sinks: int = 4
     decode_every: int = 0
     between_chunks: bool = True
     skip_layers: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.require(
-            0 < self.budget <= 1 or (float(self.budget).is_integer() and self.budget > 1),
-            "budget",
-            "in (0, 1] or a whole number of tokens",
-        )
         self.require(self.sinks >= 0, "sinks", "0 or more")
         self.require(self.decode_every >= 0, "decode_every", "0 or more")
+
+    def selection(self) -> Selection:
+        """The whole selection as data."""
+        raise NotImplementedError
+
+    def apply(self, plan: Plan) -> Plan:
+        """Give every layer but the skipped ones this selection."""
+        return choose(plan.record(self.name, self.family), self.selection(), self.skip_layers)
+
+
+@dataclass(frozen=True)
+class SelectionPolicy(TokenPolicy):
+    """Base of the policies that rank tokens: a score, under a budget.
+
+    budget: fraction of the tokens seen (<= 1) or tokens (> 1), per KV head.
+    """
+
+    budget: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_budget(self, self.budget)
 
     def score(self) -> Score:
         """How entries are ranked."""
@@ -84,8 +99,8 @@ class SelectionPolicy(Policy):
         return Uniform()
 
     @property
-    def recent(self) -> int:
-        """Newest tokens that always stay."""
+    def recent(self) -> int | float:
+        """Newest tokens that always stay; below 1, a fraction of the budget."""
         return 0
 
     def selection(self) -> Selection:
@@ -100,23 +115,123 @@ class SelectionPolicy(Policy):
             recent=self.recent,
         )
 
+
+@dataclass(frozen=True)
+class AllocationPolicy(Policy):
+    """Base of the policies that split a budget: over the selection before them in the stack, or over `score` alone.
+
+    After a score policy (`policy=[expected_attention,adakv]`) only the allocation changes; alone, the policy named by
+    `score` is taken as it comes. The other fields override what that selection says; null leaves it.
+
+    score: name of a policy that ranks tokens (null: the one before in the stack, else `default_score`).
+    budget: fraction of the tokens seen (<= 1) or tokens (> 1), mean over KV heads.
+    skip_layers: layers left as they are.
+    """
+
+    family: ClassVar[Family] = "selection"
+    default_score: ClassVar[str]
+    score: str | None = None
+    budget: float | None = None
+    sinks: int | None = None
+    decode_every: int | None = None
+    between_chunks: bool | None = None
+    skip_layers: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            require_budget(self, self.budget)
+        self.require(self.sinks is None or self.sinks >= 0, "sinks", "0 or more")
+        self.require(self.decode_every is None or self.decode_every >= 0, "decode_every", "0 or more")
+
+    def allocation(self) -> Allocation:
+        """How the budget is split over layers and heads."""
+        raise NotImplementedError
+
+    def alone(self) -> Selection:
+        """What is allotted where no selection comes before in the stack."""
+        return replace(scored_by(self.score or self.default_score), policy=self.name)
+
+    def over(self, before: Selection) -> Selection:
+        """The selection `before` with this allocation and what this policy overrides."""
+        schedule = Schedule(
+            before.schedule.between_chunks if self.between_chunks is None else self.between_chunks,
+            before.schedule.decode_every if self.decode_every is None else self.decode_every,
+        )
+        return replace(
+            before,
+            policy=before.policy if self.budget is None else self.name,
+            budget=before.budget if self.budget is None else Budget(self.budget),
+            allocation=self.allocation(),
+            schedule=schedule,
+            sinks=before.sinks if self.sinks is None else self.sinks,
+        )
+
     def apply(self, plan: Plan) -> Plan:
-        """Give every layer but the skipped ones this selection."""
-        return choose(plan.record(self.name, self.family), self.selection(), self.skip_layers)
+        """Replace the allocation of the layers that select; where none does, give every layer a selection.
+
+        Raises KvcompileError where another policy allots already, or where two policies name the score.
+        """
+        plan = plan.record(self.name, self.family)
+        if not plan.selected:
+            return choose(plan, self.over(self.alone()), self.skip_layers)
+        require_layers(plan, self.name, self.skip_layers)
+        if self.score is not None:
+            raise KvcompileError(
+                "one score a layer",
+                f"stack.{self.name}.score={self.score} after {plan.applied[-2].name!r}",
+                f"drop stack.{self.name}.score, or the policy before it",
+            )
+        return plan.map(self._reallot, [p.index for p in plan.layers if p.index not in self.skip_layers])
+
+    def _reallot(self, p: LayerPlan) -> LayerPlan:
+        if p.selection is None:
+            return p
+        if p.selection.allocation != Uniform():
+            raise KvcompileError(
+                f"layer {p.index}: one allocation a layer",
+                f"{self.name!r} after {p.selection.policy!r}",
+                f"drop one; {self.name} goes after a policy that only ranks tokens",
+            )
+        return replace(p, selection=self.over(p.selection))
+
+
+def scored_by(name: str, **options: Any) -> Selection:
+    """The selection of the policy called `name`, which must be one that ranks tokens (`SelectionPolicy`).
+
+    Raises KvcompileError for an unknown name, or a policy without a score.
+    """
+    from kvcompile.stack import discover, policy_class
+
+    cls = policy_class(name)
+    if not issubclass(cls, SelectionPolicy):
+        known = [n for n, c in discover().items() if issubclass(c, SelectionPolicy)]
+        raise KvcompileError("score must name a policy that ranks tokens", repr(name), f"one of {', '.join(known)}")
+    return cls(**options).selection()
+
+
+def require_budget(policy: Policy, budget: float) -> None:
+    """Range check of a budget. Raises KvcompileError."""
+    whole = budget > 1 and float(budget).is_integer()
+    policy.require(0 < budget <= 1 or whole, "budget", "in (0, 1] or a whole number of tokens")
+
+
+def require_layers(plan: Plan, policy: str, layers: list[int]) -> None:
+    """Raise KvcompileError if `skip_layers` names a layer that the model has not."""
+    outside = [i for i in layers if not 0 <= i < len(plan.layers)]
+    if outside:
+        raise KvcompileError(f"stack.{policy}: skip_layers must be in 0..{len(plan.layers) - 1}", outside)
 
 
 def choose(plan: Plan, selection: Selection, skip_layers: list[int]) -> Plan:
     """The plan with `selection` on every layer not skipped. Raises KvcompileError if another policy selects there."""
-    outside = [i for i in skip_layers if not 0 <= i < len(plan.layers)]
-    if outside:
-        raise KvcompileError(f"stack.{selection.policy}: skip_layers must be in 0..{len(plan.layers) - 1}", outside)
+    require_layers(plan, selection.policy, skip_layers)
 
     def give(p: LayerPlan) -> LayerPlan:
         if p.selection is not None:
             raise KvcompileError(
                 f"layer {p.index}: one selection a layer",
                 f"{selection.policy!r} after {p.selection.policy!r}",
-                f"drop one, or use one as the other's score (stack.adakv.score={selection.policy})",
+                "drop one; two recombine only as a score and then an allocation, as in policy=[snapkv,adakv]",
             )
         return replace(p, selection=selection)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class WindowAttention(Score):
     """Attention that the last `window` queries pay to each entry, pooled along the sequence, one vote per KV head.
 
-    s[h, j] = pool_kernel( reduce_{g, i} softmax(q_i k_j / sqrt(d)) )
+    s[h, j] = pool_kernel( reduce_{g, i} A[h, g, i, j] ), A normalised over all entries; only entries before the window
+    are pooled, those in it always stay. The paper's sum over rows ranks like the mean.
     Source: SnapKV, arXiv 2404.14469, section 4; max over group and rows keeps the needle (see benchmarks).
     """
 
@@ -39,7 +40,10 @@ class WindowAttention(Score):
 
         rows = seen.attention()  # [H_kv, g, w, n]
         votes = rows.amax(dim=(1, 2)) if self.reduce == "max" else rows.mean(dim=(1, 2))
-        return pool(votes, self.kernel, self.pooling)
+        if self.kernel == 1:
+            return votes
+        before = (seen.positions >= 0) & (seen.positions < seen.query_positions[0])
+        return pool(votes, self.kernel, self.pooling, before)
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class SnapKV(SelectionPolicy):
     summary: ClassVar[str] = "tokens that the last queries of the prompt attend to"
     window: int = 32
     kernel: int = 7
-    pooling: str = "max"
-    reduce: str = "mean"
+    pooling: Literal["avg", "max"] = "max"
+    reduce: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,4 +71,4 @@ class SnapKV(SelectionPolicy):
 
     def score(self) -> Score:
         """Pooled window attention."""
-        return WindowAttention(self.window, self.kernel, self.pooling, self.reduce)  # type: ignore[arg-type]
+        return WindowAttention(self.window, self.kernel, self.pooling, self.reduce)

@@ -1,0 +1,38 @@
+"""KNorm: keys of low norm attract attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvcompile.policies.base import SelectionPolicy
+
+from kvcompile.selection import Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompile.observe import Observation
+
+
+@dataclass(frozen=True)
+class LowNorm(Score):
+    """s[h, j] = -||k_j||_2. Source: arXiv 2406.11430, section 3."""
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores `[H_kv, n]`."""
+        import torch
+
+        return -torch.linalg.vector_norm(seen.keys.float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class KNorm(SelectionPolicy):
+    """Keep the tokens whose keys have the smallest L2 norm; looks at no attention (arXiv 2406.11430)."""
+
+    name: ClassVar[str] = "knorm"
+    summary: ClassVar[str] = "tokens whose keys have the smallest norm"
+
+    def score(self) -> Score:
+        """Negative norm."""
+        return LowNorm()

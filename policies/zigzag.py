@@ -1,0 +1,112 @@
+"""ZigZagKV: layers get tokens by their uncertainty, measured on each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kvcompile.policies.allocation import water_fill
+from kvcompile.policies.base import AllocationPolicy
+from kvcompile.policies.snapkv import WindowAttention
+
+from kvcompile.selection import Allocation, LayerScores, Scope, Selection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROUNDING = 1e-6  # relative, of a float32 softmax
+
+
+def minimal_budget(mass: Tensor, share: float) -> Tensor:
+    """MBA: how few entries hold `share` of each row's attention `mass [R, n]`; int64 `[R]`, at least 1.
+
+    MBA = min{ |S| : sum_{j in S} a_j >= share * sum_j a_j }. Source: ZigZagKV, arXiv 2412.09036, definition of MBA.
+    """
+    running = mass.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    short = running < (share - ROUNDING) * running[..., -1:]
+    return (short.sum(-1) + 1).clamp(max=mass.shape[-1])
+
+
+@dataclass(frozen=True)
+class Uncertainty(Allocation):
+    """Budgets by how many tokens hold `mass` of the attention (LMBA), over a floor; the sum is exactly the total.
+
+    MBA per KV head, of the attention averaged over its query heads and the window; LMBA_l = mean over KV heads.
+    B_l = B_min + (B - B_min) L LMBA_l / sum_m LMBA_m, B_min = floor B. Clamped to what always stays and what is held;
+    what that cuts off goes to the other rows in proportion to their LMBA.
+    per: `layer` (all heads of a layer alike) or `head` (rows are KV heads of all layers, with their own MBA).
+    share_cap: no row gets more than this share of the total, but never less than the mean (1: no cap).
+    Source: ZigZagKV, arXiv 2412.09036, equation 6; `head` and the cap are ours.
+    """
+
+    mass: float
+    floor: float
+    per: Scope
+    share_cap: float
+
+    @property
+    def scope(self) -> Scope:
+        """As chosen."""
+        return self.per
+
+    @property
+    def cross_layer(self) -> bool:
+        """All layers' attention, before any is compressed."""
+        return True
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        """Tokens per head, one int64 `[H_kv]` for each layer."""
+        import torch
+
+        heads = [layer.lengths.numel() for layer in layers]
+        sizes = heads if self.per == "head" else [1] * len(layers)
+        needs, lengths = zip(*(self._rows(layer) for layer in layers), strict=True)
+        need, held = torch.cat(needs).cpu(), torch.cat(lengths).cpu()
+        budget = torch.tensor([layer.budget for layer in layers]).repeat_interleave(torch.tensor(sizes))
+        always = torch.tensor([layer.floor for layer in layers]).repeat_interleave(torch.tensor(sizes))
+        total = int(budget.minimum(held).sum())
+        low = held.minimum(always)
+        high = held.minimum(budget.clamp(min=int(self.share_cap * total))).maximum(low)
+        rows = torch.split(water_fill(self.floor * budget.double(), need, low, high, total), sizes)
+        return [row.expand(n).to(layer.lengths.device) for row, n, layer in zip(rows, heads, layers, strict=True)]
+
+    def _rows(self, layer: LayerScores) -> tuple[Tensor, Tensor]:
+        if layer.mass is None:
+            raise RuntimeError("uncertainty is allotted without attention mass")
+        need = minimal_budget(layer.mass, self.mass).double()
+        return (need, layer.lengths) if self.per == "head" else (need.mean(0, True), layer.lengths.amin(0, True))
+
+
+@dataclass(frozen=True)
+class ZigZag(AllocationPolicy):
+    """Give uncertain layers more tokens: those whose attention needs many to hold most of its mass (2412.09036).
+
+    window: last queries whose attention is measured. mass: how much of it counts. floor: share of the mean budget that
+    every layer gets. scope: budgets by layer, or by KV head of all layers. share_cap: largest share of a row (1: any).
+    """
+
+    name: ClassVar[str] = "zigzag"
+    summary: ClassVar[str] = "SnapKV scores, each layer's budget from its measured uncertainty (LMBA)"
+    default_score: ClassVar[str] = "snapkv"
+    window: int = 32
+    mass: float = 0.9
+    floor: float = 0.2
+    scope: Literal["layer", "head"] = "layer"
+    share_cap: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.window >= 1, "window", "1 or more")
+        self.require(0 < self.mass < 1, "mass", "in (0, 1)")
+        self.require(0 <= self.floor <= 1, "floor", "in [0, 1]")
+        self.require(self.scope in ("layer", "head"), "scope", "layer or head")
+        self.require(0 < self.share_cap <= 1, "share_cap", "in (0, 1]")
+
+    def allocation(self) -> Allocation:
+        """By uncertainty, over all layers."""
+        return Uncertainty(self.mass, self.floor, self.scope, self.share_cap)
+
+    def over(self, before: Selection) -> Selection:
+        """With unpooled attention of the whole prompt as the measure."""
+        return replace(super().over(before), uncertainty=WindowAttention(self.window))
