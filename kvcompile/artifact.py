@@ -1,0 +1,267 @@
+"""A compiled model as a folder: written whole or not at all, checked before it is read, and never executed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompile import manifest
+from kvcompile.errors import KvcompileError
+from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
+from kvcompile.stack import first_line
+
+if TYPE_CHECKING:
+    from kvcompile.plan import Plan
+
+__all__ = ["from_pretrained", "load", "save", "versions"]
+
+GRAPH, KERNELS = "graph.txt", "kernels/layers.md"
+TOLD = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[[Path], object] | None = None) -> Path:
+    """Write a compiled model as an artifact; return its folder.
+
+    It is made in a folder beside `folder` and then renamed: an interrupt leaves what was there before. An artifact that
+    was there is replaced as a whole. `extra` may add files (the report) before the manifest is made.
+    Raises KvcompileError for a model that was not compiled from a recipe, for weights that would load differently, for
+    a folder that holds something else than an artifact, and where writing fails.
+    """
+    _require_saveable(model)
+    folder = Path(folder).expanduser().resolve()
+    _require_ours(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch, "artifact")
+            made.mkdir()
+            _write(model, made, tokenizer)
+            if extra is not None:
+                extra(made)
+            manifest.write(made, model.kvcompile.plan.digest())
+            _sync(made)
+            _publish(made, folder, Path(scratch, "replaced"))
+    except OSError as error:
+        raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error)) from error
+    model.config.kvcompile = stamp(model.kvcompile.plan)
+    return folder
+
+
+def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
+    """The compiled model that an artifact holds, in eval mode: the same class, the same logits to the bit.
+
+    device: where to put it (default: the CPU, as in transformers). dtype: `"bfloat16"`, `torch.bfloat16`, ... (default:
+    as saved). Data only is read: no pickle, no code, no `_target_`.
+    Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
+    """
+    from kvcompile.compiler import assemble
+    from kvcompile.config import from_recipe
+
+    folder = Path(path).expanduser()
+    facts = manifest.verify(folder)
+    wanted = _dtype(dtype)
+    with _told(f"{folder / RECIPE} must be a recipe"):
+        config = from_recipe((folder / RECIPE).read_text(encoding="utf-8"))
+    model = _placed(_weights(folder, wanted), device)
+    model = assemble(model, config)
+    _require_same_plan(model.kvcompile.plan, folder, facts, converted=wanted is not None)
+    model.config.kvcompile = stamp(model.kvcompile.plan)
+    return model
+
+
+def from_pretrained(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
+    """`load` under the name that users of transformers expect."""
+    return load(path, device, dtype)
+
+
+def _require_saveable(model: Any) -> None:
+    compiled = getattr(model, "kvcompile", None)
+    if compiled is None or not compiled.recipe:
+        raise KvcompileError(
+            "an artifact holds a model compiled from a recipe",
+            type(model).__name__,
+            "kvcompile.compile(model, recipe=...) first; an ordinary model has save_pretrained",
+        )
+    kinds = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if len(kinds) > 1:
+        raise KvcompileError("all weights must have one dtype to load as saved", ", ".join(sorted(kinds)))
+    kept = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        # rebuilt at load, in float32: what `.to(bfloat16)` rounded away would come back and change the logits
+        if name not in kept and name.endswith("inv_freq") and str(buffer.dtype) != "torch.float32":
+            raise KvcompileError(
+                f"{name} must be float32 to load as saved",
+                buffer.dtype,
+                "give from_pretrained the dtype instead of casting the model afterwards",
+            )
+
+
+def _require_ours(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise KvcompileError("an artifact is a folder", f"{folder}: a file", "save elsewhere")
+    # a broken artifact may be replaced too, so its manifest is not read
+    ours = all((folder / name).is_file() for name in (manifest.MANIFEST, RECIPE))
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise KvcompileError("only an artifact is replaced by an artifact", f"{folder}: other files", "save elsewhere")
+
+
+def _write(model: Any, folder: Path, tokenizer: Any) -> None:
+    compiled = model.kvcompile
+    with _borrowed_config(model), _told("transformers must be able to save the model", SAVEABLE):
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / RECIPE).write_text(compiled.recipe, encoding="utf-8")
+    (folder / PLAN).write_text(json.dumps(compiled.plan.to_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / GRAPH).write_text(_graph_text(model), encoding="utf-8")
+    (folder / KERNELS).parent.mkdir()
+    (folder / KERNELS).write_text(_kernel_text(model), encoding="utf-8")
+
+
+@contextmanager
+def _borrowed_config(model: Any) -> Iterator[None]:
+    """Let transformers write into a copy of the config: it sets dtype and architectures when it saves."""
+    from kvcompile.models import _no_bars
+
+    original = model.config
+    model.config = copy.deepcopy(original)
+    model.config.kvcompile = stamp(model.kvcompile.plan)
+    try:
+        with _no_bars():
+            yield
+    finally:
+        model.config = original
+
+
+def _graph_text(model: Any) -> str:
+    from kvcompile.graph.wiring import wiring
+
+    compiled = model.kvcompile
+    lines = [f"The compiled graph of {type(model).__name__}. For reading only: nothing imports or executes this file."]
+    lines += ["Passes:", *(f"  {name}: {count} places" for name, count in compiled.changes.items())]
+    lines += ["Wiring, read off the edges:"]
+    lines += [
+        f"  layer {layer:>3} reads the KV of layer {owner:>3}" for layer, owner in wiring(compiled.graph.graph).items()
+    ]
+    return "".join(f"# {line}\n" for line in lines) + f"\n{compiled.graph.code.strip()}\n"
+
+
+def _kernel_text(model: Any) -> str:
+    from tabulate import tabulate
+
+    compiled, cache = model.kvcompile, model.new_cache()
+    rows = [
+        [p.index, compiled.route, cache.spec(p.index, "dense").name, cache.spec(p.index, "ragged").name, repr(p.scale)]
+        for p in compiled.plan.layers
+    ]
+    head = ["layer", "route", "kernel, rows of one length", "kernel, rows of any length", "scale"]
+    return f"# Attention kernels by layer\n\n{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n"
+
+
+def _publish(made: Path, folder: Path, replaced: Path) -> None:
+    """Rename the finished artifact into place; if that fails half-way, put the old one back."""
+    try:
+        if folder.exists():
+            folder.rename(replaced)
+        made.rename(folder)
+    except BaseException:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        raise
+    _sync_one(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold everything before the rename makes it visible."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(rule: object, fix: str = manifest.REMADE) -> Iterator[None]:
+    """Turn what goes wrong inside into one line that begins with `rule`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except KvcompileError as error:
+        raise KvcompileError(f"{rule}: {error.rule}", error.got, error.fix or fix) from error
+    except (SafetensorError, *TOLD) as error:
+        raise KvcompileError(str(rule), f"{type(error).__name__}: {first_line(error)}", fix) from error
+
+
+def _dtype(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise KvcompileError(f"dtype must be one of {', '.join(DTYPES)}", dtype)
+    return name
+
+
+def _weights(folder: Path, dtype: str | None) -> Any:
+    """The uncompiled model. Attention is `eager` because ours replaces it: no name in the config can fetch a kernel."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kvcompile.adapters.registry import architecture_of
+
+    data_only = {"local_files_only": True, "trust_remote_code": False}
+    with _told(f"{folder / CONFIG} must describe a known model"):
+        architecture_of(AutoConfig.from_pretrained(folder, **data_only))
+    with _told(f"{folder} must hold the weights of its config"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **data_only,
+        )
+        wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+        if wrong:
+            raise KvcompileError("none missing, none left over", f"{len(wrong)}, first {wrong[0]}")
+    return model.eval()
+
+
+def _placed(model: Any, device: Any) -> Any:
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise KvcompileError("device must be a device of this machine", f"{device}: {first_line(error)}") from error
+
+
+def _require_same_plan(plan: Plan, folder: Path, facts: Manifest, converted: bool) -> None:
+    with _told(f"{folder / PLAN} must be a plan"):
+        saved = dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+        if converted:  # the dtype that the user asked for is not a difference
+            plan = replace(plan, dtype=saved["dtype"])
+    now = json.loads(json.dumps(plan.to_json()))
+    if now == saved and plan.digest() == facts.plan:
+        return
+    where = next((key for key in now if now[key] != saved.get(key)), "digest")
+    raise KvcompileError(
+        f"{folder / PLAN}: the recipe must give the plan that was saved",
+        f"another one ({where} differs); saved by {in_words(facts.versions)}, read by {in_words(versions())}",
+        "use those versions, or compile again",
+    )

@@ -1,0 +1,162 @@
+"""The manifest of an artifact: what every file in it must be, who made it, and the check of both."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from kvcompile.errors import KvcompileError
+from kvcompile.models import sha256
+
+if TYPE_CHECKING:
+    from kvcompile.plan import Plan
+
+FORMAT = 1
+MANIFEST, CONFIG, RECIPE, PLAN = "manifest.json", "config.json", "recipe.yaml", "plan.json"
+REQUIRED = (CONFIG, RECIPE, PLAN)
+# what transformers may look for in a checkpoint folder; such a file must be in the manifest
+READABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".jinja"}
+OURS = "give the folder that kvcompile wrote"
+REMADE = "compile again, or copy the whole folder again from where it was made"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What one file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` by path relative to the folder; `plan` is the plan's digest; `versions` of the packages that made it."""
+
+    format: int
+    versions: dict[str, str]
+    created: str
+    plan: str
+    files: dict[str, Fact]
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide what a compiled model computes."""
+    return {name: version(name) for name in ("kvcompile", "torch", "transformers")}
+
+
+def in_words(versions: dict[str, str]) -> str:
+    """`kvcompile 0.1.0, torch 2.13.0`."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def stamp(plan: Plan) -> dict[str, Any]:
+    """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan's digest."""
+    return {"version": versions()["kvcompile"], "policies": [a.name for a in plan.applied], "plan": plan.digest()}
+
+
+def write(folder: Path, plan: str) -> None:
+    """Write the manifest of everything that lies in `folder` now; `plan` is the plan's digest."""
+    files = {p.relative_to(folder).as_posix(): Fact(p.stat().st_size, sha256(p)) for p in _files(folder)}
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    manifest = Manifest(FORMAT, versions(), created, plan, files)
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`, once every file has been found to be what it says.
+
+    Raises KvcompileError, naming the file and the fix: no folder, no artifact, a newer format, a broken manifest, a file
+    that is missing, truncated, altered, or unlisted though transformers might read it.
+    """
+    manifest = read(folder)
+    for name, fact in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise KvcompileError("an artifact must hold every file of its manifest", f"{path}: missing", REMADE)
+        size = path.stat().st_size
+        if size != fact.bytes:
+            raise KvcompileError(f"{path} must have {fact.bytes} bytes", f"{size}: truncated or altered", REMADE)
+    for path in _files(folder):
+        if path.suffix in READABLE and path.relative_to(folder).as_posix() not in manifest.files:
+            raise KvcompileError("an artifact holds no file that its manifest does not list", path, "move it away")
+    for name, fact in manifest.files.items():
+        if sha256(folder / name) != fact.sha256:
+            raise KvcompileError(f"{folder / name} must be as it was saved", "other content of the same size", REMADE)
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest alone, its files unchecked. Raises KvcompileError as `verify` does."""
+    if not folder.is_dir():
+        raise KvcompileError(
+            "an artifact is a folder", f"{folder}: {'a file' if folder.exists() else 'no such folder'}", OURS
+        )
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise _no_manifest(folder)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise KvcompileError(f"{path} must be JSON", error, REMADE) from error
+    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+        raise KvcompileError("the manifest of an artifact has a format number", f"{path} without", OURS)
+    if data["format"] > FORMAT:
+        raise KvcompileError(
+            f"{path}: this kvcompile reads artifacts up to format {FORMAT}",
+            f"format {data['format']}, made by kvcompile {_maker(data)}",
+            "upgrade kvcompile",
+        )
+    try:
+        return _parse(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise KvcompileError(f"{path} must be a manifest of format {FORMAT}", repr(error), REMADE) from error
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    files = {str(name): Fact(int(fact["bytes"]), str(fact["sha256"])) for name, fact in data["files"].items()}
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise ValueError(f"{name!r} leads out of the folder")
+    for name in REQUIRED:
+        if name not in files:
+            raise ValueError(f"{name} is not listed")
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ValueError("no weights are listed")
+    if not re.fullmatch("[0-9a-f]{64}", data["plan"]):
+        raise ValueError("the plan's digest is no SHA-256")
+    made = {str(name): str(number) for name, number in data["versions"].items()}
+    return Manifest(int(data["format"]), made, str(data["created"]), data["plan"], files)
+
+
+def _maker(data: dict[str, Any]) -> str:
+    made = data.get("versions")
+    return str(made.get("kvcompile", "unknown")) if isinstance(made, dict) else "unknown"
+
+
+def _no_manifest(folder: Path) -> KvcompileError:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return KvcompileError("an artifact has a manifest.json", f"{folder}: none", OURS)
+    if isinstance(config, dict) and "kvcompile" in config:
+        return KvcompileError(
+            "an artifact has a manifest.json",
+            f"{folder}: a compiled model's weights without it, as save_pretrained writes them",
+            f"save with kvcompile.artifact.save(model, folder), or compile again with model.pretrained={folder}",
+        )
+    return KvcompileError(
+        "an artifact has a manifest.json",
+        f"{folder}: a checkpoint that was never compiled",
+        f"kvcompile recipe=<name> model.pretrained={folder}",
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below `folder` but the manifest, in a fixed order."""
+    yield from (p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST)
