@@ -48,7 +48,7 @@ class LastImportant(Score):
             if seen.sliding_window:
                 visible = visible.clamp(max=seen.sliding_window)
             important = (rows * visible.view(-1, 1) >= 1 - ROUNDING).any(1)  # [H_kv, w, n]
-            last = last.maximum((important * asked.view(-1, 1)).amax(1).float())
+            last = last.maximum((important * asked.view(-1, 1).float()).amax(1))
         return last
 
     def score(self, seen: Observation) -> Tensor:

@@ -37,7 +37,7 @@ class FutureAttention(Score):
         """Scores `[H_kv, n]`; before the fifth token there are no moments, and all entries are expected alike."""
         import torch
 
-        sizes = torch.linalg.vector_norm(seen.values.float(), dim=-1)
+        sizes: Tensor = torch.linalg.vector_norm(seen.values.float(), dim=-1)
         if seen.moments is None:
             return sizes
         if seen.mean_rotation is None:

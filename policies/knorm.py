@@ -23,7 +23,8 @@ class LowNorm(Score):
         """Scores `[H_kv, n]`."""
         import torch
 
-        return -torch.linalg.vector_norm(seen.keys.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(seen.keys.float(), dim=-1)
+        return -norms
 
 
 @dataclass(frozen=True)
