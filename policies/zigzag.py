@@ -65,7 +65,7 @@ class Uncertainty(Allocation):
         need, held = torch.cat(needs).cpu(), torch.cat(lengths).cpu()
         budget = torch.tensor([layer.budget for layer in layers]).repeat_interleave(torch.tensor(sizes))
         always = torch.tensor([layer.floor for layer in layers]).repeat_interleave(torch.tensor(sizes))
-        total = int(budget.minimum(held).sum())
+        total = min(int(budget.sum()), int(held.sum()))
         low = held.minimum(always)
         high = held.minimum(budget.clamp(min=int(self.share_cap * total))).maximum(low)
         rows = torch.split(water_fill(self.floor * budget.double(), need, low, high, total), sizes)
