@@ -36,7 +36,8 @@ class Uncertainty(Allocation):
     B_l = B_min + (B - B_min) L LMBA_l / sum_m LMBA_m, B_min = floor B. Clamped to what always stays and what is held;
     what that cuts off goes to the other rows in proportion to their LMBA.
     per: `layer` (all heads of a layer alike) or `head` (rows are KV heads of all layers, with their own MBA).
-    share_cap: no row gets more than this share of the total, but never less than the mean (1: no cap).
+    share_cap: no row gets more than this share of the total, but never less than the mean (1: no cap); lifted where
+    the total cannot be spent otherwise.
     Source: ZigZagKV, arXiv 2412.09036, equation 6; `head` and the cap are ours.
     """
 
@@ -68,6 +69,8 @@ class Uncertainty(Allocation):
         total = min(int(budget.sum()), int(held.sum()))
         low = held.minimum(always)
         high = held.minimum(budget.clamp(min=int(self.share_cap * total))).maximum(low)
+        if int(high.sum()) < total:
+            high = held
         rows = torch.split(water_fill(self.floor * budget.double(), need, low, high, total), sizes)
         return [row.expand(n).to(layer.lengths.device) for row, n, layer in zip(rows, heads, layers, strict=True)]
 

@@ -171,6 +171,16 @@ def test_zigzag_spends_all_of_layers_shorter_than_the_budget() -> None:
     assert int(kept[0][0]) <= 10
 
 
+@pytest.mark.parametrize("cap", [1.0, 0.2])
+def test_zigzag_gives_what_rows_no_longer_hold_to_the_others(cap: float) -> None:
+    masses = [torch.stack([diffuse(60, 60)] * 2)] * 4
+    held = [torch.tensor([9, 60]), torch.tensor([60, 12]), torch.tensor([60, 60]), torch.tensor([5, 5])]
+    after = [LayerScores(m, m, n, 24, 4) for m, n in zip(masses, held, strict=True)]
+    kept = Uncertainty(0.9, 0.2, "head", cap).allot(after)
+    assert sum(int(k.sum()) for k in kept) == 24 * 8
+    assert all((k <= n).all() for k, n in zip(kept, held, strict=True))
+
+
 @pytest.mark.parametrize("per", ["layer", "head"])
 @pytest.mark.parametrize("budget", [7, 33, 199])
 def test_zigzag_of_equal_layers_is_uniform(per: str, budget: int) -> None:
