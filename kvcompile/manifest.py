@@ -71,8 +71,8 @@ def write(folder: Path, plan: str) -> None:
 def verify(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`, once every file has been found to be what it says.
 
-    Raises KvcompileError, naming the file and the fix: no folder, no artifact, a newer format, a broken manifest, a file
-    that is missing, truncated, altered, or unlisted though transformers might read it.
+    Raises KvcompileError, naming the file and the fix: no folder, no artifact, a newer format, a broken manifest, or a
+    file that is missing, truncated, altered, or unlisted though transformers might read it.
     """
     manifest = read(folder)
     for name, fact in manifest.files.items():

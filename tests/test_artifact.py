@@ -1,0 +1,484 @@
+"""Artifacts: what comes back is the model that was saved, damage is named, nothing in a folder is executed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvcompile
+from kvcompile import artifact, manifest
+from kvcompile.errors import KvcompileError
+
+SNAPKV = ("policy=[snapkv]", "stack.snapkv.budget=0.4", "stack.snapkv.window=4", "stack.snapkv.decode_every=3")
+STACKS = {
+    "snapkv": SNAPKV,
+    "adakv": ("policy=[adakv]", "budget=0.3"),
+    "zigzag": ("policy=[zigzag]", "budget=0.5"),
+    "streaming": ("policy=[streaming]", "budget=12"),
+    "random": ("policy=[random]", "budget=0.5"),
+    "chunked": (*SNAPKV, "prefill_chunk=16"),
+    "dense": (),
+}
+
+
+def compiled(name: str = "llama", stack: tuple[str, ...] = SNAPKV, **over: Any) -> Any:
+    return kvcompile.compile(tiny_model(name, **over), overrides=stack)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
+    return artifact.save(model, tmp_path_factory.mktemp("made") / "artifact", tiny_tokenizer())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: Path) -> Path:
+    """An artifact that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "artifact"))
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest agree with whatever the files are now, as an attacker would."""
+    plan = json.loads((folder / "manifest.json").read_text())["plan"]
+    manifest.write(folder, plan)
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@torch.no_grad()
+def assert_same(one: Any, other: Any) -> None:
+    """Bit-equal logits in a prefill that evicts and in decoding, and equal generations, padded batch included."""
+    ids = tiny_ids(2, 40)
+    a, b = one(ids), other(ids)
+    assert torch.equal(a.logits, b.logits)
+    assert a.past_key_values.lengths() == b.past_key_values.lengths()
+    for token in tiny_ids(5, 2, seed=1):
+        a = one(token[:, None], past_key_values=a.past_key_values)
+        b = other(token[:, None], past_key_values=b.past_key_values)
+        assert torch.equal(a.logits, b.logits)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(one.generate(ids, **options), other.generate(ids, **options))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_comes_back_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    model = compiled(name)
+    loaded = kvcompile.load(artifact.save(model, tmp_path / "a"))
+    assert_same(model, loaded)
+    assert type(loaded).__name__ == type(model).__name__
+    assert loaded.kvcompile.plan == model.kvcompile.plan
+    assert loaded.kvcompile.recipe == model.kvcompile.recipe
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_kind_of_stack_comes_back(stack: str, tmp_path: Path) -> None:
+    model = compiled(stack=STACKS[stack])
+    loaded = kvcompile.from_pretrained(str(artifact.save(model, tmp_path / "a")))
+    assert_same(model, loaded)
+    cache = loaded(tiny_ids(1, 60)).past_key_values
+    assert (cache.evictions.events > 0) == (stack != "dense")
+
+
+def test_a_loaded_model_saves_the_same_artifact(made: Path, tmp_path: Path) -> None:
+    again = artifact.save(kvcompile.load(made), tmp_path / "again", tiny_tokenizer())
+    assert manifest.read(again).files == manifest.read(made).files
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+    model = compiled(tie_word_embeddings=True)
+    path = artifact.save(model, tmp_path / "tied")
+    loaded = kvcompile.load(path)
+    assert_same(model, loaded)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert (
+        manifest.read(path).files["model.safetensors"].bytes < 4 * sum(p.numel() for p in loaded.parameters()) + 10_000
+    )
+
+
+def test_dtype_is_as_saved_unless_asked_for(tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    model = kvcompile.compile(half, overrides=SNAPKV)
+    path = artifact.save(model, tmp_path / "a")
+    loaded = kvcompile.load(path)
+    assert loaded.dtype == torch.bfloat16
+    assert_same(model, loaded)
+    for asked in ("float32", torch.float32):
+        whole = kvcompile.load(path, device="cpu", dtype=asked)
+        assert (whole.dtype, whole.kvcompile.plan.dtype) == (torch.float32, "float32")
+    with pytest.raises(KvcompileError, match=r"dtype must be one of float32, .* got int8"):
+        kvcompile.load(path, dtype="int8")
+    with pytest.raises(KvcompileError, match=r"device must be .* got nonsense"):
+        kvcompile.load(path, device="nonsense")
+
+
+def test_the_folder_holds_what_it_promises(made: Path, model: Any) -> None:
+    files = set(manifest.read(made).files)
+    assert files == {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "plan.json"} <= files
+    assert json.loads((made / "plan.json").read_text()) == json.loads(json.dumps(model.kvcompile.plan.to_json()))
+    assert "kv_append" in (made / "graph.txt").read_text()
+    assert "layer   3 reads the KV of layer   3" in (made / "graph.txt").read_text()
+    assert "| 3       | sdpa    | dense-float32-g2-d16" in (made / "kernels/layers.md").read_text()
+    assert AutoTokenizer.from_pretrained(made)("w7 w9")["input_ids"] == [7, 9]
+    config = json.loads((made / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
+    assert config["kvcompile"]["policies"] == ["snapkv"]
+    assert config["kvcompile"]["plan"] == manifest.read(made).plan == model.kvcompile.plan.digest()
+    assert {*manifest.read(made).versions} == {"kvcompile", "torch", "transformers"}
+
+
+def test_files_of_the_compiler_are_in_the_manifest(model: Any, tmp_path: Path) -> None:
+    def report(folder: Path) -> None:
+        (folder / "plots").mkdir()
+        (folder / "plots" / "bars.png").write_bytes(b"png")
+
+    path = artifact.save(model, tmp_path / "a", extra=report)
+    assert manifest.read(path).files["plots/bars.png"].bytes == 3
+    assert kvcompile.load(path)
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = compiled()
+    config, before = model.config, dict(vars(model.config))
+    artifact.save(model, tmp_path / "a")
+    assert model.config is config
+    assert {k: v for k, v in vars(config).items() if k != "kvcompile"} == {
+        k: v for k, v in before.items() if k != "kvcompile"
+    }
+    assert config.kvcompile == manifest.stamp(model.kvcompile.plan)
+
+
+def test_transformers_alone_reads_the_uncompressed_model(made: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(made)
+    assert torch.allclose(dense(tiny_ids(1, 12)).logits, tiny_model()(tiny_ids(1, 12)).logits)
+
+
+# damage
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def _set(key: str, value: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "manifest.json", lambda m: {**m, key: value})
+
+
+def _listing(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "manifest.json", lambda m: {**m, "files": change(m["files"])})
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, r"artifact: no such folder\. Fix: "),
+    "missing file": (lambda f: (f / "recipe.yaml").unlink(), r"recipe\.yaml: missing\. Fix: compile again"),
+    "missing weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        r"model\.safetensors: missing\. Fix: compile again",
+    ),
+    "truncated": (
+        _truncate,
+        r"model\.safetensors must have \d+ bytes, got \d+: truncated or altered\. Fix: compile again",
+    ),
+    "altered": (_flip, r"model\.safetensors must be as it was saved, got other content"),
+    "altered text": (lambda f: (f / "graph.txt").write_text("x"), r"graph\.txt must have"),
+    "no manifest": (
+        lambda f: (f / "manifest.json").unlink(),
+        r"a compiled model's weights without it, as save_pretrained",
+    ),
+    "empty manifest": (
+        lambda f: (f / "manifest.json").write_text(""),
+        r"manifest\.json must be JSON.*Fix: compile again",
+    ),
+    "half manifest": (lambda f: (f / "manifest.json").write_text('{"format": 1'), r"manifest\.json must be JSON"),
+    "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\x00"), r"manifest\.json must be JSON"),
+    "list": (
+        lambda f: (f / "manifest.json").write_text("[]"),
+        r"format number, got .*manifest\.json without\. Fix: give",
+    ),
+    "no format": (_set("format", None), r"format number"),
+    "newer": (_set("format", 99), r"up to format 1, got format 99, made by kvcompile \d.*Fix: upgrade kvcompile"),
+    "no files": (_set("files", None), r"manifest\.json must be a manifest of format 1.*Fix: compile again"),
+    "no digest": (_set("plan", "?"), r"digest is no SHA-256"),
+    "unlisted recipe": (
+        _listing(lambda m: {k: v for k, v in m.items() if k != "recipe.yaml"}),
+        r"recipe.yaml is not listed",
+    ),
+    "unlisted weights": (_listing(lambda m: {k: v for k, v in m.items() if k != "model.safetensors"}), r"no weights"),
+    "path out": (_listing(lambda m: {**m, "../x": m["recipe.yaml"]}), r"leads out of the folder"),
+    "no facts": (_listing(lambda m: {**m, "recipe.yaml": {}}), r"manifest\.json must be a manifest"),
+    "stranger": (
+        lambda f: (f / "pytorch_model.bin").write_bytes(b"x"),
+        r"does not list, got .*pytorch_model\.bin\. Fix: move",
+    ),
+    "code": (lambda f: (f / "modeling_llama.py").write_text("x"), r"does not list, got .*modeling_llama\.py"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_line_that_names_file_and_fix(kind: str, folder: Path) -> None:
+    damage, words = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(KvcompileError, match=words) as caught:
+        kvcompile.load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert caught.value.fix
+
+
+def test_a_readme_beside_the_model_does_no_harm(folder: Path) -> None:
+    (folder / "README.md").write_text("mine")
+    assert kvcompile.load(folder)
+
+
+def test_a_file_is_no_artifact(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(KvcompileError, match="x: a file"):
+        kvcompile.load(tmp_path / "x")
+
+
+def test_folders_of_transformers_are_told_apart(model: Any, made: Path, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "plain")
+    with pytest.raises(KvcompileError, match=r"never compiled\. Fix: kvcompile recipe=<name> model\.pretrained="):
+        kvcompile.load(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "weights")
+    with pytest.raises(
+        KvcompileError, match=r"as save_pretrained writes them\. Fix: save with kvcompile\.artifact\.save"
+    ):
+        kvcompile.load(tmp_path / "weights")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KvcompileError, match=r"empty: none\. Fix: give the folder"):
+        kvcompile.load(tmp_path / "empty")
+
+
+# a manifest can be forged: what lies behind it must be refused or ignored, and never run
+
+TRAP = "raise SystemExit('code of an artifact was executed')"
+
+
+def _recipe(folder: Path, old: str, new: str) -> None:
+    text = (folder / "recipe.yaml").read_text()
+    assert old in text
+    (folder / "recipe.yaml").write_text(text.replace(old, new))
+
+
+FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another budget": (
+        lambda f: _recipe(f, "budget: 0.4", "budget: 0.9"),
+        r"plan\.json: the recipe must give the plan .*layers differs.*saved by kvcompile .* read by kvcompile",
+    ),
+    "another plan": (lambda f: edit(f / "plan.json", lambda p: {**p, "prefill_chunk": 7}), r"prefill_chunk differs"),
+    "no plan": (lambda f: (f / "plan.json").write_text("[1]"), r"plan\.json must be a plan"),
+    "unknown policy": (lambda f: _recipe(f, "snapkv:", "snipkv:"), r"recipe\.yaml must be a recipe: unknown policy"),
+    "no yaml": (lambda f: (f / "recipe.yaml").write_text("{"), r"recipe\.yaml must be a recipe: a recipe must be YAML"),
+    "target": (lambda f: _recipe(f, "stack:\n", "stack:\n  _target_: os.abort\n"), r"recipe\.yaml must be a recipe"),
+    "inner target": (
+        lambda f: _recipe(f, "    sinks:", "    _target_: os.abort\n    sinks:"),
+        r"unknown field of stack",
+    ),
+    "top target": (lambda f: _recipe(f, "stack:", "_target_: os.abort\nstack:"), r"recipe\.yaml must be a recipe"),
+    "yaml tag": (lambda f: _recipe(f, "stack:", "x: !!python/object/apply:os.abort []\nstack:"), r"must be YAML"),
+    "interpolation": (lambda f: _recipe(f, "name: llama", "name: ${oc.env:HOME}"), r"plain values"),
+    "broken weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
+        r"must hold the weights of its config",
+    ),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json must describe a known model"),
+    "foreign model": (
+        lambda f: edit(f / "config.json", lambda c: {**c, "model_type": "gpt2"}),
+        r"config\.json must describe a known model: the architecture must be known, got 'gpt2'",
+    ),
+    "more layers": (lambda f: edit(f / "config.json", lambda c: {**c, "num_hidden_layers": 5}), r"none missing"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_artifact_is_refused_in_one_line(kind: str, folder: Path) -> None:
+    forge, words = FORGED[kind]
+    forge(folder)
+    sign(folder)
+    with pytest.raises(KvcompileError, match=words) as caught:
+        kvcompile.load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert caught.value.fix
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return exec, (TRAP,)
+
+
+def test_nothing_in_an_artifact_is_executed(folder: Path, model: Any) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    code = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
+    edit(folder / "config.json", lambda c: {**c, "auto_map": code, "attn_implementation": "someone/kernel"})
+    for name in ("trap.py", "graph.py", "custom_generate/generate.py", "kernels/trap.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(TRAP)
+    (folder / "graph.txt").write_text(TRAP)
+    sign(folder)
+    assert_same(model, kvcompile.load(folder))
+
+
+def test_weights_are_never_unpickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    (folder / "decoy.safetensors").write_bytes(b"")
+    sign(folder)
+    with pytest.raises(KvcompileError, match="must hold the weights of its config"):
+        kvcompile.load(folder)
+
+
+# saving: all or nothing
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _interrupt(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+WRITERS = {
+    "weights": lambda patch, model: patch.setattr(type(model), "save_pretrained", _interrupt),
+    "safetensors": lambda patch, model: patch.setattr("transformers.modeling_utils.safe_save_file", _interrupt),
+    "graph": lambda patch, model: patch.setattr(artifact, "_graph_text", _interrupt),
+    "manifest": lambda patch, model: patch.setattr(manifest, "write", _interrupt),
+    "sync": lambda patch, model: patch.setattr(artifact, "_sync", _interrupt),
+    "rename": lambda patch, model: patch.setattr(Path, "rename", _interrupt),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["nothing before", "an artifact before"])
+@pytest.mark.parametrize("where", WRITERS)
+def test_an_interrupt_leaves_what_was_there(
+    where: str, old: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a"
+    if old:
+        artifact.save(compiled(stack=()), target)
+    before = _contents(tmp_path)
+    config = model.config
+    with monkeypatch.context() as patch:
+        WRITERS[where](patch, model)
+        with pytest.raises(KeyboardInterrupt):
+            artifact.save(model, target, tiny_tokenizer())
+    assert _contents(tmp_path) == before
+    assert {p.name for p in tmp_path.iterdir()} == ({"a"} if old else set())
+    assert model.config is config
+    assert_same(model, kvcompile.load(artifact.save(model, target)))
+
+
+def test_an_interrupt_between_the_two_renames_puts_the_old_one_back(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact.save(compiled(stack=()), tmp_path / "a")
+    before = _contents(tmp_path)
+    rename, calls = Path.rename, []
+
+    def second_fails(path: Path, target: Path) -> Path:
+        calls.append(path)
+        return _interrupt() if len(calls) == 2 else rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", second_fails)
+        with pytest.raises(KeyboardInterrupt):
+            artifact.save(model, tmp_path / "a")
+    assert len(calls) == 3
+    assert _contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_report_that_fails_leaves_nothing(error: type[BaseException], model: Any, tmp_path: Path) -> None:
+    def report(folder: Path) -> None:
+        (folder / "report.md").write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        artifact.save(model, tmp_path / "a", extra=report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(KvcompileError, match=r"could not be written to .*No space left"):
+        artifact.save(model, tmp_path / "a", extra=full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_save_replaces_the_first_as_a_whole(model: Any, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    artifact.save(model, target, extra=lambda tmp: (tmp / "old.md").write_text("old"))
+    (target / "manifest.json").write_text("broken")
+    other = compiled(stack=STACKS["streaming"])
+    artifact.save(other, target)
+    assert not (target / "old.md").exists()
+    assert_same(other, kvcompile.load(target))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_to_a_folder_is_followed(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    artifact.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+
+
+def test_files_of_others_are_never_replaced(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(KvcompileError, match=r"only an artifact is replaced.*Fix: save elsewhere"):
+        artifact.save(model, tmp_path)
+    with pytest.raises(KvcompileError, match=r"thesis\.tex: a file"):
+        artifact.save(model, tmp_path / "thesis.tex")
+    assert _contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_what_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(KvcompileError, match="compiled from a recipe, got LlamaForCausalLM"):
+        artifact.save(tiny_model(), tmp_path / "a")
+    mixed = compiled()
+    mixed.lm_head.to(torch.bfloat16)
+    with pytest.raises(KvcompileError, match=r"one dtype .* got torch\.bfloat16, torch\.float32"):
+        artifact.save(mixed, tmp_path / "a")
+    with pytest.raises(KvcompileError, match="inv_freq must be float32"):
+        artifact.save(kvcompile.compile(tiny_model().to(torch.bfloat16), overrides=SNAPKV), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mixtral", "smollm3"])
+def test_bfloat16_checkpoints_come_back(name: str, tmp_path: Path) -> None:
+    tiny_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    model = kvcompile.compile(half, overrides=SNAPKV)
+    assert_same(model, kvcompile.load(artifact.save(model, tmp_path / "a")))
