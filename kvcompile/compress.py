@@ -152,6 +152,8 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
 def compress(step: Step, looks: dict[int, Looks]) -> None:
     """Keep what the selection of these layers allows; layers given together share one budget."""
     if all(look is None for look in looks.values()):
+        for i in looks:
+            trim(step.cache.layers[i], step, step.cache.plan.layers[i])
         return
     layers = list(looks)
     indices: dict[int, list[Tensor]] = {i: [] for i in layers}
@@ -163,7 +165,7 @@ def compress(step: Step, looks: dict[int, Looks]) -> None:
             if i in scored:
                 indices[i] += _top(scored[i].scores, counts[i])
             else:
-                indices[i] += _all(step.cache.layers[i], b)
+                indices[i] += _all(step.cache.layers[i], b, step.cache.seen[b])
     for i in layers:
         if looks[i] is not None:
             _keep(step, i, indices[i])
@@ -198,28 +200,34 @@ def _top(scores: Tensor, counts: Tensor) -> list[Tensor]:
     return [order[h, : int(n)].sort().values for h, n in enumerate(counts)]
 
 
-def _all(kv: LayerCache, b: int) -> list[Tensor]:
-    store = kv.held
-    mine = store.lengths[b * store.heads : (b + 1) * store.heads]
-    return [torch.arange(n, device=store.keys.device) for n in mine]
+def _all(kv: LayerCache, b: int, tokens: int) -> list[Tensor]:
+    """Indices of everything that the layer can still see after `tokens` of the sequence."""
+    rows = kv.held.rows()[b * kv.held.heads : (b + 1) * kv.held.heads]
+    return [(positions >= tokens - kv.plan.span(tokens)).nonzero().squeeze(-1) for _, _, positions in rows]
 
 
 def _keep(step: Step, index: int, indices: list[Tensor]) -> None:
     kv: LayerCache = step.cache.layers[index]
-    selection, watch, heads = kv.plan.selection, kv.watch, kv.held.heads
-    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
     step.cache.evictions.events += 1
-    if not dropped:
-        return
-    kv.keep(indices, step.cache.headroom)
-    step.cache.evicted(index, dropped)
-    if watch.carried is not None:
-        watch.carried = [
-            torch.nn.utils.rnn.pad_sequence([held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True)
-            for b, held in enumerate(watch.carried)
-        ]
-    if selection is not None and selection.positions == "compact":
+    if _drop(step, kv, indices) and kv.plan.selection is not None and kv.plan.selection.positions == "compact":
         _close_ranks(step, index, kv, indices)
+
+
+def _drop(step: Step, kv: LayerCache, indices: list[Tensor]) -> bool:
+    """Keep only these entries of the layer, and what is carried for them; whether anything was dropped."""
+    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
+    if not dropped:
+        return False
+    heads, longest = kv.held.heads, max(kv.held.lengths)
+    kv.keep(indices, step.cache.headroom)
+    step.cache.evicted(kv.plan.index, dropped)
+    if kv.watch.carried is not None:
+        carried = [torch.nn.functional.pad(held, (0, longest - held.shape[1])) for held in kv.watch.carried]
+        kv.watch.carried = [
+            torch.nn.utils.rnn.pad_sequence([held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True)
+            for b, held in enumerate(carried)
+        ]
+    return True
 
 
 def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) -> None:
@@ -251,18 +259,10 @@ def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
 
 
 def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
-    """Free the entries of a sliding layer that no later token can see."""
-    window = plan.sliding_window
-    if window is None or not step.due(TRIM_EVERY):
+    """Free the entries of a sliding layer that no later token can see; in a prefill a selection does that itself."""
+    if plan.sliding_window is None or not step.due(TRIM_EVERY) or (step.prefill and plan.selection is not None):
         return
-    indices = []
-    for i, (_, _, positions) in enumerate(kv.held.rows()):
-        oldest = step.cache.seen[i // kv.held.heads] - window
-        indices.append((positions >= oldest).nonzero().squeeze(-1))
-    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
-    if dropped:
-        kv.keep(indices, step.cache.headroom)
-        step.cache.evicted(plan.index, dropped)
+    _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
 __all__ = ["Looks", "compress", "look", "observe", "trim", "turn"]

@@ -96,8 +96,10 @@ class Plan:
         return tuple(p for p in self.layers if p.selection is not None and p.owner == p.index)
 
     def rank(self, index: int) -> tuple[int, int]:
-        """(place of layer `index` among the layers that share its selection, how many those are)."""
-        mates = [p.index for p in self.selected if p.selection == self.layers[index].selection]
+        """(place of layer `index` among the layers that share its selection and its span, how many those are)."""
+        mine = self.layers[index]
+        alike = [p for p in self.selected if p.sliding_window == mine.sliding_window]
+        mates = [p.index for p in alike if p.selection == mine.selection]
         return mates.index(index), len(mates)
 
     def check(self) -> None:
