@@ -90,12 +90,25 @@ class Branching:
 
     def loss(self, cache: KVCache, ids: Sequence[int]) -> float:
         """Mean negative log-likelihood of the true continuation `ids` over a branch, in one causal pass."""
-        new = torch.tensor([list(ids)])
-        logits = self._forward(new, cache)[0, :-1]
-        first = self.logits
-        if first is None:
+        return float(torch.nn.functional.cross_entropy(self._forced(cache, ids), torch.tensor(list(ids))))
+
+    def says(self, cache: KVCache, wordings: Sequence[Sequence[int]]) -> bool:
+        """Whether greedy decoding over a branch would say exactly one of `wordings`, in one causal pass.
+
+        They must differ in their first token, which the prefill has decided already.
+        """
+        first = int(self._first())
+        said = next((w for w in wordings if w[0] == first), None)
+        return said is not None and self._forced(cache, said).argmax(-1).tolist() == list(said)
+
+    def _forced(self, cache: KVCache, ids: Sequence[int]) -> Tensor:
+        """Logits `[n, vocabulary]` that predict `ids`; nothing more is evicted from the branch."""
+        if self.logits is None:
             raise RuntimeError("prefill first")
-        return float(torch.nn.functional.cross_entropy(torch.cat([first, logits]), new[0]))
+        cache.plan = self.identity
+        for layer, plan in zip(cache.layers, self.identity.layers, strict=True):
+            layer.plan = plan
+        return torch.cat([self.logits, self._forward(torch.tensor([list(ids)]), cache)[0, :-1]])
 
     def _first(self) -> Tensor:
         if self.logits is None:

@@ -3,8 +3,8 @@
     python benchmarks/needle_sweep.py --stacks benchmarks/stacks/zigzag.txt --tokens 1024 2048 --samples 20
 
 Each line of a stacks file is a row: `label: recipe and overrides as on the command line`. Per row: share of KV bytes
-kept (measured from the caches), exact-match needle score per length and form, perplexity of a continued text
-(prefill 512 tokens, score the next 128 over the compressed cache).
+kept (measured from the caches), needle score per length and form (greedy decoding says exactly the answer, quotes
+aside), perplexity of a continued text (prefill 512 tokens, score the next 128 over the compressed cache).
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: N
     prompts = task.prompts(tokenizer)
     for done, prompt in enumerate(prompts):
         runs.prefill(prompt.ids)
+        answers = [
+            tokenizer(f" {q}{prompt.answer}", add_special_tokens=False)["input_ids"] for q in ("", '"', "**", ":")
+        ]
         for label in right:
             cache = runs.branch(runs.identity if label is None else all_plans[label])
             if label is not None:
                 dense = runs.cache.nbytes() if runs.cache else 1
                 kept[label] += cache.nbytes() / dense / len(prompts)
-            text = tokenizer.decode(runs.decode(cache, task.max_new_tokens))
-            right[label] += prompt.answer in "".join(c if c.isdigit() else " " for c in text).split()
+            right[label] += runs.says(cache, answers)
         print(f"{task.form} {task.tokens}: {done + 1}/{len(prompts)}", file=sys.stderr, flush=True)
     return {label or "dense": [right[label] / len(prompts), kept.get(label, 1.0)] for label in right}
 
@@ -102,6 +104,7 @@ def main() -> None:
             for label, (score, kept) in needles(runs, tokenizer, all_plans, task).items():
                 table[label][f"{form} {tokens}"] = round(100 * score, 1)
                 table[label][f"kept % {tokens}"] = round(100 * kept, 1)
+            print(tabulate([{"row": k, **v} for k, v in table.items()], headers="keys"), file=sys.stderr, flush=True)
     if args.windows:
         for label, value in perplexities(runs, tokenizer, all_plans, args.windows).items():
             table[label]["perplexity"] = round(value, 2)

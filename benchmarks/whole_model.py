@@ -1,6 +1,7 @@
-"""Prefill, decode, cache bytes and peak memory of recipes against dense transformers: same prompts, one process, in turns.
+"""Prefill, decode, cache bytes and peak memory of recipes against dense transformers: one process, in turns.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/whole_model.py --contexts 1024 2048 4096 8000 --out benchmarks/results/whole_model
+    export OMP_WAIT_POLICY=PASSIVE
+    python benchmarks/whole_model.py --contexts 1024 2048 4096 8000 --out benchmarks/results/whole_model
 
 Each model reads the same text of the default model; all share one set of weights. Decode is the median step. Ratios
 are medians of the ratios of each round, above 1 for faster or smaller than dense transformers.
@@ -81,7 +82,9 @@ def main() -> None:
         for context in args.contexts:
             prompts = torch.stack([ids[i * 97 : i * 97 + context] for i in range(batch)])
             found = rows(compare(all_models, prompts, args.tokens, args.rounds))
-            parts.append(f"### context {context}, batch {batch}\n\n{tabulate(found, headers='keys', tablefmt='github')}\n")
+            parts.append(
+                f"### context {context}, batch {batch}\n\n{tabulate(found, headers='keys', tablefmt='github')}\n"
+            )
             print(parts[-1], flush=True)
             data.append({"context": context, "batch": batch, "rows": found})
     if args.out:

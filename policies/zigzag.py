@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvcompile.policies.adakv import AdaptiveHeads
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.policies.snapkv import WindowAttention
@@ -15,6 +16,7 @@ from kvcompile.selection import Allocation, LayerScores, Scope, Selection
 if TYPE_CHECKING:
     from torch import Tensor
 
+Rows = Literal["layer", "head", "adaptive"]
 ROUNDING = 1e-6  # relative, of a float32 softmax
 
 
@@ -35,21 +37,23 @@ class Uncertainty(Allocation):
     MBA per KV head, of the attention averaged over its query heads and the window; LMBA_l = mean over KV heads.
     B_l = B_min + (B - B_min) L LMBA_l / sum_m LMBA_m, B_min = floor B. Clamped to what always stays and what is held;
     what that cuts off goes to the other rows in proportion to their LMBA.
-    per: `layer` (all heads of a layer alike) or `head` (rows are KV heads of all layers, with their own MBA).
+    per: `layer` (all heads of a layer alike), `head` (rows are KV heads of all layers, with their own MBA) or
+    `adaptive` (by layer; inside a layer the heads compete by score, see AdaKV).
     share_cap: no row gets more than this share of the total, but never less than the mean (1: no cap); lifted where
     the total cannot be spent otherwise.
-    Source: ZigZagKV, arXiv 2412.09036, equation 6; `head` and the cap are ours.
+    Source: ZigZagKV, arXiv 2412.09036, equation 6; `head`, `adaptive` and the cap are ours.
     """
 
     mass: float
     floor: float
-    per: Scope
+    per: Rows
     share_cap: float
+    safeguard: float = 0.2
 
     @property
     def scope(self) -> Scope:
-        """As chosen."""
-        return self.per
+        """Whether heads of one layer may differ."""
+        return "layer" if self.per == "layer" else "head"
 
     @property
     def cross_layer(self) -> bool:
@@ -72,13 +76,20 @@ class Uncertainty(Allocation):
         if int(high.sum()) < total:
             high = held
         rows = torch.split(water_fill(self.floor * budget.double(), need, low, high, total), sizes)
+        if self.per == "adaptive":
+            shares = [replace(layer, budget=int(row)) for row, layer in zip(rows, layers, strict=True)]
+            return AdaptiveHeads(self.safeguard).allot(shares)
         return [row.expand(n).to(layer.lengths.device) for row, n, layer in zip(rows, heads, layers, strict=True)]
 
     def _rows(self, layer: LayerScores) -> tuple[Tensor, Tensor]:
         if layer.mass is None:
             raise RuntimeError("uncertainty is allotted without attention mass")
         need = minimal_budget(layer.mass, self.mass).double()
-        return (need, layer.lengths) if self.per == "head" else (need.mean(0, True), layer.lengths.amin(0, True))
+        if self.per == "head":
+            return need, layer.lengths
+        # heads of one length share a row; adaptive heads may differ, and spend what a mean head holds
+        held = layer.lengths.sum(0, True) // layer.lengths.numel()
+        return need.mean(0, True), held if self.per == "adaptive" else layer.lengths.amin(0, True)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ class ZigZag(AllocationPolicy):
     """Give uncertain layers more tokens: those whose attention needs many to hold most of its mass (2412.09036).
 
     window: last queries whose attention is measured. mass: how much of it counts. floor: share of the mean budget that
-    every layer gets. scope: budgets by layer, or by KV head of all layers. share_cap: largest share of a row (1: any).
+    every layer gets. scope: budgets by layer, by KV head of all layers, or by layer and inside it by score (`adaptive`,
+    with AdaKV's `safeguard`). share_cap: largest share of a row (1: any).
     """
 
     name: ClassVar[str] = "zigzag"
@@ -95,20 +107,22 @@ class ZigZag(AllocationPolicy):
     window: int = 32
     mass: float = 0.9
     floor: float = 0.2
-    scope: Literal["layer", "head"] = "layer"
+    scope: Literal["layer", "head", "adaptive"] = "layer"
     share_cap: float = 1.0
+    safeguard: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.window >= 1, "window", "1 or more")
         self.require(0 < self.mass < 1, "mass", "in (0, 1)")
         self.require(0 <= self.floor <= 1, "floor", "in [0, 1]")
-        self.require(self.scope in ("layer", "head"), "scope", "layer or head")
+        self.require(self.scope in ("layer", "head", "adaptive"), "scope", "layer, head or adaptive")
+        self.require(0 <= self.safeguard <= 1, "safeguard", "in [0, 1]")
         self.require(0 < self.share_cap <= 1, "share_cap", "in (0, 1]")
 
     def allocation(self) -> Allocation:
         """By uncertainty, over all layers."""
-        return Uncertainty(self.mass, self.floor, self.scope, self.share_cap)
+        return Uncertainty(self.mass, self.floor, self.scope, self.share_cap, self.safeguard)
 
     def over(self, before: Selection) -> Selection:
         """With unpooled attention of the whole prompt as the measure."""
