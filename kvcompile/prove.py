@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,19 +106,19 @@ def _text(tokenizer: Any, tokens: int) -> Tensor:
 def _needle(
     original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
 ) -> tuple[NeedleResult, NeedleResult] | None:
-    if not config.needle.enabled:
+    if not config.needle.enabled or not config.needle.tokens:
         return None
-    results: list[NeedleResult] = []
-    for which, model in (("before", original), ("after", compiled)):
-        total: NeedleResult | None = None
-        for tokens in config.needle.tokens:
-            task = NeedleTask(tokens, config.needle.samples, tuple(config.needle.depths), config.needle.seed)
-            found = score(model, tokenizer, task, lambda what, done, n, w=which: progress(f"{what}, {w}", done, n))
-            total = found if total is None else total + found
-        if total is None:
-            return None
-        results.append(total)
-    return results[0], results[1]
+
+    def measured(model: Any, when: str) -> NeedleResult:
+        def show(what: str, done: int, total: int) -> None:
+            progress(f"{what}, {when}", done, total)
+
+        given = config.needle
+        tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in given.tokens]
+        first, *more = [score(model, tokenizer, task, show) for task in tasks]
+        return sum(more, first)
+
+    return measured(original, "before"), measured(compiled, "after")
 
 
 def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress) -> Comparison | None:
@@ -139,6 +138,3 @@ def _kernels(model: Any) -> list[str]:
 def _machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return f"{device}, {torch.get_num_threads()} threads, {platform.system()}"
-
-
-__all__ = ["Path", "compile_and_report", "prove"]
