@@ -1,0 +1,76 @@
+"""Every shipped recipe composes, plans, compiles, generates, and says how it is run."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_ids, tiny_model, tiny_tokenizer
+
+import kvcompile
+from kvcompile import planning
+from kvcompile.compose import compose
+from kvcompile.config import from_recipe
+from kvcompile.stack import discover
+
+SHIPPED = {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files("kvcompile.recipes.recipe").iterdir()}
+TOKENS, NEW = 400, 4  # longer than what any recipe keeps of it
+QUICK = {"retrieval_heads": ["stack.retrieval_heads.samples=1", "stack.retrieval_heads.tokens=128"]}
+
+every = pytest.mark.parametrize("name", sorted(SHIPPED))
+
+
+def quick(name: str) -> list[str]:
+    """Overrides that make a recipe's calibration short."""
+    return [o for policy in compose([f"recipe={name}"]).stack for o in QUICK.get(policy, [])]
+
+
+def test_every_selection_policy_has_a_recipe() -> None:
+    shown = {policy for name in SHIPPED for policy in compose([f"recipe={name}"]).stack}
+    assert shown == {name for name, cls in discover().items() if cls.family == "selection"}
+
+
+@every
+def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
+    package, summary, command, *_ = SHIPPED[name].splitlines()
+    assert package == "# @package _global_"
+    assert summary.startswith("# ")
+    assert summary.endswith(".")
+    program, *overrides = shlex.split(command.removeprefix("# "))
+    assert program == "kvcompile"
+    assert f"recipe={name}" in overrides
+    assert compose(overrides) == compose([f"recipe={name}"])
+
+
+@every
+def test_plan_only(name: str) -> None:
+    config = compose([f"recipe={name}", "plan=only", "plan.context=2048", "plan.memory=1"])
+    plan, out = planning.plan_of(config), io.StringIO()
+    planning.show(plan, config, Console(file=out, width=140))
+    assert f"{name}-llama: llama" in out.getvalue()
+    held, uncompressed = planning.cache_bytes(plan, 1, 2048)
+    assert held < uncompressed or name == "corm"  # a threshold promises nothing
+
+
+@every
+def test_compiles_a_tiny_model_and_generates_in_less_memory(name: str) -> None:
+    model = kvcompile.compile(tiny_model(), recipe=name, overrides=quick(name), tokenizer=tiny_tokenizer())
+    ids = tiny_ids(2, TOKENS)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **options)
+    assert out.sequences.shape == (2, TOKENS + NEW)
+    rows = model.kvcompile.plan.bytes(2, TOKENS + NEW - 1)
+    assert out.past_key_values.evictions.events > 0
+    uncompressed = sum(r.dense_bytes for r in rows)
+    if name != "corm":  # random weights: every token is important to some of its 256 queries
+        assert out.past_key_values.nbytes() < uncompressed
+    config = from_recipe(model.kvcompile.recipe)
+    assert config.recipe == name
+    if name == "retrieval_heads":
+        assert config.stack[name]["heads"], "the calibration must be in the recipe that is saved"
