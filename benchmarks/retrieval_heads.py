@@ -1,0 +1,101 @@
+r"""How many retrieval heads, and what for the others: one calibration of the default model, then real caches.
+
+    python benchmarks/retrieval_heads.py --samples 5 --out benchmarks/results/retrieval_heads
+    python benchmarks/retrieval_heads.py --samples 10 --seed 1 --rows default \
+        --out benchmarks/results/retrieval_heads-default
+
+Calibration uses the forms of `kvcompile.calibration`, the scores those of `kvcompile.needle`: no form is in both.
+Columns: share of KV bytes held after prefill (measured), exact-match needle score per form and length, perplexity of
+128 tokens read after 512 over the compressed cache. The calibration itself goes to `<out>-calibration.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from branching import Branching
+from needle_sweep import needles, perplexities
+from tabulate import tabulate
+
+from kvcompile.calibration import CalibrationResult, retrieval_scores
+from kvcompile.calibrator import ModelCalibrator
+from kvcompile.compiler import plan_of
+from kvcompile.compose import compose
+from kvcompile.config import ModelConfig
+from kvcompile.models import load
+from kvcompile.needle import NeedleTask
+from kvcompile.stack import build_policy
+from kvcompile.text import sentences
+
+ROWS: dict[str, tuple[int, dict[str, Any]]] = {  # label -> number of heads, fields of the policy
+    "no head, sinks + 32": (0, {}),
+    "9 heads, sinks + 32": (9, {}),
+    "10 heads, sinks + 32 (default)": (10, {}),
+    "12 heads, sinks + 14": (12, {"budget": 18, "recent": 14}),
+    "14 heads, sinks + 32": (14, {}),
+    "8 heads, sinks + 16 + snapkv to 6 %": (8, {"budget": 0.06, "recent": 16, "score": "snapkv"}),
+    "20 heads halved by keydiff, sinks + 32": (20, {"keep": 0.5, "score": "keydiff"}),
+}
+CASES = [(form, 1024) for form in ("magic", "two_keys", "reference", "passcode")] + [
+    ("magic", 2048),
+    ("passcode", 2048),
+]
+
+
+def show(found: CalibrationResult, count: int) -> str:
+    """The best heads of every form, as layer.head."""
+    parts = {"all forms": found.scores, **found.forms}
+    lines = []
+    for name, rows in parts.items():
+        best = CalibrationResult(rows, {}, 0, 0, 0).top(count)
+        lines.append({"form": name, "best KV heads": " ".join(f"{i}.{h}" for i, h in best)})
+    return tabulate(lines, headers="keys", tablefmt="github")
+
+
+def main() -> None:
+    """Calibrate, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=5, help="prompts of each form and length")
+    parser.add_argument("--windows", type=int, default=6, help="texts of the perplexity")
+    parser.add_argument("--rows", default="", help="only the rows whose label contains this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    model, tokenizer = load(ModelConfig())
+    policy: Any = build_policy("retrieval_heads", {})
+    settings = {name: getattr(policy, name) for name in ("samples", "tokens", "seed")}
+    found = retrieval_scores(ModelCalibrator(model, tokenizer, progress), sentences(), **settings)
+    plans = {}
+    for label, (count, fields) in ((k, v) for k, v in ROWS.items() if args.rows in k):
+        name = "retrieval_heads" if count else "streaming"
+        options = {"heads": found.top(count), **fields} if count else {"budget": 36}
+        plans[label] = plan_of(model.config, "float32", compose([]), (build_policy(name, options),))
+    runs = Branching(model)
+    table: dict[str, dict[str, Any]] = {label: {} for label in ("dense", *plans)}
+    for form, tokens in CASES:
+        task = NeedleTask(tokens=tokens, samples=args.samples, form=form, seed=args.seed)
+        for label, (score, kept) in needles(runs, tokenizer, plans, task).items():
+            table[label].setdefault(f"kept % {tokens}", round(100 * kept, 1))
+            table[label][f"{form} {tokens}"] = round(100 * score)
+    for label, value in perplexities(runs, tokenizer, plans, args.windows).items():
+        table[label]["perplexity"] = round(value, 2)
+    text = tabulate([{"row": k, **v} for k, v in table.items()], headers="keys", tablefmt="github")
+    text += "\n\n" + show(found, 14)
+    print(text)
+    if args.out:
+        command = f"    python {' '.join(sys.argv)}\n\n{args.samples} prompts of each form and length\n\n"
+        Path(args.out + ".md").write_text(command + text + "\n")
+        Path(args.out + "-calibration.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+
+
+def progress(text: str, done: int, total: int) -> None:
+    """One line a step, on stderr."""
+    print(f"{text}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
