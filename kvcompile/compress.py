@@ -43,12 +43,14 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     keep = _queries_needed(s)
     if s.score.moments:
         kv.watch.add_moments(unrotated, step.positions, step.valid)
+        step.cache.summed()
     if keep != 0:
         kv.watch.remember(queries, step.positions, step.valid, keep)
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
         _carry(layer)
-    looks = [_look(layer, b) for b in range(kv.held.batch)] if due else None
+    asking = kv.watch.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
+    looks = [_look(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
     if step.last and step.prefill and not s.schedule.decode_every:
         kv.watch.forget()
     return looks
@@ -68,6 +70,7 @@ def _carry(layer: _Layer) -> None:
     s, watch = layer.selection, layer.kv.watch
     if s.score.carries:
         watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
+        layer.step.cache.summed()
         watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
 
 
@@ -106,7 +109,8 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
 def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
     """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin."""
     cache, index, dim = layer.step.cache, layer.plan.index, keys.shape[-1]
-    next_position = cache.seen[b] - (int(cache.shift[b]) if cache.shift is not None else 0)
+    shift = layer.step.shift
+    next_position = cache.seen[b] - (int(shift[b]) if shift is not None else 0)
 
     def mean_rotation(horizon: int) -> Tensor:
         if not cache.rotaries or cache.rotaries[index] is None:

@@ -30,6 +30,7 @@ class Step:
     prefill: bool
     last: bool  # the last chunk of the prompt, or a decoded token
     tick: int = 0  # tokens decoded since the last prefill, this one included
+    shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
 
     def due(self, decode_every: int, between_chunks: bool = True) -> bool:
         """Whether a schedule asks for a selection at the end of this pass."""
@@ -96,7 +97,7 @@ class KVCache(Cache):  # type: ignore[misc]
             self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
         self.tick = 0 if prefill else self.tick + 1
         self.croppable = self.croppable + count if valid is None else 0
-        return Step(self, positions, valid, prefill, self.last_chunk, self.tick)
+        return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift)
 
     def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
         if mask is None:
@@ -122,6 +123,10 @@ class KVCache(Cache):  # type: ignore[misc]
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
         self.evictions.dropped[index] = self.evictions.dropped.get(index, 0) + dropped
+        self.croppable = 0
+
+    def summed(self) -> None:
+        """Record that a score has summed over the tokens so far: their part in it can no longer be taken back."""
         self.croppable = 0
 
     def lengths(self) -> list[list[int]]:

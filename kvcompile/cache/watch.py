@@ -24,6 +24,11 @@ class Segment:
     valid: Tensor | None
     counted: bool = False
 
+    @property
+    def least(self) -> int:
+        """Real queries that every sequence has here."""
+        return self.queries.shape[2] if self.valid is None else int(self.valid.sum(1).min())
+
 
 @dataclass
 class Watch:
@@ -31,23 +36,28 @@ class Watch:
 
     segments: list[Segment] = field(default_factory=list)
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
+    waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
     counts: list[int] | None = None
     totals: Tensor | None = None  # [B, H_q, D] float64
     outers: Tensor | None = None  # [B, H_q, D, D] float64
 
     def remember(self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None) -> None:
-        """Add queries; hold only the newest `keep` (None: all since `forget`)."""
+        """Add queries; hold only the newest `keep` real ones (None: all since `forget`)."""
         if keep is not None and queries.shape[2] > keep:
-            queries, positions = queries[:, :, -keep:].clone(), positions[:, -keep:]
-            valid = None if valid is None else valid[:, -keep:]
+            if valid is None:
+                queries, positions = queries[:, :, -keep:].clone(), positions[:, -keep:]
+            else:
+                newest = valid.int().sort(dim=1, stable=True).indices[:, -keep:]  # padding first, order kept
+                queries = queries.take_along_dim(newest[:, None, :, None], 2)
+                positions, valid = positions.take_along_dim(newest, 1), valid.take_along_dim(newest, 1)
         self.segments.append(Segment(queries, positions, valid))
         if keep is not None:
             self._hold(keep)
 
     def _hold(self, keep: int) -> None:
-        held = sum(s.queries.shape[2] for s in self.segments)
-        while self.segments and held - self.segments[0].queries.shape[2] >= keep:
-            held -= self.segments.pop(0).queries.shape[2]
+        held = sum(s.least for s in self.segments)
+        while self.segments and held - self.segments[0].least >= keep:
+            held -= self.segments.pop(0).least
 
     def counted(self, keep: int) -> None:
         """All remembered queries have been counted; hold the newest `keep` for other readers."""
@@ -58,6 +68,13 @@ class Watch:
     def forget(self) -> None:
         """Drop the remembered queries."""
         self.segments = []
+
+    def arrive(self, valid: Tensor | None, batch: int, due: bool) -> list[bool]:
+        """A piece of the prompts has come: which sequences a look would be about (others got padding only)."""
+        came = [True] * batch if valid is None else [bool(v) for v in valid.any(1)]
+        waiting = [new or old for new, old in zip(came, self.waiting or [False] * batch, strict=True)]
+        self.waiting = None if due else waiting
+        return waiting
 
     def recall(self, b: int, heads: int, keep: int | None) -> tuple[Tensor, Tensor]:
         """Newest queries of one sequence `[H_kv, g, W, D]` and true positions `[W]`, oldest first, without padding.
@@ -74,7 +91,7 @@ class Watch:
         joined, at = torch.cat(queries, 1), torch.cat(positions)
         if keep is not None:
             joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
-        return joined.view(heads, -1, *joined.shape[1:]), at
+        return joined.view(heads, joined.shape[0] // heads, *joined.shape[1:]), at
 
     def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
         """Add queries before rotation `[B, H_q, Q, D]` to the running sums."""
@@ -119,6 +136,8 @@ class Watch:
             s.valid = None if s.valid is None else s.valid[sequences]
         if self.carried is not None:
             self.carried = [self.carried[b] for b in chosen]
+        if self.waiting is not None:
+            self.waiting = [self.waiting[b] for b in chosen]
         if self.counts is not None and self.totals is not None and self.outers is not None:
             self.counts = [self.counts[b] for b in chosen]
             self.totals, self.outers = self.totals[sequences], self.outers[sequences]

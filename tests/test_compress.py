@@ -1,0 +1,585 @@
+"""Selections at run time: who stays, what is freed, and that neither batch, chunk nor turn changes the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from kvcompile.policies.snapkv import WindowAttention
+from tiny import WINDOW, tiny_config, tiny_ids, tiny_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcompile.adapters.registry import describe, rotary
+from kvcompile.cache import KVCache
+from kvcompile.cache.dense import DenseStore
+from kvcompile.cache.ragged import RaggedStore
+from kvcompile.compiler import build
+from kvcompile.compress import turn
+from kvcompile.observe import Observation
+from kvcompile.selection import Allocation, Budget, LayerScores, Schedule, Scope, Score, Selection
+
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+
+
+@dataclass(frozen=True)
+class Hashed(Score):
+    """A fixed pseudo-random number for each true position, layer and head: easy to predict, blind to the model."""
+
+    def score(self, seen: Observation) -> Tensor:
+        heads = torch.arange(seen.keys.shape[0]).unsqueeze(1)
+        return hashed(seen.positions.long(), seen.layer, heads)
+
+
+def hashed(position: Tensor, layer: int, head: Tensor) -> Tensor:
+    return ((position + 3) * (7919 + 101 * head + 31 * layer) % 1009).float()
+
+
+@dataclass(frozen=True)
+class AllAttention(Score):
+    """Attention of every query so far, summed (as h2o): carries state, needs every query once."""
+
+    @property
+    def queries(self) -> None:
+        return None
+
+    @property
+    def carries(self) -> bool:
+        return True
+
+    def observe(self, seen: Observation) -> Tensor:
+        total = seen.carried.clone() if seen.carried is not None else torch.zeros(seen.keys.shape[:2])
+        for _, attention in seen.attention_blocks():
+            total += attention.sum((1, 2))
+        return total
+
+    def score(self, seen: Observation) -> Tensor:
+        assert seen.carried is not None
+        return seen.carried
+
+
+@dataclass(frozen=True)
+class Labelled(AllAttention):
+    """Carries each entry's own position + 1, given when it was new: shows whether state follows its entry."""
+
+    def observe(self, seen: Observation) -> Tensor:
+        carried = seen.carried if seen.carried is not None else torch.zeros(seen.keys.shape[:2])
+        return torch.where(carried == 0, seen.positions + 1, carried)
+
+    def score(self, seen: Observation) -> Tensor:
+        assert seen.carried is not None
+        inside = torch.arange(seen.keys.shape[1]) < seen.lengths.unsqueeze(1)
+        assert torch.equal(seen.carried[inside], (seen.positions[inside] + 1).float())
+        return Hashed().score(seen)
+
+
+@dataclass(frozen=True)
+class Expected(Score):
+    """Logits of the mean query, rotated to the next positions."""
+
+    @property
+    def moments(self) -> bool:
+        return True
+
+    def score(self, seen: Observation) -> Tensor:
+        assert seen.moments is not None
+        assert seen.mean_rotation is not None
+        query = seen.moments.mean.mean(1) @ seen.mean_rotation(8)
+        return (seen.keys.float() @ query.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class PerHead(Allocation):
+    """One budget over all heads of a layer (or of all layers): the best entries anywhere stay."""
+
+    across: bool = False
+
+    @property
+    def scope(self) -> Scope:
+        return "head"
+
+    @property
+    def cross_layer(self) -> bool:
+        return self.across
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        total = sum(min(x.budget, int(n)) for x in layers for n in x.lengths)
+        flat = torch.cat([x.scores.flatten() for x in layers])
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        chosen[flat.argsort(descending=True, stable=True)[:total]] = True
+        parts = chosen.split([x.scores.numel() for x in layers])
+        return [c.view_as(x.scores).sum(1) for c, x in zip(parts, layers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Above(Allocation):
+    """A threshold: every head keeps the entries that score more."""
+
+    least: float
+
+    @property
+    def scope(self) -> Scope:
+        return "head"
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        return [(x.scores > self.least).sum(1) for x in layers]
+
+
+def selection(score: Score, budget: float | None = 0.4, **options: Any) -> Selection:
+    settings: dict[str, Any] = {"sinks": 2, "recent": 3, **options}
+    return Selection("test", score, None if budget is None else Budget(budget), **settings)
+
+
+def compiled(
+    s: Selection | None, name: str = "llama", chunk: int = 0, layers: Sequence[int] = range(4), **options: Any
+) -> Any:
+    model = tiny_model(name)
+    plan = replace(describe(model.config), prefill_chunk=chunk).map(lambda p: replace(p, selection=s), layers)
+    plan.check()
+    return build(model, plan, **options)
+
+
+def left_padded(tokens: int, *pads: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    ids, mask = tiny_ids(len(pads), tokens, seed), torch.ones(len(pads), tokens, dtype=torch.long)
+    for b, n in enumerate(pads):
+        ids[b, :n], mask[b, :n] = 0, 0
+    return ids, mask
+
+
+def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> KVCache:
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    assert bool(out.logits.isfinite().all())
+    return out.past_key_values
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = 10, **options: Any) -> Any:
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **{**GREEDY, **options})
+
+
+def kept(cache: KVCache, layer: int) -> list[list[int]]:
+    return [positions.tolist() for _, _, positions in cache.layers[layer].held.rows()]
+
+
+def predicted(held: list[int], tokens: int, budget: int, layer: int, head: int, sinks: int = 2, recent: int = 3):
+    """The naive selection: protected entries, then the highest scores, the older first."""
+    scores = {p: float(hashed(torch.tensor(p), layer, torch.tensor(head))) for p in held}
+    for p in held:
+        if p < sinks or p >= tokens - recent:
+            scores[p] = float("inf")
+    return sorted(sorted(held, key=lambda p: (-scores[p], p))[:budget])
+
+
+# ---- who stays
+
+
+@pytest.mark.parametrize("between", [True, False])
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("budget", [0.4, 9, 0.01, 1.0, 400])
+def test_keeps_what_a_naive_selection_keeps(budget: float, chunk: int, between: bool) -> None:
+    cache = prefill(compiled(selection(Hashed(), budget, schedule=Schedule(between)), chunk=chunk), tiny_ids(2, 25))
+    for layer in range(4):
+        for row in range(4):
+            held: list[int] = []
+            stops = list(range(chunk, 25, chunk)) if chunk and between else []
+            for start, stop in zip([0, *stops], [*stops, 25], strict=True):
+                held += range(start, stop)
+                allowed = max(int(budget * stop + 1e-6) if budget <= 1 else int(budget), 5)
+                held = predicted(held, stop, allowed, layer, row % 2)
+            assert kept(cache, layer)[row] == held
+    assert isinstance(cache.layers[0].store, DenseStore)
+    if max(budget, 0.2) < 0.5:
+        assert min(cache.evictions.dropped.values()) > 0
+
+
+def test_recent_as_a_fraction_of_the_budget() -> None:
+    cache = prefill(compiled(selection(Hashed(), 12, recent=0.5)), tiny_ids(1, 40))
+    for h, row in enumerate(kept(cache, 1)):
+        assert row == predicted(list(range(40)), 40, 12, 1, h, recent=6)
+
+
+def test_memory_is_returned_at_once() -> None:
+    ids = tiny_ids(2, 200)
+    whole, small = prefill(compiled(None), ids), prefill(compiled(selection(Hashed(), 0.1)), ids)
+    assert small.nbytes() == whole.nbytes() // 10
+    assert small.allocated() < whole.allocated() / 2  # 64 tokens of room weigh more than the 20 kept
+    tensors = [t for x in small.layers for t in (x.held.keys, x.held.values, x.held.positions)]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == small.allocated()
+
+
+def test_between_chunks_bounds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks: list[int] = []
+    spec = KVCache.spec
+
+    def noting(self: KVCache, layer: int, *args: Any) -> Any:
+        peaks.append(max(self.lengths()[layer]))
+        return spec(self, layer, *args)
+
+    monkeypatch.setattr(KVCache, "spec", noting)
+    prefill(compiled(selection(Hashed(), 10), chunk=8), tiny_ids(1, 64))
+    assert max(peaks) == 18
+    peaks.clear()
+    prefill(compiled(selection(Hashed(), 10, schedule=Schedule(between_chunks=False)), chunk=8), tiny_ids(1, 64))
+    assert max(peaks) == 64
+
+
+def test_decoding_stays_within_budget() -> None:
+    s = selection(Hashed(), 10, schedule=Schedule(decode_every=4))
+    out = generate(compiled(s), tiny_ids(2, 30), new=18)
+    cache = out.past_key_values
+    assert cache.seen == [47, 47]
+    held = list(range(30))
+    for h in range(2):
+        held = predicted(list(range(30)), 30, 10, 2, h)
+        for tick in range(1, 18):
+            held.append(29 + tick)
+            if tick % 4 == 0:
+                held = predicted(held, 30 + tick, 10, 2, h)
+        assert kept(cache, 2)[h] == held
+    without = generate(compiled(selection(Hashed(), 10)), tiny_ids(2, 30), new=18)
+    assert without.past_key_values.lengths()[0] == [27] * 4
+
+
+def test_second_prompt_on_the_same_cache() -> None:
+    model = compiled(selection(Hashed(), 0.5))
+    cache = prefill(model, tiny_ids(1, 20))
+    prefill(model, tiny_ids(1, 10, seed=1), cache=cache)
+    assert cache.seen == [30]
+    for h, row in enumerate(kept(cache, 3)):
+        first = predicted(list(range(20)), 20, 10, 3, h)
+        assert row == predicted([*first, *range(20, 30)], 30, 15, 3, h)
+
+
+def test_threshold_instead_of_budget() -> None:
+    cache = prefill(compiled(selection(Hashed(), None, allocation=Above(500.0))), tiny_ids(2, 40))
+    for layer in range(4):
+        for row, positions in enumerate(kept(cache, layer)):
+            every = torch.arange(40)
+            good = (hashed(every, layer, torch.tensor(row % 2)) > 500) | (every < 2) | (every >= 37)
+            assert positions == every[good].tolist()
+    assert len(set(cache.lengths()[0])) > 1
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_shared_budgets_are_spent_exactly(across: bool) -> None:
+    model = compiled(selection(Hashed(), 0.4, allocation=PerHead(across)), layers=[0, 2, 3])
+    cache = prefill(model, tiny_ids(2, 30))
+    assert cache.lengths()[1] == [30] * 4
+    spent = torch.tensor([cache.lengths()[i] for i in (0, 2, 3)]).view(3, 2, 2)
+    assert len(set(spent.flatten().tolist())) > 1
+    if across:
+        assert spent.sum((0, 2)).tolist() == [6 * 12] * 2
+        assert len(set(spent.sum(2).flatten().tolist())) > 1
+    else:
+        assert spent.sum(2).flatten().tolist() == [24] * 6
+    for layer in (0, 2, 3):
+        equal = len(set(cache.lengths()[layer])) == 1
+        assert isinstance(cache.layers[layer].store, DenseStore if equal else RaggedStore)
+        for row, positions in enumerate(kept(cache, layer)):
+            assert positions == predicted(list(range(30)), 30, len(positions), layer, row % 2)
+
+
+# ---- sliding layers
+
+
+def test_sliding_layers_are_trimmed() -> None:
+    out = generate(compiled(None, "mistral"), tiny_ids(1, 50), new=100)
+    cache = out.past_key_values
+    assert cache.seen == [149]
+    assert all(n == WINDOW + 99 - 64 for rows in cache.lengths() for n in rows)
+    assert cache.allocated() < 4 * 2 * (WINDOW + 64 + 64 + 64) * (2 * 16 * 4 + 4)
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_selection_inside_a_window(chunk: int) -> None:
+    """The budget is a fraction of what the window shows; entries that left it go first."""
+    model = compiled(selection(Hashed(), 0.5, recent=2), "gemma2", chunk=chunk)
+    cache = prefill(model, tiny_ids(2, 40))
+    assert cache.lengths() == [[8] * 4, [20] * 4, [8] * 4, [20] * 4]
+    assert all(min(row) >= 40 - WINDOW for layer in (0, 2) for row in kept(cache, layer))
+    if not chunk:
+        for h, row in enumerate(kept(cache, 0)[:2]):
+            assert row == predicted(list(range(40 - WINDOW, 40)), 40, 8, 0, h, sinks=0, recent=2)
+
+
+def test_route_and_reference_agree_after_evicting_inside_a_window() -> None:
+    ids, outs = tiny_ids(2, 40), []
+    for kernels in ("sdpa", "reference"):
+        model = compiled(selection(Hashed(), 0.5), "mistral", kernels=kernels)
+        cache = prefill(model, ids)
+        with torch.no_grad():
+            outs.append(torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(14)], 1))
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
+
+
+# ---- decoding over what was kept
+
+
+def gathered(original: Any, ids: Tensor, cache: KVCache) -> DynamicCache:
+    """What transformers would hold, had it the same entries."""
+    with torch.no_grad():
+        whole = original(ids, use_cache=True).past_key_values
+    for i, layer in enumerate(whole.layers):
+        index = torch.tensor(kept(cache, i)).view(*layer.keys.shape[:2], -1, 1)
+        layer.keys, layer.values = layer.keys.take_along_dim(index, 2), layer.values.take_along_dim(index, 2)
+    return whole
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gpt_neox", "qwen3"])
+def test_decodes_like_the_original_over_the_kept_entries(name: str) -> None:
+    original, model, ids = tiny_model(name), compiled(selection(Hashed(), 0.3), name), tiny_ids(2, 30)
+    cache = prefill(model, ids)
+    theirs = gathered(original, ids, cache)
+    with torch.no_grad():
+        for i in range(4):
+            token, at = tiny_ids(2, 1, seed=i), torch.tensor([[30 + i]])
+            ours = model(token, past_key_values=cache).logits
+            n = theirs.layers[0].keys.shape[2]
+            expected = original(
+                token, past_key_values=theirs, position_ids=at, attention_mask=torch.ones(2, n + 1)
+            ).logits
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_ragged_rows_decode_like_the_reference(across: bool) -> None:
+    s = selection(Hashed(), 0.3, allocation=PerHead(across), schedule=Schedule(decode_every=5))
+    ids, mask = left_padded(30, 0, 11)
+    first, second = (generate(compiled(s, kernels=k), ids, mask, output_logits=True) for k in ("sdpa", "reference"))
+    assert first.past_key_values.lengths() == second.past_key_values.lengths()
+    torch.testing.assert_close(torch.stack(first.logits), torch.stack(second.logits), atol=1e-5, rtol=1e-5)
+
+
+# ---- batch, chunks, turns, beams
+
+SCORES: dict[str, Callable[[], Selection]] = {
+    "window": lambda: selection(WindowAttention(4, 3, "max"), 0.4, schedule=Schedule(decode_every=3)),
+    "carried": lambda: selection(AllAttention(), 0.4, schedule=Schedule(decode_every=3)),
+    "moments": lambda: selection(Expected(), 0.4, schedule=Schedule(decode_every=3)),
+    "heads": lambda: selection(WindowAttention(4), 0.4, allocation=PerHead(), schedule=Schedule(decode_every=3)),
+    "layers": lambda: selection(
+        WindowAttention(4), 0.4, allocation=PerHead(True), uncertainty=WindowAttention(6), schedule=Schedule(True, 3)
+    ),
+    "carried-and-unsure": lambda: selection(
+        AllAttention(), 0.4, allocation=PerHead(), uncertainty=WindowAttention(6), schedule=Schedule(True, 3)
+    ),
+    "threshold": lambda: selection(WindowAttention(4), None, allocation=Above(0.03), schedule=Schedule(decode_every=3)),
+    "once": lambda: selection(WindowAttention(4), 0.4),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("kind", SCORES)
+def test_batch_is_its_sequences_alone(kind: str, chunk: int) -> None:
+    """Two turns, evicting during prefill and decode. (Chunks start at the same tokens: pads are whole chunks.)"""
+    model = compiled(SCORES[kind](), chunk=chunk)
+    pads, later = (0, 7, 14), (14, 0, 7)
+    first, mask = left_padded(35, *pads)
+    second, more = left_padded(28, *later, seed=1)
+    cache = model.new_cache()
+    answers = generate(model, first, mask, new=9, past_key_values=cache).sequences
+    prefill(model, second, torch.cat((mask, torch.ones(3, 8, dtype=torch.long), more), 1), cache)
+    for b in range(3):
+        alone = model.new_cache()
+        answer = generate(model, first[b : b + 1, pads[b] :], new=9, past_key_values=alone).sequences
+        assert torch.equal(answer[0, -9:], answers[b, -9:])
+        prefill(model, second[b : b + 1, later[b] :], cache=alone)
+        assert alone.seen == cache.seen[b : b + 1]
+        for layer in range(4):
+            assert kept(alone, layer) == kept(cache, layer)[2 * b : 2 * b + 2]
+
+
+def test_right_padding_remembers_the_last_real_queries() -> None:
+    for kind in ("window", "carried-and-unsure"):
+        model = compiled(SCORES[kind]())
+        ids, mask = tiny_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+        mask[1, 20:] = 0
+        both, alone = prefill(model, ids, mask), prefill(model, ids[1:, :20])
+        for layer in range(4):
+            assert kept(alone, layer) == kept(both, layer)[2:]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 40])
+def test_scores_do_not_depend_on_chunks(chunk: int) -> None:
+    for kind in ("window", "carried", "moments"):
+        s = replace(SCORES[kind](), schedule=Schedule(between_chunks=False))
+        whole, pieces = prefill(compiled(s), tiny_ids(2, 30)), prefill(compiled(s, chunk=chunk), tiny_ids(2, 30))
+        for layer in range(4):
+            assert kept(whole, layer) == kept(pieces, layer)
+
+
+@pytest.mark.parametrize("pads", [0, 7])
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_carried_state_follows_its_entries(chunk: int, pads: int) -> None:
+    """Through chunks, evictions, decoding and beams: `Labelled` itself checks at every look."""
+    ids, mask = left_padded(25, 0, pads)
+    s = selection(Labelled(), 0.4, allocation=PerHead(), schedule=Schedule(decode_every=2))
+    model = compiled(s, chunk=chunk)
+    generate(model, ids, mask, num_beams=3)
+    cache = prefill(model, ids, mask)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    prefill(model, ids[:, -5:], torch.cat((mask, torch.ones(2, 5)), 1)[:, -30:], cache)
+
+
+def test_beams_take_their_caches_along() -> None:
+    """Beam search over a compressed cache equals beam search with the slow reference."""
+    ids, mask = left_padded(25, 0, 9)
+    outs = [generate(compiled(SCORES["heads"](), kernels=k), ids, mask, num_beams=3) for k in ("sdpa", "reference")]
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+
+
+@dataclass(frozen=True)
+class Recorder(Expected):
+    """Keeps the moments it was shown."""
+
+    found: dict[int, list[Any]] = field(default_factory=dict, compare=False)
+
+    def score(self, seen: Observation) -> Tensor:
+        self.found.setdefault(seen.layer, []).append(seen.moments)
+        return super().score(seen)
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_moments_are_those_of_the_queries_before_rotation(chunk: int) -> None:
+    """Population mean and covariance, without the first four tokens (sinks) and without padding."""
+    original, recorder = tiny_model(), Recorder()
+    queries: list[Tensor] = []
+    original.model.layers[2].self_attn.q_proj.register_forward_hook(lambda m, i, out: queries.append(out))
+    ids, mask = left_padded(30, 0, 7)
+    with torch.no_grad():
+        for b, pads in enumerate((0, 7)):
+            original(ids[b : b + 1, pads:])
+    prefill(compiled(selection(recorder, schedule=Schedule(between_chunks=False)), chunk=chunk), ids, mask)
+    for moments, states in zip(recorder.found[2][-2:], queries, strict=True):
+        q = states[0, 4:].double().unflatten(-1, (4, 16)).transpose(0, 1)
+        assert moments.count == q.shape[1]
+        for head in range(4):
+            mean, covariance = moments.mean[head // 2, head % 2], moments.covariance[head // 2, head % 2]
+            torch.testing.assert_close(mean.double(), q[head].mean(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(covariance.double(), torch.cov(q[head].T, correction=0), atol=1e-4, rtol=1e-4)
+
+
+# ---- compact positions
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "smollm3"])
+def test_turning_a_key_is_rotating_it_at_the_new_position(name: str) -> None:
+    from kvcompile.graph.ops import rope
+
+    model = tiny_model(name)
+    turns = rotary(model, 0)
+    keys = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
+    old, new = torch.arange(12) * 9 + 5, torch.arange(12)
+
+    def at(positions: Tensor) -> Tensor:
+        cos, sin = turns(positions)
+        return rope(keys[None, None], cos[None], sin[None])[0, 0]
+
+    torch.testing.assert_close(turn(at(old), old, new, turns), at(new), atol=1e-5, rtol=1e-5)
+
+
+def naive_compact(
+    original: Any, ids: Tensor, new: int, budget: int, every: int, sinks: int
+) -> tuple[list[int], Tensor]:
+    """StreamingLLM on transformers: the kept tokens' pre-rotary keys are rotated anew at 0..n-1 before every step."""
+    from kvcompile.graph.ops import rope
+
+    turns = rotary(original, 0)
+
+    def rotated(keys: Tensor, positions: Tensor, sign: int) -> Tensor:
+        cos, sin = turns(positions)
+        return rope(keys, cos[None], sign * sin[None])
+
+    with torch.no_grad():
+        out = original(ids, use_cache=True)
+        cache, tokens, logits = out.past_key_values, [], []
+        held, evict = ids.shape[1], True
+        for step in range(new):
+            if evict and held > budget:
+                index = torch.cat((torch.arange(sinks), torch.arange(held - budget + sinks, held)))
+                for layer in cache.layers:
+                    bare = rotated(layer.keys, torch.arange(held), -1)[:, :, index]
+                    layer.keys, layer.values = rotated(bare, torch.arange(budget), 1), layer.values[:, :, index]
+                held = budget
+            logits.append(out.logits[:, -1])
+            tokens.append(int(out.logits[0, -1].argmax()))
+            if step + 1 < new:
+                out = original(
+                    torch.tensor([tokens[-1:]]),
+                    past_key_values=cache,
+                    position_ids=torch.tensor([[held]]),
+                    attention_mask=torch.ones(1, held + 1),
+                )
+                held, evict = held + 1, (step + 1) % every == 0
+    return tokens, torch.cat(logits)
+
+
+@dataclass(frozen=True)
+class Newest(Score):
+    """The newest entries stay."""
+
+    def score(self, seen: Observation) -> Tensor:
+        return seen.positions.float()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_compact_positions_like_a_naive_implementation(name: str) -> None:
+    s = selection(Newest(), 10, recent=0, positions="compact", schedule=Schedule(decode_every=3))
+    ids = tiny_ids(1, 24)
+    tokens, logits = naive_compact(tiny_model(name), ids, 14, budget=10, every=3, sinks=2)
+    out = generate(compiled(s, name), ids, new=14, output_logits=True)
+    torch.testing.assert_close(torch.cat(out.logits), logits, atol=2e-4, rtol=1e-4)
+    assert out.sequences[0, 24:].tolist() == tokens
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_compact_positions_of_a_batch(chunk: int) -> None:
+    s = selection(Newest(), 10, recent=0, positions="compact", schedule=Schedule(decode_every=3))
+    model = compiled(s, chunk=chunk)
+    ids, mask = left_padded(28, 0, 7, 21)
+    together = generate(model, ids, mask)
+    for b, pads in enumerate((0, 7, 21)):
+        assert torch.equal(generate(model, ids[b : b + 1, pads:]).sequences[0, -10:], together.sequences[b, -10:])
+
+
+def test_compact_positions_rotate_the_mean_query_alike_in_all_layers() -> None:
+    """Layers are compressed one after another; a later one must not see the positions of an earlier one's outcome."""
+    rotations: list[Tensor] = []
+
+    @dataclass(frozen=True)
+    class Watching(Newest):
+        def score(self, seen: Observation) -> Tensor:
+            assert seen.mean_rotation is not None
+            rotations.append(seen.mean_rotation(4))
+            return super().score(seen)
+
+    prefill(compiled(selection(Watching(), 10, positions="compact")), tiny_ids(1, 24))
+    assert len(rotations) == 4
+    assert all(torch.equal(r, rotations[0]) for r in rotations)
+
+
+# ---- taking tokens back
+
+
+@pytest.mark.parametrize("kind", ["carried", "moments"])
+def test_crop_stops_at_what_a_score_has_summed(kind: str) -> None:
+    from kvcompile.errors import KvcompileError
+
+    model = compiled(replace(SCORES[kind](), budget=Budget(400), schedule=Schedule()))
+    cache = prefill(model, tiny_ids(1, 12))
+    with pytest.raises(KvcompileError, match="cropped"):
+        cache.crop(-2)
+    with torch.no_grad():
+        model(tiny_ids(1, 1), past_key_values=cache)
+    cache.crop(-1)
+    prefill(model, tiny_ids(1, 3), cache=cache)
+    assert cache.seen == [15]
+
+
+def test_the_plan_of_the_tests_is_the_plan_of_the_model() -> None:
+    assert [p.sliding_window for p in describe(tiny_config("gemma2")).layers] == [WINDOW, None, WINDOW, None]
