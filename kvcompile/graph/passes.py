@@ -70,7 +70,7 @@ class InsertCompression(Pass):
         for group in groups.values():
             indices = tuple(p.index for p in group)
             step = watched[indices[0]].args[3]
-            with graph.inserting_after(readers[indices[-1]]):
+            with graph.inserting_after(max(readers[i] for i in indices)):
                 graph.call_function(ops.allocate, (step, indices, *(watched[i] for i in indices)))
         return len(self.plan.selected)
 

@@ -6,6 +6,8 @@ transparent, so that per layer `q_proj, k_proj, v_proj, rope, kv_append, observe
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 from kvcompile.adapters.base import Attention
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
+
+_TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 
 
 class StepProxy(fx.Proxy):
@@ -64,6 +68,7 @@ class KVTracer(fx.Tracer):
 
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__(param_shapes_constant=True)
+        self.thread = threading.get_ident()
         self.transparent: set[int] = set()
         if model is not None:
             base = getattr(model, str(model.base_model_prefix))
@@ -72,6 +77,20 @@ class KVTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Everything but the skeleton and our adapters."""
         return id(m) not in self.transparent and not isinstance(m, (nn.ModuleList, Entry, Attention))
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Models that run in other threads meanwhile are none of this trace's business."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """As `call_module`: other threads get the attribute itself."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
         """A step proxy passes for a tensor; as an argument it is its node."""
@@ -101,7 +120,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """The graph of one forward pass (arguments of `Entry.forward`), sharing its leaf modules with `model`."""
     entry = Entry(model)
     tracer = KVTracer(model)
-    graph = tracer.trace(entry)
+    with _TRACING:
+        graph = tracer.trace(entry)
     module = fx.GraphModule(entry, graph, class_name=type(model).__name__)
     module.graph.eliminate_dead_code()
     module.delete_all_unused_submodules()
