@@ -6,7 +6,8 @@ r"""How many retrieval heads, and what for the others: one calibration of the de
 
 Calibration uses the forms of `kvcompile.calibration`, the scores those of `kvcompile.needle`: no form is in both.
 Columns: share of KV bytes held after prefill (measured), exact-match needle score per form and length, perplexity of
-128 tokens read after 512 over the compressed cache. The calibration itself goes to `<out>-calibration.json`.
+128 tokens read after 512 over the compressed cache. The calibration itself goes to
+`<out>-calibration.json` (unless --rows is given).
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def main() -> None:
     if args.out:
         command = f"    python {' '.join(sys.argv)}\n\n{args.samples} prompts of each form and length\n\n"
         Path(args.out + ".md").write_text(command + text + "\n")
-        Path(args.out + "-calibration.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        if not args.rows:
+            Path(args.out + "-calibration.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
 
 
 def progress(text: str, done: int, total: int) -> None:
