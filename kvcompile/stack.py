@@ -112,6 +112,16 @@ def _policy_type(hint: Any, value: Any) -> Any:
     return value
 
 
+def _shaped(hint: Any, value: Any) -> bool:
+    """Whether there are lists where the type has lists; OmegaConf takes one in place of a list's number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_shaped(each, value) for each in inner)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_shaped(inner[0], item) for item in value)
+    return hint is Any or not isinstance(value, list)
+
+
 def build_policy(name: str, options: Mapping[str, Any]) -> Policy:
     """The policy `name` with `options` over its defaults.
 
@@ -132,6 +142,8 @@ def build_policy(name: str, options: Mapping[str, Any]) -> Policy:
         choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
             raise KvcompileError(f"stack.{name}: {key} must be one of {', '.join(map(str, choices))}", repr(value))
+        if not _shaped(hints[key], value):
+            raise KvcompileError(f"stack.{name}: {key} must be of type {hints[key]}", repr(value))
     return cls(**{key: _policy_type(hints[key], value) for key, value in values.items()})
 
 

@@ -158,6 +158,11 @@ def test_options_of_is_the_inverse_of_build_stack(plug: Any) -> None:
         ([], {"prob": {}}, "unknown policy, got 'prob'. Fix: did you mean 'probe'"),
         (["probe"], {"probe": {"bit": 4}}, "unknown field of stack.probe, got 'bit'. Fix: did you mean 'bits'"),
         (["probe"], {"probe": {"bits": "many"}}, "stack.probe: Value 'many' of type 'str' could not be converted"),
+        (
+            ["probe"],
+            {"probe": {"heads": [[1]]}},
+            r"stack.probe: heads must be of type tuple\[int, ...\], got \[\[1\]\]",
+        ),
         (["probe"], {"probe": {"bits": 3}}, "stack.probe: bits must be 2, 4 or 8, got 3"),
         (["probe"], {"probe": {"mode": "slow"}}, "stack.probe: mode must be one of fast, exact, got 'slow'"),
         (["probe", "snapkv"], {}, "selection policies come before storage policies, got 'snapkv'"),
