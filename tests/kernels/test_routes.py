@@ -145,7 +145,7 @@ common = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(history=st.integers(0, 20), new=st.integers(1, 13), batch=st.integers(1, 3), **common)
 @example(0, 1, 1, 0, 1, 1, (8, 8), None, None, torch.float32, 512, True).via("one token ever")
 def test_dense_layout(history, new, batch, seed, heads, group, dims, window, softcap, dtype, block, contiguous) -> None:
@@ -157,7 +157,7 @@ def test_dense_layout(history, new, batch, seed, heads, group, dims, window, sof
     agree(case, got, reference.attend(case.queries(), view, case.spec))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(data=st.data(), batch=st.integers(1, 3), **common)
 def test_ragged_layout(data, batch, seed, heads, group, dims, window, softcap, dtype, block, contiguous) -> None:
     history = data.draw(st.lists(st.integers(0, 20), min_size=batch * heads, max_size=batch * heads))
