@@ -73,16 +73,23 @@ TABLE: dict[str, Row] = {
     "h2o": Row({"h2o": {}}, recent=0.5),
     "keydiff": Row({"keydiff": {}}, finds="different"),
     "knorm": Row({"knorm": {}}, finds="short"),
-    "pyramidkv": Row({"pyramidkv": {}}, split="model", recent=8),
+    "pyramidkv": Row({"pyramidkv": {}}, split="model", recent=8, finds=None),  # no room for a needle in the last layer
+    "pyramidkv over snapkv": Row({"snapkv": SNAPKV, "pyramidkv": {"beta": 2.0}}, split="model", recent=8),
     "random": Row({"random": {}}, finds=None),
     "retrieval_heads": Row(
-        {"retrieval_heads": {"heads": [list(p) for p in RETRIEVING], "recent": 4}}, whole=RETRIEVING, recent=4
+        {"retrieval_heads": {"heads": [list(p) for p in RETRIEVING], "recent": 4}},
+        whole=RETRIEVING,
+        recent=4,
+        finds=None,
     ),
     "snapkv": Row({"snapkv": SNAPKV}, recent=8),
     "streaming": Row({"streaming": {}}, recent=LEAST - SINKS, finds=None),
     "streaming, compact": Row({"streaming": {"positions": "compact"}}, recent=LEAST - SINKS, finds=None),
     "tova": Row({"tova": {}}, recent=1),
     "zigzag": Row({"snapkv": SNAPKV, "zigzag": {"window": 8}}, split="model", recent=8),
+    "zigzag, adaptive": Row(
+        {"expected_attention": {}, "zigzag": {"window": 8, "scope": "adaptive", "floor": 0.8}}, split="model"
+    ),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,13 @@ from contract_table import DIM, HEADS, LAYERS, LEAST, SINKS, TABLE, Row, compile
 from tiny import tiny_ids
 from torch import Tensor
 
+from kvcompile import artifact
+from kvcompile.cache import KVCache, Step
+from kvcompile.calibrator import shared
+from kvcompile.compiler import assemble
+from kvcompile.compress import compress, observe
+from kvcompile.config import Config, finish
+from kvcompile.prove import prove
 from kvcompile.stack import discover
 
 TOKENS, BUDGET = 60, 24
@@ -86,8 +94,6 @@ def test_the_budget_is_kept_to_the_token(name: str, row: Row, budget: float) -> 
 @everywhere("gemma2", "mistral")
 def test_measured_bytes_are_the_planned_ones(name: str, architecture: str, budget: float) -> None:
     model = compiled(TABLE[name].fields(budget), architecture)
-    from kvcompile.prove import prove
-
     rows, total = prove(model, tiny_ids(1, TOKENS))  # raises where they differ
     assert [r.bytes for r in rows] == [sum(r.kept) * PER_TOKEN for r in rows]
     dynamic = [r for r in rows if r.planned is None]
@@ -209,3 +215,44 @@ def test_the_plan_is_data(name: str, row: Row) -> None:
     assert one.digest() == same.digest()
     other = plan_of(row.fields(BUDGET, sinks=SINKS + 1))
     assert other.digest() != one.digest()
+
+
+def planted(finds: str, at: int) -> tuple[Tensor, Tensor]:
+    """Queries `[1, H_q, n, D]` and keys `[1, H_kv, n, D]` of noise, with a needle in every head at position `at`."""
+    source = torch.Generator().manual_seed(1)
+    asked = torch.nn.functional.normalize(torch.randn(1, HEADS, 1, DIM, generator=source), dim=-1) * 4
+    queries = asked.repeat_interleave(2, 1) + 0.3 * torch.randn(1, 2 * HEADS, TOKENS, DIM, generator=source)
+    keys = 0.5 * torch.randn(1, HEADS, TOKENS, DIM, generator=source)
+    if finds == "different":
+        keys += asked
+    keys[:, :, at] = {"attended": 4 * asked, "different": -asked, "short": 0.01 * asked}[finds][:, :, 0]
+    return queries, keys
+
+
+@pytest.mark.parametrize("name", [name for name, row in TABLE.items() if row.finds])
+def test_the_needle_and_its_neighbours_survive(name: str) -> None:
+    """One entry that the method is made to notice stays in every row, with those that pooling ties to it."""
+    at, row = 23, TABLE[name]
+    queries, keys = planted(str(row.finds), at)
+    cache = KVCache(plan_of(row.fields(LEAST)))
+    cache.seen, positions = [TOKENS], torch.arange(TOKENS).unsqueeze(0)
+    step, looks = Step(cache, positions, None, prefill=True, last=True), {}
+    for p, layer in zip(cache.plan.layers, cache.layers, strict=True):
+        layer.append(keys, torch.ones_like(keys), positions, None, 0)
+        looks[p.index] = observe(layer, queries, queries, step, p)
+    compress(step, looks)
+    reach = getattr(cache.plan.layers[0].selection.score, "kernel", 1) // 2
+    for layer_rows in kept_positions(cache):
+        assert all(set(kept) >= set(range(at - reach, at + reach + 1)) for kept in layer_rows)
+
+
+@every
+def test_what_is_loaded_is_what_was_saved(name: str, row: Row, tmp_path: Path) -> None:
+    """To the bit: a prefill that evicts, and decoding that does."""
+    stack, ids = row.fields(BUDGET, decode_every=2), tiny_ids(1, TOKENS + 5)
+    model = assemble(shared(dense()), finish(Config(stack=stack, prefill_chunk=32)))
+    loaded = artifact.load(artifact.save(model, tmp_path / "artifact"))
+    (expected, held), (got, again) = (steps(m, ids, TOKENS) for m in (model, loaded))
+    assert torch.equal(got, expected)
+    assert kept_positions(again) == kept_positions(held)
+    assert loaded.kvcompile.plan == model.kvcompile.plan
