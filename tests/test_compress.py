@@ -212,6 +212,23 @@ def test_memory_is_returned_at_once() -> None:
     assert sum(t.untyped_storage().nbytes() for t in tensors) == small.allocated()
 
 
+def test_a_prompt_that_will_be_cut_gets_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory of a prefill is the prompt itself; room comes with what is kept."""
+    peaks: list[int] = []
+    spec = KVCache.spec
+
+    def noting(self: KVCache, layer: int, *args: Any) -> Any:
+        peaks.append(self.layers[layer].held.keys.shape[-2])
+        return spec(self, layer, *args)
+
+    monkeypatch.setattr(KVCache, "spec", noting)
+    prefill(compiled(selection(Hashed(), 10)), tiny_ids(1, 64))
+    assert peaks == [64] * 4
+    peaks.clear()
+    prefill(compiled(None), tiny_ids(1, 64))
+    assert min(peaks) > 64
+
+
 def test_between_chunks_bounds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[int] = []
     spec = KVCache.spec
@@ -464,14 +481,43 @@ def test_moments_are_those_of_the_queries_before_rotation(chunk: int) -> None:
             torch.testing.assert_close(covariance.double(), torch.cov(q[head].T, correction=0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_the_mean_rotation_is_the_mean_of_rotations(name: str) -> None:
+    from kvcompile.graph.ops import rope
+
+    rotations: list[Tensor] = []
+
+    @dataclass(frozen=True)
+    class Watching(Expected):
+        def score(self, seen: Observation) -> Tensor:
+            assert seen.mean_rotation is not None
+            rotations.append(seen.mean_rotation(5))
+            return super().score(seen)
+
+    model = compiled(selection(Watching(), 0.5), name)
+    prefill(model, tiny_ids(1, 15))
+    queries = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary(model, 0)(torch.arange(15, 20))
+    expected = rope(queries[:, None].expand(3, 5, 16)[None], cos[None], sin[None])[0].mean(1)
+    torch.testing.assert_close(queries @ rotations[0], expected, atol=1e-5, rtol=1e-5)
+
+
 # ---- compact positions
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "smollm3"])
-def test_turning_a_key_is_rotating_it_at_the_new_position(name: str) -> None:
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [("llama", {}), ("llama", {"rope_parameters": YARN}), ("phi3", {}), ("gpt_neox", {}), ("smollm3", {})],
+    ids=["llama", "llama-yarn", "phi3", "gpt_neox", "smollm3"],
+)
+def test_turning_a_key_is_rotating_it_at_the_new_position(name: str, over: dict[str, Any]) -> None:
+    """Of a part of the channels, or with an amplitude (yarn), just as well."""
     from kvcompile.graph.ops import rope
 
-    model = tiny_model(name)
+    model = tiny_model(name, **over)
     turns = rotary(model, 0)
     keys = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
     old, new = torch.arange(12) * 9 + 5, torch.arange(12)
