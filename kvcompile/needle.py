@@ -35,6 +35,8 @@ class Form:
     others: int = 0
 
 
+# The uncompressed default model answers `two_keys` less surely than the others (55 of 60 prompts at 1,024 tokens, where
+# each of the others got 20 of 20): read its score beside the uncompressed one, never alone.
 FORMS = {
     "magic": Form(
         "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -82,7 +84,8 @@ class NeedleTask:
     """`samples` prompts of at most `tokens` tokens, spread over `depths` (0: start, 1: end of the text).
 
     form: one of `FORMS`. source: path of a text file to hide the needle in (None: `kvcompile.text.builtin`).
-    `magic` is the form of RULER's niah_single_2 (arXiv 2404.06654) with other words and another haystack.
+    `magic` is the form of RULER's niah_single_2 (arXiv 2404.06654) with other words, another haystack and, unlike
+    there, numbers without repeated digits, which makes it a little easier: scores do not compare with RULER's.
     Raises KvcompileError for values out of range.
     """
 
