@@ -1,6 +1,6 @@
 """One dense prefill, many stacks: each is applied to a copy of the same cache, so a sweep pays for the prompt once.
 
-Equal to compiling each stack by itself (tests/test_benchmarks.py) for selections that act after prefill; chunked
+Equal to compiling each stack by itself (tests/test_real_model.py) for selections that act after prefill; chunked
 prefill and eviction while decoding are not exercised here.
 """
 
@@ -92,23 +92,27 @@ class Branching:
         """Mean negative log-likelihood of the true continuation `ids` over a branch, in one causal pass."""
         return float(torch.nn.functional.cross_entropy(self._forced(cache, ids), torch.tensor(list(ids))))
 
-    def says(self, cache: KVCache, wordings: Sequence[Sequence[int]]) -> bool:
-        """Whether greedy decoding over a branch would say exactly one of `wordings`, in one causal pass.
+    def says(self, cache: KVCache, wordings: Sequence[Sequence[int]]) -> int | None:
+        """The token that follows if greedy decoding over a branch says one of `wordings`, None if it says none.
 
-        They must differ in their first token, which the prefill has decided already.
+        One causal pass. The wordings must differ in their first token, which the prefill has decided already.
         """
-        first = int(self._first())
-        said = next((w for w in wordings if w[0] == first), None)
-        return said is not None and self._forced(cache, said).argmax(-1).tolist() == list(said)
+        start = int(self._first())
+        said = next((w for w in wordings if w[0] == start), None)
+        if said is None:
+            return None
+        logits = self._forced(cache, said, last=True).argmax(-1).tolist()
+        return int(logits[-1]) if logits[:-1] == list(said) else None
 
-    def _forced(self, cache: KVCache, ids: Sequence[int]) -> Tensor:
-        """Logits `[n, vocabulary]` that predict `ids`; nothing more is evicted from the branch."""
+    def _forced(self, cache: KVCache, ids: Sequence[int], last: bool = False) -> Tensor:
+        """Logits `[n, vocabulary]` that predict `ids` (with `last`: and what follows); nothing more is evicted."""
         if self.logits is None:
             raise RuntimeError("prefill first")
         cache.plan = self.identity
         for layer, plan in zip(cache.layers, self.identity.layers, strict=True):
             layer.plan = plan
-        return torch.cat([self.logits, self._forward(torch.tensor([list(ids)]), cache)[0, :-1]])
+        after = self._forward(torch.tensor([list(ids)]), cache)[0]
+        return torch.cat([self.logits, after if last else after[:-1]])
 
     def _first(self) -> Tensor:
         if self.logits is None:

@@ -3,8 +3,8 @@
     python benchmarks/needle_sweep.py --stacks benchmarks/stacks/zigzag.txt --tokens 1024 2048 --samples 20
 
 Each line of a stacks file is a row: `label: recipe and overrides as on the command line`. Per row: share of KV bytes
-kept (measured from the caches), needle score per length and form (greedy decoding says exactly the answer, quotes
-aside), perplexity of a continued text (prefill 512 tokens, score the next 128 over the compressed cache).
+kept (measured from the caches), needle score per length and form (greedy decoding says the answer, RULER's measure;
+`exact`: and no digit after it), perplexity of a continued text (prefill 512 tokens, score the next 128).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def plans(rows: dict[str, list[str]], model: Any, calibrated: Any) -> dict[str, 
 
 
 def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: NeedleTask) -> dict[str, list[Any]]:
-    """label -> [score, share of bytes kept] over one task; None is the dense model."""
-    right = dict.fromkeys([None, *all_plans], 0)
+    """label -> [found, exact, share of bytes kept] over one task; None is the dense model."""
+    found, exact = dict.fromkeys([None, *all_plans], 0), dict.fromkeys([None, *all_plans], 0)
     kept = dict.fromkeys(all_plans, 0.0)
     prompts = task.prompts(tokenizer)
     for done, prompt in enumerate(prompts):
@@ -57,14 +57,17 @@ def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: N
         answers = [
             tokenizer(f" {q}{prompt.answer}", add_special_tokens=False)["input_ids"] for q in ("", '"', "**", ":")
         ]
-        for label in right:
+        for label in found:
             cache = runs.branch(runs.identity if label is None else all_plans[label])
             if label is not None:
                 dense = runs.cache.nbytes() if runs.cache else 1
                 kept[label] += cache.nbytes() / dense / len(prompts)
-            right[label] += runs.says(cache, answers)
+            follows = runs.says(cache, answers)
+            found[label] += follows is not None
+            exact[label] += follows is not None and not tokenizer.decode([follows])[:1].isdigit()
         print(f"{task.form} {task.tokens}: {done + 1}/{len(prompts)}", file=sys.stderr, flush=True)
-    return {label or "dense": [right[label] / len(prompts), kept.get(label, 1.0)] for label in right}
+    n = len(prompts)
+    return {label or "dense": [found[label] / n, exact[label] / n, kept.get(label, 1.0)] for label in found}
 
 
 def perplexities(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], windows: int) -> dict[str, float]:
@@ -101,8 +104,9 @@ def main() -> None:
     for form in args.forms:
         for tokens in args.tokens:
             task = NeedleTask(tokens=tokens, samples=args.samples, form=form, seed=args.seed)
-            for label, (score, kept) in needles(runs, tokenizer, all_plans, task).items():
-                table[label][f"{form} {tokens}"] = round(100 * score, 1)
+            for label, (found, exact, kept) in needles(runs, tokenizer, all_plans, task).items():
+                table[label][f"{form} {tokens}"] = round(100 * found, 1)
+                table[label][f"exact {tokens}"] = round(100 * exact, 1)
                 table[label][f"kept % {tokens}"] = round(100 * kept, 1)
             print(tabulate([{"row": k, **v} for k, v in table.items()], headers="keys"), file=sys.stderr, flush=True)
     if args.windows:

@@ -79,7 +79,7 @@ def main() -> None:
     table: dict[str, dict[str, Any]] = {label: {} for label in ("dense", *plans)}
     for form, tokens in CASES:
         task = NeedleTask(tokens=tokens, samples=args.samples, form=form, seed=args.seed)
-        for label, (score, kept) in needles(runs, tokenizer, plans, task).items():
+        for label, (score, _, kept) in needles(runs, tokenizer, plans, task).items():
             table[label].setdefault(f"kept % {tokens}", round(100 * kept, 1))
             table[label][f"{form} {tokens}"] = round(100 * score)
     for label, value in perplexities(runs, tokenizer, plans, args.windows).items():

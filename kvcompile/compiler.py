@@ -65,6 +65,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
 def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent) -> Any:
     """Compile a loaded model in place by a config: calibrate what needs it, plan, build. Nothing is measured."""
     from kvcompile.calibrator import ModelCalibrator
+    from kvcompile.manifest import stamp
 
     dtype = str(model.dtype).removeprefix("torch.")
     policies = config.policies()
@@ -73,7 +74,9 @@ def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progre
     policies = tuple(p.calibrated(calibrator) for p in policies)
     config = config.with_policies(policies)
     plan = plan_of(model.config, dtype, config, policies)
-    return build(model, plan, config.kernels, to_recipe(config))
+    built = build(model, plan, config.kernels, to_recipe(config))
+    built.config.kvcompile = stamp(plan)
+    return built
 
 
 def compile(

@@ -121,6 +121,12 @@ class Plan:
 
     def _check_selection(self, p: LayerPlan, s: Selection) -> None:
         where = f"{s.policy}: layer {p.index}"
+        if s.positions == "compact" and (s.score.queries != 0 or s.uncertainty is not None):
+            raise KvcompileError(
+                f"{where}: compact positions need a score that looks at no queries",
+                type(s.score).__name__,
+                f"stack.{s.policy}.positions=original",
+            )
         if s.positions == "compact":
             alike = all(q.selection == s for q in self.layers if q.owner == q.index)
             if s.allocation.scope == "head" or s.allocation.cross_layer or not alike or p.sliding_window:
