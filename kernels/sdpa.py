@@ -98,8 +98,19 @@ def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor
         if spec.softcap:
             outs.append(_softcapped(rows[i], keys, values, mask, spec))
         else:
-            outs.append(F.scaled_dot_product_attention(rows[i], keys, values, attn_mask=mask, scale=spec.scale))
+            outs.append(_one_row(rows[i], keys, values, mask, spec))
     return torch.cat(outs, 1).reshape(batch, heads, 1, -1)
+
+
+def _one_row(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: KernelSpec) -> Tensor:
+    """SDPA of one row, all `[1, 1, ., D]`.
+
+    On a CPU the row is handed over twice, as a view: alone it runs outside SDPA's parallel loop, where each small
+    matrix product wakes all threads, which took four times as long (benchmarks/decode_layouts.py).
+    """
+    copies = 2 if q.device.type == "cpu" else 1
+    q, keys, values = (x.expand(1, copies, -1, -1) for x in (q, keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=spec.scale)[:, :1]
 
 
 def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor:
