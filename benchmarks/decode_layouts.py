@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def main() -> None:
     print(text)
     if args.out:
         head = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {torch.get_num_threads()} threads"
-        command = "    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_layouts.py --out " + args.out
+        command = f"    OMP_WAIT_POLICY=PASSIVE python {' '.join(sys.argv)}"
         Path(args.out + ".md").write_text(f"{head}, torch {torch.__version__}\n\n{command}\n\n{text}\n")
 
 
