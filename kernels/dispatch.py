@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.layout import Queries, View
@@ -11,7 +11,15 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 
-Route = Callable[[Queries, View, KernelSpec], Tensor]
+
+class Route(Protocol):
+    """A way to compute attention: the contract of `reference.attend`."""
+
+    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
+        """Attention `[B, H_q, Q, D_v]`; column sums are added to `sums` where the spec has `scores`."""
+        ...
+
+
 ROUTES: dict[str, Route] = {"sdpa": sdpa.attend, "reference": reference.attend}
 
 

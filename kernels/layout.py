@@ -1,4 +1,8 @@
-"""How cached keys and values lie in memory, as a kernel sees them: no policy, no bookkeeping."""
+"""How cached keys and values lie in memory, as a kernel sees them: no policy, no bookkeeping.
+
+Codes and scales are as `kvcompile.storage.Codec` says. Scales (float16) of entry t: axis `token` `[t, P, D / group]`,
+axis `channel` `[t // group, P, D]`, where P is 2 (scale, zero), or 1 for float8. Formats without scales have None.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseView:
-    """Rows of one length: keys `[B, H_kv, n, D]`, values `[B, H_kv, n, D_v]`, true positions `[B, H_kv or 1, n]`."""
+    """Rows of one length: keys `[B, H_kv, n, W]`, values `[B, H_kv, n, W_v]`, true positions `[B, H_kv or 1, n]`.
+
+    Scales have `[B, H_kv]` in front. Rows lie at one stride (slices of `[B, H_kv, room, ...]`).
+    """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RaggedView:
     """Rows of any length, one per (sequence, KV head), back to back with slack between them.
 
-    keys `[T, D]`, values `[T, D_v]`, positions `[T]`; row `r = b * heads + h` is `starts[r] : starts[r] + lengths[r]`.
+    keys `[T, W]`, values `[T, W_v]`, positions `[T]`; row `r = b * heads + h` is `starts[r] : starts[r] + lengths[r]`.
+    Starts are multiples of the groups that share scales along tokens. `begins`, `ends`: the same as int64 tensors `[R]`
+    on the cache's device, `ends[r] = starts[r] + lengths[r]`.
     """
 
     keys: Tensor
@@ -30,9 +41,49 @@ class RaggedView:
     lengths: list[int]
     batch: int
     heads: int
+    begins: Tensor
+    ends: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
-View = DenseView | RaggedView
+@dataclass(frozen=True)
+class PagedView:
+    """Rows of any length in pages: entry j of row r is entry `table[r, j // page] * page + j % page` of the pools.
+
+    keys `[pages * page, W]`, values, positions `[pages * page]`; table `[R, longest row in pages]` int32 (entries past
+    a row's last page are never read), `counts [R]` int64, the lengths as a tensor.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    table: Tensor
+    lengths: list[int]
+    batch: int
+    heads: int
+    page: int
+    counts: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+Segment = DenseView | RaggedView | PagedView
+
+
+@dataclass(frozen=True)
+class MixedView:
+    """Each row is its entries in the first part, then those in the second, and so on."""
+
+    parts: tuple[Segment, ...]
+
+
+View = Segment | MixedView
+
+
+def parts(view: View) -> tuple[Segment, ...]:
+    """The stretches of every row, oldest first."""
+    return view.parts if isinstance(view, MixedView) else (view,)
 
 
 @dataclass(frozen=True)

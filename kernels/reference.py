@@ -3,45 +3,79 @@
 from __future__ import annotations
 
 import torch
-from kvcompile.kernels.layout import DenseView, Queries, View
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.codecs import decode
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, Segment, View, parts
+from kvcompile.kernels.spec import KernelSpec, Part
 from torch import Tensor
 
 
-def row(view: View, sequence: int, head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys `[n, D]`, values `[n, D_v]` and true positions `[n]` of one row of either layout."""
+def row(
+    view: View, spec: KernelSpec, sequence: int, head: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys `[n, D]`, values `[n, D_v]` and true positions `[n]` of one row, decoded, whatever it lies in."""
+    stretches = [_stretch(s, p, sequence, head, dtype) for s, p in zip(parts(view), spec.parts, strict=True)]
+    if len(stretches) == 1:
+        return stretches[0]
+    keys, values, positions = zip(*stretches, strict=True)
+    return torch.cat(keys), torch.cat(values), torch.cat(positions)
+
+
+def _stretch(view: Segment, part: Part, b: int, h: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(view, DenseView):
-        positions = view.positions[sequence, min(head, view.positions.shape[1] - 1)]
-        return view.keys[sequence, head], view.values[sequence, head], positions
-    start = view.starts[sequence * view.heads + head]
-    stop = start + view.lengths[sequence * view.heads + head]
-    return view.keys[start:stop], view.values[start:stop], view.positions[start:stop]
+        key_scales, value_scales = (None if x is None else x[b, h] for x in (view.key_scales, view.value_scales))
+        keys = decode(view.keys[b, h], key_scales, part.key, dtype)
+        values = decode(view.values[b, h], value_scales, part.value, dtype)
+        return keys, values, view.positions[b, min(h, view.positions.shape[1] - 1)]
+    r = b * view.heads + h
+    n = view.lengths[r]
+    if isinstance(view, PagedView):
+        j = torch.arange(n, device=view.keys.device)
+        at = view.table[r].long()[j // view.page] * view.page + j % view.page
+    else:
+        at = torch.arange(view.starts[r], view.starts[r] + n, device=view.keys.device)
+
+    def scales(x: Tensor | None, group: int, channel: bool) -> Tensor | None:
+        return None if x is None else x[at[::group] // group if channel else at]
+
+    key, value = part.key, part.value
+    return (
+        decode(view.keys[at], scales(view.key_scales, key.group, key.axis == "channel"), key, dtype),
+        decode(view.values[at], scales(view.value_scales, value.group, value.axis == "channel"), value, dtype),
+        view.positions[at],
+    )
 
 
-def attend(queries: Queries, view: View, spec: KernelSpec) -> Tensor:
+def hidden(held: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
+    """Which entries at true positions `held` a query at `at` does not see (broadcast)."""
+    unseen = held > at
+    if spec.sliding_window:
+        left = held <= at - spec.sliding_window
+        unseen = unseen | (left & (held >= spec.sinks) if spec.sinks else left)
+    return unseen
+
+
+def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Attention of each new token to the entries at or before it, `[B, H_q, Q, D_v]`; zeros for padding.
 
-    O_i = sum_j softmax_j(softcap(q_i k_j * scale)) v_j over 0 <= p_i - p_j (< sliding window), in float64.
+    O_i = sum_j softmax_j(softcap(q_i k_j * scale)) v_j over 0 <= p_i - p_j (< sliding window, or p_j < sinks), in
+    float64. Where the spec has `scores`, the attention that each entry received, summed over the group's queries and
+    the new tokens, is added to `sums [R, longest row]` (float32).
     """
     q = queries.states
     batch, heads, count, _ = q.shape
-    out = None
+    out = q.new_zeros(batch, heads, count, spec.value_dim)
     for b in range(batch):
         at = queries.positions[b].unsqueeze(-1)
-        for h in range(heads):
-            keys, values, held = row(view, b, h // spec.group)
-            logits = q[b, h].double() @ keys.double().T * spec.scale
-            if spec.softcap:
-                logits = spec.softcap * torch.tanh(logits / spec.softcap)
-            hidden = held > at
-            if spec.sliding_window:
-                hidden = hidden | (held <= at - spec.sliding_window)
-            weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-            result = weights @ values.double()
-            if out is None:
-                out = q.new_zeros(batch, heads, count, values.shape[-1])
-            real = slice(None) if queries.valid is None else queries.valid[b]
-            out[b, h, real] = result[real].to(q.dtype)
-    if out is None:
-        raise ValueError("attention over an empty batch")
+        real = slice(None) if queries.valid is None else queries.valid[b]
+        for h in range(heads // spec.group):
+            keys, values, held = row(view, spec, b, h)
+            unseen = hidden(held, at, spec)
+            for g in range(h * spec.group, (h + 1) * spec.group):
+                logits = q[b, g].double() @ keys.T * spec.scale
+                if spec.softcap:
+                    logits = spec.softcap * torch.tanh(logits / spec.softcap)
+                weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
+                out[b, g, real] = (weights @ values)[real].to(q.dtype)
+                if sums is not None:
+                    sums[b * (heads // spec.group) + h, : keys.shape[0]] += weights[real].sum(0).to(sums.dtype)
     return out

@@ -8,20 +8,47 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View
+from kvcompile.kernels import reference
+from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View, parts
 from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 
 QUERY_BLOCK = 512
 
 
-def attend(queries: Queries, view: View, spec: KernelSpec) -> Tensor:
-    """Same contract as `reference.attend`, in the dtype of the queries."""
+def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
+    """Same contract as `reference.attend`, in the dtype of the queries; coded and paged rows are decoded first.
+
+    Raises KvcompileError for a spec with `scores` or `sinks`, which no library call computes.
+    """
+    if spec.scores or spec.sinks:
+        raise KvcompileError("kernels=sdpa computes neither scores nor sinks", spec.name, "use another route")
+    view = _plain(view, spec, queries.states.dtype)
     if isinstance(view, DenseView):
         return _dense(queries.states, queries.positions, view, spec)
     if queries.states.shape[2] == 1 and queries.valid is None:
         return _ragged_step(queries, view, spec)
     return _ragged_prefill(queries, view, spec)
+
+
+def _plain(view: View, spec: KernelSpec, dtype: torch.dtype) -> DenseView | RaggedView:
+    """The same rows uncoded, contiguous and in one part; only views of plain floats are not copied."""
+    if isinstance(view, DenseView | RaggedView) and not (spec.parts[0].key.scaled or spec.parts[0].value.scaled):
+        return view
+    first = parts(view)[0]
+    batch, heads = first.keys.shape[:2] if isinstance(first, DenseView) else (first.batch, first.heads)
+    rows = [reference.row(view, spec, b, h, dtype) for b in range(batch) for h in range(heads)]
+    lengths = [r[0].shape[0] for r in rows]
+    if len(set(lengths)) == 1:
+        keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
+        return DenseView(keys, values, positions)
+    keys, values, positions = (torch.cat(x) for x in zip(*rows, strict=True))
+    ends = torch.tensor(lengths, device=keys.device).cumsum(0)
+    starts = [int(e) - n for e, n in zip(ends, lengths, strict=True)]
+    begins = torch.tensor(starts, device=keys.device)
+    return RaggedView(keys, values, positions, starts, lengths, batch, heads, begins, ends)
 
 
 def _dense(q: Tensor, at: Tensor, view: DenseView, spec: KernelSpec) -> Tensor:

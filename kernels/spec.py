@@ -1,27 +1,64 @@
-"""What an attention kernel must know ahead of time: a layout and a shape, never a policy."""
+"""What an attention kernel must know ahead of time: layouts, number formats and shapes, never a policy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+
+from kvcompile.storage import Codec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stretch of every row: how it is addressed and what its keys and values are held in.
+
+    layout: `dense` (rows at a fixed stride), `ragged` (each row has a start) or `paged` (pages of `page` tokens).
+    """
+
+    layout: str
+    key: Codec
+    value: Codec
+    page: int = 0
+
+    @property
+    def name(self) -> str:
+        """Readable: `ragged-int4c32_int4t`, `paged16-float32`."""
+        kinds = self.key.name if self.key == self.value else f"{self.key.name}_{self.value.name}"
+        return f"{self.layout}{self.page or ''}-{kinds}"
+
+
+@cache
+def plain(layout: str, dtype: object) -> tuple[Part, ...]:
+    """The one part of rows that are held in one float type (a torch dtype or its name)."""
+    codec = Codec(str(dtype).removeprefix("torch."))
+    return (Part(layout, codec, codec),)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One specialised attention kernel: everything here may be compiled in, everything else is an argument."""
+    """One specialised attention kernel: everything here may be compiled in, everything else is an argument.
 
-    layout: str  # dense | ragged
-    key_type: str  # float32 | float16 | bfloat16
-    value_type: str
+    A row of the cache is its entries in `parts[0]`, then those in `parts[1]`, and so on (a quantised body and its
+    full-precision residual, or two precision tiers); one softmax runs over all of them.
+    `sinks`: under a sliding window, positions below this stay visible. `scores`: column sums of attention come too.
+    """
+
+    parts: tuple[Part, ...]
     group: int  # query heads per KV head
     head_dim: int
+    value_dim: int
     scale: float
     sliding_window: int | None = None
+    sinks: int = 0
     softcap: float | None = None
+    scores: bool = False
 
     @property
     def name(self) -> str:
         """Readable and unique up to `scale`: `dense-float32-g3-d64`."""
-        kinds = self.key_type if self.key_type == self.value_type else f"{self.key_type}_{self.value_type}"
+        dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
         extras = [f"-w{self.sliding_window}"] if self.sliding_window else []
+        extras += [f"-s{self.sinks}"] if self.sinks else []
         extras += [f"-cap{self.softcap:g}"] if self.softcap else []
-        return f"{self.layout}-{kinds}-g{self.group}-d{self.head_dim}" + "".join(extras)
+        extras += ["-scores"] if self.scores else []
+        return "+".join(p.name for p in self.parts) + f"-g{self.group}-{dims}" + "".join(extras)

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache
 
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.dispatch import ROUTES, Route
+from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.plan import Plan
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -58,8 +58,8 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
         super().__init__(layers=[LayerCache(p) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
-        self.attend = ROUTES[route]
-        self.specs: dict[tuple[int, str, str], KernelSpec] = {}
+        self.attend: Route = ROUTES[route]
+        self.specs: dict[tuple[int, tuple[Part, ...]], KernelSpec] = {}
         self.headroom = HEADROOM
         self._start()
 
@@ -110,15 +110,18 @@ class KVCache(Cache):  # type: ignore[misc]
         new = mask[:, -count:] != 0
         return None if bool(new.all()) else new
 
-    def spec(self, index: int, layout: str, dtype: torch.dtype | None = None) -> KernelSpec:
-        """The kernel that layer `index` needs over a store of this layout and type (default: the plan's)."""
-        kind = self.plan.dtype if dtype is None else str(dtype).removeprefix("torch.")
-        if (index, layout, kind) not in self.specs:
+    def spec(self, index: int, parts: tuple[Part, ...]) -> KernelSpec:
+        """The kernel that layer `index` needs over a store that lies in these parts."""
+        found = self.specs.get((index, parts))
+        if found is None:
             p = self.plan.layers[index]
-            self.specs[index, layout, kind] = KernelSpec(
-                layout, kind, kind, p.group, p.head_dim, p.scale, p.sliding_window, p.softcap
-            )
-        return self.specs[index, layout, kind]
+            found = KernelSpec(parts, p.group, p.head_dim, p.head_dim, p.scale, p.sliding_window, softcap=p.softcap)
+            self.specs[index, parts] = found
+        return found
+
+    def expected(self, index: int) -> list[KernelSpec]:
+        """The kernels that layer `index` will need: over rows of one length, and of any length."""
+        return [self.spec(index, plain(layout, self.plan.dtype)) for layout in ("dense", "ragged")]
 
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.layout import DenseView
+from kvcompile.kernels.spec import Part, plain
 
 POSITION_TYPE = torch.int32
 
@@ -69,6 +70,11 @@ class DenseStore:
         """What a kernel reads."""
         n = self.length
         return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        return plain("dense", self.keys.dtype)
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` and row lengths of one sequence."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcompile.cache.dense import POSITION_TYPE
 from kvcompile.kernels.layout import RaggedView
+from kvcompile.kernels.spec import Part, plain
 
 
 class RaggedStore:
@@ -28,11 +29,11 @@ class RaggedStore:
         self.values = like_values.new_empty(total, like_values.shape[-1])
         self.positions = torch.empty(total, dtype=POSITION_TYPE, device=like_keys.device)
         self.lengths = [0] * len(rooms)
+        self._begins = torch.tensor(self.starts, device=self.keys.device)
         self._mark_ends()
 
     def _mark_ends(self) -> None:
-        ends = [s + n for s, n in zip(self.starts, self.lengths, strict=True)]
-        self._ends = torch.tensor(ends, device=self.keys.device)
+        self._ends = self._begins + torch.tensor(self.lengths, device=self.keys.device)
 
     @classmethod
     def of(cls, rows: list[tuple[Tensor, Tensor, Tensor]], batch: int, heads: int, headroom: int) -> RaggedStore:
@@ -79,7 +80,22 @@ class RaggedStore:
 
     def view(self) -> RaggedView:
         """What a kernel reads."""
-        return RaggedView(self.keys, self.values, self.positions, self.starts, self.lengths, self.batch, self.heads)
+        return RaggedView(
+            self.keys,
+            self.values,
+            self.positions,
+            self.starts,
+            self.lengths,
+            self.batch,
+            self.heads,
+            self._begins,
+            self._ends,
+        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        return plain("ragged", self.keys.dtype)
 
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each row's keys `[n, D]`, values and positions, sequence-major."""

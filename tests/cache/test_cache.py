@@ -225,7 +225,6 @@ def test_kernels_are_named_by_what_is_stored() -> None:
     step = cache.begin(torch.zeros(1, 2), None)
     keys = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
     cache.layers[0].append(keys, keys, step.positions, None, 4)
-    spec = cache.spec(0, "dense", cache.layers[0].held.keys.dtype)
-    assert (spec.key_type, spec.value_type, spec.layout) == ("bfloat16", "bfloat16", "dense")
-    assert cache.spec(0, "dense").key_type == "float32"
-    assert cache.spec(0, "ragged").layout == "ragged"
+    (part,) = cache.spec(0, cache.layers[0].held.parts).parts
+    assert (part.key.kind, part.value.kind, part.layout) == ("bfloat16", "bfloat16", "dense")
+    assert [s.name for s in cache.expected(0)] == ["dense-float32-g2-d16", "ragged-float32-g2-d16"]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.dispatch import ROUTES, choose
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.spec import KernelSpec, Part, plain
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.storage import Codec
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11
 # and 2^-8 relative), and of the logits where soft-cap goes by matmul; logits here stay below about 4.
@@ -43,7 +44,7 @@ class Case:
         self.batch, self.heads, self.dtype = len(new), heads, dtype
         self.count = max(new)
         name = str(dtype).removeprefix("torch.")
-        self.spec = KernelSpec("ragged", name, name, group, dim, dim**-0.5, window, softcap)
+        self.spec = KernelSpec(plain("ragged", name), group, dim, value_dim, dim**-0.5, window, softcap=softcap)
         seen = [int(max(history[b * heads : (b + 1) * heads]) * 1.5) for b in range(self.batch)]
         self.valid = torch.zeros(self.batch, self.count, dtype=torch.bool)
         self.at = torch.full((self.batch, self.count), -1)
@@ -82,7 +83,9 @@ class Case:
             )
         keys, values, positions = (torch.cat(x) for x in zip(*parts, strict=True))
         lengths = [len(p) for _, _, p in self.rows]
-        return RaggedView(keys, values, positions, starts, lengths, self.batch, self.heads)
+        begins = torch.tensor(starts)
+        ends = begins + torch.tensor(lengths)
+        return RaggedView(keys, values, positions, starts, lengths, self.batch, self.heads, begins, ends)
 
     def dense(self, slack: int = 3) -> DenseView:
         """Rows of one length as slices of a larger buffer whose end is NaN."""
@@ -153,8 +156,9 @@ def test_dense_layout(history, new, batch, seed, heads, group, dims, window, sof
     view = case.dense()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sdpa, "QUERY_BLOCK", block)
-        got = sdpa.attend(case.queries(contiguous), view, replace(case.spec, layout="dense"))
-    agree(case, got, reference.attend(case.queries(), view, case.spec))
+        spec = replace(case.spec, parts=plain("dense", dtype))
+        got = sdpa.attend(case.queries(contiguous), view, spec)
+    agree(case, got, reference.attend(case.queries(), view, spec))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -225,6 +229,8 @@ def test_batch_of_sequences_is_each_sequence_alone() -> None:
             case.ragged(),
             starts=case.ragged().starts[2 * b : 2 * b + 2],
             lengths=case.ragged().lengths[2 * b : 2 * b + 2],
+            begins=case.ragged().begins[2 * b : 2 * b + 2],
+            ends=case.ragged().ends[2 * b : 2 * b + 2],
             batch=1,
         )
         alone = sdpa.attend(Queries(case.states[b : b + 1, :, real], case.at[b : b + 1, real]), view, case.spec)
@@ -239,15 +245,23 @@ def test_choice_of_route() -> None:
 
 
 def test_spec_names_tell_kernels_apart() -> None:
-    base = KernelSpec("dense", "float32", "float32", 3, 64, 0.125)
+    base = KernelSpec(plain("dense", "float32"), 3, 64, 64, 0.125)
+    coded = Part("ragged", Codec("int4", "channel", 32), Codec("int4", "token", 32))
     others = [
-        replace(base, layout="ragged"),
-        replace(base, key_type="bfloat16"),
+        replace(base, parts=plain("ragged", "float32")),
+        replace(base, parts=plain("dense", "bfloat16")),
+        replace(base, parts=(coded, *base.parts)),
+        replace(base, parts=(replace(coded, layout="paged", page=16),)),
+        replace(base, parts=(replace(coded, layout="paged", page=32),)),
+        replace(base, parts=(replace(coded, value=coded.key),)),
+        replace(base, value_dim=32),
+        replace(base, scores=True),
+        replace(base, sliding_window=16, sinks=4),
         replace(base, group=4),
         replace(base, head_dim=32),
         replace(base, sliding_window=16),
         replace(base, softcap=5.0),
         replace(base, softcap=50.0),
     ]
-    assert len({s.name for s in (base, *others)}) == 8
+    assert len({s.name for s in (base, *others)}) == 1 + len(others)
     assert hash(base) == hash(replace(base))

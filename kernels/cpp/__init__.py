@@ -1,0 +1,1 @@
+"""Kernels in C++: the toolchain, the vectors they share, and the generators."""

@@ -1,0 +1,261 @@
+"""Generated C++ to a loaded library: the system compiler, a cache on disk, and the threads that torch already runs.
+
+A library is compiled with OpenMP but linked to the runtime that torch has loaded in this process, so that there is
+one pool of threads. Two pools would spin against each other at every kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from kvcompile.errors import KvcompileError
+from kvcompile.folders import cache_folder
+
+COMPILERS = ("c++", "g++", "clang++")
+LANGUAGE = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
+FIX = "install g++ or clang++ (or name one in $CXX), or set kernels=sdpa"
+PROBE = """\
+extern "C" int probe(int threads) {
+  int seen = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : seen)
+  seen += 1;
+  return seen;
+}
+"""
+
+_lock = threading.Lock()
+_building: dict[str, threading.Lock] = {}
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+@dataclass(frozen=True)
+class OpenMP:
+    """How to compile for and link to the OpenMP runtime of this process."""
+
+    compile: tuple[str, ...]
+    link: tuple[str, ...]
+    runtime: str
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler that works, how it is called, and what it builds for.
+
+    `macros` are all those it predefines under `flags`: its identity and version and the features of this CPU.
+    `openmp` is None where kernels run on one thread; `note` says why.
+    """
+
+    compiler: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+    macros: str
+    openmp: OpenMP | None
+    note: str
+
+    @property
+    def simd(self) -> str:
+        """The vectors that `simd.h` uses under these flags, the same choice as there."""
+        defined = set(re.findall(r"^#define (\w+)", self.macros, re.M))
+        if defined >= {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__"}:
+            return "AVX-512"
+        if defined >= {"__AVX2__", "__FMA__", "__F16C__"}:
+            return "AVX2"
+        return "NEON" if "__ARM_NEON" in defined and "__aarch64__" in defined else "portable vectors"
+
+
+def available() -> str | None:
+    """None where C++ kernels can be built here, else the reason why not."""
+    found = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
+    return None if isinstance(found, Toolchain) else found
+
+
+def toolchain() -> Toolchain:
+    """The compiler that `load` uses. Raises KvcompileError where none works."""
+    found = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
+    if isinstance(found, str):
+        raise KvcompileError("C++ kernels must be built on this machine", found, FIX)
+    return found
+
+
+def describe() -> str:
+    """One line for reports: compiler, vectors, flags, threads. Raises KvcompileError where no compiler works."""
+    tools = toolchain()
+    threads = f"OpenMP ({Path(tools.openmp.runtime).name})" if tools.openmp else f"one thread ({tools.note})"
+    return f"{tools.version}; {tools.simd}; {' '.join(tools.flags)}; {threads}"
+
+
+def folder() -> Path:
+    """Where libraries and, beside them, their sources lie."""
+    return cache_folder() / "kernels"
+
+
+def load(source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of a C++ source text, compiled at most once per compiler, flags and kind of CPU.
+
+    name: what the files in the cache are called, before the hash; flags: added at the end of the command.
+    Threads and processes may ask for the same source at once: one of them compiles.
+    Raises KvcompileError where there is no compiler, the source does not compile or the cache cannot be written.
+    """
+    return _load(toolchain(), source, name, flags)
+
+
+def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    identity = (source, *tools.compiler, *tools.flags, *flags, tools.macros, *(tools.openmp.link if tools.openmp else ()))
+    key = f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]}"
+    stem = folder() / key
+    with _lock:
+        if library := _loaded.get(str(stem)):
+            return library
+        mine = _building.setdefault(str(stem), threading.Lock())
+    with mine:
+        if str(stem) not in _loaded:
+            try:
+                _loaded[str(stem)] = _compiled(tools, source, stem, flags)
+            except OSError as problem:
+                raise KvcompileError(
+                    "compiled kernels are kept in a folder that can be written and run from",
+                    f"{folder()}: {problem}",
+                    "set KVCOMPILE_CACHE=<folder>, or kernels=sdpa",
+                ) from problem
+        return _loaded[str(stem)]
+
+
+def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    library, text = stem.with_name(f"{stem.name}.so"), stem.with_name(f"{stem.name}.cpp")
+    if library.exists():
+        with contextlib.suppress(OSError):  # damaged, or moved here from another system: built again below
+            return ctypes.CDLL(str(library))
+    stem.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _one_process(text):
+        if library.exists():  # another process built it while we waited
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(library))
+        text.write_text(source, "utf-8")
+        with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".making-") as scratch:
+            _compile(tools, text, Path(scratch, "kernel"), flags)
+            os.replace(Path(scratch, "kernel.so"), library)
+    return ctypes.CDLL(str(library))
+
+
+@contextlib.contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Hold the file's lock; without locks (some network folders) two processes may both build, which is harmless."""
+    with path.open("a") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(tools: Toolchain, text: Path, stem: Path, flags: tuple[str, ...]) -> None:
+    """Compile and link apart: given -fopenmp, a linker would take the compiler's own runtime, not torch's."""
+    command = [*tools.compiler, *tools.flags, *flags]
+    threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
+    _run([*command, *WARNINGS, *threads, "-c", str(text), "-o", f"{stem}.o"], text)
+    _run([*command, "-shared", f"{stem}.o", "-o", f"{stem}.so", *link], text)
+
+
+def _run(command: list[str], text: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise KvcompileError("the compiler must accept a generated kernel", f"{first.strip()} from {text}", FIX)
+
+
+@lru_cache(maxsize=8)
+def _toolchain(named: str, path: str, place: str) -> Toolchain | str:
+    """The first compiler that builds and loads a probe, or why none does; cached by what the choice depends on."""
+    if sys.platform == "win32":
+        return "kernels are not built on Windows"
+    wanted = [named] if named.strip() else list(COMPILERS)
+    reasons = []
+    for candidate in wanted:
+        command = shlex.split(candidate)
+        where = shutil.which(command[0], path=path)
+        if where is None:
+            continue
+        found = _try((where, *command[1:]))
+        if isinstance(found, Toolchain):
+            return found
+        reasons.append(f"{candidate}: {found}")
+    return "; ".join(reasons) or f"no {' or '.join(wanted)} on the path"
+
+
+def _try(compiler: tuple[str, ...]) -> Toolchain | str:
+    native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+    for flags in ((*LANGUAGE, native), LANGUAGE):
+        macros = _output([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+        if macros:
+            break
+    else:
+        return "it preprocesses no C++17"
+    version = (_output([*compiler, "--version"]) or compiler[0]).splitlines()[0]
+    openmp, note = _openmp("__clang__" in macros)
+    threaded = Toolchain(compiler, version, flags, macros, openmp, note)
+    single = Toolchain(compiler, version, flags, macros, None, note or "it builds nothing with OpenMP")
+    problem = ""
+    for tools in (threaded, single):
+        try:
+            _load(tools, PROBE, "probe")
+        except KvcompileError as error:
+            problem = str(error.got)
+        else:
+            return tools
+    return problem
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
+def _openmp(clang: bool) -> tuple[OpenMP | None, str]:
+    """Flags for the runtime that torch has loaded, or None and why not.
+
+    GCC calls libgomp's entry points, which LLVM's and Intel's runtimes offer too; Clang calls LLVM's alone.
+    """
+    runtime = _runtime()
+    if runtime is None:
+        return None, "torch has loaded no OpenMP runtime"
+    if clang and "gomp" in runtime.name:
+        return None, f"clang cannot use torch's {runtime.name}, g++ can"
+    # Apple's driver knows no -fopenmp, but hands it on
+    compile = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+    return OpenMP(compile, (str(runtime), f"-Wl,-rpath,{runtime.parent}"), str(runtime)), ""
+
+
+def _runtime() -> Path | None:
+    """The file of the OpenMP runtime in this process, the one in torch's own folder first."""
+    home = Path(torch.__file__).resolve().parent
+    found: list[Path] = []
+    if sys.platform == "linux":
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+        found = [Path(p) for p in sorted(loaded) if re.match(r"lib(gomp|omp|iomp5)\b.*\.so", Path(p).name)]
+    else:
+        found = [p for p in sorted((home / "lib").glob("lib*.dylib")) if re.match(r"lib(omp|iomp5)\b", p.name)]
+    # wheels of torch keep it in torch/lib or torch.libs; other packages may have brought one of their own
+    return min(found, key=lambda p: not str(p.resolve()).startswith(str(home)), default=None)

@@ -1,0 +1,96 @@
+"""How what stays is held: number formats, residual, pages. Names and numbers only (no torch at import)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["none", "token", "channel"]
+BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
+SCALE_BYTES = 2  # scales and zeros are float16
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One number format of keys or values `[n, D]`, and which entries share a scale (and a zero, for integers).
+
+    x = code * scale + zero. axis `token`: `group` channels of one token share them (0: all D).
+    axis `channel`: `group` consecutive tokens of one channel share them; n is then a multiple of `group`.
+    float8 is e4m3 with a scale and no zero. Codes below 8 bits are packed split-part: with P = 8 / bits,
+    byte j holds channels j, j + D/P, j + 2D/P, ..., lowest bits first. Source of the axes: KIVI, arXiv 2402.02750.
+    """
+
+    kind: str
+    axis: Axis = "none"
+    group: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return BITS[self.kind]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether codes come with scales."""
+        return self.axis != "none"
+
+    @property
+    def parameters(self) -> int:
+        """Numbers per group: scale and zero, or the scale alone."""
+        return 1 if self.kind == "float8" else 2
+
+    def width(self, dim: int) -> int:
+        """Stored elements of one token: `dim`, or packed bytes."""
+        return dim if self.bits >= 8 else dim * self.bits // 8
+
+    def groups(self, dim: int) -> int:
+        """Groups of channels that one token has its own scales for (axis `token`)."""
+        return dim // (self.group or dim)
+
+    def nbytes(self, tokens: int, dim: int) -> int:
+        """Bytes of `tokens` tokens of `dim` channels, scales included."""
+        held = tokens * dim * self.bits // 8
+        if self.axis == "token":
+            held += tokens * self.groups(dim) * self.parameters * SCALE_BYTES
+        elif self.axis == "channel":
+            held += tokens // self.group * dim * self.parameters * SCALE_BYTES
+        return held
+
+    @property
+    def name(self) -> str:
+        """Short and readable: `float32`, `int4c32` (per channel, 32 tokens), `int8t` (per token)."""
+        if not self.scaled:
+            return self.kind
+        return f"{self.kind}{self.axis[0]}{self.group or ''}"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one layer's cache is held; `None` as a codec means the model's own dtype.
+
+    `residual` newest tokens of each row stay in the model's dtype; older ones are encoded in blocks (see `block`).
+    `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis.
+    """
+
+    key: Codec | None = None
+    value: Codec | None = None
+    residual: int = 0
+    page: int = 0
+    rotated: bool = False
+
+    @property
+    def coded(self) -> bool:
+        """Whether older tokens are held in another format than the model's."""
+        return self.key is not None or self.value is not None
+
+    @property
+    def block(self) -> int:
+        """Tokens that are encoded together: the longest group along tokens, 1 where every token has its own scales."""
+        groups = [c.group for c in (self.key, self.value) if c is not None and c.axis == "channel"]
+        return max([1, *groups])
+
+    def encoded(self, tokens: int) -> int:
+        """How many of a row's `tokens` (its oldest) are encoded after a settled pass; the others are the residual."""
+        if not self.coded:
+            return 0
+        return max(0, tokens - self.residual) // self.block * self.block
