@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
+from kvcompile.folders import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -151,8 +151,7 @@ def default_model(progress: Progress = silent, verify: bool = False) -> Path:
 
 def default_folder() -> Path:
     """Where the default model lies or will lie: $KVCOMPILE_CACHE, else kvcompile/ in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KVCOMPILE_CACHE") or Path(cache, "kvcompile")).expanduser() / DEFAULT_FOLDER
+    return cache_folder() / DEFAULT_FOLDER
 
 
 def _fetch(scratch: Path, progress: Progress) -> Path:

@@ -118,7 +118,8 @@ def load(source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 
 def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    identity = (source, *tools.compiler, *tools.flags, *flags, tools.macros, *(tools.openmp.link if tools.openmp else ()))
+    link = tools.openmp.link if tools.openmp else ()
+    identity = (source, *tools.compiler, *tools.flags, *flags, tools.macros, *link)
     key = f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]}"
     stem = folder() / key
     with _lock:
@@ -168,9 +169,9 @@ def _one_process(path: Path) -> Iterator[None]:
 
 def _compile(tools: Toolchain, text: Path, stem: Path, flags: tuple[str, ...]) -> None:
     """Compile and link apart: given -fopenmp, a linker would take the compiler's own runtime, not torch's."""
-    command = [*tools.compiler, *tools.flags, *flags]
+    command = [*tools.compiler, *tools.flags, *WARNINGS, *flags]
     threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
-    _run([*command, *WARNINGS, *threads, "-c", str(text), "-o", f"{stem}.o"], text)
+    _run([*command, *threads, "-c", str(text), "-o", f"{stem}.o"], text)
     _run([*command, "-shared", f"{stem}.o", "-o", f"{stem}.so", *link], text)
 
 
@@ -179,7 +180,9 @@ def _run(command: list[str], text: Path) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1])
-        raise KvcompileError("the compiler must accept a generated kernel", f"{first.strip()} from {text}", FIX)
+        raise KvcompileError(
+            "the compiler must accept a generated kernel", f"{first.strip()} from {text}", "set kernels=sdpa"
+        )
 
 
 @lru_cache(maxsize=8)
