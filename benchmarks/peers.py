@@ -1,0 +1,150 @@
+"""Our stacks, dense transformers, its QuantizedCache (hqq), kvpress and llama.cpp on the default model: one run.
+
+    pip install hqq
+    python benchmarks/peers.py --contexts 1024 4096 8000 --kvpress PYTHON --llama PYTHON --gguf FILE --out PATH
+
+Every process has dense transformers of its own to be compared with, measured in turns with its rows; the processes
+run one after the other. Decode: median step, greedy. Needle: `--samples` prompts of 1,024 tokens, greedy answers.
+Run it on a machine that does nothing else, with the OpenMP defaults (its threads then spin between small operations).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from needle_sweep import stacks
+from tabulate import tabulate
+from transformers import QuantizedCache
+from turns import Contestant, found, race, tensors_bytes
+
+from kvcompile.adapters.registry import describe
+from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.compiler import build, plan_of
+from kvcompile.compose import compose
+from kvcompile.config import ModelConfig
+from kvcompile.models import load
+from kvcompile.needle import NeedleTask
+from kvcompile.text import sentences
+
+HERE = Path(__file__).parent
+
+
+def contestant(model: Any, cache: Any, size: Any) -> Contestant:
+    """A transformers-like model with a cache of its own making."""
+
+    def start(ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        mine = cache()
+        return model(ids, past_key_values=mine, logits_to_keep=1).logits[:, -1], mine
+
+    def step(token: torch.Tensor, mine: Any) -> torch.Tensor:
+        at = torch.tensor([[mine.get_seq_length()]])
+        return model(token, past_key_values=mine, position_ids=at, logits_to_keep=1).logits[:, -1]
+
+    return Contestant(start, step, size)
+
+
+def contestants(path: str, model: Any, tokenizer: Any) -> dict[str, Contestant]:
+    """Dense transformers, its quantised caches, dense through our cache, and every stack of the file."""
+    from transformers import DynamicCache
+
+    def held(cache: Any) -> int:
+        return tensors_bytes(cache.layers)
+
+    rows = {"transformers": contestant(model, DynamicCache, held)}
+    for bits in (8, 4):
+
+        def quantised(bits: int = bits) -> Any:
+            return QuantizedCache("hqq", model.config, nbits=bits, axis_key=1, axis_value=1, q_group_size=64)
+
+        rows[f"transformers QuantizedCache hqq int{bits}"] = contestant(model, quantised, held)
+    plans = {"kvcompile dense": describe(model.config)}
+    calibrator = ModelCalibrator(model, tokenizer, lambda *_: None)
+    for label, overrides in stacks(path).items():
+        config = compose(overrides)
+        policies = tuple(p.calibrated(calibrator) for p in config.policies())
+        plans[f"kvcompile {label}"] = plan_of(model.config, "float32", config, policies)
+    for label, plan in plans.items():
+        ours = build(shared(model), plan)
+        rows[label] = contestant(ours, ours.new_cache, lambda cache: cache.nbytes())
+    return rows
+
+
+def foreign(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What a worker prints for the job."""
+    done = subprocess.run([python, str(HERE / script)], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Parse, run, print and write Markdown and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", default=str(HERE / "stacks" / "peers.txt"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--kvpress", help="python of an environment with kvpress")
+    parser.add_argument("--llama", help="python of an environment with llama-cpp-python")
+    parser.add_argument("--gguf", help="the GGUF file for llama.cpp")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    model, tokenizer = load(ModelConfig())
+    ids = tokenizer(" ".join(sentences()), return_tensors="pt")["input_ids"][0]
+    needle = [
+        {"ids": p.ids, "answer": p.answer} for p in NeedleTask(tokens=1024, samples=args.samples).prompts(tokenizer)
+    ]
+    c = model.config
+    job = {
+        "model": c._name_or_path,
+        "gguf": args.gguf,
+        "prompts": [ids[:n].tolist() for n in args.contexts],
+        "needle": needle,
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "threads": torch.get_num_threads(),
+        "kv_elements": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim,
+    }
+    rows = contestants(args.stacks, model, tokenizer)
+    scores = {name: found(row, needle, tokenizer.decode) for name, row in rows.items()} if needle else {}
+    timed: dict[str, dict[str, Any]] = {}
+    for n in args.contexts:
+        timed[str(n)] = race(rows, ids[None, :n], args.tokens, args.rounds)
+        print(n, json.dumps(timed[str(n)]), file=sys.stderr, flush=True)
+    for python, script in ((args.kvpress, "peer_kvpress.py"), (args.llama, "peer_llama.py")):
+        if python:
+            theirs = foreign(python, script, job)
+            scores |= theirs.get("needle", {})
+            for n, found_rows in theirs["timed"].items():
+                timed[n] |= found_rows
+    text = []
+    for n, found_rows in timed.items():
+        table = [
+            {
+                "row": name,
+                **{k: round(v, 2) for k, v in row.items()},
+                "needle %": round(100 * scores[name]) if name in scores else None,
+            }
+            for name, row in found_rows.items()
+        ]
+        text.append(f"### context {n}\n\n{tabulate(table, headers='keys', tablefmt='github')}\n")
+    print("\n".join(text))
+    if args.out:
+        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        listed = "\n".join(f"- {k}: `{' '.join(v)}`" for k, v in stacks(args.stacks).items())
+        head = f"{time.strftime('%Y-%m-%d')}, {machine}\n\n    python {' '.join(sys.argv)}\n\n{listed}\n"
+        Path(args.out + ".md").write_text("\n".join([head, *text]))
+        Path(args.out + ".json").write_text(json.dumps({"timed": timed, "needle": scores}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Timing in turns for a foreign process: nothing but torch, so that any environment can import it.
+
+A contestant is `start(ids) -> (logits, state)` and `step(token, state) -> logits`; both give logits `[1, vocabulary]`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to run the model; `size(state)` are the bytes of keys and values that it holds."""
+
+    start: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+    step: Callable[[torch.Tensor, Any], torch.Tensor]
+    size: Callable[[Any], int]
+
+
+def tensors_bytes(*roots: Any) -> int:
+    """Bytes of all distinct tensors reachable from the roots through lists, dicts and attributes."""
+    seen: set[int] = set()
+    total, stack = 0, list(roots)
+    while stack:
+        x = stack.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.Tensor):
+            total += x.numel() * x.element_size()
+        elif isinstance(x, dict):
+            stack += x.values()
+        elif isinstance(x, list | tuple):
+            stack += x
+        elif hasattr(x, "__dict__") and not isinstance(x, type | torch.nn.Module):
+            stack += vars(x).values()
+    return total
+
+
+@torch.inference_mode()
+def race(
+    contestants: dict[str, Contestant], ids: torch.Tensor, tokens: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Prefill seconds, median decode step (ms) and bytes of each, in turns; ratios to the first, by round."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    sizes: dict[str, int] = {}
+    for round_ in range(rounds + 1):  # the first one warms up
+        for name, c in contestants.items():
+            begin = time.perf_counter()
+            logits, state = c.start(ids)
+            prefill = time.perf_counter() - begin
+            sizes[name] = c.size(state)
+            steps = []
+            for _ in range(tokens if round_ else 2):
+                token = logits.argmax(-1, keepdim=True)
+                begin = time.perf_counter()
+                logits = c.step(token, state)
+                steps.append(time.perf_counter() - begin)
+            if round_:
+                taken[name].append((prefill, statistics.median(steps)))
+            del state
+    base = next(iter(taken.values()))
+    return {
+        name: {
+            "prefill s": statistics.median(p for p, _ in mine),
+            "decode ms": 1000 * statistics.median(s for _, s in mine),
+            "decode x": statistics.median(b[1] / m[1] for b, m in zip(base, mine, strict=True)),
+            "cache MB": sizes[name] / 1e6,
+        }
+        for name, mine in taken.items()
+    }
+
+
+@torch.inference_mode()
+def found(c: Contestant, prompts: list[dict[str, Any]], decode: Callable[[list[int]], str], count: int = 12) -> float:
+    """Share of needle prompts (`ids`, `answer`) whose greedy answer contains the number."""
+    right = 0
+    for prompt in prompts:
+        logits, state = c.start(torch.tensor([prompt["ids"]]))
+        said = []
+        for _ in range(count):
+            token = logits.argmax(-1, keepdim=True)
+            said.append(int(token))
+            logits = c.step(token, state)
+        right += prompt["answer"] in decode(said)
+    return right / len(prompts)
