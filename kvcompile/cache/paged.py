@@ -1,0 +1,188 @@
+"""The paged layout: every (sequence, KV head) row lies in pages of a pool that forks and repeated sequences share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache.dense import POSITION_TYPE
+from kvcompile.cache.pages import PagedRows, ranges
+from kvcompile.kernels.layout import PagedView
+from kvcompile.kernels.spec import Part
+from kvcompile.storage import Codec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _alone(method: F) -> F:
+    """Run a method while no other thread uses the pool."""
+
+    @wraps(method)
+    def alone(self: PagedStore, *args: Any, **kwargs: Any) -> Any:
+        with self.pages.pool.alone():
+            return method(self, *args, **kwargs)
+
+    return alone  # type: ignore[return-value]
+
+
+class PagedStore:
+    """Keys `[pages * page, D]`, values, true positions `[pages * page]` in the model's dtype; rows as in `PagedRows`.
+
+    Copies (`fork`, `copy.deepcopy`) and repeated sequences (`select`) share pages until one of them writes there.
+    """
+
+    layout = "paged"
+
+    def __init__(self, pages: PagedRows, batch: int, heads: int) -> None:
+        self.pages, self.batch, self.heads = pages, batch, heads
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor, page: int) -> PagedStore:
+        """A store shaped for new tokens like `keys [B, H_kv, Q, D]`, in pages of `page` tokens."""
+        batch, heads = keys.shape[:2]
+        like = {
+            "keys": keys[0, 0],
+            "values": values[0, 0],
+            "positions": torch.empty(0, dtype=POSITION_TYPE, device=keys.device),
+        }
+        return cls(PagedRows.like(batch * heads, page, like), batch, heads)
+
+    @property
+    def keys(self) -> Tensor:
+        """All pages of keys, `[pages * page, D]`."""
+        return self.pages.pool.buffers["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """All pages of values, `[pages * page, D_v]`."""
+        return self.pages.pool.buffers["values"]
+
+    @property
+    def positions(self) -> Tensor:
+        """All pages of true positions, `[pages * page]`."""
+        return self.pages.pool.buffers["positions"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.pages.where
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row (sequence-major)."""
+        return self.pages.lengths
+
+    @_alone
+    def append(
+        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
+    ) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`.
+
+        Where each row gets one token, its slot is known ahead; pages are looked for once every `page` tokens.
+        """
+        rows, count = self.batch * self.heads, keys.shape[2]
+        at = positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0)
+        new = {"keys": keys.reshape(rows, count, -1), "values": values.reshape(rows, count, -1), "positions": at}
+        if valid is not None:
+            real = valid.repeat_interleave(self.heads, 0)
+            slots = self.pages.extend(real.sum(1).tolist(), headroom)
+            self.pages.write(slots, {name: x[real] for name, x in new.items()})
+            return
+        slots = self.pages.step(headroom) if count == 1 else self.pages.extend([count] * rows, headroom)
+        self.pages.write(slots, {name: x.flatten(0, 1) for name, x in new.items()})
+
+    @_alone
+    def view(self) -> PagedView:
+        """What a kernel reads."""
+        pages = self.pages
+        return PagedView(
+            self.keys,
+            self.values,
+            self.positions,
+            pages.table.device,
+            pages.lengths,
+            self.batch,
+            self.heads,
+            pages.pool.page,
+            pages.counts,
+        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        codec = Codec(str(self.keys.dtype).removeprefix("torch."))
+        return (Part("paged", codec, codec, self.pages.pool.page),)
+
+    @_alone
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
+        held = self.pages.read(self.pages.held())
+        keys, values, positions = (held[name].split(self.lengths) for name in ("keys", "values", "positions"))
+        return list(zip(keys, values, positions, strict=True))
+
+    @_alone
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        mine = range(b * self.heads, (b + 1) * self.heads)
+        lengths = self.lengths[mine.start : mine.stop]
+        counts = self.pages.counts[mine.start : mine.stop]
+        held, at = self.pages.read(self.pages.held(mine)), ranges(torch.zeros_like(counts), counts)
+
+        def padded(name: str, fill: int) -> Tensor:
+            x = held[name]
+            out = x.new_full((self.heads, max(lengths), *x.shape[1:]), fill)
+            out[at] = x
+            return out
+
+        return padded("keys", 0), padded("values", 0), padded("positions", -1), lengths
+
+    @_alone
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`."""
+        self.pages.open([0] * len(keys))
+        self.keys.index_copy_(0, self.pages.held(), torch.cat(keys))
+
+    @_alone
+    def take(self, indices: list[Tensor], headroom: int) -> PagedStore:
+        """The store with only the entries `indices[row]` of each row, in place; what is no longer needed is freed."""
+        self.pages.keep(indices, headroom)
+        return self
+
+    @_alone
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place, without a copy: beam search and batch surgery."""
+        heads = torch.arange(self.heads)
+        chosen = sequences.cpu()
+        self.batch = chosen.numel()
+        self.pages.select((chosen.unsqueeze(1) * self.heads + heads).flatten())
+
+    @_alone
+    def fork(self) -> PagedStore:
+        """An independent copy that shares all pages, except those that one of the two writes from now on."""
+        return PagedStore(self.pages.fork(), self.batch, self.heads)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedStore:
+        return self.fork()
+
+    @_alone
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row."""
+        self.pages.truncate([n - count for n in self.lengths])
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
+        per_token = sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+        return sum(self.lengths) * per_token
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive on the device."""
+        return [self.keys, self.values, self.positions, self.pages.table.device, self.pages.counts]
+
+    @_alone
+    def allocated(self) -> int:
+        """Bytes of everything allocated: all pages, free and shared ones included, the table, reference counts."""
+        return self.pages.nbytes()

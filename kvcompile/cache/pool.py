@@ -1,0 +1,205 @@
+"""A pool of pages: buffers cut into pages of equal size, reference counts, a free list. It knows no rows.
+
+Definition: PagedAttention, arXiv 2309.06180, section 4.2; copy-on-write, section 4.4.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")  # counts and lists are read by Python: they stay on the host
+
+
+class PageTable:
+    """Which pages hold a row, in order: `host [R, P]` int32, the first `used [R]` of each row; the others are -1.
+
+    `device` is the same table where the pages lie (the very same tensor on a CPU).
+    """
+
+    def __init__(self, host: Tensor, used: Tensor, device: torch.device) -> None:
+        self.host, self.used = host, used
+        self.device = host.to(device)
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> PageTable:
+        """The table of rows that hold nothing."""
+        host = torch.full((rows, 0), -1, dtype=torch.int32, device=HOST)
+        return cls(host, torch.zeros(rows, dtype=torch.long, device=HOST), device)
+
+    def pages(self) -> Tensor:
+        """Every page named, as often as it is named, `[n]` int64."""
+        return self.host[self._named()].long()
+
+    def _named(self) -> Tensor:
+        return torch.arange(self.host.shape[1], device=HOST) < self.used.unsqueeze(1)
+
+    def put(self, rows: Tensor, columns: Tensor, pages: Tensor) -> None:
+        """Name `pages [n]` (int64) in `rows [n]`, `columns [n]`."""
+        if not pages.numel():
+            return
+        if int(columns.max()) >= self.host.shape[1]:
+            self._widen(int(columns.max()) + 1)
+        self.host[rows, columns] = pages.int()
+        if self.device is not self.host:
+            to = self.device.device
+            self.device[rows.to(to), columns.to(to)] = pages.int().to(to)
+
+    def _widen(self, width: int) -> None:
+        width += width // 4  # a wider table is a new one: not at every page
+        wide = self.host.new_full((self.host.shape[0], width), -1)
+        wide[:, : self.host.shape[1]] = self.host
+        self._replace(wide)
+
+    def renumber(self, numbers: Tensor) -> None:
+        """Page p is now `numbers[p]`."""
+        named, host = self._named(), self.host.clone()  # a view in use goes on with the old pages and the old table
+        host[named] = numbers[host[named].long()]
+        self._replace(host)
+
+    def choose(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder `rows [n]`."""
+        self.used = self.used[rows]
+        self._replace(self.host[rows])
+
+    def copy(self) -> PageTable:
+        """A table of its own that names the same pages."""
+        return PageTable(self.host.clone(), self.used.clone(), self.device.device)
+
+    def _replace(self, host: Tensor) -> None:
+        self.host, self.device = host, host.to(self.device.device)
+
+    def nbytes(self) -> int:
+        """Bytes on host and device."""
+        tensors = [self.host] if self.device is self.host else [self.host, self.device]
+        return sum(x.numel() * x.element_size() for x in (*tensors, self.used))
+
+
+class PagePool:
+    """Named buffers `[pages * page / per, ...]` of the same pages; `per[name]` consecutive tokens share one entry.
+
+    A page is free while nobody refers to it. Several owners may share a pool, in threads of their own: each has a table
+    among `tables` and does everything inside `alone()`. `left` are the tables of owners that are gone: their pages are
+    returned there, not by the owner's finalizer, which may run in the middle of something.
+    """
+
+    def __init__(self, page: int, like: Mapping[str, Tensor], per: Mapping[str, int] | None = None) -> None:
+        self.page, self.per = page, {name: (per or {}).get(name, 1) for name in like}
+        self.buffers = {name: x.new_empty(0, *x.shape[1:]) for name, x in like.items()}
+        self.references = torch.zeros(0, dtype=torch.int32, device=HOST)
+        self._free = torch.zeros(0, dtype=torch.int32, device=HOST)  # a stack: the last `spare` are free
+        self.spare = 0
+        self.moves = 0  # how often pages were renumbered
+        self.tables: WeakSet[PageTable] = WeakSet()
+        self.left: deque[PageTable] = deque()
+        self._lock = threading.RLock()
+
+    @property
+    def capacity(self) -> int:
+        """Pages in all."""
+        return self.references.numel()
+
+    @property
+    def used(self) -> int:
+        """Pages that somebody refers to."""
+        return self.capacity - self.spare
+
+    def nbytes(self) -> int:
+        """Bytes of all pages, free ones included, of the counts and of the free list."""
+        tensors = (*self.buffers.values(), self.references, self._free)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread uses the pool meanwhile, and pages of owners that are gone have been returned."""
+        with self._lock:
+            while self.left:
+                table = self.left.popleft()
+                self.tables.discard(table)
+                self.release(table.pages())
+            yield
+
+    def allocate(self, count: int) -> Tensor:
+        """`count` free pages `[count]` int64, each referred to once; the pool must have them (see `grow`)."""
+        if count > self.spare:
+            raise RuntimeError(f"{count} pages of {self.spare} free ones")
+        pages = self._free[self.spare - count : self.spare].flip(0).long()
+        self.spare -= count
+        self.references[pages] = 1
+        return pages
+
+    def retain(self, pages: Tensor) -> None:
+        """One more reference to each of `pages [n]`, as often as it is named."""
+        self.references.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
+
+    def release(self, pages: Tensor) -> None:
+        """One reference less to each of `pages [n]`; what nobody refers to is free."""
+        self.references.index_add_(0, pages, torch.full_like(pages, -1, dtype=torch.int32))
+        touched = pages.unique()
+        freed = touched[self.references[touched] == 0].int()
+        self._free[self.spare : self.spare + freed.numel()] = freed.flip(0)
+        self.spare += freed.numel()
+
+    def shared(self, pages: Tensor) -> Tensor:
+        """Which of `pages [n]`, all about to be written by one owner, must be copied first, `[n]` bool.
+
+        Where a page is named k times and has no other reference, the first of the k may keep it.
+        """
+        references = self.references[pages]
+        if not bool((references > 1).any()):
+            return torch.zeros_like(pages, dtype=torch.bool)
+        order = pages.argsort(stable=True)
+        _, counts = pages[order].unique_consecutive(return_counts=True)
+        first = torch.zeros_like(pages, dtype=torch.bool)
+        first[order[counts.cumsum(0) - counts]] = True
+        named = torch.zeros_like(references)
+        named[order] = counts.int().repeat_interleave(counts)
+        return (references > 1) & ~(first & (references == named))
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages `sources [n]` over `targets [n]`."""
+        for name, buffer in self.buffers.items():
+            pages = self._paged(name, buffer)
+            pages[targets.to(buffer.device)] = pages[sources.to(buffer.device)]
+
+    def grow(self, pages: int) -> None:
+        """Add free pages, behind the others; what is there keeps its number."""
+        old = self.capacity
+        self._rebuild(old + pages, lambda new, held: new[:old].copy_(held))
+        self.references = torch.cat((self.references, self.references.new_zeros(pages)))
+        added = torch.arange(old, old + pages, dtype=torch.int32, device=HOST).flip(0)
+        self._free = torch.cat((added, self._free))
+        self.spare += pages
+
+    def shrink(self, capacity: int) -> None:
+        """Move the used pages together and let go of all memory past `capacity` pages; all tables are renumbered."""
+        used = (self.references > 0).nonzero().squeeze(1)
+        count = used.numel()
+        capacity = max(capacity, count)
+        self._rebuild(capacity, lambda new, held: new[:count].copy_(held[used.to(held.device)]))
+        numbers = torch.full((self.capacity,), -1, dtype=torch.int32, device=HOST)
+        numbers[used] = torch.arange(count, dtype=torch.int32, device=HOST)
+        for table in self.tables:
+            table.renumber(numbers)
+        self.references = torch.cat((self.references[used], self.references.new_zeros(capacity - count)))
+        self.spare = capacity - count
+        self._free = torch.arange(capacity, dtype=torch.int32, device=HOST)
+        self._free[: self.spare] = torch.arange(count, capacity, dtype=torch.int32, device=HOST).flip(0)
+        self.moves += 1
+
+    def _rebuild(self, capacity: int, fill: Callable[[Tensor, Tensor], object]) -> None:
+        """New buffers of `capacity` pages, one after the other, so that little is held twice."""
+        for name, old in self.buffers.items():
+            new = old.new_empty(capacity * self.page // self.per[name], *old.shape[1:])
+            fill(self._paged(name, new), self._paged(name, old))
+            self.buffers[name] = new
+
+    def _paged(self, name: str, buffer: Tensor) -> Tensor:
+        entries = self.page // self.per[name]
+        return buffer.view(buffer.shape[0] // entries, entries, *buffer.shape[1:])
