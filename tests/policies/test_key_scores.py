@@ -83,6 +83,19 @@ def test_expected_attention_is_the_gaussian_mean_times_the_value_norm(seen: Obse
     same(FutureAttention(horizon, epsilon).score(seen), expected, seen)
 
 
+def test_expected_attention_averages_neighbours_of_a_row(seen: Observation) -> None:
+    seen = with_moments(seen, 16)
+    plain = FutureAttention(16, 0.01).score(seen).double()
+    expected = plain.clone()
+    for h in range(plain.shape[0]):
+        for j in visible(seen, h):
+            near = [i for i in range(j - 2, j + 3) if i in visible(seen, h)]
+            expected[h, j] = plain[h, near].mean()
+    same(FutureAttention(16, 0.01, 5).score(seen), expected, seen)
+    with pytest.raises(KvcompileError, match=r"stack\.expected_attention: kernel must be odd"):
+        ExpectedAttention(kernel=2)
+
+
 def test_expected_attention_predicts_sampled_queries() -> None:
     seen = with_moments(observation(group=1, heads=1, entries=9, window=1), 1)
     moments, turn = seen.moments, seen.mean_rotation(1).double()
@@ -98,7 +111,7 @@ def test_expected_attention_keeps_the_key_that_the_mean_query_asks_for() -> None
     keys = seen.keys.clone()
     keys[:, 23] = 6 * (seen.moments.mean[:, 0] @ seen.mean_rotation(1))
     seen = replace(seen, keys=keys, values=torch.ones_like(seen.values))
-    assert (ExpectedAttention(horizon=1).score().score(seen).argmax(1) == 23).all()
+    assert (ExpectedAttention(horizon=1, kernel=1).score().score(seen).argmax(1) == 23).all()
 
 
 def test_expected_attention_without_moments_ranks_by_value_norm() -> None:
