@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels.cpp import attention as cpp
+from kvcompile.kernels.cpp import build
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
@@ -20,16 +23,30 @@ class Route(Protocol):
         ...
 
 
-ROUTES: dict[str, Route] = {"sdpa": sdpa.attend, "reference": reference.attend}
+ROUTES: dict[str, Route] = {"cpp": cpp.attend, "sdpa": sdpa.attend, "reference": reference.attend}
+GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
 
-def choose(requested: str) -> str:
-    """The route that `kernels=<requested>` means: `auto` is the fastest one that runs here.
+def choose(requested: str, device: torch.device | str = "cpu") -> str:
+    """The route that `kernels=<requested>` means on a device: `auto` is the fastest one that runs there.
 
-    Raises KvcompileError for a name that is none.
+    Raises KvcompileError for a name that is none, and for generated kernels that cannot run there.
     """
+    place = torch.device(device).type
     if requested == "auto":
-        return "sdpa"
+        return "sdpa" if why(device) else GENERATED[place]
     if requested not in ROUTES:
         raise KvcompileError(f"kernels must be one of auto, {', '.join(ROUTES)}", repr(requested))
+    if requested == "cpp":
+        if place != "cpu":
+            raise KvcompileError("kernels=cpp runs on a CPU", f"a model on {place}", "set kernels=auto")
+        build.toolchain()
     return requested
+
+
+def why(device: torch.device | str = "cpu") -> str:
+    """Why `kernels=auto` falls back to the library on a device; empty where it does not."""
+    place = torch.device(device).type
+    if place not in GENERATED:
+        return f"no kernels are generated for {place}"
+    return build.available() or ""

@@ -160,7 +160,7 @@ def _kernel_text(model: Any) -> str:
 
     compiled, cache = model.kvcompile, model.new_cache()
     rows = [
-        [p.index, compiled.route, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
+        [p.index, cache.route, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
         for p in compiled.plan.layers
     ]
     head = ["layer", "route", "kernel, rows of one length", "kernel, rows of any length", "scale"]

@@ -53,13 +53,13 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     from kvcompile.kernels.dispatch import choose
     from kvcompile.model import Compiled, adopt
 
-    route = choose(kernels)
+    choose(kernels, model.device)  # one that cannot run here fails before any work
     rotaries = [rotary(model, p.index) for p in plan.layers]
     swap(model)
     graph = trace(model)
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)
-    return adopt(model, Compiled(plan, graph, rotaries, route, recipe, changes))
+    return adopt(model, Compiled(plan, graph, rotaries, kernels, recipe, changes))
 
 
 def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent) -> Any:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvcompile.cache import KVCache
 from kvcompile.cache.cache import Rotary
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import choose
 from kvcompile.plan import Plan
 
 IGNORED = {"return_dict", "cache_position", "token_type_ids", "num_items_in_batch"}
@@ -25,7 +26,7 @@ class Compiled:
     plan: Plan
     graph: fx.GraphModule
     rotaries: list[Rotary]
-    route: str
+    kernels: str
     recipe: str
     changes: dict[str, int]
 
@@ -37,7 +38,9 @@ class CompiledMixin:
 
     def new_cache(self) -> KVCache:
         """An empty cache of this model's plan, for multi-turn use: pass it as `past_key_values`."""
-        return KVCache(self.kvcompile.plan, self.kvcompile.rotaries, self.kvcompile.route)
+        compiled = self.kvcompile
+        route = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
+        return KVCache(compiled.plan, compiled.rotaries, route)
 
     def forward(
         self,

@@ -132,7 +132,7 @@ def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progres
 def _kernels(model: Any) -> list[str]:
     """Which route runs in which layer."""
     cache = model.new_cache()
-    return [f"{cache.expected(p.index)[0].name}: {model.kvcompile.route}" for p in model.kvcompile.plan.layers]
+    return [f"{cache.expected(p.index)[0].name}: {cache.route}" for p in model.kvcompile.plan.layers]
 
 
 def _machine() -> str:

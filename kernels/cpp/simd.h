@@ -196,6 +196,11 @@ template <class T> KV_INLINE F load(const T* p, int n) {
 #endif
   return load((const T*)part);
 }
+template <int at, int width> KV_INLINE F load_field(const uint8_t* p, int n) {
+  uint8_t part[16];
+  load_part(part, p, n);
+  return load_field<at, width>((const uint8_t*)part);
+}
 
 // ---- store: floats as elements of any float type, rounded to nearest, ties to even ----
 

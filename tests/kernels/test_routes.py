@@ -240,7 +240,7 @@ def test_batch_of_sequences_is_each_sequence_alone() -> None:
 def test_choice_of_route() -> None:
     assert choose("auto") in ROUTES
     assert choose("reference") == "reference"
-    with pytest.raises(KvcompileError, match="auto, sdpa, reference, got 'cuda'"):
+    with pytest.raises(KvcompileError, match="auto, cpp, sdpa, reference, got 'cuda'"):
         choose("cuda")
 
 

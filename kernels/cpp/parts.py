@@ -1,0 +1,92 @@
+"""One part of every row as a C++ struct: its arguments, its rows, and the loads that its formats need."""
+
+from __future__ import annotations
+
+from kvcompile.kernels.cpp.address import LAYOUTS, Address
+from kvcompile.kernels.cpp.stored import Stored
+from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.spec import KernelSpec
+
+WIDEN = """
+    // Scales are float16 in memory.
+    KV_INLINE void widen_all(const fp16* from, int n, float* to) {
+      int i = 0;
+      for (; i + 16 <= n; i += 16) store(to + i, load(from + i));
+      if (i < n) store(to + i, load(from + i, n - i));
+    }
+    """
+
+
+def address(spec: KernelSpec, index: int, positions: bool) -> Address:
+    """How part `index` of the spec's rows is found."""
+    part = spec.parts[index]
+    return LAYOUTS[part.layout](part, spec, positions)
+
+
+def scaled(spec: KernelSpec) -> bool:
+    """Whether any part comes with scales."""
+    return any(p.key.scaled or p.value.scaled for p in spec.parts)
+
+
+def struct(index: int, where: Address, methods: str) -> str:
+    """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`."""
+    fields = "struct Tile {\n  int from, count;\n  $at\n  $key\n  $value\n};"
+    numbers = [_numbers(name, stored) for name, stored in (("key", where.key), ("value", where.value))]
+    return fill(
+        """
+        struct $name {  // $title
+          $arguments
+
+          struct Row {
+            $pointers
+            int count;
+            $table
+          };
+          typedef $name Part;
+          $row
+
+          $tile
+          KV_INLINE void open(Tile& tile, const Row& row, int from, int count) {
+            tile.from = from, tile.count = count;
+            $entries
+            $widen
+          }
+
+          $methods
+        };
+        """,
+        name=f"Part{index}",
+        title=f"{_the(where)} keys {where.part.key.name}, values {where.part.value.name}",
+        arguments=where.arguments,
+        pointers=where.pointers(),
+        table="const int32_t* table;" if where.part.layout == "paged" else "",
+        row=where.row,
+        tile=fill(fields + "\n", at=where.tile, key=numbers[0], value=numbers[1]),
+        entries=where.entries,
+        widen="\n".join(_widened(name, stored, where) for name, stored in (("key", where.key), ("value", where.value))),
+        methods=methods,
+    )
+
+
+def _the(where: Address) -> str:
+    return {
+        "dense": "rows of one length:",
+        "ragged": "row r is entries begins[r] : ends[r]:",
+        "paged": f"rows in pages of {where.part.page} entries:",
+    }[where.part.layout]
+
+
+def _numbers(name: str, stored: Stored) -> str:
+    if stored.scales not in ("token", "groups"):
+        return ""
+    return f"float {name}_numbers[TILE * {stored.numbers} + 16];  // scales{' and zeros' if stored.zeros else ''}"
+
+
+def _widened(name: str, stored: Stored, where: Address) -> str:
+    if stored.scales not in ("token", "groups"):
+        return ""
+    n = stored.numbers
+    if where.part.layout == "paged":
+        source = f"row.{name}_scales + {where.entry('t')} * {n}"
+        return f"for (int t = 0; t < count; t++) widen_all({source}, {n}, tile.{name}_numbers + t * {n});"
+    return f"widen_all(row.{name}_scales + {where.entry('0')} * {n}, count * {n}, tile.{name}_numbers);"

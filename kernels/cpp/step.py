@@ -1,0 +1,378 @@
+"""Source of a decode kernel: attention of one new token of each sequence to what its rows hold.
+
+Rows are cut into pieces that threads take as they come; each piece runs an online softmax over tiles of entries, and
+the pieces of a row are merged in order. The group's query heads share every load of a key and a value.
+Split rows and merge: Flash-Decoding; online softmax: Milakov and Gimelshein, arXiv 1805.02867; scales folded into
+queries and weights: KIVI, arXiv 2402.02750.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvcompile.kernels.cpp.address import Address
+from kvcompile.kernels.cpp.parts import WIDEN, address, scaled, struct
+from kvcompile.kernels.cpp.step_keys import logits
+from kvcompile.kernels.cpp.step_values import values
+from kvcompile.kernels.cpp.stored import ELEMENTS
+from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.spec import KernelSpec
+
+TILE = 64
+LONGEST_PIECE = 512
+SMALL = 1 << 18  # products below which one thread is faster than two
+LOG2E = math.log2(math.e)
+
+HEAD = """
+    // $name
+    // Attention of one new token per sequence, in one pass over its rows. For each query head g of a KV head:
+    //   out[g] = sum_j p_j v_j / sum_j p_j,   p_j = exp($logit),   over the entries j that the token sees.
+    // Logits are kept times log2(e): exp is then 2^x.
+    #include <vector>
+
+    typedef $query Query;              // queries and result
+    constexpr int G = $group;          // query heads that share a KV head
+    constexpr int D = $dim, DV = $value_dim;   // channels of keys, of values
+    constexpr int WIDTH = $width;      // DV in whole vectors
+    constexpr int TILE = $tile;        // entries from one step of the softmax to the next
+    constexpr int STRIDE = TILE + 16;  // floats between the logits of two query heads
+    constexpr int LONGEST = $longest;  // entries of a piece of a row
+    constexpr int RESULT = G * (WIDTH + 2);
+    constexpr float QUERY_SCALE = $query_scale;
+    constexpr float MASKED = -1e30f;
+    #if defined(KV_AVX512)
+    constexpr int ROWS = 4;            // query heads whose sums stay in registers
+    #else
+    constexpr int ROWS = 2;
+    #endif
+    #define UNROLL _Pragma("GCC unroll 16")
+    KV_INLINE int least(int a, int b) { return a < b ? a : b; }
+    KV_INLINE void write(float* to, V4 x) { memcpy(to, &x, sizeof x); }
+    $widen
+
+    $parts
+
+    struct Arguments {
+      const Query* q;
+      int64_t q_sequence, q_head;
+      Query* out;           // [rows, G, DV]
+      int64_t rows, heads;  // rows = sequences * KV heads
+      const uint8_t* valid; // which sequences have a new token; null: all
+      int64_t threads;
+      $positions
+      $sums
+      $arguments
+    };
+
+    // One task: entries [from, to) of a part of a row. Its result: sums [G][WIDTH], largest logits [G], totals [G].
+    struct Piece {
+      int row, part, from, to;
+      $place
+    };
+    """
+
+SOFTMAX = """
+    // A step of the online softmax: logits s[g][t] become weights relative to the largest so far.
+    template <int N>
+    KV_INLINE void softmax(float (&s)[G][STRIDE], int count, float (&top)[G], F (&total)[G], float (&sum)[G][N]) {
+      int whole = (count + 15) / 16 * 16;
+      for (int g = 0; g < G; g++) {
+        for (int t = count; t < whole; t++) s[g][t] = MASKED;
+        F most = set(top[g]);
+        for (int t = 0; t < whole; t += 16) most = max(most, load(s[g] + t));
+        float now = largest(most);
+        if (now > top[g]) {
+          F shrink = exp2_negative(set(top[g] - now));
+          total[g] = total[g] * shrink;
+          for (int c = 0; c < N; c += 16) store(sum[g] + c, load(sum[g] + c) * shrink);
+          top[g] = now;
+        }
+        for (int t = 0; t < whole; t += 16) {
+          F p = exp2_negative(load(s[g] + t) - set(now));
+          total[g] += p;
+          store(s[g] + t, p);
+        }
+      }
+    }
+    """
+
+ATTEND = """
+    template <class P>
+    KV_INLINE void attend(const Arguments& a, const P& part, const Piece& piece, float* result$logits_in) {
+      typename P::Row row = P::row(part, a.heads, piece.row);
+      const Query* states = a.q + piece.row / a.heads * a.q_sequence + piece.row % a.heads * G * a.q_head;
+      typename P::Question q;
+      for (int g = 0; g < G; g++) P::arrange(states + g * a.q_head, q, g);
+      alignas(64) float s[G][STRIDE], sum[G][P::SUMS] = {};
+      float top[G];
+      F total[G];
+      for (int g = 0; g < G; g++) top[g] = MASKED, total[g] = zero();
+      for (int from = piece.from; from < piece.to; from += TILE) {
+        typename P::Tile tile;
+        P::open(tile, row, from, least(TILE, piece.to - from));
+        P::logits(row, tile, q, s);
+        $cap
+        $keep
+        softmax(s, tile.count, top, total, sum);
+        P::accumulate(row, tile, s, sum);
+      }
+      for (int g = 0; g < G; g++) {
+        P::finish(sum[g], result + g * WIDTH);
+        result[G * WIDTH + g] = top[g];
+        result[G * WIDTH + G + g] = ::sum(total[g]);
+      }
+    }
+    """
+
+CAP = """
+    for (int g = 0; g < G; g++)
+      for (int t = 0; t < tile.count; t += 16) store(s[g] + t, tanh(load(s[g] + t)) * set($cap));
+    """
+
+KEEP = """
+    for (int g = 0; g < G; g++)
+      memcpy(logits + g * piece.columns() + from - piece.from, s[g], tile.count * sizeof(float));
+    """
+
+MERGE = """
+    // The result of a row from those of its pieces, weighted by 2^(largest logit of the piece - largest of all).
+    KV_INLINE void merge(const float* results, int pieces, Query* out$shares_in) {
+      for (int g = 0; g < G; g++) {
+        float top = MASKED, total = 0;
+        for (int i = 0; i < pieces; i++) top = fmaxf(top, results[i * RESULT + G * WIDTH + g]);
+        alignas(64) float sum[WIDTH] = {};
+        for (int i = 0; i < pieces; i++) {
+          const float* result = results + i * RESULT;
+          float weight = exp2f(result[G * WIDTH + g] - top);
+          total += weight * result[G * WIDTH + G + g];
+          for (int c = 0; c < WIDTH; c += 16)
+            store(sum + c, mul_add(set(weight), load(result + g * WIDTH + c), load(sum + c)));
+        }
+        F share = set(total > 0 ? 1 / total : 0);  // a row that shows nothing gives zeros
+        $share
+        for (int c = 0; c < DV; c += 16) store(out + g * DV + c, load(sum + c) * share$out_count);
+      }
+    }
+    """
+
+COLUMNS = """
+    // What each entry of a piece received: sum_g p_j / total, once the row's largest logit and total are known.
+    KV_INLINE void add_columns(const Piece& piece, const float* logits, const float (*shares)[2], float* sums) {
+      int count = piece.to - piece.from;
+      for (int t = 0; t < count; t += 16) {
+        F x = zero();
+        for (int g = 0; g < G; g++)
+          x += exp2_negative(load(logits + g * piece.columns() + t) - set(shares[g][0])) * set(shares[g][1]);
+        int n = least(16, count - t);
+        store(sums + t, load(sums + t, n) + x, n);
+      }
+    }
+    """
+
+CUT = """
+    // Pieces are cut by the length of the row alone, so that no result depends on the batch or on the threads:
+    // short enough to balance, long enough for the merge to cost nothing.
+    KV_INLINE void cut(std::vector<Piece>& pieces, int row, int part, int from, int to$place_in) {
+      int length = ((to - from) / 8 + TILE - 1) / TILE * TILE;
+      length = length < TILE ? TILE : least(length, LONGEST);
+      for (int j = from; j < to; j += length) {
+        pieces.push_back({row, part, j, least(j + length, to)$place});
+        $room
+      }
+    }
+    """
+
+CUT_PART = """
+    {
+      Part$i::Row row = Part$i::row(a.part$i, a.heads, r);
+      $seen
+      $cuts
+      $offset
+    }
+    """
+
+FIRST = """
+    // The first entry at true position `at` or after: positions ascend along a part of a row.
+    KV_INLINE int first(const Row& row, int64_t at) {
+      int low = 0, high = row.count;
+      while (low < high) {
+        int middle = (low + high) / 2;
+        if ($position < at) low = middle + 1;
+        else high = middle;
+      }
+      return low;
+    }
+    """
+
+LAUNCH = """
+    extern "C" void attend_step(const Arguments* arguments) {
+      const Arguments& a = *arguments;
+      static thread_local std::vector<Piece> cuts;
+      static thread_local std::vector<int> firsts;  // piece of each row
+      static thread_local std::vector<float> memory;
+      $scratch
+      cuts.clear(), firsts.clear();
+      for (int r = 0; r < a.rows; r++) {
+        firsts.push_back((int)cuts.size());
+        if (a.valid && !a.valid[r / a.heads]) continue;
+        $offset
+        $cuts
+      }
+      firsts.push_back((int)cuts.size());
+      if (memory.size() < cuts.size() * RESULT) memory.resize(cuts.size() * RESULT);
+      $room
+      const Piece* pieces = cuts.data();
+      const int* first = firsts.data();
+      float* results = memory.data();
+      int64_t count = (int64_t)cuts.size(), work = 0;
+      for (int i = 0; i < count; i++) work += pieces[i].to - pieces[i].from;
+      int threads = work * (D + DV) * G < $small ? 1 : (int)a.threads;
+    #pragma omp parallel num_threads(threads)
+      {
+    #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+          $dispatch
+        }
+    #pragma omp for schedule(static)
+        for (int64_t r = 0; r < a.rows; r++)
+          merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV$shares);
+        $columns
+      }
+    }
+    """
+
+
+SUMS = """
+    float* sums;  // [rows, sums_row]: what each entry received is added
+    int64_t sums_row;
+    """
+
+PLACE = """
+    int column;      // of its first entry in the sums
+    int64_t logits;  // where they are kept, [G][columns()]
+    int columns() const { return (to - from + 15) / 16 * 16; }
+    """
+
+SCRATCH = """
+    static thread_local std::vector<float> kept, finals;
+    int64_t room = 0;
+    """
+
+ROOM = """
+    if (kept.size() < (size_t)room) kept.resize(room);
+    if (finals.size() < (size_t)a.rows * G * 2) finals.resize(a.rows * G * 2);
+    float* logits = kept.data();
+    float(*shares)[2] = (float(*)[2])finals.data();
+    """
+
+ALL_COLUMNS = """
+    #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) {
+          const Piece& piece = pieces[i];
+          float* sums = a.sums + piece.row * a.sums_row + piece.column;
+          add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
+        }
+    """
+
+
+def arguments(spec: KernelSpec) -> list[Address]:
+    """How the parts are packed, in their order, after the fields that `attention.py` packs."""
+    return [address(spec, i, bool(spec.sliding_window)) for i in range(len(spec.parts))]
+
+
+def source(spec: KernelSpec, query: str) -> str:
+    """C++ text of the kernel for queries of dtype `query` (`float32`, `float16`, `bfloat16`), prelude excluded."""
+    return "\n".join(
+        (_head(spec, query, arguments(spec)), fill(SOFTMAX), _attend(spec), _merge(spec), _cut(spec), _launch(spec))
+    )
+
+
+def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
+    cap = spec.softcap
+    logit = f"q[g] . k_j * {spec.scale:.9g}"
+    return fill(
+        HEAD,
+        name=spec.name,
+        logit=f"{cap:g} tanh({logit} / {cap:g})" if cap else logit,
+        query=ELEMENTS[query],
+        group=spec.group,
+        dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        width=-(-spec.value_dim // 16) * 16,
+        tile=TILE,
+        longest=LONGEST_PIECE,
+        query_scale=_float(spec.scale / cap if cap else spec.scale * LOG2E),
+        widen=fill(WIDEN) if scaled(spec) else "",
+        parts="\n\n".join(struct(i, where, _methods(where, spec)) for i, where in enumerate(places)),
+        positions="const int64_t* positions;  // of the new tokens [sequences]" if spec.sliding_window else "",
+        sums=fill(SUMS) if spec.scores else "",
+        arguments="\n".join(f"Part{i} part{i};" for i in range(len(places))),
+        place=fill(PLACE) if spec.scores else "",
+    )
+
+
+def _methods(where: Address, spec: KernelSpec) -> str:
+    first = [fill(FIRST, position=where.position("middle"))] if where.positions else []
+    return "\n".join((*first, logits(where), values(where, spec.group)))
+
+
+def _attend(spec: KernelSpec) -> str:
+    cap = spec.softcap
+    return fill(
+        ATTEND,
+        logits_in=", float* logits" if spec.scores else "",
+        cap=fill(CAP, cap=_float(cap * LOG2E)) if cap else "",
+        keep=fill(KEEP) if spec.scores else "",
+    )
+
+
+def _merge(spec: KernelSpec) -> str:
+    merge = fill(
+        MERGE,
+        shares_in=", float (*shares)[2]" if spec.scores else "",
+        share="shares[g][0] = top, shares[g][1] = total > 0 ? 1 / total : 0;" if spec.scores else "",
+        out_count="" if spec.value_dim % 16 == 0 else ", least(16, DV - c)",
+    )
+    return merge + ("\n" + fill(COLUMNS) if spec.scores else "")
+
+
+def _cut(spec: KernelSpec) -> str:
+    if not spec.scores:
+        return fill(CUT, place_in="", place="", room="")
+    room = "room += G * pieces.back().columns();"
+    return fill(CUT, place_in=", int offset, int64_t& room", place=", offset + j, room", room=room)
+
+
+def _cut_part(spec: KernelSpec, i: int) -> str:
+    end = ", offset, room" if spec.scores else ""
+    seen, cuts = "", f"cut(cuts, r, {i}, 0, row.count{end});"
+    if spec.sliding_window:
+        last = spec.sliding_window - 1
+        seen = f"int seen = Part{i}::first(row, a.positions[r / a.heads] - {last});"
+        cuts = f"cut(cuts, r, {i}, seen, row.count{end});"
+        if spec.sinks:
+            cuts = f"cut(cuts, r, {i}, 0, least(seen, Part{i}::first(row, {spec.sinks})){end});\n{cuts}"
+    return fill(CUT_PART, i=i, seen=seen, cuts=cuts, offset="offset += row.count;" if spec.scores else "")
+
+
+def _launch(spec: KernelSpec) -> str:
+    count = len(spec.parts)
+    end = ", logits + pieces[i].logits" if spec.scores else ""
+    calls = [f"attend(a, a.part{i}, pieces[i], results + i * RESULT{end});" for i in range(count)]
+    cases = "\n".join(f"  case {i}: {call} break;" for i, call in enumerate(calls))
+    return fill(
+        LAUNCH,
+        scratch=fill(SCRATCH) if spec.scores else "",
+        offset="int offset = 0;" if spec.scores else "",
+        cuts="\n".join(_cut_part(spec, i) for i in range(count)),
+        room=fill(ROOM) if spec.scores else "",
+        small=SMALL,
+        dispatch=calls[0] if count == 1 else f"switch (pieces[i].part) {{\n{cases}\n}}",
+        shares=", shares + r * G" if spec.scores else "",
+        columns=fill(ALL_COLUMNS) if spec.scores else "",
+    )
+
+
+def _float(x: float) -> str:
+    text = f"{x:.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"

@@ -1,0 +1,183 @@
+"""Weighted sums of a tile of stored values: sum_t p_t v_t, with the scales folded into whatever is touched least.
+
+Scales of a token multiply its weight; those of a channel, or of groups of channels, decode each value in registers.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from kvcompile.kernels.cpp.address import Address
+from kvcompile.kernels.cpp.stored import Stored
+from kvcompile.kernels.cpp.text import fill
+
+ROWS, ACCUMULATORS = 4, 24  # of the 32 vector registers of AVX-512; a CPU with fewer takes a run at a time
+
+ADD = """
+    // sum[g] += p[g][t] v[t] for start <= t < stop, COLUMNS runs of channels at a time
+    template <int R> KV_INLINE void add(const Row& row, const Tile& tile, const float* p, int start, int stop,
+                                        float* sum$scales_in) {
+      if constexpr (R > ROWS) {
+        add<ROWS>(row, tile, p, start, stop, sum$scales_on);
+        add<R - ROWS>(row, tile, p + ROWS * STRIDE, start, stop, sum + ROWS * SUMS$scales_on);
+      } else {
+        for (int first = 0; first < $runs; first += COLUMNS) {
+          F o[R][COLUMNS][$pieces];
+          UNROLL for (int g = 0; g < R; g++)
+            UNROLL for (int c = 0; c < COLUMNS; c++) {
+              $fetch
+            }
+          for (int t = start; t < stop; t++) {
+            const $element* v = row.values + $entry * $width;
+            $numbers
+            UNROLL for (int c = 0; c < COLUMNS; c++) {
+              $loads
+              UNROLL for (int g = 0; g < R; g++) {
+                F w = set(p[g * STRIDE + t]);
+                $products
+              }
+            }
+          }
+          UNROLL for (int g = 0; g < R; g++)
+            UNROLL for (int c = 0; c < COLUMNS; c++) {
+              $keep
+            }
+        }
+      }
+    }
+    """
+
+VALUES = """
+    static constexpr int SUMS = $slots * 16;  // floats of a sum, in the order of the stored codes$bias_note
+    #if defined(KV_AVX512)
+    static constexpr int COLUMNS = $columns;
+    #else
+    static constexpr int COLUMNS = 1;
+    #endif
+    $add
+    KV_INLINE void accumulate(const Row& row, const Tile& tile, float (&p)[G][STRIDE], float (&sum)[G][SUMS]) {
+      $body
+    }
+    KV_INLINE void finish(const float* sum, float* result) {
+      $bias
+      for (int c = 0; c < $runs; c++) {
+        $stores
+      }
+    }
+    """
+
+TOKEN = """
+    for (int g = 0; g < G; g++)
+      for (int t = 0; t < tile.count; t++) {
+        $zero
+        p[g][t] *= tile.value_numbers[$step * t];
+      }
+    """
+
+TOKEN_ZERO = """
+    for (int g = 0; g < G; g++) {
+      float zero = 0;
+      for (int t = 0; t < tile.count; t++) {
+        zero += p[g][t] * tile.value_numbers[2 * t + 1];
+        p[g][t] *= tile.value_numbers[2 * t];
+      }
+      sum[g][SUMS - 16] += zero;
+    }
+    """
+
+CHANNEL = """
+    for (int start = 0, stop; start < tile.count; start = stop) {
+      stop = least(tile.count, start + $group - (tile.from + start) % $group);
+      const fp16* from = row.value_scales + $index * $step;
+      alignas(64) float scales[$total];
+      for (int c = 0; c < $runs; c++) {
+        $stores
+      }
+      add<G>(row, tile, p[0], start, stop, sum[0], scales);
+    }
+    """
+
+
+def _columns(stored: Stored, group: int) -> int:
+    """Runs of channels whose sums stay in registers together."""
+    rows = ceil(group / ceil(group / ROWS))
+    fit = max(1, ACCUMULATORS // (rows * stored.pieces))
+    return max(n for n in range(1, stored.runs + 1) if stored.runs % n == 0 and n <= fit)
+
+
+def values(where: Address, group: int) -> str:
+    """`accumulate` for a tile and `finish`, which puts the sums `[DV]` in the order of the channels."""
+    value = where.value
+    biased = value.scales == "token" and value.zeros
+    slots = value.slots + biased
+    call = "add<G>(row, tile, p[0], 0, tile.count, sum[0]);"
+    body = call
+    if biased:
+        body = fill(TOKEN_ZERO) + call
+    elif value.scales == "token":
+        body = fill(TOKEN, zero="", step=1) + call
+    elif value.scales == "channel":
+        body = _channel(where)
+    count = "" if value.lanes == 16 else f", {value.lanes}"
+    plus = " + bias" if biased else ""
+    stores = [
+        f"store(result + {value.channel(i, 'c')}, load(sum + {value.slot(i, 'c')}){plus}{count});"
+        for i in range(value.pieces)
+    ]
+    return fill(
+        VALUES,
+        slots=slots,
+        bias_note=", then sum_t p_t zero_t" if biased else "",
+        columns=_columns(value, group),
+        add=_add(where),
+        body=body,
+        bias="F bias = set(sum[SUMS - 16]);" if biased else "",
+        runs=value.runs,
+        stores="\n".join(stores),
+    )
+
+
+def _add(where: Address) -> str:
+    value = where.value
+    channel = value.scales == "channel"
+    numbers = f"const float* n = tile.value_numbers + t * {value.numbers};" if value.scales == "groups" else ""
+    vectors = value.decoded("v", "(first + c)", "scales" if channel else "n")
+    return fill(
+        ADD,
+        scales_in=", const float* scales" if channel else "",
+        scales_on=", scales" if channel else "",
+        runs=value.runs,
+        pieces=value.pieces,
+        element=value.element,
+        entry=where.entry("t"),
+        width=value.width,
+        numbers=numbers,
+        fetch="\n".join(
+            f"o[g][c][{i}] = load(sum + g * SUMS + {value.slot(i, '(first + c)')});" for i in range(value.pieces)
+        ),
+        loads="\n".join(f"F x{i} = {x};" for i, x in enumerate(vectors)),
+        products="\n".join(f"o[g][c][{i}] = mul_add(w, x{i}, o[g][c][{i}]);" for i in range(value.pieces)),
+        keep="\n".join(
+            f"store(sum + g * SUMS + {value.slot(i, '(first + c)')}, o[g][c][{i}]);" for i in range(value.pieces)
+        ),
+    )
+
+
+def _channel(where: Address) -> str:
+    value = where.value
+    count = "" if value.lanes == 16 else f", {value.lanes}"
+    stores = [
+        f"store(scales + {'' if k == 0 else f'{value.slots * 16} + '}{value.slot(i, 'c')}, "
+        f"load(from + {'' if k == 0 else 'DV + '}{value.channel(i, 'c')}{count}));"
+        for i in range(value.pieces)
+        for k in range(value.codec.parameters)
+    ]
+    return fill(
+        CHANNEL,
+        group=value.codec.group,
+        index=where.group(value, "start"),
+        step=f"{value.codec.parameters} * DV",
+        total=value.codec.parameters * value.slots * 16,
+        runs=value.runs,
+        stores="\n".join(stores),
+    )

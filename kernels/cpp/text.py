@@ -1,0 +1,20 @@
+"""C++ text from templates: `$name` stands for a text; alone on its line, for a block that takes the line's indent."""
+
+from __future__ import annotations
+
+import re
+from textwrap import dedent, indent
+
+BLOCK = re.compile(r"^( *)\$(\w+)\n", re.M)
+NAME = re.compile(r"\$(\w+)")
+
+
+def fill(template: str, **texts: object) -> str:
+    """The template with every `$name` replaced; a block that is empty leaves no line behind."""
+
+    def block(found: re.Match[str]) -> str:
+        text = str(texts[found[2]]).rstrip("\n")
+        return indent(text, found[1]) + "\n" if text else ""
+
+    flush = dedent(template.lstrip("\n")).rstrip(" ")
+    return NAME.sub(lambda found: str(texts[found[1]]), BLOCK.sub(block, flush))

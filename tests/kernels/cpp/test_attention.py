@@ -1,0 +1,168 @@
+"""The generated C++ kernels compute what the float64 reference specifies, for any layout, format and shape."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvcompile.kernels import reference
+from kvcompile.kernels.cpp import attention, build
+from kvcompile.kernels.spec import KernelSpec, Part
+from torch import Tensor
+
+from kvcompile.storage import Codec
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from coded import case
+
+pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
+
+# Relative RMS of all outputs. float32: sums of some hundred products in another order, 2^x to 2.5 ulp, and with
+# soft-cap tanh's error times the cap. 16 bits: the result is rounded once, 2^-12 and 2^-9 at most.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
+# sum p * code and sum p * zero are summed apart: numbers of about 4 leave a mean of 0.03, seven bits are lost
+CODED = 2e-5
+
+FLOAT, HALF, BRAIN, EIGHT = (Codec(k) for k in ("float32", "float16", "bfloat16", "float8"))
+KIVI4 = Codec("int4", "channel", 32), Codec("int4", "token", 32)
+
+
+def spec(*parts: tuple, group: int = 3, dim: int = 64, value_dim: int | None = None, **options) -> KernelSpec:
+    made = tuple(Part(layout, key, value, *page) for layout, key, value, *page in parts)
+    return KernelSpec(made, group, dim, value_dim or dim, dim**-0.5, **options)
+
+
+SPECS = [
+    spec(("dense", FLOAT, FLOAT)),
+    spec(("ragged", FLOAT, FLOAT), group=4, dim=128),
+    spec(("paged", FLOAT, FLOAT, 16), sliding_window=50, sinks=4),
+    spec(("ragged", BRAIN, BRAIN), group=8, dim=80, softcap=3.0),
+    spec(("paged", HALF, BRAIN, 7), group=1, dim=96, value_dim=64, sliding_window=9, scores=True),
+    spec(("dense", EIGHT, HALF), group=2, dim=256),
+    spec(("ragged", *KIVI4), ("ragged", FLOAT, FLOAT), scores=True),
+    spec(("paged", *KIVI4, 32), ("dense", BRAIN, BRAIN), group=4, dim=128, sliding_window=70),
+    spec(("dense", Codec("int8", "token"), Codec("int8", "token")), group=5, softcap=2.0, scores=True),
+    spec(
+        ("ragged", Codec("int8", "channel", 5), Codec("int8", "channel", 10)), ("ragged", FLOAT, HALF), group=2, dim=12
+    ),
+    spec(("paged", Codec("int2", "token"), Codec("int2", "token"), 5), group=6, dim=80, value_dim=96),
+    spec(("ragged", Codec("int4", "token", 16), Codec("int2", "channel", 32)), ("paged", FLOAT, FLOAT, 4), dim=80),
+    spec(("ragged", Codec("float8", "channel", 16), Codec("float8", "token", 16)), ("ragged", FLOAT, FLOAT), group=1),
+    spec(("ragged", Codec("int8", "channel", 32), KIVI4[1]), ("ragged", *KIVI4), ("dense", FLOAT, FLOAT), group=7),
+    spec(("dense", FLOAT, FLOAT), group=33, dim=5, value_dim=16, sliding_window=20, sinks=3, softcap=1.5, scores=True),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    """All kernels of this file, two compilers at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda s: attention._kernel(s, torch.float32, False), SPECS))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """RMS of the difference relative to that of what was expected."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+
+
+def check(one: KernelSpec, lengths: list[list[int]], batch: int, heads: int, **options) -> None:
+    made = case(one, lengths, batch, heads, **options)
+    longest = max(map(sum, zip(*lengths, strict=True))) + 80
+    sums = [torch.ones(batch * heads, longest) if one.scores else None for _ in range(2)]
+    got = attention.attend(made.queries, made.view, one, sums[0])
+    expected = reference.attend(made.queries, made.view, one, sums[1])
+    assert got.dtype == made.queries.states.dtype
+    assert bool(got.isfinite().all())
+    coded = CODED if any(p.key.scaled or p.value.scaled for p in one.parts) else 0.0
+    assert error(got, expected) < max(coded, TOLERANCE[got.dtype])
+    if one.scores:
+        assert error(sums[0], sums[1]) < max(coded, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("one", SPECS, ids=lambda s: s.name)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data(), batch=st.integers(1, 3), heads=st.integers(1, 3), seed=st.integers(0, 999))
+def test_decode_step(one: KernelSpec, data, batch: int, heads: int, seed: int) -> None:
+    length = st.integers(0, 40) | st.integers(41, 700) | st.sampled_from([1, 63, 64, 65, 511, 512, 513, 1024, 1025])
+    lengths = []
+    for part in one.parts:
+        rows = batch * heads
+        lengths.append(
+            [data.draw(length)] * rows if part.layout == "dense" else [data.draw(length) for _ in range(rows)]
+        )
+    check(one, lengths, batch, heads, seed=seed)
+
+
+def test_rows_without_a_new_token_are_zero() -> None:
+    one = SPECS[6]
+    valid = torch.tensor([[True], [False]])
+    made = case(one, [[64, 32, 96, 0], [10, 20, 30, 3]], 2, 2, valid=valid)
+    sums = torch.zeros(4, 200)
+    got = attention.attend(made.queries, made.view, one, sums)
+    assert not got[1].any()
+    assert not sums[2:].any()
+    assert error(got[0], reference.attend(made.queries, made.view, one, torch.zeros(4, 200))[0]) < CODED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_of_16_bits(dtype: torch.dtype) -> None:
+    check(replace(SPECS[3]), [[300, 5, 64, 700]], 2, 2, dtype=dtype)
+
+
+def test_queries_may_lie_anywhere() -> None:
+    """What a projection and a transpose give: strides of their own, heads side by side."""
+    made = case(SPECS[0], [[90] * 6], 2, 3)
+    there = made.queries.states.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    apart = torch.zeros(2, 1, 9, 70)[:, :, :, :64].transpose(1, 2).copy_(made.queries.states)
+    for states in (there, apart):
+        assert not states.is_contiguous()
+        got = attention.attend(replace(made.queries, states=states), made.view, made.spec)
+        assert torch.equal(got, attention.attend(made.queries, made.view, made.spec))
+
+
+def test_no_result_depends_on_batch_or_threads() -> None:
+    """To the bit: rows are cut into pieces by their own length alone."""
+    lengths = [1, 70, 513, 1300, 64, 2000]
+    made = case(SPECS[1], [lengths], 3, 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = attention.attend(made.queries, made.view, made.spec)
+        torch.set_num_threads(1)
+        single = attention.attend(made.queries, made.view, made.spec)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, single)
+    view = made.view
+    for b in range(3):
+        rows = slice(2 * b, 2 * b + 2)
+        alone = replace(
+            view,
+            starts=view.starts[rows],
+            lengths=view.lengths[rows],
+            begins=view.begins[rows],
+            ends=view.ends[rows],
+            batch=1,
+        )
+        queries = replace(
+            made.queries, states=made.queries.states[b : b + 1], positions=made.queries.positions[b : b + 1]
+        )
+        assert torch.equal(together[b : b + 1], attention.attend(queries, alone, made.spec))
+
+
+def test_source_is_deterministic_and_has_no_dead_branch() -> None:
+    for one in SPECS:
+        text = attention.source(one, torch.float32)
+        assert text == attention.source(replace(one), torch.float32)
+        assert ("tanh" in text) == bool(one.softcap)
+        assert ("positions" in text) == bool(one.sliding_window)
+        assert ("sums_row" in text) == one.scores
+        assert ("value_numbers" in text) == any(p.value.axis == "token" for p in one.parts)
+        assert ("table" in text) == any(p.layout == "paged" for p in one.parts)
