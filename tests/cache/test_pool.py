@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -249,3 +250,45 @@ def test_ranges() -> None:
     rows, entries_ = ranges(torch.tensor([2, 5, 0, 3]), torch.tensor([4, 5, 1, 1]))
     assert rows.tolist() == [0, 0, 2]
     assert entries_.tolist() == [2, 3, 0]
+
+
+def test_slots_known_ahead_follow_when_another_owner_moves_the_pages() -> None:
+    rows = owned()
+    fill(rows, 10 * PAGE)
+    with rows.pool.alone():
+        other = rows.fork()
+        rows.keep([torch.arange(2)] * ROWS, 0)
+    fill(other, 90 * PAGE)
+    with rows.pool.alone():
+        rows.write(rows.step(0), entries([-1] * ROWS))
+        rows.write(rows.step(0), entries([-2] * ROWS))
+        moves = rows.pool.moves
+        other.keep([torch.arange(2)] * ROWS, 0)
+        assert rows.pool.moves == moves + 1
+        rows.write(rows.step(0), entries([-3] * ROWS))
+    assert [x[2:] for x in held(rows)] == [[-1, -2, -3]] * ROWS
+    assert [len(x) for x in held(other)] == [2] * ROWS
+
+
+def test_owners_may_live_in_threads() -> None:
+    first = owned(2)
+    fill(first, 5)
+    with first.pool.alone():
+        owners = [first, *(first.fork() for _ in range(3))]
+
+    def live(owner: PagedRows, number: int) -> list[int]:
+        for i in range(40):
+            with owner.pool.alone():
+                owner.write(owner.step(0), entries([number * 1000 + i] * 2))
+            if i % 13 == 12:
+                with owner.pool.alone():
+                    owner.keep([torch.arange(0, n, 2) for n in owner.lengths], 0)
+        return held(owner)[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(live, owners, range(4)))
+    alone = owned(2)
+    fill(alone, 5)
+    assert got[0] == live(alone, 0)
+    assert [[n % 1000 for n in x] for x in got[1:]] == [[n % 1000 for n in got[0]]] * 3
+    assert all(max(x) // 1000 == i for i, x in enumerate(got))
