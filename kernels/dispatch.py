@@ -10,6 +10,7 @@ from kvcompile.kernels.cpp import attention as cpp
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.triton import route as triton
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
@@ -23,7 +24,12 @@ class Route(Protocol):
         ...
 
 
-ROUTES: dict[str, Route] = {"cpp": cpp.attend, "sdpa": sdpa.attend, "reference": reference.attend}
+ROUTES: dict[str, Route] = {
+    "cpp": cpp.attend,
+    "triton": triton.attend,
+    "sdpa": sdpa.attend,
+    "reference": reference.attend,
+}
 GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
 
@@ -41,12 +47,16 @@ def choose(requested: str, device: torch.device | str = "cpu") -> str:
         if place != "cpu":
             raise KvcompileError("kernels=cpp runs on a CPU", f"a model on {place}", "set kernels=auto")
         build.toolchain()
+    if requested == "triton":
+        triton.ready(place)
     return requested
 
 
 def why(device: torch.device | str = "cpu") -> str:
     """Why `kernels=auto` falls back to the library on a device; empty where it does not."""
     place = torch.device(device).type
+    if place == "cuda":  # compiled ahead of time and interpreted, but measured on no GPU yet
+        return "kernels=triton has to be asked for"
     if place not in GENERATED:
         return f"no kernels are generated for {place}"
     return build.available() or ""

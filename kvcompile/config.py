@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvcompile.policies.base import Policy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KERNELS = ("auto", "cpp", "sdpa", "reference")
+KERNELS = ("auto", "cpp", "triton", "sdpa", "reference")
 MODES = ("run", "only")
 
 

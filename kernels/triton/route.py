@@ -1,0 +1,97 @@
+"""The route `kernels=triton`: generated kernels where tensors lie on a GPU, or where Triton's interpreter is on.
+
+A view crosses into `torch.ops.kvcompile_triton.attend` as a list of tensors and a spec as text, so that torch.fx,
+torch.compile and torch.export see one node. Importing this module imports no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from kvcompile.kernels import sdpa
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
+from kvcompile.kernels.spec import KernelSpec
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+
+
+@cache
+def ready(device: str) -> None:
+    """Raise KvcompileError unless generated kernels can run on a device of this type."""
+    if importlib.util.find_spec("triton") is None:
+        raise KvcompileError(
+            "kernels=triton needs Triton, which is not installed", fix="pip install 'kvcompile[triton]'"
+        )
+    from kvcompile.kernels.triton import ops  # noqa: F401  registers the operator
+    from kvcompile.kernels.triton.launch import interpreted
+
+    if device != "cuda" and not interpreted():
+        raise KvcompileError(
+            "kernels=triton runs on a GPU, or on a CPU in Triton's interpreter",
+            f"tensors on {device}",
+            "move the model to a GPU, set TRITON_INTERPRET=1 (slow: for tests), or choose another route",
+        )
+
+
+def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
+    """Same contract as `reference.attend`, in the dtype of the queries; a row with nothing visible gives zeros.
+
+    A prompt over nothing but itself (one dense, uncoded part, no window, no scores) is left to SDPA: prefill is not
+    what generated kernels are for. Raises KvcompileError where there is no GPU, no interpreter or no Triton.
+    """
+    ready(queries.states.device.type)
+    if _fresh(queries, view, spec):
+        return sdpa.attend(queries, view, spec)
+    if spec.scores and sums is None:
+        raise KvcompileError("a spec with scores needs a tensor for the sums", spec.name)
+    states, at, tensors, longest = operands(queries, view)
+    from kvcompile.kernels.triton.ops import written
+
+    return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest)  # type: ignore[no-any-return]
+
+
+def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, lse: Tensor | None = None) -> None:
+    """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
+
+    `lse [R, Q * g]` (base 2, token-major) spares a pass over the keys where it is known. No values are read.
+    """
+    ready(queries.states.device.type)
+    from kvcompile.kernels.triton.launch import Call, columns
+
+    columns(Call(spec, *operands(queries, view)), lse, sums)
+
+
+def operands(queries: Queries, view: View) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:
+    """Queries, positions with -1 at padding, tensors of all parts, and the longest row of each part."""
+    states, at = queries.states, queries.positions
+    if states.stride(-1) != 1:
+        states = states.contiguous()
+    at = at if at.dtype == torch.int64 else at.long()
+    at = at if queries.valid is None else at.masked_fill(~queries.valid, -1)
+    tensors, longest = [], []
+    for segment in parts(view):
+        found, most = _flatten(segment)
+        tensors += found
+        longest.append(most)
+    return states, at.contiguous(), tensors, longest
+
+
+def _flatten(s: Segment) -> tuple[list[Tensor], int]:
+    tensors = [x for x in (s.keys, s.values, s.key_scales, s.value_scales, s.positions) if x is not None]
+    if isinstance(s, DenseView):
+        return tensors, s.keys.shape[2]
+    if isinstance(s, RaggedView):
+        return [*tensors, s.begins, s.ends], max(s.lengths, default=0)
+    assert isinstance(s, PagedView)
+    return [*tensors, s.table, s.counts], s.table.shape[1] * s.page
+
+
+def _fresh(queries: Queries, view: View, spec: KernelSpec) -> bool:
+    if not isinstance(view, DenseView) or queries.valid is not None:
+        return False
+    plain = not (spec.parts[0].key.scaled or spec.parts[0].value.scaled)
+    special = spec.scores or spec.sinks or spec.softcap or spec.sliding_window
+    return plain and not special and 1 < queries.states.shape[2] == view.keys.shape[2]

@@ -1,0 +1,278 @@
+"""Run by test_interpreter.py in a process of its own: whether Triton interprets is decided when it is imported."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kvcompile.kernels import reference
+from kvcompile.kernels.codecs import encode
+from kvcompile.kernels.layout import DenseView, Queries
+from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.kernels.triton import fragments as f
+from kvcompile.kernels.triton import route, tuning
+from kvcompile.kernels.triton.encode import append, gather
+from kvcompile.kernels.triton.launch import interpreted
+from kvcompile.kernels.triton.tuning import Choice
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.storage import Codec
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from coded import case  # noqa: E402
+from sample import CODED, FLOATS, Sample, samples  # noqa: E402
+
+# Relative RMS error of the result. The interpreter computes everything in float32 (its bfloat16 arithmetic is wrong),
+# so what is left is float32 summation in another order, and one rounding of the result: 2^-12 RMS-wise for float16;
+# bfloat16 results are cut off, not rounded, by the interpreter, which costs 2^-8.
+TOLERANCE = {"float32": 2e-6, "float16": 4e-4, "bfloat16": 8e-3}
+SAMPLES = samples(48)
+
+
+def close(got: Tensor, want: Tensor, dtype: str) -> None:
+    assert bool(got.isfinite().all())
+    error = (got.double() - want.double()).square().mean().sqrt()
+    assert error <= TOLERANCE[dtype] * want.double().square().mean().sqrt() + 1e-12
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, choice: Choice) -> None:
+    monkeypatch.setattr(tuning, "choose", lambda *_: choice)
+
+
+def test_the_interpreter_is_on() -> None:
+    assert interpreted()
+
+
+def test_the_sample_covers_every_codec_and_feature() -> None:
+    specs = [s.spec for s in SAMPLES]
+    every = [p for s in specs for p in s.parts]
+    assert {p.key for p in every} >= {*CODED, *FLOATS}
+    assert {p.value for p in every} >= {*CODED, *FLOATS}
+    assert {p.layout for p in every} == {"dense", "ragged", "paged"}
+    assert {len(s.parts) for s in specs} == {1, 2, 3}
+    assert {s.head_dim for s in specs} == {64, 80, 96, 128, 256}
+    for feature in ("sliding_window", "sinks", "softcap", "scores"):
+        assert {bool(getattr(s, feature)) for s in specs} == {True, False}
+    assert any(s.head_dim != s.value_dim for s in specs)
+    assert {s.padded for s in SAMPLES} == {True, False}
+    assert {s.choice.splits for s in SAMPLES} == {1, 2, 3, 8}
+
+
+@pytest.mark.parametrize("s", SAMPLES, ids=lambda s: f"{s.spec.name}-x{s.count}-{s.dtype}-s{s.choice.splits}")
+def test_kernels_agree_with_the_reference(s: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slack, no page past the end and no other row leaks in: all of them hold NaN or garbage."""
+    forced(monkeypatch, s.choice)
+    valid = None
+    if s.padded:
+        valid = torch.ones(s.batch, s.count, dtype=torch.bool)
+        valid[0, :2] = False
+        valid[-1, -1] = False
+    made = case(s.spec, s.lengths, s.batch, s.heads, count=s.count, valid=valid, dtype=getattr(torch, s.dtype))
+    width = sum(max(p) for p in s.lengths) + 64
+    sums = torch.full((s.batch * s.heads, width), 0.5) if s.spec.scores else None
+    wanted = None if sums is None else sums.clone()
+    want = reference.attend(made.queries, made.view, s.spec, wanted)
+    got = route.attend(made.queries, made.view, s.spec, sums)
+    assert got.dtype == want.dtype
+    close(got, want, s.dtype)
+    if sums is not None:
+        torch.testing.assert_close(sums, wanted, atol=1e-5, rtol=1e-5)
+    if valid is not None:
+        assert not got[~valid[:, None, :, None].expand_as(got)].any(), "padding gives zeros"
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_row_without_anything_visible_gives_zeros(splits: int, scores: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced(monkeypatch, Choice(16, 16, 4, 2, splits))
+    spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 0.125, sliding_window=8, scores=scores)
+    made = case(spec, [[40, 40]], batch=2, heads=1)
+    made.queries.positions[0] = 1000  # everything has left its window
+    sums = torch.zeros(2, 41)
+    out = route.attend(made.queries, made.view, spec, sums if scores else None)
+    assert not out[0].any()
+    assert not sums[0].any()
+    close(out[1], reference.attend(made.queries, made.view, spec)[1] if not scores else out[1], "float32")
+
+
+def test_large_scores_neither_overflow_nor_lose_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    forced(monkeypatch, Choice(16, 16, 4, 2, 4))
+    spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 40.0)
+    made = case(spec, [[100]], batch=1, heads=1)
+    close(route.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
+
+
+def test_queries_may_lie_transposed_and_positions_be_shared() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 3, 64, 64, 0.125, sliding_window=9)
+    made = case(spec, [[20] * 4], batch=2, heads=2, count=2)
+    view = replace(made.view, positions=made.view.positions[:, :1].contiguous())
+    view.positions[:] = torch.arange(20)
+    made.queries.positions[:] = torch.tensor([18, 19])
+    states = made.queries.states.transpose(1, 2).contiguous().transpose(1, 2)
+    queries = Queries(states, made.queries.positions)
+    close(route.attend(queries, view, spec), reference.attend(queries, view, spec), "float32")
+
+
+def test_a_prompt_over_itself_is_left_to_the_library() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
+    made = case(spec, [[5, 5]], batch=1, heads=2, count=5)
+    made.view.positions[:] = torch.arange(5)
+    made.queries.positions[:] = torch.arange(5)
+    close(route.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
+
+
+@pytest.mark.parametrize(
+    "parts", [plain("paged", "float32"), (Part("ragged", *[Codec("int8", "token")] * 2), *plain("ragged", "float32"))]
+)
+def test_window_scores_are_column_sums_of_the_last_queries(
+    parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced(monkeypatch, Choice(32, 16, 4, 2, 2))
+    parts = tuple(replace(p, page=16) if p.layout == "paged" else p for p in parts)
+    spec = KernelSpec(parts, 3, 64, 64, 0.125, sliding_window=48, scores=True)
+    made = case(spec, [[70, 33], [20, 9]][: len(parts)], batch=1, heads=2, count=8)
+    last = Queries(made.queries.states[:, :, -6:], made.queries.positions[:, -6:])
+    want, got = torch.zeros(2, 120), torch.zeros(2, 120)
+    reference.attend(last, made.view, spec, want)
+    route.window_sums(last, made.view, spec, got)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+FORMATS = [*CODED, *FLOATS, Codec("int4", "channel", 48)]
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("codec", FORMATS, ids=lambda c: c.name)
+def test_encoding_is_bit_equal_to_the_codec(codec: Codec, dim: int) -> None:
+    x = torch.randn(96, dim, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    x[:16], x[20:40, 3], x[60], x[70:] = 1.5, 0.0, 0.0, x[70:] * 1e-4  # constant groups, zeros, subnormal scales
+    want, numbers = encode(x, codec)
+    at = torch.arange(96).view(-1, 48).flip(0).flatten() + 48
+    step = codec.group if codec.axis == "channel" else 1
+    codes = torch.zeros(192, want.shape[1], dtype=want.dtype)
+    scales = None if numbers is None else torch.full((192 // step, *numbers.shape[1:]), 7.0, dtype=torch.float16)
+    append(x, codec, codes, scales, at)
+    if codec.kind == "bfloat16":  # the interpreter cuts bfloat16 off where devices round
+        torch.testing.assert_close(codes[at].float(), want.float(), atol=0, rtol=2**-7)
+    else:
+        assert torch.equal(codes[at].view(torch.uint8), want.view(torch.uint8))
+    others = torch.ones(192, dtype=torch.bool)
+    others[at] = False
+    assert not codes.view(torch.uint8)[others].any(), "entries beside the new ones stay as they are"
+    if scales is not None and numbers is not None:
+        assert torch.equal(scales[at[::step] // step], numbers)
+        assert bool((scales[others[::step]] == 7).all())
+
+
+def test_a_partial_group_is_refused() -> None:
+    with pytest.raises(KvcompileError, match="whole groups"):
+        append(torch.zeros(9, 64), Codec("int4", "channel", 8), torch.zeros(9, 32).byte(), None, torch.arange(9))
+
+
+def test_gather_moves_entries_of_any_type() -> None:
+    g = torch.Generator().manual_seed(0)
+    pairs = []
+    for dtype, shape in (
+        (torch.bfloat16, (50, 24)),
+        (torch.uint8, (50, 16)),
+        (torch.float16, (50, 2, 4)),
+        (torch.int32, (50,)),
+    ):
+        source = (torch.randn(shape, generator=g) * 50).abs().to(dtype)
+        pairs.append((source, torch.zeros_like(source)))
+    kept, to = torch.tensor([3, 49, 7, 20]), torch.tensor([8, 1, 0, 40])
+    gather(pairs, kept, to)
+    for source, target in pairs:
+        assert torch.equal(target[to], source[kept])
+        assert not target[2].any()
+    with pytest.raises(KvcompileError, match="in place"):
+        gather([(pairs[0][0], pairs[0][0])], kept, to)
+
+
+@triton.jit
+def _elementwise(x, out, bits, values, n, WHAT: tl.constexpr):
+    i = tl.arange(0, 256)
+    if WHAT == "cap":
+        tl.store(out + i, f.softcapped(tl.load(x + i), 5.0))
+    elif WHAT == "even":
+        tl.store(out + i, f.half_even(tl.load(x + i)))
+    elif WHAT == "decode":
+        tl.store(out + i, f.e4m3(tl.load(bits + i), tl.float32))
+    elif WHAT == "first":
+        tl.store(out + i, f.first_after(values, n, 10) * 1.0)
+
+
+def elementwise(what: str, x: Tensor | None = None, values: Tensor | None = None, n: int = 0) -> Tensor:
+    out = torch.zeros(256)
+    bits = torch.arange(256, dtype=torch.uint8)
+    values = torch.zeros(1, dtype=torch.int32) if values is None else values
+    _elementwise[(1,)](torch.zeros(256) if x is None else x, out, bits, values, n, what)
+    return out
+
+
+def test_softcap_holds_at_the_ends() -> None:
+    x = torch.cat((torch.linspace(-20, 20, 254), torch.tensor([-3e4, 3e4])))
+    torch.testing.assert_close(elementwise("cap", x), 5 * torch.tanh(x / 5), atol=2e-6, rtol=1e-6)
+
+
+def test_halves_round_to_even() -> None:
+    x = torch.arange(-128, 128) / 2
+    assert torch.equal(elementwise("even", x), x.round())
+
+
+def test_every_float8_is_read() -> None:
+    want = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = ~want.isnan()
+    assert int(numbers.sum()) == 254
+    assert torch.equal(elementwise("decode")[numbers], want[numbers])
+
+
+@pytest.mark.parametrize(("positions", "want"), [([], 0), ([10], 1), ([11], 0), ([3, 9, 10, 11, 40], 3), ([1, 2], 2)])
+def test_bisection_finds_the_first_later_position(positions: list[int], want: int) -> None:
+    held = torch.tensor([*positions, -7], dtype=torch.int32)
+    assert elementwise("first", values=held, n=len(positions))[0] == want
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        return route.attend(Queries(q, at), DenseView(keys, values, positions), self.spec) * 2.0
+
+
+def test_a_graph_sees_one_node() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
+    made = case(spec, [[20, 20]], batch=1, heads=2)
+    arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
+    program = torch.export.export(Attention(spec), arguments)
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    assert [n.target for n in calls].count(torch.ops.kvcompile_triton.attend.default) == 1
+    assert len(calls) == 2, "the operator and the doubling"
+    close(program.module()(*arguments), 2 * reference.attend(made.queries, made.view, spec), "float32")
+
+
+def test_the_operator_keeps_its_contract() -> None:
+    """Schema, mutation of `sums` and the fake kernel agree with what runs."""
+    from kvcompile.kernels.triton.ops import written
+
+    spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 0.125, scores=True)
+    made = case(spec, [[20, 9]], batch=1, heads=2)
+    states, at, held, longest = route.operands(made.queries, made.view)
+    arguments = (states, at, held, torch.zeros(2, 30), written(spec), longest)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.kvcompile_triton.attend.default, arguments, test_utils=checks)
+
+
+def test_scores_need_a_place() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125, scores=True)
+    made = case(spec, [[20, 20]], batch=1, heads=2)
+    with pytest.raises(KvcompileError, match="scores"):
+        route.attend(made.queries, made.view, spec)

@@ -1,0 +1,127 @@
+"""The route without a GPU: refused by name, in one line, before anything is built; texts are the same every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from coded import case
+from kvcompile.kernels.dispatch import choose
+from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.kernels.triton import files, route, tuning
+from kvcompile.kernels.triton.emit import Kernels
+from kvcompile.kernels.triton.forms import Form, blocks, tile
+
+from kvcompile.errors import KvcompileError
+from kvcompile.storage import Codec
+
+INT4 = Part("paged", Codec("int4", "channel", 32), Codec("int4", "token"), 32)
+SPEC = KernelSpec((INT4, *plain("ragged", "float16")), 4, 128, 128, 0.125)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_cpu_is_refused_by_name() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
+    made = case(spec, [[20, 20]], batch=1, heads=2)
+    route.ready.cache_clear()
+    pytest.importorskip("triton")
+    with pytest.raises(KvcompileError, match="GPU, or on a CPU in Triton's interpreter, got tensors on cpu"):
+        route.attend(made.queries, made.view, spec)
+    with pytest.raises(KvcompileError, match="kernels=triton"):
+        choose("triton")
+
+
+def test_without_triton_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    route.ready.cache_clear()
+    monkeypatch.setattr(route.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(KvcompileError, match=r"kvcompile\[triton\]"):
+        choose("triton")
+    route.ready.cache_clear()
+
+
+def test_importing_the_routes_imports_no_triton() -> None:
+    code = "import sys, kvcompile.kernels.dispatch; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+
+
+def test_text_is_deterministic_and_has_no_dead_branch() -> None:
+    text = Kernels(SPEC, Form()).text
+    assert Kernels(replace(SPEC), Form()).text == text
+    for absent in ("float8", "e4m3", "softcapped", "held", "WINDOW", "logits", "spread_numbers", "first_after"):
+        assert absent not in text, absent
+    full = Kernels(replace(SPEC, sliding_window=9, sinks=2, softcap=5.0, scores=True), Form()).text
+    for present in ("softcapped", "held", "WINDOW", "SINKS", "logits", "def received"):
+        assert present in full, present
+
+
+def test_different_kernels_have_different_texts() -> None:
+    specs = [
+        SPEC,
+        replace(SPEC, group=3),
+        replace(SPEC, scale=0.25),
+        replace(SPEC, scores=True),
+        replace(SPEC, softcap=5.0),
+        replace(SPEC, sliding_window=9),
+        replace(SPEC, parts=SPEC.parts[:1]),
+        replace(SPEC, parts=(replace(INT4, page=64), SPEC.parts[1])),
+        replace(SPEC, value_dim=64),
+    ]
+    forms = [Form(), Form("many"), Form(split=False), Form(tile=32), Form("many", work="lse")]
+    texts = {Kernels(s, f).text for s in specs for f in forms}
+    assert len(texts) >= len(specs) * len(forms) - 1  # tiles of 64 and 32 entries are one where groups hold 32
+    assert len({files.digest(t) for t in texts}) == len(texts)
+
+
+def test_blocks_cross_neither_bytes_nor_groups() -> None:
+    assert blocks(128, [Codec("int4", "token", 32), Codec("float16")]).width == 32
+    assert blocks(128, [Codec("int2", "channel", 32)]).width == 32
+    assert (blocks(80, [Codec("int4", "token", 16)]).width, blocks(80, [Codec("int4", "token", 16)]).wide) == (8, 16)
+    assert (blocks(96, [Codec("float16")]).width, blocks(96, [Codec("float16")]).wide) == (96, 128)
+    assert tile(INT4, 64) == 32
+    assert tile(replace(INT4, key=Codec("int4", "channel", 48)), 64) == 16
+    assert tile(replace(INT4, key=Codec("int4", "channel", 8)), 64) == 64
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Part("paged", Codec("int4", "channel", 32), Codec("int4", "token"), 16),
+        Part("dense", Codec("float64"), Codec("float64")),
+        Part("dense", Codec("int2", "token"), Codec("int2", "token", 5)),
+    ],
+)
+def test_what_no_kernel_covers_is_refused(part: Part) -> None:
+    with pytest.raises(KvcompileError):
+        Kernels(KernelSpec((part,), 1, 64, 64, 1.0), Form())
+
+
+def test_splits_fill_the_device_and_never_starve() -> None:
+    choice = tuning.default(SPEC, "one")
+    assert tuning.splits(choice, 8, 32768, 132) == 64
+    assert tuning.splits(choice, 4096, 32768, 132) == 1
+    assert tuning.splits(choice, 8, 10, 132) == 1
+    assert tuning.splits(replace(choice, splits=3), 8, 10, 132) == 3
+
+
+def test_one_cache_of_files_serves_many_threads_and_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All see whole files; a file that was tampered with is written anew, and its text never runs."""
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path))
+    texts = [f'"""Text {n}."""\nVALUE = {n}\n' + "# line\n" * 2000 for n in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        modules = list(pool.map(lambda n: files.load(texts[n % 4], "unit"), range(64)))
+    assert [m.VALUE for m in modules] == [n % 4 for n in range(64)]
+    assert len({id(m) for m in modules}) == 4
+    code = f"from kvcompile.kernels.triton.files import written; print(len(written({texts[0]!r}, 'p').read_text()))"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd="/", stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [int(p.communicate()[0]) for p in runs] == [len(texts[0])] * 3
+    assert not list(tmp_path.rglob("*.tmp"))
+    path = files.written(texts[1], "unit")
+    path.write_text("VALUE = 666")
+    assert files.written(texts[1], "unit").read_text() == texts[1]
