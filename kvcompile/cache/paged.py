@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompile.cache.dense import POSITION_TYPE
-from kvcompile.cache.pages import PagedRows, ranges
+from kvcompile.cache.pages import PagedRows, alone, ranges, rows_of
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _alone(method: F) -> F:
-    """Run a method while no other thread uses the pool."""
-
-    @wraps(method)
-    def alone(self: PagedStore, *args: Any, **kwargs: Any) -> Any:
-        with self.pages.pool.alone():
-            return method(self, *args, **kwargs)
-
-    return alone  # type: ignore[return-value]
+@cache
+def paged(dtype: object, page: int) -> tuple[Part, ...]:
+    """The one part of rows that lie in pages in one float type (a torch dtype or its name)."""
+    codec = Codec(str(dtype).removeprefix("torch."))
+    return (Part("paged", codec, codec, page),)
 
 
 class PagedStore:
@@ -76,7 +69,7 @@ class PagedStore:
         """Tokens held by each row (sequence-major)."""
         return self.pages.lengths
 
-    @_alone
+    @alone
     def append(
         self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
     ) -> None:
@@ -95,7 +88,7 @@ class PagedStore:
         slots = self.pages.step(headroom) if count == 1 else self.pages.extend([count] * rows, headroom)
         self.pages.write(slots, {name: x.flatten(0, 1) for name, x in new.items()})
 
-    @_alone
+    @alone
     def view(self) -> PagedView:
         """What a kernel reads."""
         pages = self.pages
@@ -114,17 +107,16 @@ class PagedStore:
     @property
     def parts(self) -> tuple[Part, ...]:
         """How a kernel must read it."""
-        codec = Codec(str(self.keys.dtype).removeprefix("torch."))
-        return (Part("paged", codec, codec, self.pages.pool.page),)
+        return paged(self.keys.dtype, self.pages.pool.page)
 
-    @_alone
+    @alone
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
         held = self.pages.read(self.pages.held())
         keys, values, positions = (held[name].split(self.lengths) for name in ("keys", "values", "positions"))
         return list(zip(keys, values, positions, strict=True))
 
-    @_alone
+    @alone
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
         mine = range(b * self.heads, (b + 1) * self.heads)
@@ -140,27 +132,25 @@ class PagedStore:
 
         return padded("keys", 0), padded("values", 0), padded("positions", -1), lengths
 
-    @_alone
+    @alone
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`."""
         self.pages.open([0] * len(keys))
         self.keys.index_copy_(0, self.pages.held(), torch.cat(keys))
 
-    @_alone
+    @alone
     def take(self, indices: list[Tensor], headroom: int) -> PagedStore:
         """The store with only the entries `indices[row]` of each row, in place; what is no longer needed is freed."""
         self.pages.keep(indices, headroom)
         return self
 
-    @_alone
+    @alone
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place, without a copy: beam search and batch surgery."""
-        heads = torch.arange(self.heads)
-        chosen = sequences.cpu()
-        self.batch = chosen.numel()
-        self.pages.select((chosen.unsqueeze(1) * self.heads + heads).flatten())
+        self.batch = len(sequences)
+        self.pages.select(rows_of(sequences, self.heads))
 
-    @_alone
+    @alone
     def fork(self) -> PagedStore:
         """An independent copy that shares all pages, except those that one of the two writes from now on."""
         return PagedStore(self.pages.fork(), self.batch, self.heads)
@@ -168,7 +158,7 @@ class PagedStore:
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedStore:
         return self.fork()
 
-    @_alone
+    @alone
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row."""
         self.pages.truncate([n - count for n in self.lengths])
@@ -179,10 +169,10 @@ class PagedStore:
         return sum(self.lengths) * per_token
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is kept alive on the device."""
-        return [self.keys, self.values, self.positions, self.pages.table.device, self.pages.counts]
+        """Everything that is kept alive: all pages, free and shared ones included, table, reference counts."""
+        return self.pages.tensors()
 
-    @_alone
+    @alone
     def allocated(self) -> int:
-        """Bytes of everything allocated: all pages, free and shared ones included, the table, reference counts."""
-        return self.pages.nbytes()
+        """Bytes of everything allocated."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())

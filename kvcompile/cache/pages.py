@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvcompile.cache.pool import HOST, PagePool, PageTable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+GROWTH = 8  # a pool that is full grows by this part of it, at least: it is copied then
 
 
 class PagedRows:
@@ -85,7 +91,7 @@ class PagedRows:
         """Write `entries[name]` at `slots`; where tokens share an entry, slots are those of whole groups in order."""
         for name, new in entries.items():
             per = self.pool.per[name]
-            self.pool.buffers[name].index_copy_(0, slots if per == 1 else slots[::per] // per, new)
+            self.pool.buffers[name][slots if per == 1 else slots[::per] // per] = new
 
     def read(self, slots: Tensor) -> dict[str, Tensor]:
         """The inverse of `write`: a copy of what is held at `slots`."""
@@ -106,7 +112,7 @@ class PagedRows:
         count = int(copied.sum()) + new_rows.numel()
         if count > pool.spare:
             with_room = int(((stop + headroom) // page - table.used).sum())
-            pool.grow(max(count, with_room) - pool.spare)
+            pool.grow(max(count - pool.spare, with_room - pool.spare, pool.capacity // GROWTH))
         fresh = pool.allocate(count)
         if count > new_rows.numel():
             pool.copy(pages[copied], fresh[new_rows.numel() :])
@@ -123,8 +129,8 @@ class PagedRows:
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[r]` (ascending) of each row; pages that empty are returned.
 
-        Every token must have entries of its own in all buffers. What stands before the first dropped entry of a row is
-        not moved, so that its pages stay shared.
+        Where tokens share an entry, whole groups of them stay or go. What stands before the first dropped entry of a
+        row is not moved, so that its pages stay shared.
         """
         counts = torch.tensor([i.numel() for i in indices], device=HOST)
         rows, new = ranges(torch.zeros_like(counts).to(self.where), counts.to(self.where))
@@ -159,7 +165,7 @@ class PagedRows:
         """Release memory where more pages are free than `headroom` tokens a row need, and some that spare a copy."""
         mine = sum((n + self.headroom) // self.pool.page for n in self.lengths) - int(self.table.used.sum())
         wanted = self.pool.used + max(0, mine)
-        if self.pool.capacity > wanted + max(len(self.lengths), wanted // 8):
+        if self.pool.capacity > wanted + max(len(self.lengths), wanted // GROWTH):
             self.pool.shrink(wanted)
 
     def select(self, rows: Tensor) -> None:
@@ -183,9 +189,25 @@ class PagedRows:
         other._resize(list(self.lengths))
         return other
 
-    def nbytes(self) -> int:
-        """Bytes of the table and of the whole pool, whoever else uses it."""
-        return self.table.nbytes() + self.pool.nbytes()
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive: the whole pool, whoever else uses it, and the table."""
+        return [*self.pool.tensors(), *self.table.tensors(), self.counts]
+
+
+def rows_of(sequences: Tensor, heads: int) -> Tensor:
+    """The rows of some sequences `[n]`, `heads` of each: `[n * heads]` on the host."""
+    return (sequences.to(HOST).unsqueeze(1) * heads + torch.arange(heads, device=HOST)).flatten()
+
+
+def alone(method: F) -> F:
+    """Run a method of an owner of `PagedRows` (its `pages`) while no other thread uses their pool."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.pages.pool.alone():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def ranges(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,10 +75,9 @@ class PageTable:
     def _replace(self, host: Tensor) -> None:
         self.host, self.device = host, host.to(self.device.device)
 
-    def nbytes(self) -> int:
-        """Bytes on host and device."""
-        tensors = [self.host] if self.device is self.host else [self.host, self.device]
-        return sum(x.numel() * x.element_size() for x in (*tensors, self.used))
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return [self.host, self.used] if self.device is self.host else [self.host, self.used, self.device]
 
 
 class PagePool:
@@ -110,10 +109,9 @@ class PagePool:
         """Pages that somebody refers to."""
         return self.capacity - self.spare
 
-    def nbytes(self) -> int:
-        """Bytes of all pages, free ones included, of the counts and of the free list."""
-        tensors = (*self.buffers.values(), self.references, self._free)
-        return sum(x.numel() * x.element_size() for x in tensors)
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive: pages, free ones included, reference counts, the free list."""
+        return [*self.buffers.values(), self.references, self._free]
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ def copied(rows: Rows) -> Rows:
 
 
 @pytest.mark.parametrize("page", [1, 3, 16])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_operations_like_a_ragged_store(seed: int, page: int) -> None:
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, seen, paged, ragged = rng.randint(1, 3), 0, None, None
@@ -174,7 +174,9 @@ def test_reordering_forever_does_not_grow() -> None:
     for i in range(150):
         store.select(torch.tensor([(i + j) % 3 for j in range(3)]))
         more(store, 1, i)
-    room = store.allocated() - store.nbytes() - sum(store.lengths) * 4 - store.pages.table.nbytes()
+    room = (
+        store.allocated() - store.nbytes() - sum(store.lengths) * 4 - sum(x.nbytes for x in store.pages.table.tensors())
+    )
     assert room <= 3 * HEADS * (2 * 16 + 2 * HEADROOM) * (PER_TOKEN + 4)
 
 
@@ -189,12 +191,10 @@ def test_allocated_is_what_the_tensors_keep_alive() -> None:
     store = filled(2, 100)
     for change in (lambda: more(store, 60, 0), lambda: store.take([torch.arange(7)] * 4, HEADROOM), store.fork):
         change()
-        pool = store.pages.pool
-        tensors = {id(x): x for x in (*store.tensors(), store.pages.table.host)}
-        tensors.pop(id(store.pages.counts))
-        alive = sum(x.untyped_storage().nbytes() for x in tensors.values())
-        host = sum(x.untyped_storage().nbytes() for x in (pool.references, pool._free, store.pages.table.used))
-        assert store.allocated() == alive + host
+        assert store.allocated() == sum(x.untyped_storage().nbytes() for x in store.tensors())
+        assert {id(store.keys), id(store.pages.table.host), id(store.pages.pool.references)} <= set(
+            map(id, store.tensors())
+        )
 
 
 def test_rewritten_keys_are_nobody_elses() -> None:
