@@ -113,7 +113,7 @@ class PagedStore:
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
         held = self.pages.read(self.pages.held())
-        keys, values, positions = (held[name].split(self.lengths) for name in ("keys", "values", "positions"))
+        keys, values, positions = (torch.split(held[name], self.lengths) for name in ("keys", "values", "positions"))
         return list(zip(keys, values, positions, strict=True))
 
     @alone

@@ -139,8 +139,8 @@ class PagePool:
     def release(self, pages: Tensor) -> None:
         """One reference less to each of `pages [n]`; what nobody refers to is free."""
         self.references.index_add_(0, pages, torch.full_like(pages, -1, dtype=torch.int32))
-        touched = pages.unique()
-        freed = touched[self.references[touched] == 0].int()
+        gone = pages[self.references[pages] == 0].sort().values
+        freed = gone[_first(gone)].int()
         self._free[self.spare : self.spare + freed.numel()] = freed.flip(0)
         self.spare += freed.numel()
 
@@ -153,12 +153,11 @@ class PagePool:
         if not bool((references > 1).any()):
             return torch.zeros_like(pages, dtype=torch.bool)
         order = pages.argsort(stable=True)
-        _, counts = pages[order].unique_consecutive(return_counts=True)
-        first = torch.zeros_like(pages, dtype=torch.bool)
-        first[order[counts.cumsum(0) - counts]] = True
-        named = torch.zeros_like(references)
-        named[order] = counts.int().repeat_interleave(counts)
-        return (references > 1) & ~(first & (references == named))
+        first = _first(pages[order])
+        starts = first.nonzero().squeeze(1)
+        counts = torch.diff(starts, append=starts.new_tensor([pages.numel()]))
+        ours = counts.repeat_interleave(counts) == references[order]
+        return torch.zeros_like(first).index_put((order,), (references[order] > 1) & ~(first & ours))
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages `sources [n]` over `targets [n]`."""
@@ -201,3 +200,8 @@ class PagePool:
     def _paged(self, name: str, buffer: Tensor) -> Tensor:
         entries = self.page // self.per[name]
         return buffer.view(buffer.shape[0] // entries, entries, *buffer.shape[1:])
+
+
+def _first(ordered: Tensor) -> Tensor:
+    """Where each run of equal numbers begins, `[n]` bool."""
+    return torch.diff(ordered, prepend=ordered.new_tensor([-1])) != 0
