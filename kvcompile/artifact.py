@@ -25,6 +25,7 @@ __all__ = ["from_pretrained", "load", "save", "versions"]
 GRAPH, KERNELS = "graph.txt", "kernels/layers.md"
 TOLD = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
+DATA_ONLY = {"local_files_only": True, "trust_remote_code": False}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -63,16 +64,19 @@ def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
     as saved). Data only is read: no pickle, no code, no `_target_`.
     Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
     """
-    from kvcompile.compiler import assemble
-    from kvcompile.config import from_recipe
+    from kvcompile.compiler import build, plan_of
+    from kvcompile.config import from_recipe, to_recipe
 
     folder = Path(path).expanduser()
     facts = manifest.verify(folder)
     wanted = _dtype(dtype)
     with _told(f"{folder / RECIPE} must be a recipe"):
         config = from_recipe((folder / RECIPE).read_text(encoding="utf-8"))
-    model = _placed(_weights(folder, wanted), device)
-    model = assemble(model, config)
+    original = _original(folder)
+    policies = config.policies()
+    model = _placed(_weights(folder, wanted, original, plan_of(original, "float32", config, policies)), device)
+    plan = plan_of(original, str(model.dtype).removeprefix("torch."), config, policies)
+    model = build(model, plan, config.kernels, to_recipe(config), converted=True)
     _require_same_plan(model.kvcompile.plan, folder, facts, converted=wanted is not None)
     model.config.kvcompile = stamp(model.kvcompile.plan)
     return model
@@ -218,27 +222,50 @@ def _dtype(dtype: Any) -> str | None:
     return name
 
 
-def _weights(folder: Path, dtype: str | None) -> Any:
-    """The uncompiled model. Attention is `eager` because ours replaces it: no name in the config can fetch a kernel."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _original(folder: Path) -> Any:
+    """The config of the model before its weights were converted: what the recipe was for."""
+    from transformers import AutoConfig
 
     from kvcompile.adapters.registry import architecture_of
 
-    data_only = {"local_files_only": True, "trust_remote_code": False}
     with _told(f"{folder / CONFIG} must describe a known model"):
-        architecture_of(AutoConfig.from_pretrained(folder, **data_only))
+        config = AutoConfig.from_pretrained(folder, **DATA_ONLY)
+        architecture_of(config)
+        for name, value in (getattr(config, "kvcompile", None) or {}).get("original", {}).items():
+            setattr(config, name, value)
+    return config
+
+
+def _weights(folder: Path, dtype: str | None, original: Any, plan: Plan) -> Any:
+    """The uncompiled model, its modules shaped by the plan before the weights arrive.
+
+    Attention is `eager` because ours replaces it: no name in the config can fetch a kernel.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from kvcompile.structure.convert import reshape
+
+    cls = AutoModelForCausalLM._model_mapping[type(original)]
+
+    def init(self: Any, config: Any) -> None:
+        cls.__init__(self, config)
+        reshape(self, plan)
+
+    shaped: Any = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
     with _told(f"{folder} must hold the weights of its config"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = shaped.from_pretrained(
             folder,
+            config=original,
             dtype=dtype or "auto",
             use_safetensors=True,
             attn_implementation="eager",
             output_loading_info=True,
-            **data_only,
+            **DATA_ONLY,
         )
         wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
         if wrong:
             raise KvcompileError("none missing, none left over", f"{len(wrong)}, first {wrong[0]}")
+    model.__class__ = cls
     return model.eval()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.observe import Observation
+from kvcompile.plan import Plan
 from kvcompile.selection import Allocation, LayerScores, Score, Selection
 
 
@@ -48,16 +49,25 @@ def shared(model: nn.Module) -> Any:
 
 
 class ModelCalibrator:
-    """The `Calibrator` that policies get: the uncompressed model, observed through its own compiled graph."""
+    """The `Calibrator` that policies get: the uncompressed model, observed through its own compiled graph.
 
-    def __init__(self, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None]) -> None:
-        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+    plan: that of a model whose weights have been converted (default: what its config says).
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None], plan: Plan | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.progress, self.plan = model, tokenizer, progress, plan
         self.layers: int = model.config.get_text_config().num_hidden_layers
+        self.owners = [p.index for p in plan.layers if p.owner == p.index] if plan else list(range(self.layers))
         self._probe: Probe | None = None
         self._probed: Any = None
 
     def attention(self, ids: Tensor, last: int) -> list[Tensor]:
-        """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`, float32."""
+        """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`, float32.
+
+        Layers that share a cache give one entry, the owner's, with all their query heads in its groups.
+        """
         if self._probe is None or self._probe.window < last:
             self._build(last)
         probe = self._probe
@@ -65,7 +75,7 @@ class ModelCalibrator:
             raise RuntimeError("the probe was not built")
         with torch.no_grad():
             self._probed(ids.to(self.model.device), logits_to_keep=1)
-        found = [probe.found[i][:, :, -last:] for i in range(self.layers)]
+        found = [probe.found[i][:, :, -last:] for i in sorted(probe.found)]
         probe.found.clear()
         return found
 
@@ -75,6 +85,6 @@ class ModelCalibrator:
 
         self._probe = Probe(window)
         selection = Selection("probe", self._probe, None, Everything())
-        plan = describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
+        plan = self.plan or describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
         plan = plan.map(lambda p: replace(p, selection=selection))
-        self._probed = build(shared(self.model), plan)
+        self._probed = build(shared(self.model), plan, converted=True)

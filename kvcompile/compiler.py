@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,11 @@ def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Po
     return apply_stack(plan, policies)
 
 
-def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> Any:
-    """Rewrite `model` in place to what `plan` says: swap attention, trace, passes, wiring check.
+def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", converted: bool = False) -> Any:
+    """Rewrite `model` in place to what `plan` says: convert weights, swap attention, trace, passes, wiring check.
 
-    Raises KvcompileError where an adapter, a pass or the wiring check fails.
+    converted: the weights are those of the plan already.
+    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
     """
     from kvcompile.adapters.registry import rotary, swap
     from kvcompile.graph.passes import rewrite
@@ -52,29 +54,43 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     from kvcompile.graph.wiring import verify
     from kvcompile.kernels.dispatch import choose
     from kvcompile.model import Compiled, adopt
+    from kvcompile.structure.convert import convert, prune
 
     choose(kernels, model.device)  # one that cannot run here fails before any work
+    if not converted:
+        convert(model, plan)
     rotaries = [rotary(model, p.index) for p in plan.layers]
-    swap(model)
+    swap(model, plan)
     graph = trace(model)
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)
+    prune(model)
     return adopt(model, Compiled(plan, graph, rotaries, kernels, recipe, changes))
 
 
 def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent) -> Any:
-    """Compile a loaded model in place by a config: calibrate what needs it, plan, build. Nothing is measured."""
+    """Compile a loaded model in place by a config: calibrate what needs it, plan, build. Nothing is measured.
+
+    Structural policies calibrate on the original model and convert it; the others then calibrate on what came out.
+    """
     from kvcompile.calibrator import ModelCalibrator
     from kvcompile.manifest import stamp
+    from kvcompile.structure.activations import calibration_ids
+    from kvcompile.structure.convert import convert, text_wanted
 
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
-    plan_of(model.config, dtype, config, policies)
+    plan_of(original, dtype, config, policies)
     calibrator = ModelCalibrator(model, tokenizer, progress)
-    policies = tuple(p.calibrated(calibrator) for p in policies)
+    structure = tuple(p.calibrated(calibrator) for p in policies if p.family == "structure")
+    shape = plan_of(original, dtype, config, structure)
+    tokens = text_wanted(shape)
+    convert(model, shape, calibration_ids(tokenizer, tokens, "align") if tokens else None)
+    calibrator = ModelCalibrator(model, tokenizer, progress, shape)
+    policies = structure + tuple(p.calibrated(calibrator) for p in policies if p.family != "structure")
     config = config.with_policies(policies)
-    plan = plan_of(model.config, dtype, config, policies)
-    built = build(model, plan, config.kernels, to_recipe(config))
+    plan = plan_of(original, dtype, config, policies)
+    built = build(model, plan, config.kernels, to_recipe(config), converted=True)
     built.config.kvcompile = stamp(plan)
     return built
 

@@ -56,8 +56,18 @@ def in_words(versions: dict[str, str]) -> str:
 
 
 def stamp(plan: Plan) -> dict[str, Any]:
-    """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan's digest."""
-    return {"version": versions()["kvcompile"], "policies": [a.name for a in plan.applied], "plan": plan.digest()}
+    """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan's digest.
+
+    `original`: what the config said before the conversion, where the weights were converted.
+    """
+    facts: dict[str, Any] = {
+        "version": versions()["kvcompile"],
+        "policies": [a.name for a in plan.applied],
+        "plan": plan.digest(),
+    }
+    if plan.layers and plan.layers[0].heads:
+        facts["original"] = {"num_key_value_heads": plan.layers[0].dense_heads}
+    return facts
 
 
 def write(folder: Path, plan: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.selection import Selection
+from kvcompile.structure.data import Fold, Heads
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
@@ -31,11 +32,20 @@ class LayerPlan:
     sliding_window: int | None = None
     softcap: float | None = None
     selection: Selection | None = None
+    rotates: bool = True  # whether queries and keys get rotary positions
+    key_norm: bool = False  # whether keys are normed after their projection
+    heads: Heads | None = None  # how its KV heads were merged
+    fold: Fold = "owner"  # what an owner's projections take from those of its readers
 
     @property
     def group(self) -> int:
         """Query heads per KV head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def dense_heads(self) -> int:
+        """KV heads of the uncompressed model."""
+        return self.heads.original if self.heads else self.kv_heads
 
     def span(self, tokens: int) -> int:
         """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
@@ -116,6 +126,12 @@ class Plan:
                 or p.owner > p.index
             ):
                 raise KvcompileError(f"layer {p.index} cannot read the cache of layer {p.owner}", f"owner {owner}")
+            if (owner.sliding_window, owner.rotates) != (p.sliding_window, p.rotates):
+                raise KvcompileError(
+                    f"layer {p.index} cannot read the cache of layer {p.owner}: window and positions must be alike",
+                    f"{_kind(p)} and {_kind(owner)}",
+                    "stack.cla.pattern=<owner of each layer, of its own kind>",
+                )
             if p.selection is not None:
                 self._check_selection(p, p.selection)
 
@@ -163,7 +179,7 @@ class Plan:
         for p in self.layers:
             full = p.span(tokens)
             one = 2 * p.head_dim * size * batch
-            dense = full * p.kv_heads * one
+            dense = full * p.dense_heads * one
             if p.owner != p.index:
                 rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense))
                 continue
@@ -190,6 +206,11 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of `to_json`: two plans with the same digest make the same model."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _kind(p: LayerPlan) -> str:
+    window = f"sliding window {p.sliding_window}" if p.sliding_window else "full attention"
+    return window if p.rotates else f"{window} without rotary positions"
 
 
 def _plain(value: Any) -> Any:

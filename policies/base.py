@@ -20,6 +20,7 @@ class Calibrator(Protocol):
     model: Any
     tokenizer: Any
     layers: int
+    owners: list[int]  # layers with a cache of their own
     progress: Callable[[str, int, int], None]
 
     def attention(self, ids: Tensor, last: int) -> list[Tensor]:

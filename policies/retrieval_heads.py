@@ -89,7 +89,8 @@ class RetrievalHeads(TokenPolicy):
                 "pass tokenizer=, or set stack.retrieval_heads.heads",
             )
         found = retrieval_scores(calibrator, sentences(), samples=self.samples, tokens=self.tokens, seed=self.seed)
-        return replace(self, heads=found.top(self._number(sum(map(len, found.scores)))))
+        owners = calibrator.owners
+        return replace(self, heads=[[owners[i], h] for i, h in found.top(self._number(sum(map(len, found.scores))))])
 
     def apply(self, plan: Plan) -> Plan:
         """Give every layer but the skipped ones a selection with its own heads.

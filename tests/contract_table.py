@@ -65,6 +65,18 @@ LEAST = 16  # the smallest budget that the options below allow
 SNAPKV = {"window": 8, "kernel": 3}
 RETRIEVING = ((0, 1), (2, 0), (2, 1))
 
+# structural stacks, for layers of one kind
+STRUCTURES: dict[str, Options] = {
+    "gqa": {"gqa": {}},
+    "gqa, first": {"gqa": {"merge": "first"}},
+    "mqa": {"mqa": {}},
+    "mqa by similarity": {"mqa": {"merge": "similarity", "groups": [[[1, 0]]] * LAYERS}},
+    "cla": {"cla": {}},
+    "cla, dense front": {"cla": {"variant": "dense_front", "fold": "mean"}},
+    "mlkv": {"mlkv": {"layers": 2}},
+    "gqa and cla": {"gqa": {}, "cla": {"pattern": [0, 0, 0, 3]}},
+}
+
 TABLE: dict[str, Row] = {
     "adakv": Row({"adakv": {}}, split="layer"),
     "adakv over snapkv": Row({"snapkv": SNAPKV, "adakv": {"safeguard": 0.0}}, split="layer", recent=8),

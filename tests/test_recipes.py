@@ -16,7 +16,7 @@ import kvcompile
 from kvcompile import planning
 from kvcompile.compose import compose
 from kvcompile.config import from_recipe
-from kvcompile.stack import discover
+from kvcompile.stack import discover, policy_class
 
 SHIPPED = {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files("kvcompile.recipes.recipe").iterdir()}
 TOKENS, NEW = 400, 4  # longer than what any recipe keeps of it
@@ -30,9 +30,9 @@ def quick(name: str) -> list[str]:
     return [o for policy in compose([f"recipe={name}"]).stack for o in QUICK.get(policy, [])]
 
 
-def test_every_selection_policy_has_a_recipe() -> None:
+def test_every_policy_that_selects_or_converts_has_a_recipe() -> None:
     shown = {policy for name in SHIPPED for policy in compose([f"recipe={name}"]).stack}
-    assert shown == {name for name, cls in discover().items() if cls.family == "selection"}
+    assert shown >= {name for name, cls in discover().items() if cls.family in ("selection", "structure")}
 
 
 @every
@@ -41,6 +41,8 @@ def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
     assert package == "# @package _global_"
     assert summary.startswith("# ")
     assert summary.endswith(".")
+    families = {policy_class(policy).family for policy in compose([f"recipe={name}"]).stack}
+    assert ("needs healing" in SHIPPED[name]) == ("structure" in families)
     program, *overrides = shlex.split(command.removeprefix("# "))
     assert program == "kvcompile"
     assert f"recipe={name}" in overrides
@@ -66,7 +68,7 @@ def test_compiles_a_tiny_model_and_generates_in_less_memory(name: str) -> None:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, **options)
     assert out.sequences.shape == (2, TOKENS + NEW)
     rows = model.kvcompile.plan.bytes(2, TOKENS + NEW - 1)
-    assert out.past_key_values.evictions.events > 0
+    assert (out.past_key_values.evictions.events > 0) == bool(model.kvcompile.plan.selected)
     uncompressed = sum(r.dense_bytes for r in rows)
     if name != "corm":  # random weights: every token is important to some of its 256 queries
         assert out.past_key_values.nbytes() < uncompressed

@@ -15,7 +15,8 @@ from kvcompile.plan import LayerPlan
 class Attention(nn.Module):
     """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
-    A family overrides `keeps`, `out` and `project`. `rotary` is False for layers without position embedding.
+    A family overrides `keeps`, `out` and `project`. `rotary` is False for layers without position embedding, `reads`
+    is True for those that read another layer's cache: their own keys and values are traced, then dropped with the edge.
     Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
     Raises KvcompileError where the original has other submodules than its family.
     """
@@ -26,7 +27,7 @@ class Attention(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
 
-    def __init__(self, original: nn.Module, plan: LayerPlan, rotary: bool = True) -> None:
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         found = dict(original.named_children())
         if set(found) != set(self.keeps) or list(original.parameters(recurse=False)):
@@ -37,7 +38,8 @@ class Attention(nn.Module):
             )
         for name, child in found.items():
             self.add_module(name, child)
-        self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, rotary
+        self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
+        self.reads = plan.owner != plan.index
         self.train(original.training)
 
     def heads(self, states: Tensor) -> Tensor:

@@ -53,22 +53,31 @@ class Fused(Attention):
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, Q, (g + 2) * H_kv * D]` cut into g + 2 equal parts: g of queries, one of keys, one of values."""
+        if self.reads:  # only the rows of the queries are left, and only the queries will be used
+            queries = self.heads(self.qkv_proj(states))
+            return queries, queries, queries
         parts = torch.unflatten(self.qkv_proj(states), -1, (self.group + 2, -1))
         queries, keys, values = torch.split(parts, [self.group, 1, 1], 2)
         return self.heads(queries.flatten(2)), self.heads(keys.flatten(2)), self.heads(values.flatten(2))
 
 
 class Interleaved(Attention):
-    """One projection, per head its query, key and value: gpt_neox."""
+    """One projection, per KV head its queries, its key and its value: gpt_neox, where each head has one query."""
 
     keeps: ClassVar[tuple[str, ...]] = ("query_key_value", "dense")
     out: ClassVar[str] = "dense"
     query_key_value: nn.Module
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[B, Q, H * 3 * D]` to `[B, H, Q, 3 * D]`, cut in three."""
-        heads = torch.unflatten(self.query_key_value(states), -1, (-1, 3 * self.head_dim)).transpose(1, 2)
-        queries, keys, values = heads.chunk(3, -1)
+        """`[B, Q, H_kv * (g + 2) * D]` to `[B, H_kv, Q, (g + 2) * D]`, cut into g queries, a key and a value."""
+        if self.reads:  # as in `Fused`
+            queries = self.heads(self.query_key_value(states))
+            return queries, queries, queries
+        dim, group = self.head_dim, self.group
+        heads = torch.unflatten(self.query_key_value(states), -1, (-1, (group + 2) * dim)).transpose(1, 2)
+        queries, keys, values = torch.split(heads, [group * dim, dim, dim], -1)
+        if group > 1:
+            queries = torch.unflatten(queries, -1, (group, dim)).transpose(2, 3).flatten(1, 2)
         return queries, keys, values
 
     def forward(

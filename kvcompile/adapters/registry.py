@@ -109,25 +109,34 @@ def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
             scale=known.scale(config),
             sliding_window=known.window(config, index),
             softcap=known.softcap(config),
+            rotates=known.rotates(config, index),
+            key_norm="k_norm" in known.adapter.keeps,
         )
         for index in range(config.num_hidden_layers)
     )
     return Plan(architecture=config.model_type, dtype=dtype, layers=layers)
 
 
-def swap(model: PreTrainedModel) -> list[str]:
+def attentions(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention modules of a model of known architecture, by layer."""
+    name = architecture_of(model.config).attention
+    return [getattr(layer, name) for layer in _base(model).layers]
+
+
+def swap(model: PreTrainedModel, plan: Plan | None = None) -> list[str]:
     """Put our adapter in place of every attention module, in place; return their qualified names.
+
+    plan: that of the weights the model has now (default: what its config says).
 
     Nothing is changed unless all can be. Raises KvcompileError for unknown architectures, weights that are not in
     memory, a model compiled before, and where the module disagrees with what its config says.
     """
-    known, plan = architecture_of(model.config), describe(model.config)
+    known, plan = architecture_of(model.config), plan or describe(model.config)
     require_weights(model)
     adapters = []
-    for layer, facts in zip(_base(model).layers, plan.layers, strict=True):
-        original = getattr(layer, known.attention)
+    for original, facts in zip(attentions(model), plan.layers, strict=True):
         _require_plain(original, facts)
-        adapters.append(known.adapter(original, facts, known.rotates(model.config, facts.index)))
+        adapters.append(known.adapter(original, facts))
     for layer, adapter in zip(_base(model).layers, adapters, strict=True):
         setattr(layer, known.attention, adapter)
     return [name for name, module in model.named_modules() if isinstance(module, Attention)]

@@ -66,6 +66,13 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, laye
 
 
 @leaf
+def together(kv: LayerCache, *queries: Tensor) -> Tensor:
+    """Queries `[B, H_q, Q, D]` of layers that read one `kv`, as those of one layer with larger groups."""
+    by_head = [torch.unflatten(x, 1, (kv.held.heads, -1)) for x in queries]
+    return torch.cat(by_head, 2).flatten(1, 2)
+
+
+@leaf
 def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`."""
     store = kv.held
@@ -96,4 +103,4 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
 for op in (begin, kv_append, observe, compress, allocate, trim):
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {f: f.__name__ for f in (begin, rope, kv_append, observe, attend, compress, allocate, trim)}
+NAMES: dict[Any, str] = {f: f.__name__ for f in (begin, rope, together, kv_append, observe, attend, compress, allocate, trim)}

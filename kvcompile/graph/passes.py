@@ -9,34 +9,18 @@ import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.wiring import appends, attends, observes, wiring
+from kvcompile.graph.base import Pass, last_readers
+from kvcompile.graph.share import ShareKV
+from kvcompile.graph.wiring import appends, observes
 from kvcompile.plan import LayerPlan, Plan
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One rewrite of the graph towards a plan."""
-
-    plan: Plan
-
-    def wanted(self) -> bool:
-        """Whether the plan asks for this pass at all."""
-        return True
-
-    def run(self, module: fx.GraphModule) -> int:
-        """Rewrite; return how many places changed."""
-        raise NotImplementedError
-
-    def ensures(self, module: fx.GraphModule) -> None:
-        """Raise KvcompileError if the graph is not what the plan says."""
 
 
 class DropObservers(Pass):
     """Layers without a selection need no `observe` node."""
 
     def wanted(self) -> bool:
-        """Where some layer has no selection of its own."""
-        return len(self.plan.selected) < len(self.plan.layers)
+        """Where some owner has no selection (readers of another layer's KV have lost their observers before)."""
+        return len(self.plan.selected) < sum(p.owner == p.index for p in self.plan.layers)
 
     def run(self, module: fx.GraphModule) -> int:
         """Erase the nodes."""
@@ -114,22 +98,13 @@ class Rewritten:
     changes: dict[str, int] = field(default_factory=dict)
 
 
-def last_readers(graph: fx.Graph) -> dict[int, fx.Node]:
-    """For each owner layer the last `attend` node that reads its KV."""
-    last: dict[int, fx.Node] = {}
-    reads = wiring(graph)
-    for index, node in attends(graph).items():
-        last[reads[index]] = node
-    return last
-
-
 def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | None = None) -> Rewritten:
     """Run the passes that `plan` asks for, in order, in place.
 
     Raises KvcompileError, naming the pass and those before it, where one matches nothing or fails its own check.
     """
     report = Rewritten()
-    for kind in passes or (DropObservers, InsertCompression, TrimSliding):
+    for kind in passes or (ShareKV, DropObservers, InsertCompression, TrimSliding):
         step = kind(plan)
         if not step.wanted():
             continue

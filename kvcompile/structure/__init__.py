@@ -1,0 +1,1 @@
+"""Structural conversions: fewer KV heads, fewer layers that own a cache, before the graph is traced."""

@@ -1,0 +1,134 @@
+"""From the weights of a model to those of its converted self: fewer KV heads, fewer layers with keys and values.
+
+New modules stand under the names of the old ones; no tensor is written in place, so that whoever shares the old ones
+(the original model, kept for comparison) is not disturbed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.errors import KvcompileError
+from kvcompile.plan import LayerPlan, Plan
+from kvcompile.structure.heads import fold_layers, merge_heads
+from kvcompile.structure.layout import LAYOUTS, Absent, Layout, Weights
+
+Turns = dict[int, tuple[Tensor | None, Tensor | None]]  # layer -> rotations of its keys and values, `[H_kv, D, D]`
+
+
+def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
+    """Give an uncompiled `model` the weights and the config of `plan`, in place: all layers or, if one fails, none.
+
+    text: token ids `[1, n]`, wanted where heads are aligned.
+    Raises KvcompileError for weights that are not in memory, tied to others or not plain, and without such a text.
+    """
+    from kvcompile.models import require_weights
+
+    if not converts(plan):
+        return
+    require_weights(model)
+    _require_untied(model)
+    _rewrite(model, plan, _turns(model, plan, text))
+
+
+def reshape(model: Any, plan: Plan) -> None:
+    """As `convert`, of a model without weights (on the meta device): modules for converted weights to come."""
+    if converts(plan):
+        _rewrite(model, plan, {})
+
+
+def converts(plan: Plan) -> bool:
+    """Whether a plan asks for other weights than the model's own."""
+    return any(p.heads is not None or p.owner != p.index for p in plan.layers)
+
+
+def text_wanted(plan: Plan) -> int:
+    """Tokens of text that `convert` needs."""
+    return max((p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"), default=0)
+
+
+def prune(model: nn.Module) -> None:
+    """Take away what stood for projections that the graph turned out not to need."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Absent):
+                delattr(module, name)
+
+
+def _rewrite(model: Any, plan: Plan, turns: Turns) -> None:
+    from kvcompile.adapters.registry import attentions
+
+    modules = attentions(model)
+    layouts = [_layout(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
+    weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
+    made: list[dict[str, nn.Module]] = []
+    for layout, p in zip(layouts, plan.layers, strict=True):
+        mine = weights[p.index]
+        if p.owner != p.index:
+            mine = Weights(mine.query, None, None, mine.out)
+        readers = [weights[q.index] for q in plan.layers if q.owner == p.index]
+        made.append(layout.write(fold_layers(readers, p.fold) if p.owner == p.index else mine))
+    for attention, new in zip(modules, made, strict=True):
+        for name, module in new.items():
+            setattr(attention, name, module)
+    kv_heads = {p.kv_heads for p in plan.layers}
+    if len(kv_heads) > 1:
+        raise KvcompileError("a config holds one number of KV heads for all layers", sorted(kv_heads))
+    model.config.num_key_value_heads = kv_heads.pop()
+
+
+def _merged(weights: Weights, p: LayerPlan, turns: Turns) -> Weights:
+    return weights if p.heads is None else merge_heads(weights, p.heads, *turns.get(p.index, (None, None)))
+
+
+def _layout(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
+    from kvcompile.adapters.registry import architecture_of
+
+    adapter = architecture_of(model.config).adapter
+    if adapter not in LAYOUTS:
+        known = ", ".join(sorted(cls.__name__ for cls in LAYOUTS))
+        raise KvcompileError("weights can be converted in known layouts", adapter.__name__, f"attention like {known}")
+    return LAYOUTS[adapter](attention, p.query_heads, p.dense_heads, p.head_dim)
+
+
+def _require_untied(model: Any) -> None:
+    from kvcompile.adapters.registry import attentions
+
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for index, attention in enumerate(attentions(model)):
+        for name, parameter in attention.named_parameters():
+            if uses[id(parameter)] > 1:
+                raise KvcompileError(
+                    "projections that are converted must have weights of their own",
+                    f"layer {index}: {name} is tied to another",
+                    "untie it: give one of the two a copy",
+                )
+
+
+@torch.no_grad()
+def _turns(model: Any, plan: Plan, text: Tensor | None) -> Turns:
+    from kvcompile.adapters.registry import rotary
+    from kvcompile.structure.activations import keys_values
+    from kvcompile.structure.align import alignment
+
+    wanted = {p.index: p.heads for p in plan.layers if p.heads is not None and p.heads.align != "none"}
+    if not wanted:
+        return {}
+    if text is None:
+        raise KvcompileError("heads are aligned on text", "no tokenizer to read it", "pass tokenizer=, or align=none")
+    turns: Turns = {}
+    seen = keys_values(model, text)
+    for index, heads in wanted.items():
+        if heads.merge == "first":  # nothing is averaged
+            continue
+        keys = None
+        if heads.align == "both":
+            cos, _ = rotary(model, index)(torch.zeros(1, dtype=torch.long, device=text.device))
+            turning = cos.shape[-1] if plan.layers[index].rotates else 0
+            keys = alignment(seen[index].keys, heads.groups, turning)
+        turns[index] = keys, alignment(seen[index].values, heads.groups, 0)
+    return turns

@@ -1,0 +1,42 @@
+"""What a plan says about converted weights: names and numbers only (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Merge = Literal["mean", "first"]
+Align = Literal["none", "values", "both"]
+Fold = Literal["owner", "mean", "successive"]
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How one layer's KV heads were merged.
+
+    groups: for each KV head of the converted model, the original KV heads that it stands for; query heads follow their
+    KV head, in this order. merge: their mean, or the first of each group. align: what is rotated towards the others
+    before the mean, by `tokens` tokens of calibration text (keys only by rotations that commute with RoPE).
+    """
+
+    groups: Groups
+    merge: Merge = "mean"
+    align: Align = "none"
+    tokens: int = 0
+
+    @property
+    def original(self) -> int:
+        """KV heads before the merge."""
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether query heads change places."""
+        return [h for group in self.groups for h in group] != list(range(self.original))
+
+
+def contiguous(heads: int, kept: int) -> Groups:
+    """`kept` groups of neighbouring heads, all of one size."""
+    size = heads // kept
+    return tuple(tuple(range(i * size, (i + 1) * size)) for i in range(kept))
