@@ -1,0 +1,71 @@
+"""Linear layers that run the C++ kernel for the few rows of a decode step, and PyTorch's for everything else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from kvcompile.kernels.cpp import linear as cpp
+from torch import Tensor, nn
+
+
+class DecodeLinear(nn.Linear):
+    """`nn.Linear` in all but its forward, which reads the weight at the speed of memory for up to 8 rows.
+
+    y [..., N] = x [..., K] W^T + b, summed in fp32. Rows beyond 8, gradients, autocast, tracing, other devices and
+    dtypes, and weights that are not contiguous take `F.linear`. A row's result does not depend on the rows beside it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product, by the kernel where it applies. Everything is read anew: `.to()` may have moved the weight."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None or not _applies(input, weight, bias):
+            return F.linear(input, self.weight, self.bias)
+        features, inner = weight.shape
+        input = input.contiguous()
+        result = input.new_empty((*input.shape[:-1], features))
+        cpp.kernel(weight.dtype)(
+            input.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            result.data_ptr(),
+            input.numel() // inner,
+            inner,
+            features,
+            torch.get_num_threads(),
+        )
+        return result
+
+
+def lower(model: nn.Module) -> int:
+    """Make every plain `nn.Linear` of a model a `DecodeLinear`, in place; how many there were.
+
+    Modules, parameters and their names stay as they are, so state dicts, ties and optimizers hold.
+    Raises KvcompileError where the kernel cannot be compiled.
+    """
+    found = [m for m in model.modules() if type(m) is nn.Linear and _suits(m.weight)]
+    for module in found:
+        cpp.kernel(module.weight.dtype)
+        module.__class__ = DecodeLinear
+    return len(found)
+
+
+def _suits(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype in cpp.TYPES and weight.layout is torch.strided
+
+
+def _applies(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel takes these tensors as they are; subclasses (fake, quantized) carry no memory to read."""
+    if type(input) is not Tensor or type(weight) is not nn.Parameter or torch.compiler.is_compiling():
+        return False
+    count, dtype = input.numel(), weight.dtype
+    if not 0 < count <= cpp.MOST_ROWS * weight.shape[1] or input.shape[-1] != weight.shape[1]:
+        return False
+    if input.dtype is not dtype or dtype not in cpp.TYPES or not (input.is_cpu and weight.is_cpu):
+        return False
+    if bias is not None and not (bias.dtype is dtype and bias.is_cpu and bias.is_contiguous()):
+        return False
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False
+    return weight.is_contiguous()
