@@ -24,8 +24,8 @@ class PageTable:
     """
 
     def __init__(self, host: Tensor, used: Tensor, device: torch.device) -> None:
-        self.host, self.used = host, used
-        self.device = host.to(device)
+        self.used, self._where = used, device
+        self._replace(host)
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> PageTable:
@@ -48,8 +48,7 @@ class PageTable:
             self._widen(int(columns.max()) + 1)
         self.host[rows, columns] = pages.int()
         if self.device is not self.host:
-            to = self.device.device
-            self.device[rows.to(to), columns.to(to)] = pages.int().to(to)
+            self.device[rows.to(self._where), columns.to(self._where)] = pages.int().to(self._where)
 
     def _widen(self, width: int) -> None:
         width += width // 4  # a wider table is a new one: not at every page
@@ -70,10 +69,13 @@ class PageTable:
 
     def copy(self) -> PageTable:
         """A table of its own that names the same pages."""
-        return PageTable(self.host.clone(), self.used.clone(), self.device.device)
+        return PageTable(self.host.clone(), self.used.clone(), self._where)
 
     def _replace(self, host: Tensor) -> None:
-        self.host, self.device = host, host.to(self.device.device)
+        self.host, self.device = host, self._mirrored(host)
+
+    def _mirrored(self, host: Tensor) -> Tensor:
+        return host.to(self._where)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvcompile.cache.pages import PagedRows, ranges
-from kvcompile.cache.pool import PagePool
+from kvcompile.cache.pool import PagePool, PageTable
 
 PAGE, ROWS, GROUP = 4, 3, 2
 LIKE = {"codes": torch.zeros(1, 2), "scales": torch.zeros(1, 1), "positions": torch.zeros(1, dtype=torch.int32)}
@@ -244,6 +244,27 @@ def test_groups_of_tokens_share_an_entry() -> None:
     first = [p for s in range(0, 30, 6) for p in (s + 4, s + 5)]
     assert read["positions"][:10].tolist() == first
     assert rows.pool.buffers["scales"].shape[0] * GROUP == rows.pool.capacity * PAGE
+
+
+def test_the_table_beside_the_pages_follows_the_one_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where they are two."""
+    monkeypatch.setattr(PageTable, "_mirrored", lambda table, host: host.clone())
+    rows = owned()
+    fill(rows, 3)
+    with rows.pool.alone():
+        other = rows.fork()
+        for change in (
+            lambda: rows.write(rows.step(0), entries([7] * ROWS)),
+            lambda: rows.write(rows.extend([40, 3, 0], 0), entries(list(range(43)))),
+            lambda: rows.keep([torch.arange(0, n, 9) for n in rows.lengths], 0),
+            lambda: rows.pool.shrink(0),
+            lambda: rows.select(torch.tensor([2, 2, 0])),
+            lambda: rows.truncate([1, 2, 3]),
+        ):
+            change()
+            for table in (rows.table, other.table):
+                assert table.device is not table.host
+                assert torch.equal(table.device, table.host)
 
 
 def test_ranges() -> None:
