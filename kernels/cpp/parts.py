@@ -8,7 +8,7 @@ from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
 WIDEN = """
-    // Scales are float16 in memory.
+    // Scales are float16 in memory. As floats they fill whole vectors, with zeros past the end.
     KV_INLINE void widen_all(const fp16* from, int n, float* to) {
       int i = 0;
       for (; i + 16 <= n; i += 16) store(to + i, load(from + i));
@@ -16,16 +16,38 @@ WIDEN = """
     }
     """
 
+SPLIT = """
+    // Pairs of a scale and a zero, apart.
+    KV_INLINE void split_all(const fp16* from, int n, float* scale, float* zero) {
+      for (int t = 0; t < n; t += 16, from += 32) {
+        alignas(64) float pairs[32];
+        int rest = 2 * (n - t);
+        store(pairs, rest < 16 ? load(from, rest) : load(from));
+        store(pairs + 16, rest < 32 ? load(from + 16, rest < 16 ? 0 : rest - 16) : load(from + 16));
+        for (int i = 0; i < 16; i++) scale[t + i] = pairs[2 * i], zero[t + i] = pairs[2 * i + 1];
+      }
+    }
+    """
+
+GATHER = """
+    fp16 ${name}s[TILE * $n];
+    for (int t = 0; t < count; t++) memcpy(${name}s + t * $n, row.${name}_scales + $entry * $n, $n * sizeof(fp16));
+    $call
+    """
+
+
+def helpers(spec: KernelSpec) -> str:
+    """What the scales of the spec's formats need."""
+    coded = [Stored(c, d) for p in spec.parts for c, d in ((p.key, spec.head_dim), (p.value, spec.value_dim))]
+    wide = any(x.scales == "groups" or (x.scales == "token" and not x.zeros) for x in coded)
+    pairs = any(x.scales == "token" and x.zeros for x in coded)
+    return (fill(WIDEN) if wide else "") + (fill(SPLIT) if pairs else "")
+
 
 def address(spec: KernelSpec, index: int, positions: bool) -> Address:
     """How part `index` of the spec's rows is found."""
     part = spec.parts[index]
     return LAYOUTS[part.layout](part, spec, positions)
-
-
-def scaled(spec: KernelSpec) -> bool:
-    """Whether any part comes with scales."""
-    return any(p.key.scaled or p.value.scaled for p in spec.parts)
 
 
 def struct(index: int, where: Address, methods: str) -> str:
@@ -77,16 +99,25 @@ def _the(where: Address) -> str:
 
 
 def _numbers(name: str, stored: Stored) -> str:
-    if stored.scales not in ("token", "groups"):
-        return ""
-    return f"float {name}_numbers[TILE * {stored.numbers} + 16];  // scales{' and zeros' if stored.zeros else ''}"
+    if stored.scales == "groups":
+        return f"float {name}_numbers[TILE * {stored.numbers} + 16];  // scales{' and zeros' if stored.zeros else ''}"
+    if stored.scales == "token":
+        return f"float {name}_scale[TILE]{f', {name}_zero[TILE]' if stored.zeros else ''};"
+    return ""
 
 
 def _widened(name: str, stored: Stored, where: Address) -> str:
-    if stored.scales not in ("token", "groups"):
-        return ""
     n = stored.numbers
-    if where.part.layout == "paged":
+    if stored.scales == "groups" and where.part.layout == "paged":
         source = f"row.{name}_scales + {where.entry('t')} * {n}"
         return f"for (int t = 0; t < count; t++) widen_all({source}, {n}, tile.{name}_numbers + t * {n});"
-    return f"widen_all(row.{name}_scales + {where.entry('0')} * {n}, count * {n}, tile.{name}_numbers);"
+    if stored.scales == "groups":
+        return f"widen_all(row.{name}_scales + {where.entry('0')} * {n}, count * {n}, tile.{name}_numbers);"
+    if stored.scales != "token":
+        return ""
+    call = f"split_all({{}}, count, tile.{name}_scale, tile.{name}_zero);"
+    if not stored.zeros:
+        call = f"widen_all({{}}, count, tile.{name}_scale);"
+    if where.part.layout == "paged":
+        return fill(GATHER, name=name, n=n, entry=where.entry("t"), call=call.format(f"{name}s"))
+    return call.format(f"row.{name}_scales + {where.entry('0')} * {n}")

@@ -139,6 +139,19 @@ KV_INLINE F to_float(I x) {
 }
 #endif
 
+// The same, held in registers: GCC would rather load an operand of many products again for each of them.
+template <class V> KV_INLINE V held(V x) {
+  if constexpr (Kind<V>::pair) return {held(x.lo), held(x.hi)};
+#if defined(KV_AVX512)
+  else asm("" : "+v"(x));
+#elif defined(__SSE__)
+  else asm("" : "+x"(x));
+#elif defined(KV_NEON)
+  else asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // ---- load: sixteen elements of any type as floats; with a count n <= 16, n of them and zeros ----
 
 KV_INLINE F load(const float* p) { return read<F>(p); }
@@ -176,7 +189,9 @@ KV_INLINE F load(const fp16* p) { return fp16_from_bits(bits_as<U>(widen(&p->bit
 
 // Sixteen fields of `width` bits, starting at bit `at` of sixteen bytes: int4 and int2 as 0 ... 2^width - 1.
 template <int at, int width> KV_INLINE F load_field(const uint8_t* p) {
-  return to_float(bits_as<I>((bits_as<U>(widen(p)) >> at) & unsigned_all((1u << width) - 1)));
+  U x = bits_as<U>(widen(p)) >> at;
+  if constexpr (at + width < 8) x = x & unsigned_all((1u << width) - 1);  // the last field has nothing above it
+  return to_float(bits_as<I>(x));
 }
 
 template <class T> KV_INLINE void load_part(T* part, const T* p, int n) {
@@ -269,20 +284,16 @@ KV_INLINE V4 sum4(F a, F b, F c, F d) {
   return interleaved(interleaved(fold(a), fold(b)), interleaved(fold(c), fold(d)));
 }
 
-// The sums of sixteen, lane i that of x[i]: a transposing tree, 3 instructions a sum instead of 8.
+// quad(a, b, c, d): the sums of four, folded until each has four lanes, one block of the result.
 #if defined(KV_AVX512)
-KV_INLINE V16 blocks(V16 a, V16 b) {  // the same for blocks of four lanes: {a0 + a1, a2 + a3, b0 + b1, b2 + b3}
+KV_INLINE V16 blocks(V16 a, V16 b) {  // interleaved(a, b) for blocks of four lanes
   __m512 x = (__m512)a, y = (__m512)b;
   return (V16)_mm512_shuffle_f32x4(x, y, 0x88) + (V16)_mm512_shuffle_f32x4(x, y, 0xdd);
 }
 KV_INLINE V16 interleaved(V16 a, V16 b) {
   return (V16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88) + (V16)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd);
 }
-KV_INLINE F sum16(const F (&x)[16]) {
-  V16 a = blocks(blocks(x[0], x[4]), blocks(x[8], x[12])), b = blocks(blocks(x[1], x[5]), blocks(x[9], x[13]));
-  V16 c = blocks(blocks(x[2], x[6]), blocks(x[10], x[14])), d = blocks(blocks(x[3], x[7]), blocks(x[11], x[15]));
-  return interleaved(interleaved(a, b), interleaved(c, d));
-}
+KV_INLINE F quad(F a, F b, F c, F d) { return blocks(blocks(a, b), blocks(c, d)); }
 #elif defined(KV_AVX2)
 KV_INLINE V8 blocks(F a, F b) {
   __m256 x = (__m256)(a.lo + a.hi), y = (__m256)(b.lo + b.hi);
@@ -291,17 +302,17 @@ KV_INLINE V8 blocks(F a, F b) {
 KV_INLINE V8 interleaved(V8 a, V8 b) {
   return (V8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88) + (V8)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd);
 }
-KV_INLINE V8 sum8(const F* x) {
-  return interleaved(interleaved(blocks(x[0], x[4]), blocks(x[1], x[5])),
-                     interleaved(blocks(x[2], x[6]), blocks(x[3], x[7])));
-}
-KV_INLINE F sum16(const F (&x)[16]) { return {sum8(x), sum8(x + 8)}; }
+KV_INLINE F quad(F a, F b, F c, F d) { return {blocks(a, b), blocks(c, d)}; }
 #else
-KV_INLINE F sum16(const F (&x)[16]) {
-  return {{sum4(x[0], x[1], x[2], x[3]), sum4(x[4], x[5], x[6], x[7])},
-          {sum4(x[8], x[9], x[10], x[11]), sum4(x[12], x[13], x[14], x[15])}};
-}
+KV_INLINE F quad(F a, F b, F c, F d) { return {{fold(a), fold(b)}, {fold(c), fold(d)}}; }
 #endif
+template <class H> KV_INLINE Pair<H> interleaved(Pair<H> a, Pair<H> b) {
+  return {interleaved(a.lo, b.lo), interleaved(a.hi, b.hi)};
+}
+
+// The sums of sixteen, lane i that of x[i], from quad(x[0], x[4], x[8], x[12]), quad(x[1], x[5], x[9], x[13]), ...:
+// a transposing tree, 3 instructions a sum instead of 8.
+KV_INLINE F sum16(F a, F b, F c, F d) { return interleaved(interleaved(a, b), interleaved(c, d)); }
 
 // ---- functions ----
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from kvcompile.kernels.cpp.address import Address
-from kvcompile.kernels.cpp.parts import WIDEN, address, scaled, struct
+from kvcompile.kernels.cpp.parts import address, helpers, struct
 from kvcompile.kernels.cpp.step_keys import logits
 from kvcompile.kernels.cpp.step_values import values
 from kvcompile.kernels.cpp.stored import ELEMENTS
@@ -48,7 +48,7 @@ HEAD = """
     #define UNROLL _Pragma("GCC unroll 16")
     KV_INLINE int least(int a, int b) { return a < b ? a : b; }
     KV_INLINE void write(float* to, V4 x) { memcpy(to, &x, sizeof x); }
-    $widen
+    $helpers
 
     $parts
 
@@ -302,7 +302,7 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
         tile=TILE,
         longest=LONGEST_PIECE,
         query_scale=_float(spec.scale / cap if cap else spec.scale * LOG2E),
-        widen=fill(WIDEN) if scaled(spec) else "",
+        helpers=helpers(spec),
         parts="\n\n".join(struct(i, where, _methods(where, spec)) for i, where in enumerate(places)),
         positions="const int64_t* positions;  // of the new tokens [sequences]" if spec.sliding_window else "",
         sums=fill(SUMS) if spec.scores else "",

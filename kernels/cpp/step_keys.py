@@ -25,26 +25,32 @@ QUESTION = """
     """
 
 DOTS = """
-    // s[g][t] = q[g] . k[t]$plus for start <= t < stop, four entries at a time (past the end the last one again)
+    // s[g][t] = q[g] . k[t]$plus for start <= t < stop, sixteen entries at a time (past the end the last one again):
+    // first t, t + 4, t + 8 and t + 12, so that the transposing sum leaves them in order.
     template <int R>
     KV_INLINE void dots(const Row& row, const Tile& tile, const float* q, int start, int stop, float* s$bias_in) {
       if constexpr (R > ROWS) {
         dots<ROWS>(row, tile, q, start, stop, s$bias_first);
         dots<R - ROWS>(row, tile, q + ROWS * KEY, start, stop, s + ROWS * STRIDE$bias_rest);
       } else {
-        for (int t = start; t < stop; t += 4) {
-          const $element* k[4];
-          for (int i = 0; i < 4; i++) k[i] = row.keys + $entry * $width;
-          F sum[R][4] = {};
-          UNROLL for (int c = 0; c < $runs; c++)
-            UNROLL for (int i = 0; i < 4; i++) {
-              $loads
-              UNROLL for (int g = 0; g < R; g++) {
-                $products
+        for (int t = start; t < stop; t += 16) {
+          F four[R][4];
+          for (int j = 0; j < 4; j++) {
+            F sum[R][4] = {};
+            int e[4];
+            UNROLL for (int i = 0; i < 4; i++) e[i] = least(t + j + 4 * i, stop - 1);
+            UNROLL for (int c = 0; c < $runs; c++)
+              UNROLL for (int i = 0; i < 4; i++) {
+                const $element* k = row.keys + $entry * $width;
+                $loads
+                UNROLL for (int g = 0; g < R; g++) {
+                  $products
+                }
               }
-            }
+            UNROLL for (int g = 0; g < R; g++) four[g][j] = quad(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+          }
           UNROLL for (int g = 0; g < R; g++)
-            write(s + g * STRIDE + t, sum4(sum[g][0], sum[g][1], sum[g][2], sum[g][3])$bias_add);
+            store(s + g * STRIDE + t, sum16(four[g][0], four[g][1], four[g][2], four[g][3])$bias_add);
         }
       }
     }
@@ -59,7 +65,10 @@ PLAIN = """
 
 AFTER_TOKEN = """
     for (int g = 0; g < G; g++)
-      for (int t = 0; t < tile.count; t++) s[g][t] = $folded;
+      for (int t = 0; t < tile.count; t += 16) {
+        F x = load(s[g] + t) * load(tile.key_scale + t);
+        store(s[g] + t, $x);
+      }
     """
 
 CHANNEL = """
@@ -92,9 +101,7 @@ def logits(where: Address) -> str:
         return text + _channel(where)
     after = ""
     if key.scales == "token":
-        number = f"tile.key_numbers[{2 if key.zeros else 1} * t]"
-        plus = " + q.sum[g] * tile.key_numbers[2 * t + 1]" if key.zeros else ""
-        after = fill(AFTER_TOKEN, folded=f"s[g][t] * {number}{plus}")
+        after = fill(AFTER_TOKEN, x="mul_add(set(q.sum[g]), load(tile.key_zero + t), x)" if key.zeros else "x")
     return text + fill(PLAIN, after=after)
 
 
@@ -124,11 +131,11 @@ def _question(where: Address) -> str:
 def _dots(where: Address) -> str:
     key = where.key
     channel = key.scales == "channel" and key.zeros
-    loads, vectors = [], key.codes("k[i]", "c")
+    loads, vectors = [], key.codes("k", "c")
     if key.scales == "groups":
-        loads = [f"const float* n = tile.key_numbers + least(t + i, stop - 1) * {key.numbers};"]
-        vectors = key.decoded("k[i]", "c", "n")
-    loads += [f"F x{i} = {x};" for i, x in enumerate(vectors)]
+        loads = [f"const float* n = tile.key_numbers + e[i] * {key.numbers};"]
+        vectors = key.decoded("k", "c", "n")
+    loads += [f"F x{i} = held({x});" for i, x in enumerate(vectors)]
     products = [
         f"sum[g][i] = mul_add(x{i}, load(q + g * KEY + {key.slot(i, 'c')}), sum[g][i]);" for i in range(key.pieces)
     ]
@@ -138,9 +145,9 @@ def _dots(where: Address) -> str:
         bias_in=", const float* bias" if channel else "",
         bias_first=", bias" if channel else "",
         bias_rest=", bias + ROWS" if channel else "",
-        bias_add=" + bias[g]" if channel else "",
+        bias_add=" + set(bias[g])" if channel else "",
         element=key.element,
-        entry=where.entry("least(t + i, stop - 1)"),
+        entry=where.entry("e[i]"),
         width=key.width,
         runs=key.runs,
         loads="\n".join(loads),

@@ -67,21 +67,14 @@ VALUES = """
     """
 
 TOKEN = """
-    for (int g = 0; g < G; g++)
-      for (int t = 0; t < tile.count; t++) {
-        $zero
-        p[g][t] *= tile.value_numbers[$step * t];
-      }
-    """
-
-TOKEN_ZERO = """
     for (int g = 0; g < G; g++) {
-      float zero = 0;
-      for (int t = 0; t < tile.count; t++) {
-        zero += p[g][t] * tile.value_numbers[2 * t + 1];
-        p[g][t] *= tile.value_numbers[2 * t];
+      $start
+      for (int t = 0; t < tile.count; t += 16) {
+        F w = load(p[g] + t);
+        $zero
+        store(p[g] + t, w * load(tile.value_scale + t));
       }
-      sum[g][SUMS - 16] += zero;
+      $end
     }
     """
 
@@ -112,10 +105,12 @@ def values(where: Address, group: int) -> str:
     slots = value.slots + biased
     call = "add<G>(row, tile, p[0], 0, tile.count, sum[0]);"
     body = call
-    if biased:
-        body = fill(TOKEN_ZERO) + call
-    elif value.scales == "token":
-        body = fill(TOKEN, zero="", step=1) + call
+    if value.scales == "token":
+        start, end = "F zero = load(sum[g] + SUMS - 16);", "store(sum[g] + SUMS - 16, zero);"
+        zero = "zero = mul_add(w, load(tile.value_zero + t), zero);"
+        body = (
+            fill(TOKEN, **{k: v if biased else "" for k, v in (("start", start), ("zero", zero), ("end", end))}) + call
+        )
     elif value.scales == "channel":
         body = _channel(where)
     count = "" if value.lanes == 16 else f", {value.lanes}"
@@ -131,7 +126,7 @@ def values(where: Address, group: int) -> str:
         columns=_columns(value, group),
         add=_add(where),
         body=body,
-        bias="F bias = set(sum[SUMS - 16]);" if biased else "",
+        bias="F bias = set(::sum(load(sum + SUMS - 16)));" if biased else "",
         runs=value.runs,
         stores="\n".join(stores),
     )
@@ -155,7 +150,7 @@ def _add(where: Address) -> str:
         fetch="\n".join(
             f"o[g][c][{i}] = load(sum + g * SUMS + {value.slot(i, '(first + c)')});" for i in range(value.pieces)
         ),
-        loads="\n".join(f"F x{i} = {x};" for i, x in enumerate(vectors)),
+        loads="\n".join(f"F x{i} = held({x});" for i, x in enumerate(vectors)),
         products="\n".join(f"o[g][c][{i}] = mul_add(w, x{i}, o[g][c][{i}]);" for i in range(value.pieces)),
         keep="\n".join(
             f"store(sum + g * SUMS + {value.slot(i, '(first + c)')}, o[g][c][{i}]);" for i in range(value.pieces)

@@ -164,5 +164,5 @@ def test_source_is_deterministic_and_has_no_dead_branch() -> None:
         assert ("tanh" in text) == bool(one.softcap)
         assert ("positions" in text) == bool(one.sliding_window)
         assert ("sums_row" in text) == one.scores
-        assert ("value_numbers" in text) == any(p.value.axis == "token" for p in one.parts)
+        assert ("tile.value_" in text) == any(p.value.axis == "token" for p in one.parts)
         assert ("table" in text) == any(p.layout == "paged" for p in one.parts)

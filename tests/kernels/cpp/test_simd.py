@@ -52,7 +52,8 @@ extern "C" void fields(const uint8_t* p, float* y) {
 extern "C" void sums(const float* p, float* y) {
   F x[16];
   for (int i = 0; i < 16; i++) x[i] = load(p + 16 * i);
-  store(y, sum16(x));
+  store(y, sum16(quad(x[0], x[4], x[8], x[12]), quad(x[1], x[5], x[9], x[13]), quad(x[2], x[6], x[10], x[14]),
+                 quad(x[3], x[7], x[11], x[15])));
   V4 four = sum4(x[0], x[1], x[2], x[3]);
   for (int i = 0; i < 4; i++) y[16 + i] = four[i];
   for (int i = 0; i < 16; i++) { y[20 + i] = sum(x[i]); y[36 + i] = largest(x[i]); }
