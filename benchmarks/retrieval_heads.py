@@ -1,8 +1,8 @@
 r"""How many retrieval heads, and what for the others: one calibration of the default model, then real caches.
 
     python benchmarks/retrieval_heads.py --samples 5 --out benchmarks/results/retrieval_heads
-    python benchmarks/retrieval_heads.py --samples 10 --seed 1 --rows default \
-        --out benchmarks/results/retrieval_heads-default
+    python benchmarks/retrieval_heads.py --samples 10 --seed 1 --rows recipe \
+        --out benchmarks/results/retrieval_heads-held_out
 
 Calibration uses the forms of `kvcompile.calibration`, the scores those of `kvcompile.needle`: no form is in both.
 Columns: share of KV bytes held after prefill (measured), exact-match needle score per form and length, perplexity of
@@ -34,12 +34,13 @@ from kvcompile.text import sentences
 
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {  # label -> number of heads, fields of the policy
     "no head, sinks + 32": (0, {}),
-    "9 heads, sinks + 32": (9, {}),
-    "10 heads, sinks + 32 (default)": (10, {}),
+    "10 heads, sinks + 32": (10, {}),
+    "10 heads, expected attention to 4 %": (10, {"budget": 0.04, "recent": 16, "score": "expected_attention"}),
     "12 heads, sinks + 14": (12, {"budget": 18, "recent": 14}),
-    "14 heads, sinks + 32": (14, {}),
-    "8 heads, sinks + 16 + snapkv to 6 %": (8, {"budget": 0.06, "recent": 16, "score": "snapkv"}),
-    "20 heads halved by keydiff, sinks + 32": (20, {"keep": 0.5, "score": "keydiff"}),
+    "13 heads, 80 % by expected attention": (13, {"keep": 0.8, "score": "expected_attention"}),
+    "14 heads, 75 % by expected attention (recipe)": (14, {"keep": 0.75, "score": "expected_attention"}),
+    "14 heads, 75 % by snapkv": (14, {"keep": 0.75, "score": "snapkv"}),
+    "22 heads, 50 % by expected attention": (22, {"keep": 0.5, "score": "expected_attention"}),
 }
 CASES = [(form, 1024) for form in ("magic", "two_keys", "reference", "passcode")] + [
     ("magic", 2048),

@@ -1,4 +1,4 @@
-"""Retrieval heads: the few KV heads that look things up keep everything, the others sinks and a window."""
+"""Retrieval heads: the few KV heads that look things up keep all or most tokens, the others sinks and a window."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class RetrievalHeads(TokenPolicy):
     """
 
     name: ClassVar[str] = "retrieval_heads"
-    summary: ClassVar[str] = "everything for the calibrated heads that retrieve, sinks and a window for the others"
+    summary: ClassVar[str] = (
+        "all or most tokens for the calibrated heads that retrieve, sinks and a window for the others"
+    )
     heads: list[list[int]] = field(default_factory=list)
     fraction: float = 0.11
     keep: float = 1.0
@@ -114,8 +116,9 @@ class RetrievalHeads(TokenPolicy):
 
     def _for(self, heads: tuple[int, ...]) -> Selection:
         """The selection of a layer with these retrieval heads."""
+        ranked = bool(heads) or self.budget <= 1 or self.budget > self.sinks + self.recent
         return replace(
-            scored_by(self.score),
+            scored_by(self.score if ranked else RECENCY),  # nothing to rank where sinks and window fill the budget
             policy=self.name,
             budget=Budget(self.budget),
             allocation=HeadShares(heads, Budget(self.keep), bool(self.heads)) if heads else Uniform(),

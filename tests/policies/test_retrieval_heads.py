@@ -113,6 +113,15 @@ def test_calibration_finds_heads_of_the_model_and_keeps_everything_else() -> Non
     apply_stack(plan(), [found])
 
 
+def test_layers_with_nothing_to_rank_do_not_pay_for_a_score() -> None:
+    def scores(budget: float) -> list[str]:
+        found = planned(heads=HEADS, keep=0.5, score="snapkv", budget=budget, sinks=2, recent=4)
+        return [type(p.selection.score).__name__ for p in found.layers if p.selection is not None]
+
+    assert scores(6) == ["WindowAttention", "Recency", "WindowAttention", "Recency"]
+    assert scores(10) == scores(0.2) == ["WindowAttention"] * 4
+
+
 @pytest.mark.parametrize("every", [0, 4])
 def test_the_cache_holds_what_the_plan_says_and_stays_bounded_while_decoding(every: int) -> None:
     found = planned(heads=HEADS, budget=10, sinks=2, recent=4, decode_every=every)
