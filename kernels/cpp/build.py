@@ -179,10 +179,9 @@ def _run(command: list[str], text: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        first = next((line for line in lines if "error" in line), lines[-1])
-        raise KvcompileError(
-            "the compiler must accept a generated kernel", f"{first.strip()} from {text}", "set kernels=sdpa"
-        )
+        first = next((line for line in lines if "error" in line), lines[-1]).strip()
+        where = "" if str(text) in first else f" from {text}"
+        raise KvcompileError("the compiler must accept a generated kernel", first + where, "set kernels=sdpa")
 
 
 @lru_cache(maxsize=8)

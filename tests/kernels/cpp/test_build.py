@@ -1,0 +1,261 @@
+"""The toolchain: one compile a source, safe beside others, torch's threads, and a plain word where nothing works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kvcompile.kernels.cpp import build
+
+from kvcompile.errors import KvcompileError
+
+WORKS = build.available() is None
+needs_compiler = pytest.mark.skipif(not WORKS, reason=f"no compiler: {build.available()}")
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+TEAM = """
+extern "C" int omp_get_thread_num();
+extern "C" int team(int threads) {
+  int seen = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : seen)
+  seen += 1;
+  return seen;
+}
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own."""
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$CXX is a compiler that writes a line into this file for each compile (not for links and questions)."""
+    log = tmp_path / "compiles"
+    log.write_text("")
+    script = tmp_path / "counting-c++"
+    real = build.toolchain().compiler[0]
+    script.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) echo "$*" >> "{log}";; esac\nexec "{real}" "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    return log
+
+
+def compiles(log: Path, name: str) -> int:
+    return sum(f"{name}-" in line for line in log.read_text().splitlines())
+
+
+@needs_compiler
+def test_a_library_is_compiled_once_and_its_source_kept(cache: Path, compiler: Path) -> None:
+    assert build.load(SOURCE, "one")["answer"]() == 42
+    assert build.load(SOURCE, "one") is build.load(SOURCE, "one")
+    assert compiles(compiler, "one") == 1
+    names = sorted(p.name for p in cache.iterdir() if p.name.startswith("one-"))
+    assert [n.rpartition(".")[2] for n in names] == ["cpp", "so"]
+    assert (cache / names[0]).read_text() == SOURCE
+    assert cache.stat().st_mode & 0o077 == 0, "what is loaded from here must not be written by others"
+
+
+@needs_compiler
+def test_another_process_finds_it(cache: Path, compiler: Path) -> None:
+    build.load(SOURCE, "found")
+    code = f"from kvcompile.kernels.cpp import build; print(build.load({SOURCE!r}, 'found')['answer']())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "42"
+    assert compiles(compiler, "found") == 1
+
+
+@needs_compiler
+def test_source_flags_and_compiler_make_the_key(cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = 'extern "C" int answer() { return NUMBER; }\n'
+    assert build.load(number, "key", ("-DNUMBER=1",))["answer"]() == 1
+    assert build.load(number, "key", ("-DNUMBER=2",))["answer"]() == 2
+    assert build.load(number.replace("NUMBER", "3"), "key")["answer"]() == 3
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DNUMBER=4")
+    assert build.load(number, "key")["answer"]() == 4
+    assert compiles(compiler, "key") == 4
+
+
+@needs_compiler
+def test_threads_ask_at_once_and_one_compiles(cache: Path, compiler: Path) -> None:
+    gate, got = threading.Barrier(6), []
+
+    def work() -> None:
+        gate.wait()
+        got.append(build.load(SOURCE, "threads"))
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(library) for library in got}) == 1
+    assert compiles(compiler, "threads") == 1
+
+
+@needs_compiler
+def test_processes_ask_at_once_and_one_compiles(cache: Path, compiler: Path, tmp_path: Path) -> None:
+    """Each waits at a gate, its imports done, until all are there."""
+    build.toolchain()
+    code = f"""
+import os, pathlib, sys, time
+from kvcompile.kernels.cpp import build
+build.toolchain()
+gate = pathlib.Path({str(tmp_path)!r})
+(gate / f"ready-{{os.getpid()}}").touch()
+while not (gate / "open").exists(): time.sleep(0.002)
+print(build.load({SOURCE!r}, "processes")["answer"]())
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    while len(list(tmp_path.glob("ready-*"))) < 3:
+        assert all(p.poll() in (None, 0) for p in running)
+    (tmp_path / "open").touch()
+    assert [p.communicate(timeout=60)[0].strip() for p in running] == ["42"] * 3
+    assert compiles(compiler, "processes") == 1
+    assert not list(cache.glob(".making-*")), "nothing half made is left behind"
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(cache: Path, compiler: Path) -> None:
+    library = Path(build.load(SOURCE, "damaged")._name)
+    code = f"from kvcompile.kernels.cpp import build; print(build.load({SOURCE!r}, 'damaged')['answer']())"
+    fresh = library.with_name("copy")  # a mapped library must not be cut: replace the name instead
+    fresh.write_bytes(library.read_bytes()[:100])
+    os.replace(fresh, library)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "42"
+    assert compiles(compiler, "damaged") == 2
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_says_so_and_leaves_no_library(cache: Path) -> None:
+    with pytest.raises(KvcompileError, match=r"must accept a generated kernel.*cpp:1:.*error.*Fix: set kernels=sdpa"):
+        build.load("int nonsense(", "broken")
+    assert not list(cache.glob("broken-*.so"))
+
+
+@needs_compiler
+def test_the_openmp_runtime_is_the_one_of_torch() -> None:
+    """Two runtimes in one process would be two pools of threads that fight for the cores."""
+    tools = build.toolchain()
+    if tools.openmp is None:
+        pytest.skip(tools.note)
+    library = build.load(TEAM, "team")
+    assert [library["team"](n) for n in (1, 2, 3)] == [1, 2, 3]
+    if sys.platform == "linux":
+        code = (
+            f"from kvcompile.kernels.cpp import build; import torch; build.load({TEAM!r}, 'team')['team'](2)\n"
+            "torch.randn(300, 300) @ torch.randn(300, 300)\n"
+            "names = {l.split()[-1] for l in open('/proc/self/maps') if '/' in l}\n"
+            "print(sorted(n for n in names if 'libgomp' in n or 'libomp' in n or 'libiomp' in n))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        (runtime,) = eval(done.stdout)
+        assert runtime == tools.openmp.runtime
+        assert str(Path(torch.__file__).parent) in runtime
+
+
+@needs_compiler
+def test_without_openmp_kernels_run_on_one_thread_and_say_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_runtime", lambda: None)
+    build._toolchain.cache_clear()
+    try:
+        assert build.toolchain().openmp is None
+        assert "one thread (torch has loaded no OpenMP runtime)" in build.describe()
+        assert build.load(TEAM.replace("omp_get_thread_num", "unused"), "alone")["team"](4) == 1
+    finally:
+        build._toolchain.cache_clear()
+
+
+@needs_compiler
+def test_an_openmp_that_does_not_link_is_left_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_runtime", lambda: Path("/nowhere/libgomp.so.1"))
+    build._toolchain.cache_clear()
+    try:
+        assert "one thread (it builds nothing with OpenMP)" in build.describe()
+    finally:
+        build._toolchain.cache_clear()
+
+
+def test_clang_is_not_given_libgomp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_runtime", lambda: Path("/torch/lib/libgomp-a34b3233.so.1"))
+    assert build._openmp(clang=True) == (None, "clang cannot use torch's libgomp-a34b3233.so.1, g++ can")
+    assert build._openmp(clang=False)[0] is not None
+    monkeypatch.setattr(build, "_runtime", lambda: Path("/torch/lib/libiomp5.so"))
+    assert build._openmp(clang=True)[0] is not None
+
+
+@needs_compiler
+def test_describe_names_compiler_vectors_flags_and_threads() -> None:
+    text = build.describe()
+    assert build.toolchain().version in text
+    assert build.toolchain().simd in text
+    assert "-O3" in text
+    assert "OpenMP" in text or "one thread" in text
+    assert "\n" not in text
+
+
+@needs_compiler
+@pytest.mark.skipif(build.available() is not None or "__x86_64__" not in build.toolchain().macros, reason="x86 names")
+@pytest.mark.parametrize(("flag", "simd"), [("-march=x86-64", "portable vectors"), ("-march=haswell", "AVX2")])
+def test_the_vectors_named_are_those_the_header_takes(flag: str, simd: str) -> None:
+    from dataclasses import replace
+
+    from kvcompile.kernels.cpp.simd import prelude
+
+    tools = build.toolchain()
+    macros = build._output([*tools.compiler, flag, "-dM", "-E", "-x", "c++", os.devnull])
+    assert replace(tools, macros=macros).simd == simd
+    width = (
+        'extern "C" int width() { return std::is_same<F, V16>::value ? 16 : std::is_same<F, Pair<V8>>::value ? 8 : 4; }'
+    )
+    assert build.load(prelude() + width, "width", (flag,))["width"]() == {"AVX2": 8}.get(simd, 4)
+    native = build.load(prelude() + width, "width")["width"]()
+    assert tools.simd == {16: "AVX-512", 8: "AVX2", 4: "portable vectors"}[native]
+
+
+def test_no_compiler_is_a_plain_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.available() == "no c++ or g++ or clang++ on the path"
+    with pytest.raises(KvcompileError, match=r"Fix: install g\+\+ or clang\+\+ .* or set kernels=sdpa"):
+        build.load(SOURCE, "none")
+
+
+def test_a_named_compiler_is_not_replaced_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    assert build.available() == "no no-such-compiler -O1 on the path"
+    false = shutil.which("false")
+    if false:
+        monkeypatch.setenv("CXX", false)
+        assert build.available() == f"{false}: it preprocesses no C++17"
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root writes everywhere")
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KvcompileError, match="KVCOMPILE_CACHE"):
+        build.load(SOURCE, "readonly")
+
+
+@needs_compiler
+def test_a_cache_under_a_file_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.toolchain()
+    (tmp_path / "file").write_text("")
+    tools = build.toolchain()
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(KvcompileError, match="Fix: set KVCOMPILE_CACHE"):
+        build._load(tools, SOURCE, "blocked")
+    with pytest.raises(KvcompileError, match="file"):
+        build.load(SOURCE, "blocked")
