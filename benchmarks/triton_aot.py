@@ -1,0 +1,140 @@
+"""Generated Triton kernels, compiled ahead of time for GPUs that are not here: registers, spills, shared memory.
+
+    python benchmarks/triton_aot.py --out benchmarks/results/triton_aot.md
+
+Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
+(group 3, 64 channels), and the other head dims; with one new token (`one`) and with many. `--sample`: a few of them,
+for the tests. Exits with 1 where a kernel spills or takes more shared memory than the target has. Nothing is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from kvcompile.kernels.spec import KernelSpec, Part, plain
+from tabulate import tabulate
+
+from kvcompile.storage import Codec
+
+KIVI4 = Codec("int4", "channel", 32), Codec("int4", "token", 32)
+KIVI2 = Codec("int2", "channel", 32), Codec("int2", "token", 32)
+KIVI42 = Codec("int4", "channel", 32), Codec("int2", "token", 32)
+INT8 = Codec("int8", "token"), Codec("int8", "token")
+FP8 = Codec("float8", "token"), Codec("float8", "token")
+Job = tuple[KernelSpec, str, str, str]
+TARGETS = ("sm_80", "sm_90", "gfx942")
+
+
+def spec(parts: tuple[Part, ...], group: int = 4, dim: int = 128) -> KernelSpec:
+    """A spec without window, soft-cap and scores."""
+    return KernelSpec(parts, group, dim, dim, dim**-0.5)
+
+
+def body(layout: str, codecs: tuple[Codec, Codec], dtype: str = "float16") -> tuple[Part, ...]:
+    """A coded body and its residual in the model's type."""
+    return Part(layout, *codecs, 32 if layout == "paged" else 0), *plain(
+        "ragged" if layout == "paged" else layout, dtype
+    )
+
+
+def paged(dtype: str, page: int = 16) -> tuple[Part, ...]:
+    """Rows in pages."""
+    return (replace(plain("paged", dtype)[0], page=page),)
+
+
+def every() -> list[tuple[KernelSpec, str]]:
+    """Specs and the dtypes of their queries."""
+    found = [(spec(plain(layout, "float16")), "float16") for layout in ("dense", "ragged")]
+    found += [(spec(plain("ragged", "bfloat16")), "bfloat16"), (spec(paged("float16")), "float16")]
+    found += [(spec(body("ragged", codecs)), "float16") for codecs in (KIVI4, KIVI2, KIVI42, INT8, FP8)]
+    found += [(spec(body("dense", KIVI4)), "float16"), (spec(body("paged", KIVI4)), "float16")]
+    found += [(spec(body("ragged", KIVI4, "bfloat16")), "bfloat16")]
+    found += [
+        (spec(plain("ragged", "float32"), 3, 64), "float32"),
+        (spec(body("ragged", KIVI4, "float32"), 3, 64), "float32"),
+    ]
+    for dim in (80, 96, 256):
+        found += [(spec(plain("ragged", "float16"), 4, dim), "float16")]
+    found += [(spec(body("ragged", KIVI4), 4, dim), "float16") for dim in (96, 256)]
+    features = {"sliding_window": 4096, "sinks": 4, "softcap": 50.0, "scores": True}
+    found += [(replace(one, **features), "float16") for one in (found[1][0], found[4][0])]
+    return found
+
+
+def sample() -> list[Job]:
+    """One or two kernels for each target, with every codec among them."""
+    one = [(plain("dense", "float16"), "sm_80"), (body("ragged", KIVI4), "sm_90"), (body("paged", KIVI2), "gfx942")]
+    one += [(body("ragged", INT8), "sm_90"), (body("ragged", FP8), "sm_80"), (paged("float16"), "gfx942")]
+    jobs = [(spec(parts), "float16", "one", target) for parts, target in one]
+    return [*jobs, (spec(body("ragged", KIVI4)), "float16", "many", "sm_80")]
+
+
+def compiled(job: Job) -> list[tuple[str, int, int, int]]:
+    """Name, registers, spilled bytes, shared bytes of the kernels of one job."""
+    from kvcompile.kernels.triton.aot import compile_spec
+
+    one, dtype, tokens, target = job
+    works = ("attend", "lse") if tokens == "many" and one.scores else ("attend",)
+    found = []
+    for work in works:
+        made = compile_spec(one, tokens, target, dtype, work=work)
+        found += [
+            (name, c.registers, c.spilled, c.shared) for name, c in made.items() if name != "merge" or not found[1:]
+        ]
+    return found
+
+
+def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tuple[str, list[str]]:
+    """Markdown, and what is wrong."""
+    from kvcompile.kernels.triton.aot import SHARED
+    from kvcompile.kernels.triton.tuning import default
+
+    cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    wrong = []
+    for (one, dtype, tokens, target), kernels in zip(jobs, results, strict=True):
+        choice = default(one, tokens)
+        cut = f"{choice.rows} x {choice.tile}, {choice.warps} warps"
+        for name, registers, spilled, shared in kernels:
+            cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
+            cells.setdefault((one.name, dtype, f"{tokens}: {name}", cut), {})[target] = cell
+            if spilled or shared > SHARED[target]:
+                wrong.append(f"{one.name} {tokens} {name} on {target}: {cell}")
+    rows = [[*key, *(row.get(t, "") for t in TARGETS)] for key, row in cells.items()]
+    head = ["spec", "queries", "kernel", "rows x entries", *TARGETS]
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True), wrong
+
+
+def main() -> int:
+    """Compile, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    jobs = sample() if args.sample else [(s, d, n, t) for s, d in every() for n in ("one", "many") for t in TARGETS]
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        results = list(pool.map(compiled, jobs))
+    text, wrong = table(jobs, results)
+    import triton
+
+    title = "# Generated Triton kernels, compiled ahead of time"
+    notes = [
+        f"`python {' '.join(sys.argv)}`, triton {triton.__version__}.",
+        "Registers a thread / bytes spilled a thread / shared memory a program. Default cuts;",
+        "nothing was run, so nothing here says how fast a kernel is.",
+        f"{len(wrong)} of {sum(map(len, results))} kernels spill or take too much shared memory.",
+    ]
+    page = "\n\n".join([title, "\n".join(notes), text, "\n".join(f"- {w}" for w in wrong)]).rstrip() + "\n"
+    print(page)
+    if args.out:
+        Path(args.out).write_text(page, "utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
