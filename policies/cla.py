@@ -67,7 +67,11 @@ class CLA(Policy):
 
 
 def uniform_owners(layers: int, factor: int, variant: Variant = "uniform") -> list[int]:
-    """Owner of each layer: groups of `factor`, or the variants of section 3.2.4 of the paper with as many owners."""
+    """Owner of each layer: groups of `factor`, or a variant named after the paper's ablations.
+
+    keep_ends: groups between a first and a last layer of their own (up to one owner more). dense_front: the first
+    ceil(L / factor) layers own, the rest reads the last of them. dense_back: the mirror image, the rest reads layer 0.
+    """
     count = -(-layers // factor)
     if variant == "dense_front":
         return [min(i, count - 1) for i in range(layers)]

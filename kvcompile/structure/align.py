@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.structure.data import Groups
+from kvcompile.structure.layout import precise
 
 ROUNDS = 8  # of a generalised Procrustes fit; the mean moves by less than 1e-3 after a few
 
@@ -17,7 +18,7 @@ def alignment(activations: Tensor, groups: Groups, rotary: int) -> Tensor:
     The first `rotary` channels (half-split pairs i, i + rotary / 2) are only turned pair by pair, because one 2-D
     rotation per frequency is what commutes with RoPE; the others by any orthogonal matrix (0: all of them).
     """
-    x = activations.double()
+    x = precise(activations)
     rotations = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).repeat(x.shape[0], 1, 1)
     for group in groups:
         target = x[group[0]]

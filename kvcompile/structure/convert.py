@@ -127,7 +127,7 @@ def _turns(model: Any, plan: Plan, text: Tensor | None) -> Turns:
             continue
         keys = None
         if heads.align == "both":
-            cos, _ = rotary(model, index)(torch.zeros(1, dtype=torch.long, device=text.device))
+            cos, _ = rotary(model, index)(torch.zeros(1, dtype=torch.long, device=model.device))
             turning = cos.shape[-1] if plan.layers[index].rotates else 0
             keys = alignment(seen[index].keys, heads.groups, turning)
         turns[index] = keys, alignment(seen[index].values, heads.groups, 0)

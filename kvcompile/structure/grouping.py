@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcompile.structure.activations import LayerKV
 from kvcompile.structure.data import Groups, contiguous
+from kvcompile.structure.layout import precise
 
 
 def by_similarity(kv: LayerKV, kept: int) -> Groups:
@@ -16,7 +17,7 @@ def by_similarity(kv: LayerKV, kept: int) -> Groups:
 
 def similarity(activations: Tensor) -> Tensor:
     """S[i, j] = <X_i, X_j> / (|X_i| |X_j|) of `activations [H, n, D]`: `[H, H]`, 1 where heads are equal."""
-    rows = torch.nn.functional.normalize(activations.double().flatten(1), dim=1)
+    rows = torch.nn.functional.normalize(precise(activations).flatten(1), dim=1)
     return rows @ rows.T
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.structure.data import Fold, Heads, Merge
-from kvcompile.structure.layout import Projection, Weights
+from kvcompile.structure.layout import Projection, Weights, precise
 
 
 def merge_heads(
@@ -28,8 +28,8 @@ def merge_heads(
         key, query = key.turn(turn_keys), query.turn(turn_keys.repeat_interleave(per_head, 0))
     if turn_values is not None:
         value = value.turn(turn_values)
-        columns = out.movedim(1, 0).to(turn_values.dtype) @ turn_values.repeat_interleave(per_head, 0).transpose(1, 2)
-        out = columns.movedim(0, 1).to(out.dtype)
+        columns = out.movedim(1, 0).to(turn_values) @ turn_values.repeat_interleave(per_head, 0).transpose(1, 2)
+        out = columns.movedim(0, 1).to(out)
     if how.permutes:
         order = torch.arange(heads).view(how.original, per_head)[[h for group in how.groups for h in group]].flatten()
         query, out = query.map(lambda x: x[order.to(x.device)]), out[:, order.to(out.device)]
@@ -41,7 +41,7 @@ def _merged(rows: Tensor, groups: Sequence[Sequence[int]], how: Merge) -> Tensor
     if how == "first":
         return rows[[group[0] for group in groups]]
     order = [h for group in groups for h in group]
-    return torch.unflatten(rows[order].double(), 0, (len(groups), -1)).mean(1).to(rows.dtype)
+    return torch.unflatten(precise(rows[order]), 0, (len(groups), -1)).mean(1).to(rows)
 
 
 def fold_layers(layers: Sequence[Weights], how: Fold) -> Weights:
@@ -55,11 +55,11 @@ def fold_layers(layers: Sequence[Weights], how: Fold) -> Weights:
         return owner
 
     def folded(tensors: Sequence[Tensor]) -> Tensor:
-        wide = [x.double() for x in tensors]
+        wide = [precise(x) for x in tensors]
         total = wide[0]
         for x in wide[1:]:
             total = (total + x) / 2 if how == "successive" else total + x
-        return (total if how == "successive" else total / len(wide)).to(tensors[0].dtype)
+        return (total if how == "successive" else total / len(wide)).to(tensors[0])
 
     def fold(parts: Sequence[Projection | None]) -> Projection:
         rows = [part for part in parts if part is not None]

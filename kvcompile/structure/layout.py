@@ -34,7 +34,7 @@ class Projection:
 
         def turned(x: Tensor) -> Tensor:
             rows = x.unsqueeze(-1) if x.dim() == 2 else x
-            return (rotations @ rows.to(rotations.dtype)).to(x.dtype).view_as(x)
+            return (rotations @ rows.to(rotations)).to(x).view_as(x)
 
         return self.map(turned)
 
@@ -224,6 +224,11 @@ LAYOUTS: dict[type[Attention], Callable[..., Layout]] = {
 }
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs have not."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def plain(attention: nn.Module, name: str) -> nn.Linear:
     """The projection called `name`. Raises KvcompileError for one that is no plain `nn.Linear` (quantised, LoRA)."""
     linear = getattr(attention, name)
@@ -258,6 +263,6 @@ def linear_like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linea
 
 def norm_of(old: nn.Module, weight: Tensor) -> nn.Module:
     """A norm like `old` with this weight."""
-    new = copy.copy(old)
-    new._parameters = {**old._parameters, "weight": nn.Parameter(weight.detach().clone(), True)}
+    new, like = copy.copy(old), old.get_parameter("weight")
+    new._parameters = {**old._parameters, "weight": nn.Parameter(weight.detach().clone(), like.requires_grad)}
     return new

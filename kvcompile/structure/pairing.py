@@ -12,6 +12,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
 from kvcompile.structure.activations import attention_inputs, keys_values
 from kvcompile.structure.data import Fold
+from kvcompile.structure.layout import precise
 
 By = Literal["kv", "activations"]
 
@@ -35,7 +36,7 @@ def best_pattern(model: Any, ids: Tensor, factor: int, by: By, fold: Fold) -> li
 def layer_similarity(model: Any, ids: Tensor, by: By) -> Tensor:
     """Mean cosine, over tokens, of two layers' keys and values, or of what their attention reads; `[L, L]`."""
     seen = [kv.flat for kv in keys_values(model, ids)] if by == "kv" else attention_inputs(model, ids)
-    units = torch.stack([torch.nn.functional.normalize(x.double(), dim=-1).flatten() for x in seen])
+    units = torch.stack([torch.nn.functional.normalize(precise(x), dim=-1).flatten() for x in seen])
     return units @ units.T / seen[0].shape[0]
 
 
