@@ -103,4 +103,5 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
 for op in (begin, kv_append, observe, compress, allocate, trim):
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {f: f.__name__ for f in (begin, rope, together, kv_append, observe, attend, compress, allocate, trim)}
+OPS = (begin, rope, together, kv_append, observe, attend, compress, allocate, trim)
+NAMES: dict[Any, str] = {f: f.__name__ for f in OPS}
