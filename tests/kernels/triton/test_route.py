@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -125,3 +126,16 @@ def test_one_cache_of_files_serves_many_threads_and_processes(tmp_path: Path, mo
     path = files.written(texts[1], "unit")
     path.write_text("VALUE = 666")
     assert files.written(texts[1], "unit").read_text() == texts[1]
+
+
+def test_the_annotated_kernel_is_the_generated_one() -> None:
+    """Blocks marked `python` in the docs are the main function, in order; blocks marked `py` are fragments."""
+    page = (files.FRAGMENTS.parents[2] / "docs" / "kernels-triton.md").read_text("utf-8")
+    part = Part("ragged", Codec("int4", "channel", 32), Codec("int4", "token"))
+    text = Kernels(KernelSpec((part, *plain("ragged", "float16")), 4, 128, 128, 0.125), Form()).text
+    shown = re.findall(r"```python\n(.*?)```", page, re.S)
+    lines = [line for block in shown for line in block.splitlines() if line]
+    assert lines == [line for line in text[text.index("@triton.jit\ndef attend") :].splitlines() if line]
+    fragments = re.findall(r"```py\n(.*?)\n```", page, re.S)
+    assert len(fragments) == 2
+    assert all(fragment in text for fragment in fragments)
