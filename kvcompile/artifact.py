@@ -25,6 +25,7 @@ __all__ = ["from_pretrained", "load", "save", "versions"]
 GRAPH, KERNELS = "graph.txt", "kernels/layers.md"
 TOLD = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
+HEADS = "num_key_value_heads"
 DATA_ONLY = {"local_files_only": True, "trust_remote_code": False}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -231,8 +232,11 @@ def _original(folder: Path) -> Any:
     with _told(f"{folder / CONFIG} must describe a known model"):
         config = AutoConfig.from_pretrained(folder, **DATA_ONLY)
         architecture_of(config)
-        for name, value in (getattr(config, "kvcompile", None) or {}).get("original", {}).items():
-            setattr(config, name, value)
+        heads = (getattr(config, "kvcompile", None) or {}).get("original", {}).get(HEADS)
+        if heads is not None:
+            if not isinstance(heads, int) or heads < 1 or config.num_attention_heads % heads:
+                raise KvcompileError(f"kvcompile.original.{HEADS} must divide the query heads", repr(heads))
+            setattr(config, HEADS, heads)
     return config
 
 

@@ -13,7 +13,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import kvcompile
-from kvcompile import artifact, planning
+from kvcompile import artifact, manifest, planning
 from kvcompile.calibrator import shared
 from kvcompile.compiler import assemble
 from kvcompile.compose import compose
@@ -138,14 +138,24 @@ def test_a_truncated_conversion_is_refused(tmp_path: Path) -> None:
     """An artifact whose weights are not those of its recipe's conversion does not load."""
     from safetensors.torch import load_file, save_file
 
-    from kvcompile import manifest
-
     path = artifact.save(assembled({"cla": {}}), tmp_path / "artifact")
     weights = load_file(path / "model.safetensors")
     del weights["model.layers.2.self_attn.k_proj.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     manifest.write(path, manifest.read(path).plan)
     with pytest.raises(KvcompileError, match=r"none missing.*layers\.2\.self_attn\.k_proj\.weight"):
+        kvcompile.load(path)
+
+
+@pytest.mark.parametrize("heads", ["'4'", 3, 0, [2]])
+def test_an_original_that_cannot_be_is_refused(heads: Any, tmp_path: Path) -> None:
+    path = artifact.save(assembled({"gqa": {}}), tmp_path / "artifact")
+    config = json.loads((path / "config.json").read_text())
+    assert config["kvcompile"]["original"] == {"num_key_value_heads": 2}
+    config["kvcompile"]["original"]["num_key_value_heads"] = heads
+    (path / "config.json").write_text(json.dumps(config))
+    manifest.write(path, manifest.read(path).plan)
+    with pytest.raises(KvcompileError, match="num_key_value_heads must divide the query heads"):
         kvcompile.load(path)
 
 
