@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.selection import Selection
+from kvcompile.storage import PLAIN, Codec, Storage
 from kvcompile.structure.data import Fold, Heads
 
 Family = Literal["structure", "selection", "recall", "storage"]
@@ -21,7 +22,7 @@ POSITION_BYTES = 4  # one int32 true position per kept entry
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One attention layer: heads, head size, whose KV it reads, and what of it is kept."""
+    """One attention layer: heads, head size, whose KV it reads, what of it is kept, and in which numbers."""
 
     index: int
     query_heads: int
@@ -32,6 +33,7 @@ class LayerPlan:
     sliding_window: int | None = None
     softcap: float | None = None
     selection: Selection | None = None
+    storage: Storage = PLAIN
     rotates: bool = True  # whether queries and keys get rotary positions
     key_norm: bool = False  # whether keys are normed after their projection
     heads: Heads | None = None  # how its KV heads were merged
@@ -54,7 +56,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer will hold for one sequence: tokens per KV head (None: only the total is known ahead) and bytes."""
+    """What one layer will hold for one sequence: tokens per KV head (None: only the total is known ahead) and bytes.
+
+    Where only the total is known and tokens are stored in blocks, `bytes` is that of heads which share it evenly.
+    """
 
     index: int
     kept: tuple[int, ...] | None
@@ -134,6 +139,8 @@ class Plan:
                 )
             if p.selection is not None:
                 self._check_selection(p, p.selection)
+            if p.storage != PLAIN:
+                _check_storage(p)
 
     def _check_selection(self, p: LayerPlan, s: Selection) -> None:
         where = f"{s.policy}: layer {p.index}"
@@ -174,12 +181,10 @@ class Plan:
 
     def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
         """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
-        size = DTYPE_BYTES[self.dtype]
         rows = []
         for p in self.layers:
             full = p.span(tokens)
-            one = 2 * p.head_dim * size * batch
-            dense = full * p.dense_heads * one
+            dense = full * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
             if p.owner != p.index:
                 rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense))
                 continue
@@ -190,7 +195,9 @@ class Plan:
                 total = p.selection.resolve(full)[0] * p.kv_heads
             else:
                 total = full * p.kv_heads
-            rows.append(LayerBytes(p.index, kept, total, total * one, dense))
+            shares = kept or split_evenly(total, p.kv_heads)
+            held = batch * sum(p.storage.nbytes(n, p.head_dim, self.dtype) for n in shares)
+            rows.append(LayerBytes(p.index, kept, total, held, dense))
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -211,6 +218,40 @@ class Plan:
 def _kind(p: LayerPlan) -> str:
     window = f"sliding window {p.sliding_window}" if p.sliding_window else "full attention"
     return window if p.rotates else f"{window} without rotary positions"
+
+
+def split_evenly(total: int, rows: int) -> tuple[int, ...]:
+    """`total` tokens over rows, the first ones getting the remainder."""
+    return tuple(total // rows + (i < total % rows) for i in range(rows))
+
+
+def _check_storage(p: LayerPlan) -> None:
+    s = p.storage
+    where = f"{s.policy or 'storage'}: layer {p.index}"
+    if p.owner != p.index:
+        raise KvcompileError(f"{where}: what a layer without a cache stores", f"it reads layer {p.owner}")
+    if s.coded and p.sliding_window:
+        raise KvcompileError(
+            f"{where}: a sliding layer keeps the model's dtype", f"window {p.sliding_window}", "skip that layer"
+        )
+    if p.selection is not None and p.selection.positions == "compact":
+        raise KvcompileError(
+            f"{where}: compact positions rotate stored keys, which must then be plain",
+            s.text("the model's dtype") if s.coded else "rotated",
+            f"stack.{p.selection.policy}.positions=original",
+        )
+    for codec in (s.key, s.value):
+        if codec is not None:
+            _check_codec(where, codec, p.head_dim)
+
+
+def _check_codec(where: str, codec: Codec, dim: int) -> None:
+    if codec.axis == "channel" and codec.group < 1:
+        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group)
+    if codec.axis == "token" and codec.group and dim % codec.group:
+        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group)
+    if codec.bits < 8 and dim * codec.bits % 8:
+        raise KvcompileError(f"{where}: packed codes of a token must fill whole bytes", f"{dim} of {codec.bits} bits")
 
 
 def _plain(value: Any) -> Any:

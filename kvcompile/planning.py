@@ -110,7 +110,7 @@ def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
     else:
         low, high = min(row.kept), max(row.kept)
         kept = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return str(p.kv_heads), kept, dtype, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
+    return str(p.kv_heads), kept, p.storage.text(dtype), size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
 
 
 def size(number: int) -> str:

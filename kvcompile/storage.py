@@ -8,6 +8,7 @@ from typing import Literal
 Axis = Literal["none", "token", "channel"]
 BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 SCALE_BYTES = 2  # scales and zeros are float16
+FLUSH = 32  # tokens that are encoded together while decoding: a dozen small calls, however few they are for
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Storage:
 
     `residual` newest tokens of each row stay in the model's dtype; older ones are encoded in blocks (see `block`).
     `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis.
+    `policy`: who chose the codecs, for messages.
     """
 
     key: Codec | None = None
@@ -77,6 +79,7 @@ class Storage:
     residual: int = 0
     page: int = 0
     rotated: bool = False
+    policy: str = ""
 
     @property
     def coded(self) -> bool:
@@ -89,8 +92,35 @@ class Storage:
         groups = [c.group for c in (self.key, self.value) if c is not None and c.axis == "channel"]
         return max([1, *groups])
 
+    @property
+    def flush(self) -> int:
+        """Tokens more than the residual that a row may hold in the model's dtype while decoding: whole blocks."""
+        return -(-FLUSH // self.block) * self.block
+
     def encoded(self, tokens: int) -> int:
         """How many of a row's `tokens` (its oldest) are encoded after a settled pass; the others are the residual."""
         if not self.coded:
             return 0
         return max(0, tokens - self.residual) // self.block * self.block
+
+    def codecs(self, dtype: str) -> tuple[Codec, Codec]:
+        """(key, value) as encoded tokens are held, where the model's dtype is `dtype`."""
+        return self.key or Codec(dtype), self.value or Codec(dtype)
+
+    def nbytes(self, tokens: int, dim: int, dtype: str) -> int:
+        """Bytes of keys and values of a row of `tokens` after a settled pass: codes, scales, residual."""
+        old, plain = self.encoded(tokens), Codec(dtype)
+        coded = sum(codec.nbytes(old, dim) for codec in self.codecs(dtype))
+        return coded + 2 * plain.nbytes(tokens - old, dim)
+
+    def text(self, dtype: str) -> str:
+        """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`."""
+        if not self.coded:
+            return dtype
+        key, value = (codec.name for codec in self.codecs(dtype))
+        kinds = key if key == value else f"K {key}, V {value}"
+        basis = " rotated" if self.rotated else ""
+        return f"{kinds}{basis}" + (f", newest {self.residual} {dtype}" if self.residual else "")
+
+
+PLAIN = Storage()

@@ -1,4 +1,4 @@
-"""The contract table: one row for each selection policy, and how a row becomes a compiled tiny model."""
+"""The contract table: a row for each policy that selects or stores, and how a row becomes a compiled tiny model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tiny import tiny_model
+from torch import Tensor
 
 from kvcompile.adapters.registry import describe
 from kvcompile.calibrator import shared
@@ -23,13 +24,16 @@ Options = dict[str, dict[str, Any]]  # fields by policy, in stack order
 
 @dataclass(frozen=True)
 class Row:
-    """What the contract must know of a policy: the last one of `stack`.
+    """What the contract must know of a policy: the last one of `stack` that selects.
 
     stack: fields that suit a tiny model and budgets of `LEAST` tokens or more.
     split: the rows (KV heads) over which the budget is conserved: each head, the heads of a layer, those of all
     layers; `threshold`: there is no budget. whole: `(layer, head)` rows that keep everything beside the budget.
     recent: newest tokens that must stay (below 1: share of the budget). finds: what the needle oracle plants (None:
     the policy looks at nothing). everything: fields that keep all of a short prompt, besides a large budget.
+    stored: policies that store what is kept, after the others. error: how far stored keys and values may be from true
+    ones (none is larger than 10; half a step of 8 bits over that is 0.04). logits: how far logits may be from the
+    uncompressed model's, as root mean square over theirs, where everything is kept.
     """
 
     stack: Options
@@ -38,10 +42,13 @@ class Row:
     recent: int | float = 0
     finds: Literal["attended", "different", "short"] | None = "attended"
     everything: dict[str, Any] = field(default_factory=dict)
+    stored: Options = field(default_factory=dict)
+    error: float = 1e-5
+    logits: float = 1e-5
 
     @property
     def policy(self) -> str:
-        """The policy that the row is about."""
+        """The selecting policy that the row is about."""
         return list(self.stack)[-1]
 
     def fields(self, budget: float, **more: Any) -> Options:
@@ -50,7 +57,13 @@ class Row:
         return {
             **self.stack,
             self.policy: {"sinks": SINKS, "decode_every": 0, **self.stack[self.policy], **budgeted, **more},
+            **self.stored,
         }
+
+    @property
+    def rooms(self) -> int:
+        """Places that keep room for the next tokens: codes have their own."""
+        return 2 if self.stored else 1
 
     def promised(self, budget: int, tokens: int) -> int:
         """Tokens that all rows of a tiny model together keep of `tokens`."""
@@ -64,6 +77,29 @@ class Row:
 LEAST = 16  # the smallest budget that the options below allow
 SNAPKV = {"window": 8, "kernel": 3}
 RETRIEVING = ((0, 1), (2, 0), (2, 1))
+KIVI8: Options = {"kivi": {"bits": 8, "group": 4, "residual": 8}}
+
+# storage policies alone, with fields that suit 60 tokens, and how far logits may be off as above. Numbers by bits: a
+# step is 1/255, 1/15 or (e4m3) 1/16 of the range, and four layers of random weights make about ten times that of it
+STORED: dict[str, tuple[Options, float]] = {
+    "kivi 8": (KIVI8, 0.02),
+    "kivi 4": ({"kivi": {"bits": 4, "group": 8, "residual": 16}}, 0.3),
+    "kivi K8V4": ({"kivi": {"key_bits": 8, "value_bits": 4, "group": 4, "residual": 0}}, 0.3),
+    "int8": ({"int8": {"residual": 5}}, 0.03),
+    "fp8": ({"fp8": {}}, 0.3),
+}
+
+# structural stacks, for layers of one kind
+STRUCTURES: dict[str, Options] = {
+    "gqa": {"gqa": {}},
+    "gqa, first": {"gqa": {"merge": "first"}},
+    "mqa": {"mqa": {}},
+    "mqa by similarity": {"mqa": {"merge": "similarity", "groups": [[[1, 0]]] * LAYERS}},
+    "cla": {"cla": {}},
+    "cla, dense front": {"cla": {"variant": "dense_front", "fold": "mean"}},
+    "mlkv": {"mlkv": {"layers": 2}},
+    "gqa and cla": {"gqa": {}, "cla": {"pattern": [0, 0, 0, 3]}},
+}
 
 # structural stacks, for layers of one kind
 STRUCTURES: dict[str, Options] = {
@@ -102,6 +138,8 @@ TABLE: dict[str, Row] = {
     "zigzag, adaptive": Row(
         {"expected_attention": {}, "zigzag": {"window": 8, "scope": "adaptive", "floor": 0.8}}, split="model"
     ),
+    "adakv, kivi": Row({"adakv": {}}, split="layer", stored=KIVI8, error=0.05, logits=0.02),
+    "snapkv, int8": Row({"snapkv": SNAPKV}, recent=8, stored={"int8": {}}, error=0.05, logits=0.03),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
 
@@ -130,3 +168,16 @@ def compiled(stack: Options, architecture: str = "llama", **changes: Any) -> Any
 def kept_positions(cache: Any) -> list[list[list[int]]]:
     """True positions held, per layer and row (sequence-major)."""
     return [[positions.tolist() for _, _, positions in layer.held.rows()] for layer in cache.layers]
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of what was expected."""
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def stored_bytes(cache: Any) -> list[int]:
+    """What each layer must hold by its plan, from how many entries each row has."""
+    return [
+        sum(p.storage.nbytes(n, DIM, "float32") for n in lengths)
+        for p, lengths in zip(cache.plan.layers, cache.lengths(), strict=True)
+    ]

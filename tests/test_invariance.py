@@ -14,6 +14,7 @@ TOKENS, BUDGET, NEW = 60, 24, 6
 LENGTHS = (TOKENS, 41, 29)  # of the sequences in the padded batch; the shortest is still longer than the budget
 
 every = pytest.mark.parametrize(("name", "row"), TABLE.items(), ids=TABLE)
+EXACT = {name: row for name, row in TABLE.items() if not row.stored}  # rounding may prefer another beam
 
 
 def padded(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def test_chunks_of_a_padded_batch(name: str, row: Row, between: bool) -> None:
             assert sum(sizes) == sum(sum(map(len, layer)) for layer in rows_of(alone.past_key_values, 0, 1))
 
 
-@every
+@pytest.mark.parametrize(("name", "row"), EXACT.items(), ids=EXACT)
 def test_beam_search_with_all_tokens_is_that_of_the_model(name: str, row: Row) -> None:
     ids, beams = tiny_ids(2, TOKENS, seed=7), {"num_beams": 3, "num_return_sequences": 2}
     got = generate(compiled(row.fields(1.0, **row.everything)), ids, **beams)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvcompile.policies.coded import StoragePolicy
 from rich.console import Console
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
@@ -33,6 +34,7 @@ def quick(name: str) -> list[str]:
 def test_every_policy_that_selects_or_converts_has_a_recipe() -> None:
     shown = {policy for name in SHIPPED for policy in compose([f"recipe={name}"]).stack}
     assert shown >= {name for name, cls in discover().items() if cls.family in ("selection", "structure")}
+    assert shown >= {name for name, cls in discover().items() if issubclass(cls, StoragePolicy)}
 
 
 @every

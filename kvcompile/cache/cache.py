@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvcompile.cache.coded import expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import ROUTES, Route
-from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan import Plan
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -120,8 +121,9 @@ class KVCache(Cache):  # type: ignore[misc]
         return found
 
     def expected(self, index: int) -> list[KernelSpec]:
-        """The kernels that layer `index` will need: over rows of one length, and of any length."""
-        return [self.spec(index, plain(layout, self.plan.dtype)) for layout in ("dense", "ragged")]
+        """The kernels that layer `index` will need to decode: over rows of one length, and of any length."""
+        storage = self.plan.layers[self.plan.layers[index].owner].storage
+        return [self.spec(index, expected_parts(storage, layout, self.plan.dtype)) for layout in ("dense", "ragged")]
 
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
@@ -130,6 +132,10 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def summed(self) -> None:
         """Record that a score has summed over the tokens so far: their part in it can no longer be taken back."""
+        self.croppable = 0
+
+    def encoded(self) -> None:
+        """Record that tokens were encoded: their exact numbers, and when it was done, can no longer be taken back."""
         self.croppable = 0
 
     def lengths(self) -> list[list[int]]:
@@ -159,8 +165,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether every token could be taken back: only where nothing can be evicted."""
-        return not self.plan.selected and not any(p.sliding_window for p in self.plan.layers)
+        """Whether every token could be taken back: only where nothing can be evicted or encoded."""
+        return not self.plan.selected and not any(p.sliding_window or p.storage.coded for p in self.plan.layers)
 
     def _select(self, sequences: Tensor) -> None:
         for layer in self.layers:
@@ -190,14 +196,14 @@ class KVCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens, exactly.
 
-        Raises KvcompileError if an eviction has seen them: what it dropped cannot come back.
+        Raises KvcompileError if an eviction has seen them, or one was encoded: what was lost cannot come back.
         """
         count = abs(tokens_to_remove)
         if count == 0:
             return
         if tokens_to_remove > 0 or count > self.croppable:
             raise KvcompileError(
-                "only tokens that came after the last eviction can be cropped, given as a negative number",
+                "only tokens after the last eviction or encoding can be cropped, given as a negative number",
                 f"{tokens_to_remove} with {self.croppable} such tokens",
                 "crop fewer, or start a new cache",
             )

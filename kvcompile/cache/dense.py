@@ -45,6 +45,11 @@ class DenseStore:
         return self.keys.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.keys.device
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens held by each row (sequence-major)."""
         return [self.length] * (self.batch * self.heads)
@@ -115,13 +120,30 @@ class DenseStore:
         """Forget the newest `count` tokens of every row."""
         self.length -= count
 
+    def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys `[n, D]`, values and positions of the first `counts[row]` entries (all alike), row after row."""
+        n = counts[0]
+        positions = self.positions[:, :, :n].expand(-1, self.heads, -1)
+        return self.keys[:, :, :n].flatten(0, 2), self.values[:, :, :n].flatten(0, 2), positions.flatten()
+
+    def shed(self, counts: list[int]) -> None:
+        """Forget the first `counts[row]` entries (all alike) of each row, in place."""
+        n, rest = counts[0], self.length - counts[0]
+        for x in (self.keys, self.values, self.positions):
+            x[:, :, :rest] = x[:, :, n : self.length].clone()
+        self.length = rest
+
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
         return _bytes(self.keys[:, :, : self.length]) + _bytes(self.values[:, :, : self.length])
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return [self.keys, self.values, self.positions]
+
     def allocated(self) -> int:
         """Bytes of everything allocated: keys, values, positions, room."""
-        return _bytes(self.keys) + _bytes(self.values) + _bytes(self.positions)
+        return sum(map(_bytes, self.tensors()))
 
 
 def _bytes(x: Tensor) -> int:

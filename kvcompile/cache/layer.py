@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcompile.cache.dense import DenseStore
-from kvcompile.cache.ragged import RaggedStore
+from kvcompile.cache import plain
+from kvcompile.cache.coded import CodedStore
 from kvcompile.cache.watch import Watch
 from kvcompile.plan import LayerPlan
 
-Store = DenseStore | RaggedStore
+Store = plain.PlainStore | CodedStore
 
 
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one owner layer, and what its selection remembers.
 
-    `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise.
+    `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, and
+    coded where the plan stores older tokens in another format.
     """
 
     is_compileable = False
@@ -43,33 +44,30 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored."""
         self.columns += keys.shape[2]
         if self.store is None:
-            batch, heads, count, _ = keys.shape
-            if valid is None:
-                self.store = DenseStore.empty(keys, values, count + headroom)
-            else:
-                rooms = [int(n) + headroom for n in valid.sum(1) for _ in range(heads)]
-                self.store = RaggedStore(keys, values, batch, heads, rooms)
+            first = plain.opened(keys, values, valid, headroom)
+            self.store = CodedStore(self.plan.storage, first) if self.plan.storage.coded else first
             self.is_initialized = True
-        if valid is not None and isinstance(self.store, DenseStore):
-            self.store = RaggedStore.of(self.store.rows(), self.store.batch, self.store.heads, headroom)
-        if isinstance(self.store, DenseStore):
-            self.store.append(keys, values, positions, headroom)
-        else:
+        if isinstance(self.store, CodedStore):
             self.store.append(keys, values, positions, headroom, valid)
+        else:
+            self.store = plain.added(self.store, keys, values, positions, valid, headroom)
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
         store = self.held
-        if len({i.numel() for i in indices}) == 1 and isinstance(store, DenseStore):
-            self.store = store.take(indices, headroom)
-            return
-        rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(store.rows(), indices, strict=True)]
-        self.store = RaggedStore.of(rows, store.batch, store.heads, headroom)
+        if isinstance(store, CodedStore):
+            store.keep(indices, headroom)
+        else:
+            self.store = plain.taken(store, indices, headroom)
+
+    def settle(self, headroom: int, release: bool) -> bool:
+        """Encode what is older than the residual (see `CodedStore.settle`); whether anything was."""
+        return isinstance(self.store, CodedStore) and self.store.settle(headroom, release)
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         if self.store is not None:
-            self.store.select(sequences.to(self.store.keys.device))
+            self.store.select(sequences.to(self.store.device))
             self.watch.select(sequences)
 
     def reset(self) -> None:

@@ -32,6 +32,11 @@ class RaggedStore:
         self._begins = torch.tensor(self.starts, device=self.keys.device)
         self._mark_ends()
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.keys.device
+
     def _mark_ends(self) -> None:
         self._ends = self._begins + torch.tensor(self.lengths, device=self.keys.device)
 
@@ -104,16 +109,7 @@ class RaggedStore:
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
-        mine = self.rows()[b * self.heads : (b + 1) * self.heads]
-        lengths = [r[0].shape[0] for r in mine]
-        longest = max(lengths)
-        keys = self.keys.new_zeros(self.heads, longest, self.keys.shape[-1])
-        values = self.values.new_zeros(self.heads, longest, self.values.shape[-1])
-        positions = self.positions.new_full((self.heads, longest), -1)
-        for h, (k, v, p) in enumerate(mine):
-            n = lengths[h]
-            keys[h, :n], values[h, :n], positions[h, :n] = k, v, p
-        return keys, values, positions, lengths
+        return padded(self.rows()[b * self.heads : (b + 1) * self.heads])
 
     def take(self, indices: list[Tensor], headroom: int) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
@@ -135,11 +131,49 @@ class RaggedStore:
         self.lengths = [n - count for n in self.lengths]
         self._mark_ends()
 
+    def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
+        at = spans(self._begins, torch.tensor(counts, device=self.device))
+        return self.keys[at], self.values[at], self.positions[at]
+
+    def shed(self, counts: list[int]) -> None:
+        """Forget the first `counts[row]` entries of each row, in place."""
+        for row, n in enumerate(counts):
+            if n:
+                start, stop = self.starts[row], self.starts[row] + self.lengths[row]
+                for x in (self.keys, self.values, self.positions):
+                    x[start : stop - n] = x[start + n : stop].clone()
+        self.lengths = [held - n for held, n in zip(self.lengths, counts, strict=True)]
+        self._mark_ends()
+
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
         per_token = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         return sum(self.lengths) * per_token
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return [self.keys, self.values, self.positions]
+
     def allocated(self) -> int:
         """Bytes of everything allocated: keys, values, positions, room."""
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.positions))
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+
+def spans(begins: Tensor, counts: Tensor) -> Tensor:
+    """The indices `begins[i], ..., begins[i] + counts[i] - 1` of every i, one after the other."""
+    before = counts.cumsum(0) - counts
+    within = torch.arange(int(counts.sum()), device=counts.device) - before.repeat_interleave(counts)
+    return begins.repeat_interleave(counts) + within
+
+
+def padded(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Keys `[rows, n, D]`, values, positions `[rows, n]` (zeros and -1 past a row's end) and row lengths."""
+    keys, values, positions = zip(*rows, strict=True)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad(list(keys), batch_first=True),
+        pad(list(values), batch_first=True),
+        pad(list(positions), batch_first=True, padding_value=-1),
+        [len(p) for p in positions],
+    )

@@ -54,8 +54,9 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: int) -> LayerCache:
     """Store new keys and values `[B, H_kv, Q, D]`; the result is the edge that `attend` and `compress` read."""
     kv: LayerCache = cache.layers[layer]
-    # a prefill that is about to be compressed needs no room behind it
-    kv.append(keys, values, step.positions, step.valid, 0 if step.prefill and kv.plan.selection else cache.headroom)
+    # a prefill that is about to be compressed or encoded needs no room behind it
+    shrinks = kv.plan.selection is not None or kv.plan.storage.coded
+    kv.append(keys, values, step.positions, step.valid, 0 if step.prefill and shrinks else cache.headroom)
     return kv
 
 
@@ -100,8 +101,16 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
     selections.trim(kv, step, step.cache.plan.layers[layer])
 
 
-for op in (begin, kv_append, observe, compress, allocate, trim):
+@leaf
+def settle(kv: LayerCache, step: Step, layer: int) -> None:
+    """Encode the tokens that are older than the residual; in a prefill after the selection, if there is one to come."""
+    s = kv.plan.selection
+    if step.due(1, s is None or s.schedule.between_chunks) and kv.settle(step.cache.headroom, step.prefill):
+        step.cache.encoded()
+
+
+EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle)
+for op in EFFECTS:
     has_side_effect(op)
 
-OPS = (begin, rope, together, kv_append, observe, attend, compress, allocate, trim)
-NAMES: dict[Any, str] = {f: f.__name__ for f in OPS}
+NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, together, attend)}

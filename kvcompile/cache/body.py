@@ -1,0 +1,229 @@
+"""The encoded part of a layer's rows: codes, scales and true positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache.ragged import spans
+from kvcompile.kernels.codecs import decode, encode
+from kvcompile.kernels.layout import RaggedView, Segment
+from kvcompile.kernels.spec import Part
+from kvcompile.storage import Codec
+
+Row = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """The number formats of keys and values, and the dtype that they decode to."""
+
+    key: Codec
+    value: Codec
+    dtype: torch.dtype
+
+    @property
+    def block(self) -> int:
+        """Tokens that share scales, so that they are written and dropped together."""
+        return max(step(self.key), step(self.value))
+
+    @property
+    def steps(self) -> tuple[int, int, int, int, int]:
+        """Tokens per entry of each tensor of `Codes`."""
+        return 1, step(self.key), 1, step(self.value), 1
+
+
+def step(codec: Codec) -> int:
+    """Tokens that one entry of a codec's scales is for."""
+    return codec.group if codec.axis == "channel" else 1
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Encoded entries, as `kvcompile.kernels.layout` says: codes and scales of keys and values, true positions."""
+
+    keys: Tensor
+    key_scales: Tensor | None
+    values: Tensor
+    value_scales: Tensor | None
+    positions: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, positions: Tensor, format: Format) -> Codes:
+        """Encode `keys [n, D]` and values; n is a multiple of the format's block."""
+        return cls(*encode(keys, format.key), *encode(values, format.value), positions)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [x for x in self._all if x is not None]
+
+    @property
+    def _all(self) -> tuple[Tensor | None, ...]:
+        return self.keys, self.key_scales, self.values, self.value_scales, self.positions
+
+    def decoded(self, format: Format) -> Row:
+        """Keys `[n, D]`, values and positions."""
+        keys = decode(self.keys, self.key_scales, format.key, format.dtype)
+        return keys, decode(self.values, self.value_scales, format.value, format.dtype), self.positions
+
+    def room(self, tokens: int, format: Format) -> Codes:
+        """Uninitialised tensors like these for so many tokens, a multiple of the block."""
+        made = [
+            None if x is None else x.new_empty(tokens // n, *x.shape[1:])
+            for x, n in zip(self._all, format.steps, strict=True)
+        ]
+        return Codes(*made)  # type: ignore[arg-type]
+
+    def pick(self, at: Tensor, format: Format) -> Codes:
+        """The entries `at [n]`, whole blocks of them."""
+        picked = [
+            None if x is None else x[at[::n] // n if n > 1 else at]
+            for x, n in zip(self._all, format.steps, strict=True)
+        ]
+        return Codes(*picked)  # type: ignore[arg-type]
+
+    def span(self, start: int, stop: int, format: Format) -> Codes:
+        """The entries `start : stop`, whole blocks of them, as views."""
+        cut = [None if x is None else x[start // n : stop // n] for x, n in zip(self._all, format.steps, strict=True)]
+        return Codes(*cut)  # type: ignore[arg-type]
+
+    def put(self, at: Tensor, new: Codes, format: Format) -> None:
+        """Write `new` to the entries `at [n]`, whole blocks of them."""
+        for mine, x, n in zip(self._all, new._all, format.steps, strict=True):
+            if mine is not None and x is not None:
+                mine[at[::n] // n if n > 1 else at] = x.to(mine.dtype)
+
+
+class Body(Protocol):
+    """What `CodedStore` asks of the encoded part of its rows, wherever it lies. Rows are sequence-major.
+
+    Counts and indices are whole blocks of the format, counted from the row's first entry.
+    """
+
+    batch: int
+    heads: int
+    lengths: list[int]
+    format: Format
+
+    @property
+    def part(self) -> Part:
+        """How a kernel must read it."""
+        ...
+
+    def segment(self) -> Segment:
+        """What a kernel reads."""
+        ...
+
+    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+        """Add the next `counts[row]` of the entries `new` to each row; new room holds `headroom` tokens more."""
+        ...
+
+    def row(self, row: int, start: int = 0) -> Row:
+        """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
+        ...
+
+    def take(self, indices: list[Tensor], headroom: int) -> Body:
+        """A new body with only the entries `indices[row]` of each row."""
+        ...
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales held (not of the room behind them)."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        ...
+
+
+class RaggedBody:
+    """Encoded rows back to back; row r may grow from `starts[r]` to `starts[r] + rooms[r]`, multiples of the block."""
+
+    def __init__(self, like: Codes, format: Format, batch: int, heads: int, rooms: list[int]) -> None:
+        self.format, self.batch, self.heads = format, batch, heads
+        self.rooms = [-(-room // format.block) * format.block for room in rooms]
+        self.lengths = [0] * len(rooms)
+        self.starts = [sum(self.rooms[:i]) for i in range(len(rooms))]
+        self.codes = like.room(sum(self.rooms), format)
+        self._begins = torch.tensor(self.starts, device=self.codes.keys.device)
+        self._ends = self._begins.clone()
+
+    @property
+    def part(self) -> Part:
+        """Ragged, in the format's codecs."""
+        return Part("ragged", self.format.key, self.format.value)
+
+    def segment(self) -> RaggedView:
+        """What a kernel reads."""
+        c = self.codes
+        return RaggedView(
+            c.keys,
+            c.values,
+            c.positions,
+            self.starts,
+            self.lengths,
+            self.batch,
+            self.heads,
+            self._begins,
+            self._ends,
+            c.key_scales,
+            c.value_scales,
+        )
+
+    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+        """Add the next `counts[row]` of the entries `new` to each row; a full row moves all, once."""
+        lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
+        if any(n > room for n, room in zip(lengths, self.rooms, strict=True)):
+            self._move(self._own(), [n + headroom for n in lengths])
+        added = torch.tensor(counts, device=self.codes.keys.device)
+        self.codes.put(spans(self._ends, added), new, self.format)
+        self.lengths, self._ends = lengths, self._ends + added
+
+    def _own(self) -> list[Tensor]:
+        """Where each row's entries lie."""
+        whole = [torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
+        return [at.to(self._begins.device) for at in whole]
+
+    def _made(self, places: list[Tensor], batch: int, rooms: list[int]) -> RaggedBody:
+        """A body whose rows are the entries at `places[row]` of this one."""
+        made = RaggedBody(self.codes, self.format, batch, self.heads, rooms)
+        made.append([len(at) for at in places], self.codes.pick(torch.cat(places), self.format), 0)
+        return made
+
+    def _move(self, places: list[Tensor], rooms: list[int]) -> None:
+        self.__dict__.update(self._made(places, self.batch, rooms).__dict__)
+
+    def row(self, row: int, start: int = 0) -> Row:
+        """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
+        first = self.starts[row]
+        return self.codes.span(first + start, first + self.lengths[row], self.format).decoded(self.format)
+
+    def take(self, indices: list[Tensor], headroom: int) -> RaggedBody:
+        """A new body with only the entries `indices[row]` of each row, codes as they are."""
+        places = [start + index for start, index in zip(self.starts, indices, strict=True)]
+        return self._made(places, self.batch, [len(at) + headroom for at in places])
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place."""
+        own, chosen = self._own(), [int(b) for b in sequences]
+        if chosen == list(range(self.batch)):
+            return
+        rows = [b * self.heads + h for b in chosen for h in range(self.heads)]
+        made = self._made([own[r] for r in rows], len(chosen), [self.rooms[r] for r in rows])
+        self.__dict__.update(made.__dict__)
+
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales held (not of the room behind them)."""
+        held = self.codes.span(0, sum(self.lengths), self.format)
+        return sum(x.numel() * x.element_size() for x in held.tensors if x is not held.positions)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return self.codes.tensors

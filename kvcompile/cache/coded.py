@@ -1,0 +1,174 @@
+"""Rows whose older tokens are encoded: a body of codes and a tail in the model's own dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache import plain
+from kvcompile.cache.body import Body, Codes, Format, RaggedBody
+from kvcompile.cache.ragged import padded
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.layout import MixedView, View
+from kvcompile.kernels.spec import Part
+from kvcompile.kernels.spec import plain as plain_parts
+from kvcompile.storage import Storage
+
+
+class CodedStore:
+    """Each row is its encoded entries, oldest first, then those of the tail; new tokens are appended to the tail.
+
+    `settle` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
+    residual is left: after a prefill, and while decoding whenever a row has `Storage.flush` tokens to spare. Before it
+    attention sees the exact numbers. Until something is encoded there is no body.
+    """
+
+    layout = "coded"
+
+    def __init__(self, storage: Storage, tail: plain.PlainStore) -> None:
+        self.storage, self.tail = storage, tail
+        self.body: Body | None = None
+        self.format = Format(*storage.codecs(str(tail.keys.dtype).removeprefix("torch.")), tail.keys.dtype)
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.tail.batch
+
+    @property
+    def heads(self) -> int:
+        """KV heads held."""
+        return self.tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tail.device
+
+    @property
+    def encoded(self) -> list[int]:
+        """Encoded tokens of each row (sequence-major)."""
+        return self.body.lengths if self.body is not None else [0] * (self.batch * self.heads)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row (sequence-major)."""
+        return [old + new for old, new in zip(self.encoded, self.tail.lengths, strict=True)]
+
+    def append(
+        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
+    ) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
+        self.tail = plain.added(self.tail, keys, values, positions, valid, headroom)
+
+    def settle(self, headroom: int, release: bool) -> bool:
+        """Encode what is older than the residual, and say whether anything was.
+
+        `release`: all of it, and give the room of the prefill back; else rows with `Storage.flush` tokens to spare.
+        """
+        lengths = self.tail.lengths
+        least = self.storage.residual + (self.format.block if release else self.storage.flush)
+        if max(lengths) < least:
+            return False
+        counts = [self.storage.encoded(n) if n >= least else 0 for n in lengths]
+        new = Codes.of(*self.tail.oldest(counts), self.format)
+        if self.body is None:
+            rooms = [n + headroom for n in counts]
+            self.body = RaggedBody(new, self.format, self.batch, self.heads, rooms)
+        self.body.append(counts, new, headroom)
+        if release:
+            kept = [torch.arange(c, n, device=self.device) for c, n in zip(counts, lengths, strict=True)]
+            self.tail = plain.taken(self.tail, kept, headroom)
+        else:
+            self.tail.shed(counts)
+        return True
+
+    def view(self) -> View:
+        """What a kernel reads."""
+        newest = self.tail.view()
+        return newest if self.body is None else MixedView((self.body.segment(), newest))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        return self.tail.parts if self.body is None else (self.body.part, *self.tail.parts)
+
+    def rows(self) -> list[plain.Row]:
+        """Each row's keys `[n, D]`, values and positions, sequence-major, decoded to the model's dtype."""
+        return [self._row(r, 0, tail) for r, tail in enumerate(self.tail.rows())]
+
+    def _row(self, row: int, start: int, tail: plain.Row) -> plain.Row:
+        """The entries from `start` on of a row that ends in `tail`."""
+        if self.body is None:
+            return tail
+        keys, values, positions = zip(self.body.row(row, start), tail, strict=True)
+        return torch.cat(keys), torch.cat(values), torch.cat(positions)
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        mine, tails = range(b * self.heads, (b + 1) * self.heads), self.tail.rows()
+        return padded([self._row(r, 0, tails[r]) for r in mine])
+
+    def keep(self, indices: list[Tensor], headroom: int) -> None:
+        """Keep only the entries `indices[row]` (ascending) of each row.
+
+        Codes stay as they are where every token has its own scales; where tokens share them, up to the first block
+        that loses one. What comes after goes back to the tail, to be encoded again by `settle`.
+        """
+        if self.body is None:
+            self.tail = plain.taken(self.tail, indices, headroom)
+            return
+        stay, rows = [], []
+        for r, (index, tail) in enumerate(zip(indices, self.tail.rows(), strict=True)):
+            old = self.encoded[r]
+            inside = index[: int((index < old).sum())]
+            count = self._untouched(inside, index.numel())
+            stay.append(inside[:count])
+            start = int(inside[count - 1]) + 1 if count and self.format.block == 1 else count
+            rest = index[count:] - start
+            keys, values, positions = self._row(r, start, tail)
+            rows.append((keys[rest], values[rest], positions[rest]))
+        self.body = self.body.take(stay, headroom) if any(map(len, stay)) else None
+        self.tail = plain.of_rows(rows, self.batch, self.heads, headroom)
+
+    def _untouched(self, inside: Tensor, total: int) -> int:
+        """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""
+        block, most = self.format.block, self.storage.encoded(total)
+        if block == 1:
+            return min(inside.numel(), most)
+        run = int((inside == torch.arange(inside.numel(), device=inside.device)).long().cumprod(0).sum())
+        return min(run // block * block, most)
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
+        self.tail.select(sequences)
+        if self.body is not None:
+            self.body.select(sequences)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
+        if count > min(self.tail.lengths):
+            raise KvcompileError(
+                "only tokens that are not encoded yet can be taken back",
+                f"{count} of {min(self.tail.lengths)}",
+                "take back fewer, or start a new cache",
+            )
+        self.tail.drop_last(count)
+
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
+        return self.tail.nbytes() + (self.body.nbytes() if self.body is not None else 0)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return self.tail.tensors() + (self.body.tensors() if self.body is not None else [])
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: codes, scales, plain numbers, positions, room."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+
+def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...]:
+    """How rows of a layer lie once they are longer than the residual, where the tail is `layout`."""
+    tail = plain_parts(layout, dtype)
+    return (Part("ragged", *storage.codecs(dtype)), *tail) if storage.coded else tail

@@ -1,0 +1,52 @@
+"""Rows in the model's own dtype: dense while all have one length, ragged otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompile.cache.dense import DenseStore
+from kvcompile.cache.ragged import RaggedStore
+
+PlainStore = DenseStore | RaggedStore
+Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
+
+
+def opened(keys: Tensor, values: Tensor, valid: Tensor | None, headroom: int) -> PlainStore:
+    """An empty store for new tokens like `keys [B, H_kv, Q, D]` (those `valid [B, Q]`), with `headroom` behind them."""
+    batch, heads, count, _ = keys.shape
+    if valid is None:
+        return DenseStore.empty(keys, values, count + headroom)
+    rooms = [int(n) + headroom for n in valid.sum(1) for _ in range(heads)]
+    return RaggedStore(keys, values, batch, heads, rooms)
+
+
+def added(
+    store: PlainStore, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int
+) -> PlainStore:
+    """The store with new tokens in it: itself, or a ragged one where padding makes rows differ."""
+    if valid is not None and isinstance(store, DenseStore):
+        store = RaggedStore.of(store.rows(), store.batch, store.heads, headroom)
+    if isinstance(store, DenseStore):
+        store.append(keys, values, positions, headroom)
+    else:
+        store.append(keys, values, positions, headroom, valid)
+    return store
+
+
+def taken(store: PlainStore, indices: list[Tensor], headroom: int) -> PlainStore:
+    """A new store with only the entries `indices[row]` of each row."""
+    if len({i.numel() for i in indices}) == 1 and isinstance(store, DenseStore):
+        return store.take(indices, headroom)
+    rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(store.rows(), indices, strict=True)]
+    return RaggedStore.of(rows, store.batch, store.heads, headroom)
+
+
+def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStore:
+    """A store of the given rows, dense if they have one length."""
+    if len({len(p) for _, _, p in rows}) > 1:
+        return RaggedStore.of(rows, batch, heads, headroom)
+    keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
+    count = positions.shape[2]
+    whole = torch.arange(count, device=keys.device)
+    return DenseStore(keys, values, positions, count).take([whole] * len(rows), headroom)

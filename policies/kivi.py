@@ -1,0 +1,46 @@
+"""KIVI: asymmetric integers, keys per channel, values per token, and a residual of recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvcompile.policies.coded import CodedPolicy
+
+from kvcompile.storage import Codec
+
+BITS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class KIVI(CodedPolicy):
+    """Old tokens as integers of 2, 4 or 8 bits with a scale and a zero a group (arXiv 2402.02750).
+
+    x = code * scale + zero, scale = (max - min) / (2^bits - 1), zero = min. Keys: groups of `group` tokens of a channel
+    (outliers sit in channels); values: groups of `group` channels of a token (of all, where the head has fewer).
+    Tokens older than the `residual` newest are encoded after each prefill, and while decoding in whole groups; the
+    paper encodes keys `residual` at a time, and values one by one.
+
+    bits: of keys and of values. key_bits, value_bits: override it. residual: a multiple of `group`.
+    """
+
+    name: ClassVar[str] = "kivi"
+    summary: ClassVar[str] = "2, 4 or 8 bit integers: keys per channel, values per token"
+    bits: int = 4
+    key_bits: int | None = None
+    value_bits: int | None = None
+    group: int = 32
+    residual: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bits", "key_bits", "value_bits"):
+            chosen = getattr(self, name)
+            self.require(chosen in BITS or (chosen is None and name != "bits"), name, "2, 4 or 8")
+        self.require(self.group >= 1, "group", "1 or more")
+        self.require(self.residual % self.group == 0, "residual", f"a multiple of the group, {self.group}")
+
+    def codecs(self, dim: int) -> tuple[Codec, Codec]:
+        """Per channel, per token."""
+        key, value = self.key_bits or self.bits, self.value_bits or self.bits
+        return Codec(f"int{key}", "channel", self.group), Codec(f"int{value}", "token", min(self.group, dim))
