@@ -6,7 +6,7 @@ Everything happens per sequence and per KV head, so that a batch of N is N batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class _Layer:
     step: Step
 
 
+@torch.no_grad()
 def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> Looks:
     """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look."""
     s = plan.selection
@@ -56,6 +57,7 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     return looks
 
 
+@torch.no_grad()
 def look(kv: LayerCache, step: Step, plan: LayerPlan) -> Looks:
     """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
     if plan.selection is None:
@@ -82,12 +84,7 @@ def _queries_needed(s: Selection) -> int | None:
 def _observation(layer: _Layer, b: int, score: Score) -> Observation:
     kv, plan, step = layer.kv, layer.plan, layer.step
     keys, values, positions, lengths = kv.held.sequence(b)
-    heads, tokens = keys.shape[0], step.cache.seen[b]
-    unread = [g for g in kv.watch.segments if score.queries is not None or not g.counted]
-    if score.queries != 0 and unread:
-        queries, asked = kv.watch.recall(b, heads, score.queries)
-    else:
-        queries, asked = keys.new_empty(heads, plan.group, 0, keys.shape[-1]), positions.new_empty(0)
+    queries, asked = _asked(layer, b, score, keys, positions)
     return Observation(
         queries=queries,
         query_positions=asked,
@@ -95,37 +92,53 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         values=values,
         positions=positions,
         lengths=torch.tensor(lengths, device=keys.device),
-        tokens=tokens,
+        tokens=step.cache.seen[b],
         scale=plan.scale,
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
         carried=kv.watch.carry(b, keys.shape[1]),
-        moments=kv.watch.moments(b, heads) if score.moments else None,
+        moments=kv.watch.moments(b, keys.shape[0]) if score.moments else None,
         mean_rotation=_mean_rotation(layer, b, keys),
         layer=plan.index,
     )
 
 
+def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries that a score looks at, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
+    watch, heads = layer.kv.watch, keys.shape[0]
+    unread = [g for g in watch.segments if score.queries is not None or not g.counted]
+    if score.queries != 0 and unread:
+        return watch.recall(b, heads, score.queries)
+    return keys.new_empty(heads, layer.plan.group, 0, keys.shape[-1]), positions.new_empty(0)
+
+
 def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
     """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin."""
-    cache, index, dim = layer.step.cache, layer.plan.index, keys.shape[-1]
-    shift = layer.step.shift
-    next_position = cache.seen[b] - (int(shift[b]) if shift is not None else 0)
+    step, dim = layer.step, keys.shape[-1]
+    rotary = step.cache.rotaries[layer.plan.index] if step.cache.rotaries else None
+    next_position = step.cache.seen[b] - (int(step.shift[b]) if step.shift is not None else 0)
 
     def mean_rotation(horizon: int) -> Tensor:
-        if not cache.rotaries or cache.rotaries[index] is None:
+        if rotary is None:
             return torch.eye(dim, device=keys.device)
-        at = torch.arange(next_position, next_position + horizon, device=keys.device)
-        cos, sin = (x.float().mean(0) for x in cache.rotaries[index](at))
-        half = cos.shape[0] // 2
-        rotation = torch.eye(dim, device=keys.device)
-        rotation[: 2 * half, : 2 * half] = torch.diag(cos)
-        for i in range(half):
-            rotation[i + half, i] -= sin[i]
-            rotation[i, i + half] += sin[i + half]
-        return rotation
+        asked = (rotary, next_position, horizon, dim)
+        if asked not in step.shared:
+            at = torch.arange(next_position, next_position + horizon, device=keys.device)
+            cos, sin = (x.float().mean(0) for x in rotary(at))
+            step.shared[asked] = _rotation(cos, sin, dim)
+        return step.shared[asked]
 
     return mean_rotation
+
+
+def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """The matrix `[D, D]` that turns row vectors by `cos, sin [D_rot]` (half-split); channels past `D_rot` stay."""
+    half = cos.shape[0] // 2
+    out = torch.eye(dim, device=cos.device)
+    out[: 2 * half, : 2 * half] = torch.diag(cos)
+    out[half : 2 * half, :half] -= torch.diag(sin[:half])
+    out[:half, half : 2 * half] += torch.diag(sin[half:])
+    return out
 
 
 def _look(layer: _Layer, b: int) -> LayerScores | None:
@@ -138,7 +151,10 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
         return None
     seen = _observation(layer, b, s.score)
     scores = s.score.score(seen).float()
-    mass = s.uncertainty.score(_observation(layer, b, s.uncertainty)).float() if s.uncertainty else None
+    mass = None
+    if s.uncertainty:
+        queries, asked = _asked(layer, b, s.uncertainty, seen.keys, seen.positions)
+        mass = s.uncertainty.score(replace(seen, queries=queries, query_positions=asked)).float()
     at = seen.positions
     dead = at < max(0, tokens - span)
     scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))
@@ -200,8 +216,21 @@ def _counts(step: Step, scored: dict[int, LayerScores]) -> dict[int, Tensor]:
 
 def _top(scores: Tensor, counts: Tensor) -> list[Tensor]:
     """Indices of each head's `counts[h]` highest scores, ascending; of equal scores the older entry stays."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    return [order[h, : int(n)].sort().values for h, n in enumerate(counts)]
+    wanted = counts.tolist()
+    ranked = scores.topk(max(wanted), dim=1).values
+    return [_highest(row, best, n) for row, best, n in zip(scores, ranked, wanted, strict=True)]
+
+
+def _highest(scores: Tensor, ranked: Tensor, count: int) -> Tensor:
+    """`_top` of one head; `ranked` are its highest scores in descending order, `count` or more of them."""
+    if not count:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    best = (scores >= ranked[count - 1]).nonzero().squeeze(-1)
+    if best.numel() == count:
+        return best
+    last = scores[best] == ranked[count - 1]
+    spare = best.numel() - count  # the newest of those that tie for the last place go
+    return best[~last | (last.cumsum(0) <= last.sum() - spare)]
 
 
 def _all(kv: LayerCache, b: int, tokens: int) -> list[Tensor]:

@@ -60,17 +60,30 @@ class Observation:
 
         A = softmax_j(softcap(q_i k_j * scale)), over all entries the query may see. Rows sum to 1.
         """
-        queries = self.queries[:, :, start:stop].float()
-        asked = self.query_positions[start:stop].view(1, 1, -1, 1)
-        keys = self.keys.float().unsqueeze(1)
-        logits = torch.matmul(queries, keys.transpose(-1, -2)) * self.scale
+        queries = self.queries[:, :, start:stop].float() * self.scale
+        asked = self.query_positions[start:stop]
+        heads, group, rows, dim = queries.shape
+        folded = torch.bmm(queries.reshape(heads, group * rows, dim), self.keys.float().mT)
+        logits = folded.view(heads, group, rows, -1)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        held = self.positions[:, None, None, :]
-        hidden = (held > asked) | (held < 0)
+        plain = self._seen_by_all(asked)
+        held = self.positions[:, None, None, plain:]
+        hidden = (held > asked.view(-1, 1)) | (held < 0)
         if self.sliding_window:
-            hidden = hidden | (held <= asked - self.sliding_window)
-        return logits.masked_fill_(hidden, float("-inf")).softmax(-1).nan_to_num_(0.0)
+            hidden = hidden | (held <= asked.view(-1, 1) - self.sliding_window)
+        logits[..., plain:].masked_fill_(hidden, float("-inf"))
+        weights = logits.softmax(-1)
+        return weights if plain else weights.nan_to_num_(0.0)
+
+    def _seen_by_all(self, asked: Tensor) -> int:
+        """How many entries, from the oldest on, every query at positions `asked` sees in every row."""
+        if not asked.numel():
+            return 0
+        seen = (self.positions >= 0) & (self.positions <= asked.min())
+        if self.sliding_window:
+            seen &= self.positions > asked.max() - self.sliding_window
+        return int(seen.all(0).long().cumprod(0).sum())
 
     def attention_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`(query positions [w], attention [H_kv, g, w, n])` in blocks, so that no full matrix is held."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from math import fsum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,14 +34,16 @@ def water_fill(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: 
     """
     import torch
 
-    device = base.device
-    base, weights, low, high = base.cpu(), weights.cpu(), low.cpu(), high.cpu()
-    total = max(int(low.sum()), min(total, int(high.sum())))
-    bends = torch.cat(((low - base) / weights, (high - base) / weights)).sort().values
-    sums = (base + bends[:, None] * weights).clamp(low, high).sum(1)
-    right = int(torch.searchsorted(sums, float(total)).clamp(1, len(bends) - 1))
-    span = float(sums[right] - sums[right - 1])
-    along = (total - float(sums[right - 1])) / span if span > 0 else 0.0
-    level = bends[right - 1] + along * (bends[right] - bends[right - 1])
-    shares = (base + level * weights).clamp(low, high)
-    return torch.tensor(largest_remainder(shares.tolist(), total), device=device)
+    rows = list(zip(base.tolist(), weights.tolist(), low.tolist(), high.tolist(), strict=True))
+    total = max(sum(least for *_, least, _ in rows), min(total, sum(most for *_, most in rows)))
+
+    def filled(level: float) -> list[float]:
+        return [min(max(start + level * weight, least), most) for start, weight, least, most in rows]
+
+    bends = sorted((bound - start) / weight for start, weight, *bounds in rows for bound in bounds)
+    right = bisect_left(bends, float(total), key=lambda level: fsum(filled(level)))
+    right = min(max(right, 1), len(bends) - 1)
+    before, after = fsum(filled(bends[right - 1])), fsum(filled(bends[right]))
+    along = (total - before) / (after - before) if after > before else 0.0
+    shares = filled(bends[right - 1] + along * (bends[right] - bends[right - 1]))
+    return torch.tensor(largest_remainder(shares, total), device=base.device)

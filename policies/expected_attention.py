@@ -12,7 +12,9 @@ from kvcompile.selection import Score
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.observe import Moments, Observation
+
+ENTRY_BLOCK = 1024  # keys at a time: their products with all query heads stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,30 @@ class FutureAttention(Score):
             return sizes
         if seen.mean_rotation is None:
             raise RuntimeError("expected attention needs the mean rotation")
-        rotation = seen.mean_rotation(self.horizon).float()
-        keys = seen.keys.float()
-        expected = torch.zeros_like(sizes)
-        for g in range(seen.moments.mean.shape[1]):  # one query head of each group at a time: [H_kv, n, D] at most
-            mean = seen.moments.mean[:, g] @ rotation  # [H_kv, D]
-            covariance = rotation.T @ seen.moments.covariance[:, g] @ rotation  # [H_kv, D, D]
-            spread = ((keys @ covariance) * keys).sum(-1)
-            logits = seen.scale * (keys @ mean.unsqueeze(-1)).squeeze(-1) + seen.scale**2 * spread / 2
-            expected += logits.masked_fill(~seen.alive, float("-inf")).softmax(-1)
-        scores = (expected / seen.moments.mean.shape[1] + self.epsilon) * sizes
+        logits = _logits(seen, seen.moments, seen.mean_rotation(self.horizon))
+        expected = logits.masked_fill(~seen.alive.unsqueeze(1), float("-inf")).softmax(-1).mean(1)
+        scores = (expected + self.epsilon) * sizes
         return scores if self.kernel == 1 else pool(scores, self.kernel, "avg", seen.alive)
+
+
+def _logits(seen: Observation, moments: Moments, rotation: Tensor) -> Tensor:
+    """c k mu' + c^2 k Sigma' k / 2 for every query head and entry, `[H_kv, g, n]`.
+
+    One product per block of entries: with S = c^2 Sigma' / 2 of all query heads of a KV head side by side, `[D, g D]`,
+    the logit is the dot product of k with k S + c mu'.
+    """
+    import torch
+
+    heads, group, dim = moments.mean.shape
+    half = rotation * (seen.scale / 2**0.5)
+    columns = moments.covariance.permute(2, 0, 1, 3).reshape(dim, -1)
+    squares = ((half.T @ columns).view(-1, dim) @ half).view(dim, heads, group * dim).transpose(0, 1)
+    means = (moments.mean @ (rotation * seen.scale)).view(heads, 1, group * dim)
+    logits = []
+    for keys in torch.split(seen.keys.float(), ENTRY_BLOCK, 1):
+        products = torch.unflatten(torch.baddbmm(means, keys, squares), -1, (group, dim))
+        logits.append(products.mul_(keys.unsqueeze(2)).sum(-1).mT)
+    return torch.cat(logits, -1)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from kvcompile.cache import KVCache
 from kvcompile.cache.dense import DenseStore
 from kvcompile.cache.ragged import RaggedStore
 from kvcompile.compiler import build
-from kvcompile.compress import turn
+from kvcompile.compress import _top, turn
 from kvcompile.observe import Observation
 from kvcompile.selection import Allocation, Budget, LayerScores, Schedule, Scope, Score, Selection
 
@@ -195,6 +195,26 @@ def test_keeps_what_a_naive_selection_keeps(budget: float, chunk: int, between: 
     assert isinstance(cache.layers[0].store, DenseStore)
     if max(budget, 0.2) < 0.5:
         assert min(cache.evictions.dropped.values()) > 0
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [1, 7], [12, 0], [5, 12], [12, 12]], ids=str)
+def test_of_equal_scores_the_older_entries_stay(counts: list[int]) -> None:
+    inf = float("inf")
+    scores = torch.tensor([[1.0, 2, 2, 1, inf, 2, 0, 1, 1, 2, -inf, 1], [3.0] * 6 + [inf] * 3 + [3.0] * 3])
+    for h, found in enumerate(_top(scores, torch.tensor(counts))):
+        best = sorted(range(12), key=lambda j: (-float(scores[h, j]), j))[: counts[h]]
+        assert found.tolist() == sorted(best)
+
+
+def test_a_selection_is_no_part_of_the_gradient() -> None:
+    """Scores choose indices: nothing is remembered for a backward pass, which still reaches every weight."""
+    model, ids = compiled(selection(Expected(), 0.5, uncertainty=WindowAttention(4))), tiny_ids(1, 24)
+    out = model(ids, labels=ids)
+    watch = out.past_key_values.layers[1].watch
+    assert not watch.totals.requires_grad
+    assert not watch.outers.requires_grad
+    out.loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 def test_recent_as_a_fraction_of_the_budget() -> None:
@@ -500,6 +520,29 @@ def test_the_mean_rotation_is_the_mean_of_rotations(name: str) -> None:
     cos, sin = rotary(model, 0)(torch.arange(15, 20))
     expected = rope(queries[:, None].expand(3, 5, 16)[None], cos[None], sin[None])[0].mean(1)
     torch.testing.assert_close(queries @ rotations[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_turn_alike_ask_for_their_angles_once_a_pass() -> None:
+    """gemma3 has two kinds of layers with angles of their own."""
+    asked: list[Tensor] = []
+    model = compiled(selection(Expected(), 0.5), "gemma3_text")
+    kinds = model.kvcompile.rotaries
+
+    def noting(rotary: Any) -> Any:
+        def angles(at: Tensor) -> Any:
+            asked.append(at)
+            return rotary(at)
+
+        return angles
+
+    wrapped = {id(rotary): noting(rotary) for rotary in kinds}
+    model.kvcompile.rotaries = [wrapped[id(rotary)] for rotary in kinds]
+    cache = prefill(model, tiny_ids(1, 15))
+    assert len(wrapped) == 2
+    assert [at.tolist() for at in asked] == [list(range(15, 23))] * 2
+    asked.clear()
+    prefill(model, tiny_ids(1, 5, seed=1), cache=cache)
+    assert [at.tolist() for at in asked] == [list(range(20, 28))] * 2
 
 
 # ---- compact positions

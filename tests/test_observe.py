@@ -59,7 +59,7 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
     positions, blocks = zip(*seen.attention_blocks(), strict=True)
     assert [len(p) for p in positions] == [2, 2, 1]
     assert torch.equal(torch.cat(positions), seen.query_positions)
-    assert torch.equal(torch.cat(blocks, 2), seen.attention())
+    torch.testing.assert_close(torch.cat(blocks, 2), seen.attention(), atol=1e-6, rtol=1e-6)
 
 
 def test_a_query_that_sees_nothing_pays_nothing() -> None:

@@ -163,6 +163,20 @@ def rotary(model: PreTrainedModel, layer: int) -> Callable[[Tensor], tuple[Tenso
     return rotation
 
 
+def rotations(model: PreTrainedModel) -> list[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """`rotary` of every layer; layers that turn alike share one, so that a pass need ask for an angle only once."""
+    known, config = architecture_of(model.config), model.config
+    shared: dict[tuple[str | None, bool], Callable[[Tensor], tuple[Tensor, Tensor]]] = {}
+    kinds = [
+        (config.layer_types[layer] if known.rotary_per_type else None, known.rotates(config, layer))
+        for layer in range(config.num_hidden_layers)
+    ]
+    for layer, kind in enumerate(kinds):
+        if kind not in shared:
+            shared[kind] = rotary(model, layer)
+    return [shared[kind] for kind in kinds]
+
+
 def _base(model: PreTrainedModel) -> Any:
     return getattr(model, model.base_model_prefix)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Step:
     last: bool  # the last chunk of the prompt, or a decoded token
     tick: int = 0  # tokens decoded since the last prefill, this one included
     shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
+    shared: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
 
     def due(self, decode_every: int, between_chunks: bool = True) -> bool:
         """Whether a schedule asks for a selection at the end of this pass."""

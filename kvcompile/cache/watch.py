@@ -101,25 +101,21 @@ class Watch:
             self.totals = torch.zeros(batch, heads, dim, dtype=torch.float64, device=queries.device)
             self.outers = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=queries.device)
         for b in range(batch):
-            real = positions[b] >= EXCLUDED_FROM_MOMENTS
-            if valid is not None:
-                real = real & valid[b]
-            mine = queries[b][:, real].float()
+            mine = _counting(queries[b], positions[b], None if valid is None else valid[b]).float()
             self.counts[b] += mine.shape[1]
             self.totals[b] += mine.sum(1)
-            self.outers[b] += mine.transpose(-1, -2) @ mine
+            self.outers[b] += mine.mT @ mine
 
     def moments(self, b: int, heads: int) -> Moments | None:
         """Mean and covariance of one sequence's queries before rotation, or None where none was seen."""
         if self.counts is None or self.totals is None or self.outers is None or not self.counts[b]:
             return None
         mean = self.totals[b] / self.counts[b]
-        covariance = self.outers[b] / self.counts[b] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        return Moments(
-            self.counts[b],
-            mean.float().view(heads, -1, *mean.shape[1:]),
-            covariance.float().view(heads, -1, *covariance.shape[1:]),
+        covariance = torch.baddbmm(  # E[q q^T] - mean mean^T
+            self.outers[b], mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 / self.counts[b], alpha=-1
         )
+        by_head = [torch.unflatten(x.float(), 0, (heads, -1)) for x in (mean, covariance)]
+        return Moments(self.counts[b], *by_head)
 
     def carry(self, b: int, entries: int) -> Tensor | None:
         """Carried values of one sequence, with zeros for the entries that came since, `[H_kv, entries]`."""
@@ -141,3 +137,10 @@ class Watch:
         if self.counts is not None and self.totals is not None and self.outers is not None:
             self.counts = [self.counts[b] for b in chosen]
             self.totals, self.outers = self.totals[sequences], self.outers[sequences]
+
+
+def _counting(queries: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
+    """Those of one sequence's queries `[H_q, Q, D]` that count for its moments; without padding, a view."""
+    if valid is None:
+        return queries[:, max(0, EXCLUDED_FROM_MOMENTS - int(positions[0])) :]
+    return queries[:, valid & (positions >= EXCLUDED_FROM_MOMENTS)]

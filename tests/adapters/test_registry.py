@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from kvcompile.adapters import registry
 from kvcompile.adapters.base import Attention
-from kvcompile.adapters.registry import describe, rotary, swap
+from kvcompile.adapters.registry import describe, rotary, rotations, swap
 from kvcompile.errors import KvcompileError
 
 FULL = [None] * 4
@@ -160,6 +160,16 @@ def test_rotation_is_the_one_the_layer_gets(name: str) -> None:
         else:
             assert torch.equal(cos, seen[i][0][0])
             assert torch.equal(sin, seen[i][1][0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3"])
+def test_layers_share_a_rotation_only_where_they_turn_alike(name: str) -> None:
+    model = tiny_model(name)
+    shared = rotations(model)
+    for i, rotation in enumerate(shared):
+        for ours, own in zip(rotation(torch.arange(9)), rotary(model, i)(torch.arange(9)), strict=True):
+            assert torch.equal(ours, own)
+    assert len({id(r) for r in shared}) == {"llama": 1, "gemma3_text": 2, "smollm3": 2}[name]
 
 
 def test_asking_for_far_rotations_does_not_disturb_the_model() -> None:

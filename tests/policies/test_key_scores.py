@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvcompile.policies import expected_attention
 from kvcompile.policies.expected_attention import ExpectedAttention, FutureAttention
 from kvcompile.policies.keydiff import Dissimilarity
 from kvcompile.policies.knorm import LowNorm
@@ -94,6 +95,13 @@ def test_expected_attention_averages_neighbours_of_a_row(seen: Observation) -> N
     same(FutureAttention(16, 0.01, 5).score(seen), expected, seen)
     with pytest.raises(KvcompileError, match=r"stack\.expected_attention: kernel must be odd"):
         ExpectedAttention(kernel=2)
+
+
+def test_expected_attention_is_the_same_in_blocks_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = with_moments(observation(lengths=[37, 19]), 16)
+    whole = FutureAttention(16, 0.01).score(seen)
+    monkeypatch.setattr(expected_attention, "ENTRY_BLOCK", 8)
+    same(FutureAttention(16, 0.01).score(seen), whole, seen)
 
 
 def test_expected_attention_predicts_sampled_queries() -> None:
