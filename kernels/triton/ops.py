@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from functools import cache
 from typing import Any
 
@@ -18,17 +16,26 @@ SCHEMA = "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str
 
 
 @cache
-def written(spec: KernelSpec) -> str:
-    """A spec as text."""
-    return json.dumps(dataclasses.asdict(spec))
-
-
-@cache
 def read(text: str) -> KernelSpec:
-    """The spec that `written` wrote."""
-    fields = json.loads(text)
-    codecs = [(Codec(**p.pop("key")), Codec(**p.pop("value")), p) for p in fields.pop("parts")]
-    return KernelSpec(tuple(Part(key=k, value=v, **rest) for k, v, rest in codecs), **fields)
+    """The spec that `route.written` wrote."""
+    head, *pieces = text.split(";")
+    group, head_dim, value_dim, scale, window, sinks, softcap, scores = head.split()
+    found = []
+    for piece in pieces:
+        layout, page, *codecs = piece.split()
+        key, value = (Codec(k, axis, int(g)) for k, axis, g in (codecs[:3], codecs[3:]))  # type: ignore[arg-type]
+        found.append(Part(layout, key, value, int(page)))
+    return KernelSpec(
+        tuple(found),
+        int(group),
+        int(head_dim),
+        int(value_dim),
+        float(scale),
+        int(window) or None,
+        int(sinks),
+        float(softcap) or None,
+        scores == "True",
+    )
 
 
 def _attend(

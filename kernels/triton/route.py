@@ -18,9 +18,18 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 
 
-@cache
 def ready(device: str) -> None:
     """Raise KvcompileError unless generated kernels can run on a device of this type."""
+    _checked(device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once and traces nothing of it
+def _checked(device: str) -> bool:
+    return _check(device)
+
+
+@cache
+def _check(device: str) -> bool:
     if importlib.util.find_spec("triton") is None:
         raise KvcompileError(
             "kernels=triton needs Triton, which is not installed", fix="pip install 'kvcompile[triton]'"
@@ -34,6 +43,7 @@ def ready(device: str) -> None:
             f"tensors on {device}",
             "move the model to a GPU, set TRITON_INTERPRET=1 (slow: for tests), or choose another route",
         )
+    return True
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
@@ -48,8 +58,6 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     if spec.scores and sums is None:
         raise KvcompileError("a spec with scores needs a tensor for the sums", spec.name)
     states, at, tensors, longest = operands(queries, view)
-    from kvcompile.kernels.triton.ops import written
-
     return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest)  # type: ignore[no-any-return]
 
 
@@ -62,6 +70,16 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
     from kvcompile.kernels.triton.launch import Call, columns
 
     columns(Call(spec, *operands(queries, view)), lse, sums)
+
+
+def written(spec: KernelSpec) -> str:
+    """A spec as text, in f-strings alone, which torch.compile can trace; `ops.read` reads it."""
+    fields = f"{spec.group} {spec.head_dim} {spec.value_dim} {spec.scale!r} {spec.sliding_window or 0} {spec.sinks} "
+    text = fields + f"{spec.softcap or 0.0!r} {spec.scores}"
+    for p in spec.parts:
+        text += f";{p.layout} {p.page} {p.key.kind} {p.key.axis} {p.key.group}"
+        text += f" {p.value.kind} {p.value.axis} {p.value.group}"
+    return text
 
 
 def operands(queries: Queries, view: View) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:

@@ -41,16 +41,16 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def default(spec: KernelSpec, tokens: str) -> Choice:
-    """A choice from the sizes alone; nothing was measured for it."""
+    """A choice from the sizes alone; nothing was measured for it, but it does not spill (results/triton_aot.md)."""
     widest = max(max(spec.head_dim, spec.value_dim) * max(p.key.bits, p.value.bits, 16) // 8 for p in spec.parts)
-    tile = min(64, max(16, power_of_two(TILE_BYTES // widest + 1) // 2))
-    wide = max(spec.head_dim, spec.value_dim) > 128
+    blocks = max(key_blocks(spec).count, value_blocks(spec).count)
+    tile = 16 if blocks > 4 else min(64, max(16, power_of_two(TILE_BYTES // widest + 1) // 2))
     if tokens == "one":
         return Choice(tile, rows_for(spec), 4, 2)
+    wide = max(spec.head_dim, spec.value_dim) > 128
     narrow = all(c.bits == 16 for p in spec.parts for c in (p.key, p.value))
-    blocks = max(key_blocks(spec).count, value_blocks(spec).count)
-    rows = 64 if narrow and not wide else 32 if blocks < 4 else 16  # more rows spill (benchmarks/results/triton_aot.md)
-    return Choice(tile, rows, 8 if wide else 4, 2)
+    rows = 64 if narrow and not wide else 32 if blocks < 4 else 16
+    return Choice(tile, rows, 8 if wide or blocks == 4 else 4, 2)
 
 
 def choose(device: str, spec: KernelSpec, tokens: str) -> Choice:

@@ -24,7 +24,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
 from coded import case  # noqa: E402
 from sample import CODED, FLOATS, Sample, samples  # noqa: E402
 
@@ -259,14 +259,27 @@ def test_a_graph_sees_one_node() -> None:
     close(program.module()(*arguments), 2 * reference.attend(made.queries, made.view, spec), "float32")
 
 
+def test_torch_compile_does_not_break_at_it() -> None:
+    spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
+    made = case(spec, [[20, 20]], batch=1, heads=2)
+    arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
+    whole = torch.compile(Attention(spec), backend="eager", fullgraph=True)
+    close(whole(*arguments), 2 * reference.attend(made.queries, made.view, spec), "float32")
+
+
+@pytest.mark.parametrize("s", SAMPLES[:16], ids=lambda s: s.spec.name)
+def test_a_spec_survives_as_text(s: Sample) -> None:
+    from kvcompile.kernels.triton.ops import read
+
+    assert read(route.written(s.spec)) == s.spec
+
+
 def test_the_operator_keeps_its_contract() -> None:
     """Schema, mutation of `sums` and the fake kernel agree with what runs."""
-    from kvcompile.kernels.triton.ops import written
-
     spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 0.125, scores=True)
     made = case(spec, [[20, 9]], batch=1, heads=2)
     states, at, held, longest = route.operands(made.queries, made.view)
-    arguments = (states, at, held, torch.zeros(2, 30), written(spec), longest)
+    arguments = (states, at, held, torch.zeros(2, 30), route.written(spec), longest)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.kvcompile_triton.attend.default, arguments, test_utils=checks)
 
@@ -276,3 +289,23 @@ def test_scores_need_a_place() -> None:
     made = case(spec, [[20, 20]], batch=1, heads=2)
     with pytest.raises(KvcompileError, match="scores"):
         route.attend(made.queries, made.view, spec)
+
+
+def test_a_whole_model_runs_on_it() -> None:
+    """Soft-cap, sliding layers, left padding and a quantised cache with its residual, through prefill and decoding."""
+    from kvcompile.policies.kivi import KIVI
+    from tiny import tiny_ids, tiny_model
+
+    from kvcompile.adapters.registry import describe
+    from kvcompile.compiler import build
+
+    ids = tiny_ids(2, 21)
+    mask = torch.ones_like(ids)
+    ids[0, :5], mask[0, :5] = 0, 0
+    logits = []
+    for kernels in ("reference", "triton"):
+        model = tiny_model("gemma2")
+        built = build(model, KIVI(bits=8, group=8, residual=8).apply(describe(model.config)), kernels)
+        options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        logits.append(torch.stack(built.generate(ids, attention_mask=mask, **options).logits))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
