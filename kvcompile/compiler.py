@@ -45,26 +45,32 @@ def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Po
 def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", converted: bool = False) -> Any:
     """Rewrite `model` in place to what `plan` says: convert weights, swap attention, trace, passes, wiring check.
 
+    On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
     converted: the weights are those of the plan already.
     Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
     """
-    from kvcompile.adapters.registry import rotations, swap
+    from kvcompile.adapters.registry import rotary, swap
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import trace
     from kvcompile.graph.wiring import verify
     from kvcompile.kernels.dispatch import choose
+    from kvcompile.kernels.linear import lower
     from kvcompile.model import Compiled, adopt
     from kvcompile.structure.convert import convert, prune
+    from kvcompile.structure.rotate import fold_rotation
 
-    choose(kernels, model.device)  # one that cannot run here fails before any work
+    route = choose(kernels, model.device)  # one that cannot run here fails before any work
     if not converted:
         convert(model, plan)
-    rotaries = rotations(model)
+        fold_rotation(model, plan)
+    rotaries = [rotary(model, p.index) for p in plan.layers]
     swap(model, plan)
     graph = trace(model)
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)
     prune(model)
+    if route == "cpp":
+        changes["DecodeLinear"] = lower(model)
     return adopt(model, Compiled(plan, graph, rotaries, kernels, recipe, changes))
 
 
@@ -77,6 +83,7 @@ def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progre
     from kvcompile.manifest import stamp
     from kvcompile.structure.activations import calibration_ids
     from kvcompile.structure.convert import convert, text_wanted
+    from kvcompile.structure.rotate import fold_rotation
 
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
@@ -90,6 +97,7 @@ def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progre
     policies = structure + tuple(p.calibrated(calibrator) for p in policies if p.family != "structure")
     config = config.with_policies(policies)
     plan = plan_of(original, dtype, config, policies)
+    fold_rotation(model, plan)
     built = build(model, plan, config.kernels, to_recipe(config), converted=True)
     built.config.kvcompile = stamp(plan)
     return built
