@@ -18,18 +18,9 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 
 
-def ready(device: str) -> None:
-    """Raise KvcompileError unless generated kernels can run on a device of this type."""
-    _checked(device)
-
-
-@torch.compiler.assume_constant_result  # torch.compile asks once and traces nothing of it
-def _checked(device: str) -> bool:
-    return _check(device)
-
-
 @cache
-def _check(device: str) -> bool:
+def ready(device: str) -> None:
+    """Raise KvcompileError unless generated kernels can run on a device of this type; make their operator known."""
     if importlib.util.find_spec("triton") is None:
         raise KvcompileError(
             "kernels=triton needs Triton, which is not installed", fix="pip install 'kvcompile[triton]'"
@@ -43,7 +34,6 @@ def _check(device: str) -> bool:
             f"tensors on {device}",
             "move the model to a GPU, set TRITON_INTERPRET=1 (slow: for tests), or choose another route",
         )
-    return True
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
@@ -52,7 +42,8 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     A prompt over nothing but itself (one dense, uncoded part, no window, no scores) is left to SDPA: prefill is not
     what generated kernels are for. Raises KvcompileError where there is no GPU, no interpreter or no Triton.
     """
-    ready(queries.states.device.type)
+    if not torch.compiler.is_compiling():  # a trace follows a choice of this route, which has asked
+        ready(queries.states.device.type)
     if _fresh(queries, view, spec):
         return sdpa.attend(queries, view, spec)
     if spec.scores and sums is None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
+from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import fragments as f
@@ -252,6 +253,7 @@ def test_a_graph_sees_one_node() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
     arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
+    assert choose("triton") == "triton"  # makes the operator known
     program = torch.export.export(Attention(spec), arguments)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     assert [n.target for n in calls].count(torch.ops.kvcompile_triton.attend.default) == 1
@@ -263,6 +265,7 @@ def test_torch_compile_does_not_break_at_it() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
     arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
+    assert choose("triton") == "triton"
     whole = torch.compile(Attention(spec), backend="eager", fullgraph=True)
     close(whole(*arguments), 2 * reference.attend(made.queries, made.view, spec), "float32")
 

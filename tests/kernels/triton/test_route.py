@@ -29,7 +29,7 @@ SPEC = KernelSpec((INT4, *plain("ragged", "float16")), 4, 128, 128, 0.125)
 def test_a_cpu_is_refused_by_name() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
-    route._check.cache_clear()
+    route.ready.cache_clear()
     pytest.importorskip("triton")
     with pytest.raises(KvcompileError, match="GPU, or on a CPU in Triton's interpreter, got tensors on cpu"):
         route.attend(made.queries, made.view, spec)
@@ -38,11 +38,11 @@ def test_a_cpu_is_refused_by_name() -> None:
 
 
 def test_without_triton_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    route._check.cache_clear()
+    route.ready.cache_clear()
     monkeypatch.setattr(route.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(KvcompileError, match=r"kvcompile\[triton\]"):
         choose("triton")
-    route._check.cache_clear()
+    route.ready.cache_clear()
 
 
 def test_importing_the_routes_imports_no_triton() -> None:
