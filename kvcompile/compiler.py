@@ -49,7 +49,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     converted: the weights are those of the plan already.
     Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
     """
-    from kvcompile.adapters.registry import rotary, swap
+    from kvcompile.adapters.registry import rotations, swap
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import trace
     from kvcompile.graph.wiring import verify
@@ -63,7 +63,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     if not converted:
         convert(model, plan)
         fold_rotation(model, plan)
-    rotaries = [rotary(model, p.index) for p in plan.layers]
+    rotaries = rotations(model)
     swap(model, plan)
     graph = trace(model)
     changes = rewrite(graph, plan).changes
