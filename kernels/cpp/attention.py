@@ -1,28 +1,35 @@
 """The route `cpp`: attention by generated C++, one kernel per spec and dtype of the queries, compiled on first use.
 
-One new token a sequence runs a decode kernel over any layout and number format. What C++ is not meant for goes to
-the library route, and `describe` says so: prefill over plain floats, float64, and whatever autograd must follow.
+One new token a sequence runs a step kernel, several run a chunk kernel, over any layout and number format. What C++
+is not meant for goes to the library route, and `describe` says so: a whole prompt at once over plain dense floats,
+float64, and whatever autograd must follow.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
+from functools import partial
 from struct import Struct
 
 import torch
 from kvcompile.kernels import sdpa
-from kvcompile.kernels.cpp import build, simd, step
+from kvcompile.kernels.cpp import build, chunk, simd, step
 from kvcompile.kernels.cpp.stored import ELEMENTS
-from kvcompile.kernels.layout import Queries, View, parts
+from kvcompile.kernels.layout import DenseView, Queries, View, parts
 from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
+
+from kvcompile.storage import Codec
 
 QUERY_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 Kernel = Callable[[Queries, View, "Tensor | None"], Tensor]
 
 _recent: dict[tuple[int, torch.dtype, bool], tuple[KernelSpec, Kernel]] = {}
 _kernels: dict[tuple[KernelSpec, torch.dtype, bool], Kernel] = {}
+_building: dict[tuple[KernelSpec, torch.dtype, bool], threading.Lock] = {}
+_lock = threading.Lock()
 REMEMBERED = 4096
 
 
@@ -45,50 +52,86 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     return found[1](queries, view, sums)
 
 
-def source(spec: KernelSpec, dtype: torch.dtype) -> str:
-    """The generated text of the decode kernel, without the vectors that all kernels share."""
-    return step.source(spec, QUERY_TYPES[dtype])
+def source(spec: KernelSpec, dtype: torch.dtype, many: bool = False) -> str:
+    """Text of the kernel for one new token of each sequence, or for `many`; without the vectors that all share."""
+    return chunk.source(spec, QUERY_TYPES[dtype]) if many else step.source(spec, QUERY_TYPES[dtype])
 
 
-def by_library(spec: KernelSpec, dtype: torch.dtype, many: bool) -> str:
-    """Why this goes to the library route, or an empty text."""
+def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bool = False) -> str:
+    """Which kernel runs for queries of a dtype, and why where it is the library's.
+
+    many: more than one new token of each sequence; whole: they are all that is held.
+    """
+    if not _generated(spec, dtype):
+        return "sdpa (float64 is not generated)"
+    if many and whole and _plain(spec, dtype):
+        return "sdpa (a whole prompt over plain dense floats)"
+    return f"cpp {'chunk' if many else 'step'}"
+
+
+def _generated(spec: KernelSpec, dtype: torch.dtype) -> bool:
     kinds = {codec.kind for part in spec.parts for codec in (part.key, part.value)}
-    if dtype not in QUERY_TYPES or not kinds <= set(ELEMENTS):
-        return "float64 is not generated"
-    if many:
-        return "a prefill is a job for SDPA"
-    return ""
+    return dtype in QUERY_TYPES and kinds <= set(ELEMENTS)
+
+
+def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:
+    """Whether SDPA takes these rows as they lie, with its own causal mask."""
+    own = Codec(QUERY_TYPES[dtype])
+    alike = all(p.layout == "dense" and p.key == own and p.value == own for p in spec.parts)
+    return alike and len(spec.parts) == 1 and not (spec.sliding_window or spec.softcap or spec.scores)
 
 
 def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool) -> Kernel:
     key = (spec, dtype, many)
-    if key not in _kernels:
-        if by_library(spec, dtype, many):
-            _kernels[key] = lambda queries, view, sums: sdpa.attend(queries, view, spec, sums)
-        else:
-            _kernels[key] = Step(spec, dtype)
+    with _lock:
+        mine = _building.setdefault(key, threading.Lock())
+    with mine:
+        if key not in _kernels:
+            if not _generated(spec, dtype):
+                _kernels[key] = partial(_library, spec)
+            else:
+                _kernels[key] = Chunk(spec, dtype) if many else Step(spec, dtype)
     return _kernels[key]
 
 
-def _sums(sums: Tensor | None, spec: KernelSpec) -> tuple[int, int]:
-    if sums is None:
-        raise ValueError(f"{spec.name} adds the attention that entries received to `sums`, and got none")
-    return sums.data_ptr(), sums.stride(0)
+def _library(spec: KernelSpec, queries: Queries, view: View, sums: Tensor | None) -> Tensor:
+    return sdpa.attend(queries, view, spec, sums)
 
 
-class Step:
-    """A compiled decode kernel and what it is called with."""
+class _Compiled:
+    """A compiled kernel and what the parts of its view are called with."""
 
-    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
-        library = build.load(simd.prelude() + source(spec, dtype), "attend-step")
-        self.run = library.attend_step
+    def __init__(self, spec: KernelSpec, dtype: torch.dtype, many: bool) -> None:
+        name = "attend_chunk" if many else "attend_step"
+        library = build.load(simd.prelude() + source(spec, dtype, many), name.replace("_", "-"))
+        self.run = getattr(library, name)
         self.run.argtypes, self.run.restype = (ctypes.c_char_p,), None
         self.spec = spec
-        self.places = step.arguments(spec)
+        self.places = chunk.arguments(spec) if many else step.arguments(spec)
         self.single = self.places[0] if len(self.places) == 1 else None
 
+    def call(self, numbers: list[int], view: View, sums: Tensor | None) -> None:
+        """Run with the given fields, then those of the sums and of the parts, all of them 8 bytes."""
+        if self.spec.scores:
+            if sums is None:
+                raise ValueError(f"{self.spec.name} adds the attention that entries received to `sums`, and got none")
+            numbers += (sums.data_ptr(), sums.stride(0))
+        if self.single is not None:
+            numbers += self.single.pack(view)
+        else:
+            for place, segment in zip(self.places, parts(view), strict=True):
+                numbers += place.pack(segment)
+        self.run(Struct(f"{len(numbers)}q").pack(*numbers))
+
+
+class Step(_Compiled):
+    """A decode kernel: one new token of each sequence."""
+
+    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype, False)
+
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
-        """Attention `[B, H_q, 1, D_v]` of one new token of each sequence."""
+        """Attention `[B, H_q, 1, D_v]`."""
         spec, states, valid = self.spec, queries.states, queries.valid
         batch, heads, _, _ = states.shape
         sequence, head, _, channel = states.stride()
@@ -102,12 +145,36 @@ class Step:
         numbers.append(torch.get_num_threads())
         if spec.sliding_window:
             numbers.append(queries.positions.data_ptr())
-        if spec.scores:
-            numbers += _sums(sums, spec)
-        if self.single is not None:
-            numbers += self.single.pack(view)
-        else:
-            for place, segment in zip(self.places, parts(view), strict=True):
-                numbers += place.pack(segment)
-        self.run(Struct(f"{len(numbers)}q").pack(*numbers))
+        self.call(numbers, view, sums)
+        return out
+
+
+class Chunk(_Compiled):
+    """A kernel for several new tokens of each sequence."""
+
+    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
+        super().__init__(spec, dtype, True)
+        self.plain = _plain(spec, dtype)
+
+    def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
+        """Attention `[B, H_q, Q, D_v]`, laid out as `[B, Q, H_q, D_v]`, which is what follows it."""
+        if (
+            self.plain
+            and queries.valid is None
+            and isinstance(view, DenseView)
+            and view.keys.shape[2] == queries.states.shape[2]
+        ):
+            return sdpa.attend(queries, view, self.spec)
+        spec, states, at = self.spec, queries.states, queries.positions.contiguous()
+        valid = queries.valid.contiguous() if queries.valid is not None else None
+        if states.stride(3) != 1:
+            states = states.contiguous()
+        batch, heads, count, _ = states.shape
+        make = torch.empty if valid is None else torch.zeros
+        out = make(batch, count, heads, spec.value_dim, dtype=states.dtype).transpose(1, 2)
+        groups = heads // spec.group
+        numbers = [states.data_ptr(), *states.stride()[:3], out.data_ptr(), *out.stride()[:3]]
+        numbers += (batch * groups, groups, count, at.data_ptr(), at.stride(0))
+        numbers += (valid.data_ptr() if valid is not None else 0, torch.get_num_threads())
+        self.call(numbers, view, sums)
         return out

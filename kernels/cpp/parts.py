@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 from kvcompile.kernels.cpp.address import LAYOUTS, Address
-from kvcompile.kernels.cpp.stored import Stored
+from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
+
+LOG2E = math.log2(math.e)
+
+CONSTANTS = """
+    typedef $query Query;              // queries and result
+    constexpr int G = $group;          // query heads that share a KV head
+    constexpr int D = $dim, DV = $value_dim;   // channels of keys, of values
+    constexpr float QUERY_SCALE = $scale;
+    #define UNROLL _Pragma("GCC unroll 16")
+    KV_INLINE int least(int a, int b) { return a < b ? a : b; }
+    KV_INLINE int most(int a, int b) { return a > b ? a : b; }
+    """
+
+FIRST = """
+    // The first entry at true position `at` or after: positions ascend along a part of a row.
+    KV_INLINE int first(const Row& row, int64_t at) {
+      int low = 0, high = row.count;
+      while (low < high) {
+        int middle = (low + high) / 2;
+        if ($position < at) low = middle + 1;
+        else high = middle;
+      }
+      return low;
+    }
+    """
+
+SUMS = """
+    float* sums;  // [rows, sums_row]: what each entry received is added
+    int64_t sums_row;
+    """
 
 WIDEN = """
     // Scales are float16 in memory. As floats they fill whole vectors, with zeros past the end.
@@ -42,6 +74,30 @@ def helpers(spec: KernelSpec) -> str:
     wide = any(x.scales == "groups" or (x.scales == "token" and not x.zeros) for x in coded)
     pairs = any(x.scales == "token" and x.zeros for x in coded)
     return (fill(WIDEN) if wide else "") + (fill(SPLIT) if pairs else "")
+
+
+def decimal(x: float) -> str:
+    """A C++ float."""
+    text = f"{x:.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def logit(spec: KernelSpec) -> str:
+    """The logit of query q and entry j, for a comment."""
+    plain, cap = f"q . k_j * {spec.scale:.9g}", spec.softcap
+    return f"{cap:g} tanh({plain} / {cap:g})" if cap else plain
+
+
+def constants(spec: KernelSpec, query: str) -> str:
+    """Sizes and types that all of a kernel shares; `query` is the dtype of the queries."""
+    return fill(
+        CONSTANTS,
+        query=ELEMENTS[query],
+        group=spec.group,
+        dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        scale=decimal(spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E),
+    )
 
 
 def address(spec: KernelSpec, index: int, positions: bool) -> Address:

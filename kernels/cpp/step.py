@@ -8,20 +8,16 @@ queries and weights: KIVI, arXiv 2402.02750.
 
 from __future__ import annotations
 
-import math
-
 from kvcompile.kernels.cpp.address import Address
-from kvcompile.kernels.cpp.parts import address, helpers, struct
+from kvcompile.kernels.cpp.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
 from kvcompile.kernels.cpp.step_keys import logits
 from kvcompile.kernels.cpp.step_values import values
-from kvcompile.kernels.cpp.stored import ELEMENTS
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
 TILE = 64
 LONGEST_PIECE = 512
 SMALL = 1 << 18  # products below which one thread is faster than two
-LOG2E = math.log2(math.e)
 
 HEAD = """
     // $name
@@ -30,24 +26,18 @@ HEAD = """
     // Logits are kept times log2(e): exp is then 2^x.
     #include <vector>
 
-    typedef $query Query;              // queries and result
-    constexpr int G = $group;          // query heads that share a KV head
-    constexpr int D = $dim, DV = $value_dim;   // channels of keys, of values
+    $constants
     constexpr int WIDTH = $width;      // DV in whole vectors
     constexpr int TILE = $tile;        // entries from one step of the softmax to the next
     constexpr int STRIDE = TILE + 16;  // floats between the logits of two query heads
     constexpr int LONGEST = $longest;  // entries of a piece of a row
     constexpr int RESULT = G * (WIDTH + 2);
-    constexpr float QUERY_SCALE = $query_scale;
     constexpr float MASKED = -1e30f;
     #if defined(KV_AVX512)
     constexpr int ROWS = 4;            // query heads whose sums stay in registers
     #else
     constexpr int ROWS = 2;
     #endif
-    #define UNROLL _Pragma("GCC unroll 16")
-    KV_INLINE int least(int a, int b) { return a < b ? a : b; }
-    KV_INLINE void write(float* to, V4 x) { memcpy(to, &x, sizeof x); }
     $helpers
 
     $parts
@@ -191,19 +181,6 @@ CUT_PART = """
     }
     """
 
-FIRST = """
-    // The first entry at true position `at` or after: positions ascend along a part of a row.
-    KV_INLINE int first(const Row& row, int64_t at) {
-      int low = 0, high = row.count;
-      while (low < high) {
-        int middle = (low + high) / 2;
-        if ($position < at) low = middle + 1;
-        else high = middle;
-      }
-      return low;
-    }
-    """
-
 LAUNCH = """
     extern "C" void attend_step(const Arguments* arguments) {
       const Arguments& a = *arguments;
@@ -241,11 +218,6 @@ LAUNCH = """
     }
     """
 
-
-SUMS = """
-    float* sums;  // [rows, sums_row]: what each entry received is added
-    int64_t sums_row;
-    """
 
 PLACE = """
     int column;      // of its first entry in the sums
@@ -288,20 +260,14 @@ def source(spec: KernelSpec, query: str) -> str:
 
 
 def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
-    cap = spec.softcap
-    logit = f"q[g] . k_j * {spec.scale:.9g}"
     return fill(
         HEAD,
         name=spec.name,
-        logit=f"{cap:g} tanh({logit} / {cap:g})" if cap else logit,
-        query=ELEMENTS[query],
-        group=spec.group,
-        dim=spec.head_dim,
-        value_dim=spec.value_dim,
+        logit=logit(spec),
+        constants=constants(spec, query),
         width=-(-spec.value_dim // 16) * 16,
         tile=TILE,
         longest=LONGEST_PIECE,
-        query_scale=_float(spec.scale / cap if cap else spec.scale * LOG2E),
         helpers=helpers(spec),
         parts="\n\n".join(struct(i, where, _methods(where, spec)) for i, where in enumerate(places)),
         positions="const int64_t* positions;  // of the new tokens [sequences]" if spec.sliding_window else "",
@@ -321,7 +287,7 @@ def _attend(spec: KernelSpec) -> str:
     return fill(
         ATTEND,
         logits_in=", float* logits" if spec.scores else "",
-        cap=fill(CAP, cap=_float(cap * LOG2E)) if cap else "",
+        cap=fill(CAP, cap=decimal(cap * LOG2E)) if cap else "",
         keep=fill(KEEP) if spec.scores else "",
     )
 
@@ -371,8 +337,3 @@ def _launch(spec: KernelSpec) -> str:
         shares=", shares + r * G" if spec.scores else "",
         columns=fill(ALL_COLUMNS) if spec.scores else "",
     )
-
-
-def _float(x: float) -> str:
-    text = f"{x:.9g}"
-    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"

@@ -112,5 +112,9 @@ class Stored:
             else:
                 out.append(code)
                 continue
-            out.append(f"mul_add({code}, {scale}, {zero})" if self.zeros else f"{code} * {scale}")
+            out.append(self.applied(code, scale, zero))
         return out
+
+    def applied(self, code: str, scale: str, zero: str) -> str:
+        """The vector that a code stands for."""
+        return f"mul_add({code}, {scale}, {zero})" if self.zeros else f"{code} * {scale}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvcompile.kernels import reference
+from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.cpp import attention, build
-from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.kernels.spec import KernelSpec, Part, plain
 from torch import Tensor
 
 from kvcompile.storage import Codec
@@ -64,7 +66,7 @@ SPECS = [
 def built() -> None:
     """All kernels of this file, two compilers at a time."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda s: attention._kernel(s, torch.float32, False), SPECS))
+        list(pool.map(lambda s: attention._kernel(s[0], torch.float32, s[1]), [(s, m) for s in SPECS for m in (0, 1)]))
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -98,6 +100,90 @@ def test_decode_step(one: KernelSpec, data, batch: int, heads: int, seed: int) -
             [data.draw(length)] * rows if part.layout == "dense" else [data.draw(length) for _ in range(rows)]
         )
     check(one, lengths, batch, heads, seed=seed)
+
+
+@pytest.mark.parametrize("one", SPECS, ids=lambda s: s.name)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data(), batch=st.integers(1, 2), heads=st.integers(1, 2), seed=st.integers(0, 999))
+def test_several_new_tokens(one: KernelSpec, data, batch: int, heads: int, seed: int) -> None:
+    """Causal by true positions, with history and without, padded or not."""
+    count = data.draw(st.sampled_from([2, 3, 16, 17, 33, 70]))
+    length = st.integers(0, 40) | st.sampled_from([63, 64, 65, 300])
+    dense = any(p.layout == "dense" for p in one.parts)
+    valid = None
+    if not dense and data.draw(st.booleans()):
+        real = data.draw(st.lists(st.integers(1, count), min_size=batch, max_size=batch))
+        left = data.draw(st.booleans())
+        valid = torch.arange(count).expand(batch, -1) < torch.tensor(real).unsqueeze(1)
+        valid = valid.flip(1) if left else valid
+    lengths = []
+    for part in one.parts:
+        rows = batch * heads
+        lengths.append(
+            [data.draw(length)] * rows if part.layout == "dense" else [data.draw(length) for _ in range(rows)]
+        )
+    check(one, lengths, batch, heads, seed=seed, count=count, valid=valid)
+
+
+def test_a_whole_prompt_over_plain_floats_is_for_sdpa() -> None:
+    one = SPECS[0]
+    made = case(one, [[40] * 4], 2, 2, count=40)
+    assert torch.equal(attention.attend(made.queries, made.view, one), sdpa.attend(made.queries, made.view, one))
+    assert attention.describe(one, torch.float32, True, True) == "sdpa (a whole prompt over plain dense floats)"
+    assert attention.describe(one, torch.float32, True) == "cpp chunk"
+    assert attention.describe(one, torch.float64) == "sdpa (float64 is not generated)"
+    assert attention.describe(SPECS[1], torch.float32, True, True) == "cpp chunk"
+    assert attention.describe(SPECS[6], torch.bfloat16) == "cpp step"
+
+
+def test_float64_and_gradients_go_to_the_library() -> None:
+    made = case(SPECS[0], [[40] * 4], 2, 2)
+    wide = replace(made.queries, states=made.queries.states.double())
+    view = replace(made.view, keys=made.view.keys.double(), values=made.view.values.double())
+    double = replace(made.spec, parts=plain("dense", "float64"))
+    expected = reference.attend(wide, view, double)
+    assert error(attention.attend(wide, view, double), expected) < 1e-12
+    states = made.queries.states.clone().requires_grad_()
+    out = attention.attend(replace(made.queries, states=states), made.view, made.spec)
+    out.sum().backward()
+    assert states.grad is not None
+    with torch.no_grad():
+        assert not attention.attend(replace(made.queries, states=states), made.view, made.spec).requires_grad
+
+
+def test_threads_share_one_kernel() -> None:
+    """Each thread's calls have scratch of their own, whatever the others do meanwhile."""
+    one = replace(SPECS[6], scale=0.1)  # built here, by whoever comes first
+    made = [case(one, [[64 * i, 32, 96, 700], [10, 300, 30, i]], 2, 2, seed=i) for i in range(1, 5)]
+    expected = [reference.attend(c.queries, c.view, one, torch.zeros(4, 900)) for c in made]
+
+    def run(i: int) -> float:
+        worst = 0.0
+        for _ in range(20):
+            got = attention.attend(made[i].queries, made[i].view, one, torch.zeros(4, 900))
+            worst = max(worst, error(got, expected[i]))
+        return worst
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(run, range(4))) < CODED
+    assert sum(key[0] == one for key in attention._kernels) == 1
+
+
+def test_processes_build_one_kernel(tmp_path: Path) -> None:
+    """Two processes with an empty cache ask for the same kernel at once: both get it, one file is left."""
+    program = (
+        "import torch; from kvcompile.kernels.cpp import attention; from kvcompile.kernels.spec import *;"
+        "from kvcompile.kernels.layout import *; x = torch.ones(1, 1, 1, 16); p = torch.zeros(1, 1, dtype=torch.long);"
+        "s = KernelSpec(plain('dense', 'float32'), 1, 16, 16, 1.0);"
+        "print(attention.attend(Queries(x, p), DenseView(x, 2 * x, p[None].int()), s).sum().item())"
+    )
+    environment = {**os.environ, "KVCOMPILE_CACHE": str(tmp_path)}
+    made = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [p.communicate()[0].strip() for p in made] == ["32.0", "32.0"]
+    assert len(list((tmp_path / "kernels").glob("attend-step-*.so"))) == 1
 
 
 def test_rows_without_a_new_token_are_zero() -> None:
@@ -159,10 +245,12 @@ def test_no_result_depends_on_batch_or_threads() -> None:
 
 def test_source_is_deterministic_and_has_no_dead_branch() -> None:
     for one in SPECS:
-        text = attention.source(one, torch.float32)
-        assert text == attention.source(replace(one), torch.float32)
-        assert ("tanh" in text) == bool(one.softcap)
-        assert ("positions" in text) == bool(one.sliding_window)
-        assert ("sums_row" in text) == one.scores
-        assert ("tile.value_" in text) == any(p.value.axis == "token" for p in one.parts)
-        assert ("table" in text) == any(p.layout == "paged" for p in one.parts)
+        for many in (False, True):
+            text = attention.source(one, torch.float32, many)
+            assert text == attention.source(replace(one), torch.float32, many)
+            assert ("tanh" in text) == bool(one.softcap)
+            assert ("positions" in text) == (many or bool(one.sliding_window))
+            assert ("sinks" in text) == bool(one.sinks)
+            assert ("sums_row" in text) == one.scores
+            assert ("tile.value_" in text) == any(p.value.axis == "token" for p in one.parts)
+            assert ("table" in text) == any(p.layout == "paged" for p in one.parts)
