@@ -317,7 +317,8 @@ def _cut_part(spec: KernelSpec, i: int) -> str:
         seen = f"int seen = Part{i}::first(row, a.positions[r / a.heads] - {last});"
         cuts = f"cut(cuts, r, {i}, seen, row.count{end});"
         if spec.sinks:
-            cuts = f"cut(cuts, r, {i}, 0, least(seen, Part{i}::first(row, {spec.sinks})){end});\n{cuts}"
+            seen += f"\nint sinks = least(seen, Part{i}::first(row, {spec.sinks}));"
+            cuts = f"cut(cuts, r, {i}, 0, sinks{end});\n{cuts}"
     return fill(CUT_PART, i=i, seen=seen, cuts=cuts, offset="offset += row.count;" if spec.scores else "")
 
 
