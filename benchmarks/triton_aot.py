@@ -4,7 +4,8 @@
 
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
 (group 3, 64 channels), and the other head dims; with one new token (`one`) and with many. `--sample`: a few of them,
-for the tests. Exits with 1 where a kernel spills or takes more shared memory than the target has. Nothing is run.
+for the tests. Exits with 1 where a kernel spills for an unknown reason, or takes more shared memory than the
+target has. Nothing is run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ INT8 = Codec("int8", "token"), Codec("int8", "token")
 FP8 = Codec("float8", "token"), Codec("float8", "token")
 Job = tuple[KernelSpec, str, str, str]
 TARGETS = ("sm_80", "sm_90", "gfx942")
+# Registers a thread at which one more program of 128 or 256 threads fits on a multiprocessor (64 Ki registers, in 8s).
+# ptxas goes down to them and spills a few bytes for it: the int4 kernel of many tokens takes 128 registers and spills
+# 16 bytes on sm_90, and told that it may take 168 (Triton's maxnreg), it takes 164 and spills nothing.
+THRESHOLDS, FEW = (64, 80, 96, 128, 168), 32
+UNEXPLAINED = "to be explained"
+EXPLAINED = "ptxas chose fewer registers so that one more program fits on a multiprocessor, at the price of this spill"
 
 
 def spec(parts: tuple[Part, ...], group: int = 4, dim: int = 128) -> KernelSpec:
@@ -103,7 +110,10 @@ def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tu
             cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
             cells.setdefault((one.name, dtype, f"{tokens}: {name}", cut), {})[target] = cell
             if spilled or shared > SHARED[target]:
-                wrong.append(f"{one.name} {tokens} {name} on {target}: {cell}")
+                chosen = target.startswith("sm") and registers in THRESHOLDS and spilled <= FEW
+                chosen = chosen and shared <= SHARED[target]
+                why = EXPLAINED if chosen else UNEXPLAINED
+                wrong.append(f"{one.name} {tokens} {name} on {target}: {cell} ({why})")
     rows = [[*key, *(row.get(t, "") for t in TARGETS)] for key, row in cells.items()]
     head = ["spec", "queries", "kernel", "rows x entries", *TARGETS]
     return tabulate(rows, head, tablefmt="github", disable_numparse=True), wrong
@@ -133,7 +143,7 @@ def main() -> int:
     print(page)
     if args.out:
         Path(args.out).write_text(page, "utf-8")
-    return 1 if wrong else 0
+    return 1 if any(UNEXPLAINED in w for w in wrong) else 0
 
 
 if __name__ == "__main__":
