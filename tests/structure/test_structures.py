@@ -169,6 +169,21 @@ def test_retrieval_heads_are_looked_for_in_the_converted_model() -> None:
     prove(model, tiny_ids(1, 60))
 
 
+def test_four_kinds_multiply(tmp_path: Path) -> None:
+    """Fewer heads x fewer layers x fewer tokens x fewer bits: bytes as planned, and the same after loading."""
+    coded = {"bits": 8, "group": 4, "residual": 8}
+    stack = {"gqa": {}, "cla": {}, "snapkv": {**SELECTIONS["snapkv"], "budget": 40}, "kivi": coded}
+    model = assembled(stack)
+    rows, _ = prove(model, tiny_ids(1, 60))
+    held = [r.planned_bytes for r in rows]
+    assert held == [r.bytes for r in rows]
+    assert held[1] == held[3] == 0
+    assert held[0] == held[2] < 40 * 2 * 16 * 4, "40 of 60 tokens, one head, fewer than 32 bits"
+    assert sum(r.dense_bytes for r in rows) == 4 * 2 * 60 * 2 * 16 * 4
+    loaded, ids = kvcompile.load(artifact.save(model, tmp_path / "artifact")), tiny_ids(2, 60)
+    assert torch.equal(generated(loaded, ids), generated(model, ids))
+
+
 def test_plan_only_shows_what_is_shared() -> None:
     config = compose(["policy=[gqa,cla,zigzag]", "stack.zigzag.budget=0.5", "plan=only"])
     plan = planning.plan_of(config)
