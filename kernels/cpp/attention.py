@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from struct import Struct
+from typing import Any
 
 import torch
 from kvcompile.kernels import sdpa
@@ -99,16 +100,21 @@ def _library(spec: KernelSpec, queries: Queries, view: View, sums: Tensor | None
 
 
 class _Compiled:
-    """A compiled kernel and what the parts of its view are called with."""
+    """A kernel and what the parts of its view are called with."""
 
     def __init__(self, spec: KernelSpec, dtype: torch.dtype, many: bool) -> None:
-        name = "attend_chunk" if many else "attend_step"
-        library = build.load(simd.prelude() + source(spec, dtype, many), name.replace("_", "-"))
-        self.run = getattr(library, name)
-        self.run.argtypes, self.run.restype = (ctypes.c_char_p,), None
-        self.spec = spec
+        self.spec, self.dtype, self.many = spec, dtype, many
         self.places = chunk.arguments(spec) if many else step.arguments(spec)
         self.single = self.places[0] if len(self.places) == 1 else None
+
+    @cached_property
+    def run(self) -> Any:
+        """The function, compiled when it is first called: a prompt that SDPA takes needs no compiler."""
+        name = "attend_chunk" if self.many else "attend_step"
+        text = simd.prelude() + source(self.spec, self.dtype, self.many)
+        function = getattr(build.load(text, name.replace("_", "-")), name)
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+        return function
 
     def call(self, numbers: list[int], view: View, sums: Tensor | None) -> None:
         """Run with the given fields, then those of the sums and of the parts, all of them 8 bytes."""

@@ -66,7 +66,11 @@ SPECS = [
 def built() -> None:
     """All kernels of this file, two compilers at a time."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda s: attention._kernel(s[0], torch.float32, s[1]), [(s, m) for s in SPECS for m in (0, 1)]))
+        list(
+            pool.map(
+                lambda s: attention._kernel(s[0], torch.float32, s[1]).run, [(s, m) for s in SPECS for m in (0, 1)]
+            )
+        )
 
 
 def error(got: Tensor, expected: Tensor) -> float:
