@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import linear as cpp
 from torch import Tensor, nn
 
@@ -40,8 +41,11 @@ def lower(model: nn.Module) -> int:
     """Make every plain `nn.Linear` of a model a `DecodeLinear`, in place; how many there were.
 
     Modules, parameters and their names stay as they are, so state dicts, ties and optimizers hold.
+    None where torch has several threads and the kernel, for want of OpenMP, would have one.
     Raises KvcompileError where the kernel cannot be compiled.
     """
+    if torch.get_num_threads() > 1 and build.toolchain().openmp is None:
+        return 0
     found = [m for m in model.modules() if type(m) is nn.Linear and _suits(m.weight)]
     for module in found:
         cpp.kernel(module.weight.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,15 @@ def test_subclasses_of_linear_are_left_alone() -> None:
         pass
 
     assert linear.lower(nn.Sequential(Own(4, 4), nn.LayerNorm(4), nn.Linear(4, 4, dtype=torch.float64))) == 0
+
+
+def test_one_thread_does_not_replace_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replace(build.toolchain(), openmp=None, note="no OpenMP")
+    monkeypatch.setattr(build, "toolchain", lambda: alone)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert linear.lower(nn.Linear(4, 4)) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert linear.lower(nn.Linear(4, 4)) == 1
 
 
 def test_copies_and_pickles() -> None:
