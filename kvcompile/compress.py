@@ -15,6 +15,7 @@ from kvcompile.cache.cache import TRIM_EVERY, Rotary, Step
 from kvcompile.cache.layer import LayerCache
 from kvcompile.observe import Observation
 from kvcompile.plan import LayerPlan
+from kvcompile.rotation import turn_basis
 from kvcompile.selection import LayerScores, Score, Selection
 
 Looks = list["LayerScores | None"] | None
@@ -113,12 +114,18 @@ def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor)
 
 
 def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
-    """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin."""
+    """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin; in the Hadamard
+    basis R H.
+    """
     step, dim = layer.step, keys.shape[-1]
     rotary = step.cache.rotaries[layer.plan.index] if step.cache.rotaries else None
     next_position = step.cache.seen[b] - (int(step.shift[b]) if step.shift is not None else 0)
 
     def mean_rotation(horizon: int) -> Tensor:
+        rotation = rotary_mean(horizon)
+        return turn_basis(rotation) if layer.plan.storage.rotated else rotation
+
+    def rotary_mean(horizon: int) -> Tensor:
         if rotary is None:
             return torch.eye(dim, device=keys.device)
         asked = (rotary, next_position, horizon, dim)

@@ -115,11 +115,11 @@ class Storage:
 
     def text(self, dtype: str) -> str:
         """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`."""
+        basis = " rotated" if self.rotated else ""
         if not self.coded:
-            return dtype
+            return dtype + basis
         key, value = (codec.name for codec in self.codecs(dtype))
         kinds = key if key == value else f"K {key}, V {value}"
-        basis = " rotated" if self.rotated else ""
         return f"{kinds}{basis}" + (f", newest {self.residual} {dtype}" if self.residual else "")
 
 

@@ -13,6 +13,7 @@ from kvcompile.adapters.registry import describe
 from kvcompile.calibrator import shared
 from kvcompile.compiler import build
 from kvcompile.plan import Plan
+from kvcompile.rotation import turn_basis
 from kvcompile.stack import apply_stack, build_stack
 
 LAYERS, HEADS, DIM = 4, 2, 16  # of the tiny models (KV heads)
@@ -87,6 +88,7 @@ STORED: dict[str, tuple[Options, float]] = {
     "kivi K8V4": ({"kivi": {"key_bits": 8, "value_bits": 4, "group": 4, "residual": 0}}, 0.3),
     "int8": ({"int8": {"residual": 5}}, 0.03),
     "fp8": ({"fp8": {}}, 0.3),
+    "rotate, kivi": ({"rotate": {}, "kivi": {"bits": 8, "group": 8, "residual": 16}}, 0.02),
 }
 
 # structural stacks, for layers of one kind
@@ -139,6 +141,14 @@ TABLE: dict[str, Row] = {
         {"expected_attention": {}, "zigzag": {"window": 8, "scope": "adaptive", "floor": 0.8}}, split="model"
     ),
     "adakv, kivi": Row({"adakv": {}}, split="layer", stored=KIVI8, error=0.05, logits=0.02),
+    "zigzag, rotate, kivi": Row(
+        {"snapkv": SNAPKV, "zigzag": {"window": 8}},
+        split="model",
+        recent=8,
+        stored={"rotate": {}, **KIVI8},
+        error=0.05,
+        logits=0.02,
+    ),
     "snapkv, int8": Row({"snapkv": SNAPKV}, recent=8, stored={"int8": {}}, error=0.05, logits=0.03),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
@@ -181,3 +191,10 @@ def stored_bytes(cache: Any) -> list[int]:
         sum(p.storage.nbytes(n, DIM, "float32") for n in lengths)
         for p, lengths in zip(cache.plan.layers, cache.lengths(), strict=True)
     ]
+
+
+def true_rows(layer: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values and positions held by a layer's rows, out of the Hadamard basis."""
+    if not layer.plan.storage.rotated:
+        return layer.held.rows()
+    return [(turn_basis(keys), turn_basis(values), positions) for keys, values, positions in layer.held.rows()]

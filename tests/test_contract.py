@@ -22,6 +22,7 @@ from contract_table import (
     off,
     plan_of,
     stored_bytes,
+    true_rows,
 )
 from kvcompile.policies.coded import StoragePolicy
 from tiny import tiny_ids
@@ -150,7 +151,7 @@ def test_what_is_kept_is_true_and_protected(name: str, row: Row) -> None:
     with torch.no_grad():
         full = dense()(ids).past_key_values
     for layer, reference in zip(cache.layers, full.layers, strict=True):
-        for h, (keys, values, positions) in enumerate(layer.held.rows()):
+        for h, (keys, values, positions) in enumerate(true_rows(layer)):
             at = positions.tolist()
             assert at == sorted(set(at))
             assert set(at) >= {*range(SINKS), *range(TOKENS - row.newest(BUDGET), TOKENS)}
@@ -189,7 +190,7 @@ def test_decode_eviction_bounds_the_rows(name: str, row: Row) -> None:
             assert set(at) >= {*range(SINKS), *range(seen - row.newest(BUDGET), seen)}
     with torch.no_grad():
         full = dense()(ids).past_key_values.layers[0].values[0]
-    for h, (_, values, at) in enumerate(cache.layers[0].held.rows()):  # values of the first layer see no other token
+    for h, (_, values, at) in enumerate(true_rows(cache.layers[0])):  # values of the first layer see no other token
         torch.testing.assert_close(values, full[h, at], atol=row.error, rtol=1e-5)
 
 

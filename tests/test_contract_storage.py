@@ -31,14 +31,17 @@ from kvcompile.compiler import assemble
 from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
 from kvcompile.prove import prove
+from kvcompile.rotation import turn_basis
 from kvcompile.storage import Storage
 
 TOKENS, NEW = 60, 70  # far enough to encode twice while decoding, from any residual below
 every = pytest.mark.parametrize(("stack", "logits"), STORED.values(), ids=STORED)
 
 
-def rounded(x: Tensor, codec: Any) -> Tensor:
-    """What is left of `x [..., n, D]` after a codec."""
+def rounded(x: Tensor, codec: Any, rotated: bool) -> Tensor:
+    """What is left of `x [..., n, D]` after a codec, in the Hadamard basis or not."""
+    if rotated:
+        return turn_basis(rounded(turn_basis(x), codec, False))
     return x if codec is None else decode(*encode(x, codec), codec, x.dtype)
 
 
@@ -55,7 +58,7 @@ def simulated(architecture: str, storage: list[Storage], ids: Tensor, prompt: in
                 if s.coded and loose >= s.residual + (s.block if t == prompt else s.flush):
                     encoded[i] = stop = old + s.encoded(loose)
                     for x, codec in ((layer.keys, s.key), (layer.values, s.value)):
-                        x[:, :, old:stop] = rounded(x[:, :, old:stop], codec)
+                        x[:, :, old:stop] = rounded(x[:, :, old:stop], codec, s.rotated)
             out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
             logits.append(out.logits)
     return torch.cat(logits, 1)
@@ -68,7 +71,7 @@ def test_the_model_computes_with_what_the_codes_say(stack: Options, logits: floa
     model = compiled(stack)
     got, cache = steps(model, ids, TOKENS)
     expected = simulated("llama", [p.storage for p in model.kvcompile.plan.layers], ids, TOKENS)
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+    assert off(got, expected) < 5e-4  # another order of sums now and then makes another code
     assert min(cache.layers[0].held.encoded) > TOKENS, "some decoded tokens must have been encoded"
     uncompressed, _ = steps(dense(), ids, TOKENS)
     assert torch.equal(got[:, :TOKENS].argmax(-1), uncompressed[:, :TOKENS].argmax(-1))

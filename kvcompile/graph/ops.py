@@ -15,6 +15,7 @@ from kvcompile import compress as selections
 from kvcompile.cache import KVCache, Step
 from kvcompile.cache.layer import LayerCache
 from kvcompile.kernels.layout import Queries
+from kvcompile.rotation import turn_basis
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,6 +49,12 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     out = turned * cos + torch.cat((-second, first), -1) * sin
     return out if width == states.shape[-1] else torch.cat((out, states[..., width:]), -1)
+
+
+@leaf
+def hadamard(states: Tensor) -> Tensor:
+    """`[B, H, Q, D]` in the Hadamard basis: queries and keys alike, so that their products stay."""
+    return turn_basis(states)
 
 
 @leaf
@@ -113,4 +120,4 @@ EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle)
 for op in EFFECTS:
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, together, attend)}
+NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, hadamard, together, attend)}

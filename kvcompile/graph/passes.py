@@ -11,7 +11,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.base import Pass, last_readers
 from kvcompile.graph.share import ShareKV
-from kvcompile.graph.storage import InsertSettling
+from kvcompile.graph.storage import InsertSettling, RotateHeads
 from kvcompile.graph.wiring import appends, observes
 from kvcompile.plan import LayerPlan, Plan
 
@@ -105,7 +105,7 @@ def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | N
     Raises KvcompileError, naming the pass and those before it, where one matches nothing or fails its own check.
     """
     report = Rewritten()
-    for kind in passes or (ShareKV, DropObservers, InsertCompression, TrimSliding, InsertSettling):
+    for kind in passes or (ShareKV, DropObservers, InsertCompression, TrimSliding, RotateHeads, InsertSettling):
         step = kind(plan)
         if not step.wanted():
             continue

@@ -1,0 +1,37 @@
+"""The Hadamard basis: an orthogonal change of channels that spreads outliers before keys and values are encoded."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def block_of(dim: int) -> int:
+    """The largest power of two that divides `dim`: channels that are mixed with one another."""
+    return dim & -dim
+
+
+@functools.cache
+def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    made = torch.ones(1, 1, dtype=torch.float64)
+    while made.shape[0] < size:
+        made = torch.cat((torch.cat((made, made), 1), torch.cat((made, -made), 1)))
+    block: Tensor = (made / size**0.5).to(device, dtype)
+    return block
+
+
+def matrix(dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    """H `[D, D]`: Sylvester's Hadamard matrices over sqrt(b) along the diagonal, b = `block_of(dim)`; H = H^T = H^-1.
+
+    Source: QuaRot, arXiv 2404.00456; for head sizes that are no power of two, blocks instead of its larger matrices.
+    """
+    size = block_of(dim)
+    return torch.kron(torch.eye(dim // size, dtype=dtype, device=device), _block(size, dtype, torch.device(device)))
+
+
+def turn_basis(states: Tensor) -> Tensor:
+    """`[..., D]` times H: into the Hadamard basis, and out of it again."""
+    block = _block(block_of(states.shape[-1]), states.dtype, states.device)
+    return (torch.unflatten(states, -1, (-1, block.shape[0])) @ block).flatten(-2)
