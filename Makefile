@@ -47,7 +47,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 test: lint types model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not real"  # tiny models: a second thread costs more than it does
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not real"  # tiny models: a second thread costs more than it does
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -m real
 
 clean:

@@ -17,8 +17,10 @@ from torch import Tensor
 from kvcompile import compress
 from kvcompile.adapters.registry import describe
 from kvcompile.cache import KVCache, Step
+from kvcompile.cache.coded import CodedStore
 from kvcompile.calibrator import Everything, shared
 from kvcompile.compiler import build
+from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
 from kvcompile.selection import Schedule, Score, Selection
 
@@ -60,7 +62,12 @@ class Branching:
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
 
     def branch(self, plan: Plan) -> KVCache:
-        """A copy of the cache after the selection of `plan`."""
+        """A copy of the cache after the selection and encoding of `plan`.
+
+        Raises KvcompileError for a plan that changes weights, whose prefill would be another one.
+        """
+        if any(p.storage.rotated or p.heads or p.owner != p.index for p in plan.layers):
+            raise KvcompileError("one prefill serves only stacks that leave the weights alone", str(plan.applied))
         if self.cache is None:
             raise RuntimeError("prefill first")
         branch = KVCache(plan, self.cache.rotaries, self.cache.route)
@@ -69,6 +76,8 @@ class Branching:
             mine.store, mine.columns, mine.is_initialized = copy.copy(theirs.store), theirs.columns, True
             mine.watch = copy.copy(theirs.watch)
             mine.watch.segments = [copy.copy(s) for s in theirs.watch.segments]
+            if mine.plan.storage.coded:
+                mine.store = CodedStore(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
         looks = {p.index: compress.look(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.cross_layer]
@@ -76,6 +85,8 @@ class Branching:
             compress.compress(step, {i: looks[i] for i in together})
         for i in set(looks) - set(together):
             compress.compress(step, {i: looks[i]})
+        for layer in branch.layers:
+            layer.settle(branch.headroom, release=True)
         return branch
 
     def decode(self, cache: KVCache, count: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kvcompile.policies.coded import CodedPolicy
 
@@ -22,6 +22,8 @@ class KIVI(CodedPolicy):
     paper encodes keys `residual` at a time, and values one by one.
 
     bits: of keys and of values. key_bits, value_bits: override it. residual: a multiple of `group`.
+    key_axis: `token` gives keys scales as values have them: rows then need no whole groups of tokens, so that short rows
+    are encoded to the last token; best after `rotate`, which spreads the outliers of a channel over the head.
     """
 
     name: ClassVar[str] = "kivi"
@@ -31,6 +33,7 @@ class KIVI(CodedPolicy):
     value_bits: int | None = None
     group: int = 32
     residual: int = 128
+    key_axis: Literal["channel", "token"] = "channel"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,9 +41,13 @@ class KIVI(CodedPolicy):
             chosen = getattr(self, name)
             self.require(chosen in BITS or (chosen is None and name != "bits"), name, "2, 4 or 8")
         self.require(self.group >= 1, "group", "1 or more")
-        self.require(self.residual % self.group == 0, "residual", f"a multiple of the group, {self.group}")
+        self.require(self.key_axis in ("channel", "token"), "key_axis", "channel or token")
+        whole = self.key_axis == "token" or self.residual % self.group == 0
+        self.require(whole, "residual", f"a multiple of the group, {self.group}")
 
     def codecs(self, dim: int) -> tuple[Codec, Codec]:
         """Per channel, per token."""
         key, value = self.key_bits or self.bits, self.value_bits or self.bits
-        return Codec(f"int{key}", "channel", self.group), Codec(f"int{value}", "token", min(self.group, dim))
+        values = min(self.group, dim)
+        keys = values if self.key_axis == "token" else self.group
+        return Codec(f"int{key}", self.key_axis, keys), Codec(f"int{value}", "token", values)
