@@ -22,7 +22,7 @@ class KIVI(CodedPolicy):
     paper encodes keys `residual` at a time, and values one by one.
 
     bits: of keys and of values. key_bits, value_bits: override it. residual: a multiple of `group`.
-    key_axis: `token` gives keys scales as values have them: rows then need no whole groups of tokens, so that short rows
+    key_axis: `token` gives keys scales as values have them: rows need no whole groups of tokens then, so short rows
     are encoded to the last token; best after `rotate`, which spreads the outliers of a channel over the head.
     """
 
