@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompile import manifest
 from kvcompile.errors import KvcompileError
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
+from kvcompile.progress import no_foreign_bars
 from kvcompile.stack import first_line
 
 if TYPE_CHECKING:
@@ -135,13 +136,11 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
 @contextmanager
 def _borrowed_config(model: Any) -> Iterator[None]:
     """Let transformers write into a copy of the config: it sets dtype and architectures when it saves."""
-    from kvcompile.models import _no_bars
-
     original = model.config
     model.config = copy.deepcopy(original)
     model.config.kvcompile = stamp(model.kvcompile.plan)
     try:
-        with _no_bars():
+        with no_foreign_bars():
             yield
     finally:
         model.config = original

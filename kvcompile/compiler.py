@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,11 @@ from kvcompile.compose import compose
 from kvcompile.config import Config, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
+from kvcompile.progress import Progress, progress_bar, silent
 from kvcompile.stack import apply_stack
 
 if TYPE_CHECKING:
     from kvcompile.policies.base import Policy
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,6 @@ class Outcome:
 
     path: str
     summary: dict[str, float | int | str | None]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress that shows nothing."""
 
 
 def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Policy]) -> Plan:
@@ -129,7 +124,7 @@ def compile(
 def compile_config(config: Config) -> Outcome:
     """One job of the command line: load, measure, compile, prove, measure again, report, save."""
     from kvcompile import planning
-    from kvcompile.models import load, progress_bar
+    from kvcompile.models import load
     from kvcompile.prove import compile_and_report
 
     planning.plan_of(config)  # a stack that cannot work fails before weights are read

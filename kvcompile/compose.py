@@ -89,7 +89,9 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
 
     Raises KvcompileError for unknown, duplicate or orphan policies and for values out of range.
     """
-    for override in _parse(overrides):
+    parsed = _parse(overrides)
+    _one_budget(parsed)
+    for override in parsed:
         value = override.value() if override.key_or_group == "policy" else None
         named: list[str] = [str(name) for name in value] if isinstance(value, list) else []
         for name in named:
@@ -107,6 +109,27 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     plain = OmegaConf.to_container(stack, resolve=True)
     recipe = choices.get("recipe")
     return finish(Config(**{**vars(config), "stack": plain, "recipe": recipe or config.recipe}))
+
+
+def _one_budget(overrides: Sequence[Override]) -> None:
+    """Raise KvcompileError if both the shortcut and a policy's own budget are overridden: one would be lost."""
+    given = dict(pair for o in overrides for pair in _leaves(o.get_key_element().lstrip("+~"), o.value()))
+    own = [key for key in given if key.startswith("stack.") and key.endswith(".budget")]
+    if own and given.get("budget") is not None:
+        raise KvcompileError(
+            "budget sets the budget of every policy in the stack, so it cannot come with that of one",
+            f"budget={given['budget']} and {own[0]}={given[own[0]]}",
+            f"drop one of the two, or give each policy its own, as in {own[0]}",
+        )
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """`(dotted key, value)` of everything that an override sets."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
 
 
 def _compose(overrides: list[str], sweeping: bool = False) -> Config:

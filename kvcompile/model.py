@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +62,10 @@ class CompiledMixin:
         if input_ids is None:
             raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
         cache = self._own(past_key_values)
-        start = cache.get_seq_length()
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.any(1).all()):
             raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
         if position_ids is None:
-            position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            position_ids = _positions(input_ids, attention_mask, cache.seen)
         logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep, use_cache is not False)
         loss = None
         if labels is not None:
@@ -148,6 +148,18 @@ class CompiledMixin:
         model_kwargs["past_key_values"] = self._own(given)
         if given is not None:
             given._is_user_defined = True
+
+
+def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
+    """True positions `[B, Q]` of new tokens: how many real ones each sequence had before; padding is not counted.
+
+    mask `[B, past + Q]` says which tokens are real (None: all). `seen`: tokens of each sequence so far.
+    """
+    batch, count = ids.shape
+    start = torch.tensor(seen if len(seen) == batch else [0] * batch, device=ids.device).unsqueeze(1)
+    if mask is None or mask.ndim != 2 or mask.shape[0] != batch:  # of a wrong shape: the cache will say so
+        return start + torch.arange(count, device=ids.device)
+    return start + (mask[:, -count:].ne(0).cumsum(1) - 1).clamp(min=0)
 
 
 def _wanted(keep: int | Tensor, count: int) -> list[int] | None:

@@ -10,20 +10,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
 from kvcompile.folders import cache_folder
+from kvcompile.progress import Progress, no_foreign_bars, progress_bar, silent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from kvcompile.config import ModelConfig
-
-Progress = Callable[[str, int, int], None]  # (what, done, total); total 0: not known ahead
 
 DEFAULT_NAME = "llama"
 DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
@@ -49,26 +48,6 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "pad_token_id": 2,
     "dtype": "float32",
 }
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The progress that shows nothing."""
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A `Progress` that draws one rich bar per task on the terminal."""
-    from rich.progress import Progress as Bar
-
-    with Bar(transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done, total=total or None)
-
-        yield show
 
 
 def config_of(model: ModelConfig) -> PretrainedConfig:
@@ -105,7 +84,7 @@ def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedMod
         source, options = _source(model)
     what = f"loading {model.pretrained or DEFAULT_FOLDER}"
     progress(what, 0, 0)
-    with _plain_errors(model), _no_bars():
+    with _plain_errors(model), no_foreign_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
@@ -184,7 +163,7 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
 
     what = f"converting {gguf.name} to safetensors"
     progress(what, 0, 3)
-    with _no_bars():
+    with no_foreign_bars():
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         progress(what, 1, 3)
         model = LlamaForCausalLM(LlamaConfig(**DEFAULT_CONFIG))
@@ -287,20 +266,6 @@ def _plain_errors(model: ModelConfig) -> Iterator[None]:
             f"{type(error).__name__}: {said}",
             "model.pretrained=<folder with config, safetensors and tokenizer, .gguf file or hub id>",
         ) from error
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Hold back transformers' own bars, which would fight with ours for the line."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _device(model: ModelConfig) -> Any:

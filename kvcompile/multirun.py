@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcompile.errors import KvcompileError
+from kvcompile.planning import size
 from kvcompile.stack import first_line
 
 RESULT = "result.json"
@@ -116,18 +117,49 @@ def write_summary(results: Sequence[JobResult], folder: Path) -> None:
 
 
 def summary_table(results: Sequence[JobResult]) -> Table:
-    """What differs between the jobs, and what came of them; what all have in common stands in the title."""
+    """What differs between the jobs, and what came of them.
+
+    What all have in common stands in the title (overrides) and the caption (results); `x_before` and `x_after` share a
+    column, bytes are in binary units and numbers have three digits: the files next to it hold them all.
+    """
     rows = rows_of(results)
     shared = [t for t in results[0].overrides if len(results) > 1 and all(t in r.overrides for r in results)]
     hidden = {t.lstrip("+~").partition("=")[0] for t in shared} | {"output", "error"}
-    columns = [key for key in rows[0] if key not in hidden]
-    drawn = Table(title=escape(" ".join(shared)) or None, title_justify="left")
+    cells = [_cells({key: value for key, value in row.items() if key not in hidden}) for row in rows]
+    alike = {key: values.pop() for key in cells[0] if len(values := {c[key] for c in cells if c[key]}) == 1}
+    alike = {key: value for key, value in alike.items() if sum(bool(c[key]) for c in cells) > 1}
+    columns = [key for key in cells[0] if key not in alike and any(c[key] for c in cells)]
+    drawn = Table(
+        title=escape(" ".join(shared)) or None,
+        title_justify="left",
+        caption=escape(", ".join(f"{key} {value}" for key, value in alike.items())) or None,
+        caption_justify="left",
+    )
     for key in columns:
-        justify: Literal["left", "right"] = "left" if isinstance(rows[0][key], str) else "right"
+        justify: Literal["left", "right"] = "left" if isinstance(rows[0].get(key), str) else "right"
         drawn.add_column(escape(key), justify=justify, overflow="fold")
-    for row in rows:
-        drawn.add_row(*(escape(_text(row[key])) for key in columns), style="red" if row["status"] == "failed" else None)
+    for row, cell in zip(rows, cells, strict=True):
+        drawn.add_row(*(escape(cell[key]) for key in columns), style="red" if row["status"] == "failed" else None)
     return drawn
+
+
+def _cells(row: dict[str, Cell]) -> dict[str, str]:
+    """One job's row for reading: headings that can be broken at spaces, `before > after` in one cell."""
+    out = {}
+    for key, value in row.items():
+        name, _, when = key.rpartition("_")
+        if when == "after" and f"{name}_before" in row:
+            continue
+        after = row.get(f"{name}_after") if when == "before" else None
+        text = " > ".join(_short(key, v) for v in (value, after) if v is not None)
+        out[(name if when == "before" else key).replace("_", " ")] = text
+    return out
+
+
+def _short(key: str, value: Cell) -> str:
+    if isinstance(value, int) and "bytes" in key:
+        return size(value)
+    return f"{value:.3g}" if isinstance(value, float) else _text(value)
 
 
 def _text(value: Cell) -> str:

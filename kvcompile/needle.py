@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.progress import Progress
 from kvcompile.text import sentences
-
-Progress = Callable[[str, int, int], None]
 
 DIGITS = 7
 DEPTHS = (0.1, 0.35, 0.6, 0.85)

@@ -79,6 +79,13 @@ def show(plan: Plan, config: Config, console: Console) -> None:
     held, dense = cache_bytes(plan, wanted.batch, wanted.context)
     console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
     console.print(f"total {size(held)}, uncompressed {size(dense)}: {held / dense:.1%}", highlight=False)
+    for policy in config.policies():
+        if policy.uncalibrated:
+            console.print(
+                f"not calibrated: {policy.name} finds out {policy.uncalibrated} when a model is compiled; until then "
+                "the rows above are an estimate",
+                highlight=False,
+            )
     if wanted.memory:
         fit, before = (tokens_that_fit(plan, wanted.batch, wanted.memory, dense=d) for d in (False, True))
         console.print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from kvcompile.config import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.needle import NeedleResult, NeedleTask, score
 from kvcompile.plan import Plan
+from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
 from kvcompile.speed import Comparison, compare
 from kvcompile.text import sentences
 
-Progress = Callable[[str, int, int], None]
 PROOF_TOKENS = 1024
 
 

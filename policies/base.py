@@ -44,6 +44,11 @@ class Policy:
         """The policy with what it must learn from the loaded model filled into its fields (default: nothing)."""
         return self
 
+    @property
+    def uncalibrated(self) -> str | None:
+        """What `calibrated` has yet to find in the loaded model, in words; None: nothing."""
+        return None
+
     def require(self, ok: bool, name: str, rule: str) -> None:
         """Range check of a field, for `__post_init__`. Raises KvcompileError naming `stack.<policy>.<field>`."""
         if not ok:

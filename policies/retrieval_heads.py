@@ -94,6 +94,11 @@ class RetrievalHeads(TokenPolicy):
         owners = calibrator.owners
         return replace(self, heads=[[owners[i], h] for i, h in found.top(self._number(sum(map(len, found.scores))))])
 
+    @property
+    def uncalibrated(self) -> str | None:
+        """Which heads, unless they are given."""
+        return None if self.heads else "which heads retrieve"
+
     def apply(self, plan: Plan) -> Plan:
         """Give every layer but the skipped ones a selection with its own heads.
 

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcompile.compose import compose, expand
+from kvcompile.compose import check, compose, expand
 from kvcompile.config import Config, ModelConfig, finish, from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover
@@ -74,6 +74,20 @@ def test_overrides_reach_the_policy() -> None:
     assert policy.skip_layers == [0, 1]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "budget"),
+    [(["recipe=zigzag", "budget=0.1"], 0.1), (["recipe=zigzag", "budget=null", "stack.zigzag.budget=0.3"], 0.3)],
+    ids=str,
+)
+def test_the_budget_shortcut_overrides_what_a_recipe_says(overrides: list[str], budget: float) -> None:
+    assert compose(overrides).stack["zigzag"]["budget"] == budget
+
+
+def test_a_sweep_over_one_budget_does_not_hide_the_other() -> None:
+    with pytest.raises(KvcompileError, match=r"budget=0.25 and stack.snapkv.budget=0.1"):
+        check(["recipe=snapkv", "budget=0.25,0.5", "stack.snapkv.budget=0.1"], multirun=True)
+
+
 def test_budget_shortcut_is_folded_into_the_stack() -> None:
     config = compose(["policy=[snapkv]", "budget=0.25"])
     assert config.stack["snapkv"]["budget"] == 0.25
@@ -109,6 +123,12 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["plan.memory=0"], "plan.memory must be more than 0 GiB"),
         (["recipe=snapkv,zigzag"], "Fix: put -m first to sweep"),
         (["sweep=budget"], "one config has no sweep"),
+        (
+            ["recipe=snapkv", "budget=0.5", "stack.snapkv.budget=0.1"],
+            r"budget sets the budget of every policy .*, got budget=0.5 and stack.snapkv.budget=0.1. Fix: drop one",
+        ),
+        (["policy=[snapkv,adakv]", "++stack.adakv.budget=0.1", "budget=0.5"], "got budget=0.5 and stack.adakv.budget"),
+        (["recipe=snapkv", "stack.snapkv={budget:0.1}", "budget=0.5"], "got budget=0.5 and stack.snapkv.budget=0.1"),
         (["x=]["], "x="),
         (["output=${oops}"], "oops"),
     ],

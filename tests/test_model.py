@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.policies.snapkv import SnapKV
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from torch import Tensor
@@ -63,6 +64,33 @@ def left_padded(tokens: int = 30) -> tuple[Tensor, Tensor]:
 def generate(model: Any, ids: Tensor, mask: Tensor | None = None, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **{**GREEDY, **options})
+
+
+POLICIES = {
+    "dense": None,
+    "snapkv": SnapKV(budget=0.5, window=4, between_chunks=False),
+    "moments": ExpectedAttention(budget=0.5, between_chunks=False),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_a_padded_batch_without_positions_equals_single_runs(policy: str, chunk: int) -> None:
+    """True positions come from the mask, and later from the cache: padding moves no token, and no statistics of it."""
+    model, (ids, mask) = compiled(policy=POLICIES[policy], chunk=chunk), left_padded()
+    more = tiny_ids(3, 4, seed=1)
+    with torch.no_grad():
+        first = model(ids, attention_mask=mask)
+        cache = first.past_key_values
+        held = [[p.tolist() for _, _, p in layer.held.rows()] for layer in cache.layers]
+        later = model(more, past_key_values=cache)
+        for b in range(3):
+            alone = model(ids[b : b + 1][:, mask[b] == 1])
+            torch.testing.assert_close(first.logits[b : b + 1][:, mask[b] == 1], alone.logits, atol=1e-5, rtol=1e-5)
+            for layer, rows in zip(alone.past_key_values.layers, held, strict=True):
+                assert [p.tolist() for _, _, p in layer.held.rows()] == rows[2 * b : 2 * b + 2]
+            then = model(more[b : b + 1], past_key_values=alone.past_key_values)
+            torch.testing.assert_close(later.logits[b : b + 1], then.logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

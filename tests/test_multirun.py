@@ -11,7 +11,17 @@ import pytest
 from rich.console import Console
 
 from kvcompile.errors import KvcompileError
-from kvcompile.multirun import RESULT, Done, SweepFolder, collect, rows_of, run_job, summarise, write_summary
+from kvcompile.multirun import (
+    RESULT,
+    Done,
+    SweepFolder,
+    collect,
+    rows_of,
+    run_job,
+    summarise,
+    summary_table,
+    write_summary,
+)
 
 
 def good() -> Done:
@@ -88,6 +98,51 @@ def test_summarise_prints_brackets_and_errors_and_counts_failures(sweep: Path, m
     assert "[a,b]" in text
     assert "job 1: budget must be small, got 7. Fix: make it small." in text
     assert summarise(Console(file=out)) == (0, 0), "a summary is printed once"
+
+
+MEASURED = {
+    "tokens": 1024,
+    "bytes": 9437184,
+    "dense_bytes": 47185920,
+    "kept": 0.2,
+    "needle_before": 1.0,
+    "needle_after": 0.9375,
+    "perplexity_before": 21.08,
+    "perplexity_after": 23.41,
+    "prefill_s_before": 1.912,
+    "prefill_s_after": 2.013,
+    "decode_tokens_s_before": 14.87,
+    "decode_tokens_s_after": 18.23,
+}
+
+
+def printed(folder: Path, width: int) -> str:
+    out = StringIO()
+    Console(file=out, width=width).print(summary_table(collect(folder)))
+    return out.getvalue()
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[c.strip() for c in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+
+
+def test_a_sweep_of_compiles_is_readable_at_a_hundred_columns(tmp_path: Path) -> None:
+    for job, recipe in enumerate(["expected_attention", "retrieval_heads"]):
+        run = ["model=llama", f"recipe={recipe}", f"budget=0.{job + 1}5"]
+        run_job(tmp_path / str(job), job, run, lambda job=job: ("out", {**MEASURED, "bytes": 9437184 + 2**20 * job}))
+    text = printed(tmp_path, 100)
+    assert cells(text)[1][:4] == ["1", "retrieval_heads", "0.25", "10 MiB"], "one line a job, nothing cut"
+    assert len(cells(text)) == 2
+    assert "1.91 > 2.01" in text
+    assert text.splitlines()[0].strip() == "model=llama"
+    caption = " ".join(text[text.rindex("┘") + 1 :].split())
+    assert caption.startswith("status ok, tokens 1024, dense bytes 45 MiB, kept 0.2, needle 1 > 0.938")
+
+
+def test_what_only_one_job_has_is_no_constant(sweep: Path) -> None:
+    """One job of three succeeded: what it measured stays in its row, beside those that have nothing."""
+    rows = cells(printed(sweep, 160))
+    assert [row[2:] for row in rows] == [["ok", "0.75", "3", ""], ["failed", "", "", ""], ["failed", "", "", "[a,b]"]]
 
 
 def test_no_sweep_no_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

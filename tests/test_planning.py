@@ -64,6 +64,14 @@ def test_table_groups_layers_alike_and_shows_owners() -> None:
     assert "1 GiB hold prompts of" in text
 
 
+@pytest.mark.parametrize(("given", "said"), [([], True), (["stack.retrieval_heads.heads=[[0,1],[7,2]]"], False)])
+def test_a_plan_that_calibration_may_change_says_so(given: list[str], said: bool) -> None:
+    """Which heads retrieve is found in the loaded model; a plan without one only guesses where they are."""
+    config = compose(["recipe=retrieval_heads", *given])
+    text = " ".join(shown(planning.plan_of(config), config).split())
+    assert ("not calibrated: retrieval_heads finds out which heads retrieve when a model is compiled" in text) == said
+
+
 def test_summary_row_has_the_totals() -> None:
     row = planning.summary(plan(0.25), Config(plan=PlanConfig(context=100, memory=0.01)))
     assert row["cache_bytes"] == 25 * TOKEN_BYTES
