@@ -86,11 +86,11 @@ def test_a_padded_batch_without_positions_equals_single_runs(policy: str, chunk:
         later = model(more, past_key_values=cache)
         for b in range(3):
             alone = model(ids[b : b + 1][:, mask[b] == 1])
-            torch.testing.assert_close(first.logits[b : b + 1][:, mask[b] == 1], alone.logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(first.logits[b : b + 1][:, mask[b] == 1], alone.logits, atol=1e-4, rtol=1e-4)
             for layer, rows in zip(alone.past_key_values.layers, held, strict=True):
                 assert [p.tolist() for _, _, p in layer.held.rows()] == rows[2 * b : 2 * b + 2]
             then = model(more[b : b + 1], past_key_values=alone.past_key_values)
-            torch.testing.assert_close(later.logits[b : b + 1], then.logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(later.logits[b : b + 1], then.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
