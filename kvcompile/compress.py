@@ -276,8 +276,12 @@ def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) 
     Between two evictions entry j of a row sits at rotary position j, so entry `indices[i]` turns by `i - indices[i]`.
     """
     cache = step.cache
-    for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True):
-        keys.copy_(turn(keys, index_row, torch.arange(index_row.numel(), device=keys.device), cache.rotaries[index]))
+    kv.rewrite(
+        [
+            turn(keys, index_row, torch.arange(index_row.numel(), device=keys.device), cache.rotaries[index])
+            for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
+        ]
+    )
     per_sequence = kv.held.lengths[:: kv.held.heads]
     shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
     cache.shift = torch.tensor(shift, device=indices[0].device)

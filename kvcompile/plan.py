@@ -234,7 +234,13 @@ def _check_storage(p: LayerPlan) -> None:
         raise KvcompileError(
             f"{where}: a sliding layer keeps the model's dtype", f"window {p.sliding_window}", "skip that layer"
         )
-    if p.selection is not None and p.selection.positions == "compact":
+    if s.page % s.block:
+        raise KvcompileError(
+            f"{where}: a page holds whole groups of tokens that share scales",
+            f"pages of {s.page}, groups of {s.block}",
+            "put paged last in the stack",
+        )
+    if p.selection is not None and p.selection.positions == "compact" and (s.coded or s.rotated):
         raise KvcompileError(
             f"{where}: compact positions rotate stored keys, which must then be plain",
             s.text("the model's dtype") if s.coded else "rotated",

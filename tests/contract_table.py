@@ -88,19 +88,8 @@ STORED: dict[str, tuple[Options, float]] = {
     "kivi K8V4": ({"kivi": {"key_bits": 8, "value_bits": 4, "group": 4, "residual": 0}}, 0.3),
     "int8": ({"int8": {"residual": 5}}, 0.03),
     "fp8": ({"fp8": {}}, 0.3),
+    "kivi 8, paged": ({**KIVI8, "paged": {"page": 8}}, 0.02),
     "rotate, kivi": ({"rotate": {}, "kivi": {"bits": 8, "group": 8, "residual": 16}}, 0.02),
-}
-
-# structural stacks, for layers of one kind
-STRUCTURES: dict[str, Options] = {
-    "gqa": {"gqa": {}},
-    "gqa, first": {"gqa": {"merge": "first"}},
-    "mqa": {"mqa": {}},
-    "mqa by similarity": {"mqa": {"merge": "similarity", "groups": [[[1, 0]]] * LAYERS}},
-    "cla": {"cla": {}},
-    "cla, dense front": {"cla": {"variant": "dense_front", "fold": "mean"}},
-    "mlkv": {"mlkv": {"layers": 2}},
-    "gqa and cla": {"gqa": {}, "cla": {"pattern": [0, 0, 0, 3]}},
 }
 
 # structural stacks, for layers of one kind
@@ -150,6 +139,8 @@ TABLE: dict[str, Row] = {
         logits=0.02,
     ),
     "snapkv, int8": Row({"snapkv": SNAPKV}, recent=8, stored={"int8": {}}, error=0.05, logits=0.03),
+    "adakv, paged": Row({"adakv": {}}, split="layer", stored={"paged": {}}),
+    "tova, kivi, paged": Row({"tova": {}}, recent=1, stored={**KIVI8, "paged": {"page": 4}}, error=0.05, logits=0.02),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
 

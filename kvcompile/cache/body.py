@@ -106,8 +106,12 @@ class Body(Protocol):
 
     batch: int
     heads: int
-    lengths: list[int]
     format: Format
+
+    @property
+    def lengths(self) -> list[int]:
+        """Encoded tokens of each row."""
+        ...
 
     @property
     def part(self) -> Part:

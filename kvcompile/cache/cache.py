@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,6 +189,15 @@ class KVCache(Cache):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the given sequences."""
         self._select(indices)
+
+    def fork(self) -> KVCache:
+        """A second cache with the same tokens, for another continuation of them; each goes its own way from here.
+
+        Where the plan stores in pages (`policy=paged`), both share all pages until one of them writes there; any other
+        layout is copied.
+        """
+        same = (self.plan, *self.plan.layers, self.rotaries, self.specs)
+        return copy.deepcopy(self, {id(x): x for x in same})
 
     def reset(self) -> None:
         """Forget everything; the plan stays."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kvcompile.cache import plain
 from kvcompile.cache.body import Body, Codes, Format, RaggedBody
+from kvcompile.cache.paged import paged
+from kvcompile.cache.paged_body import PagedBody
 from kvcompile.cache.ragged import padded
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.layout import MixedView, View
@@ -73,8 +75,7 @@ class CodedStore:
         counts = [self.storage.encoded(n) if n >= least else 0 for n in lengths]
         new = Codes.of(*self.tail.oldest(counts), self.format)
         if self.body is None:
-            rooms = [n + headroom for n in counts]
-            self.body = RaggedBody(new, self.format, self.batch, self.heads, rooms)
+            self.body = self._opened(new, counts, headroom)
         self.body.append(counts, new, headroom)
         if release:
             kept = [torch.arange(c, n, device=self.device) for c, n in zip(counts, lengths, strict=True)]
@@ -82,6 +83,12 @@ class CodedStore:
         else:
             self.tail.shed(counts)
         return True
+
+    def _opened(self, like: Codes, counts: list[int], headroom: int) -> Body:
+        """An empty body for `counts[row]` entries."""
+        if self.storage.page:
+            return PagedBody.like(like, self.format, self.batch, self.heads, self.storage.page)
+        return RaggedBody(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
 
     def view(self) -> View:
         """What a kernel reads."""
@@ -170,5 +177,8 @@ class CodedStore:
 
 def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...]:
     """How rows of a layer lie once they are longer than the residual, where the tail is `layout`."""
+    if storage.page and not storage.coded:
+        return paged(dtype, storage.page)
     tail = plain_parts(layout, dtype)
-    return (Part("ragged", *storage.codecs(dtype)), *tail) if storage.coded else tail
+    body = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
+    return (body, *tail) if storage.coded else tail

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.cache import plain
 from kvcompile.cache.coded import CodedStore
+from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.watch import Watch
 from kvcompile.plan import LayerPlan
 
@@ -19,8 +20,8 @@ Store = plain.PlainStore | CodedStore
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one owner layer, and what its selection remembers.
 
-    `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, and
-    coded where the plan stores older tokens in another format.
+    `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, paged
+    where the plan says so, and coded where it stores older tokens in another format.
     """
 
     is_compileable = False
@@ -44,8 +45,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored."""
         self.columns += keys.shape[2]
         if self.store is None:
-            first = plain.opened(keys, values, valid, headroom)
-            self.store = CodedStore(self.plan.storage, first) if self.plan.storage.coded else first
+            storage = self.plan.storage
+            first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page)
+            self.store = CodedStore(storage, first) if storage.coded else first
             self.is_initialized = True
         if isinstance(self.store, CodedStore):
             self.store.append(keys, values, positions, headroom, valid)
@@ -59,6 +61,14 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             store.keep(indices, headroom)
         else:
             self.store = plain.taken(store, indices, headroom)
+
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
+        if isinstance(self.held, PagedStore):
+            self.held.rewrite(keys)
+            return
+        for (old, _, _), new in zip(self.held.rows(), keys, strict=True):
+            old.copy_(new)
 
     def settle(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual (see `CodedStore.settle`); whether anything was."""

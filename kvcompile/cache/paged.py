@@ -163,6 +163,19 @@ class PagedStore:
         """Forget the newest `count` tokens of every row."""
         self.pages.truncate([n - count for n in self.lengths])
 
+    @alone
+    def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
+        stops = torch.tensor(counts, device=self.device)
+        held = self.pages.read(self.pages.slots(*ranges(torch.zeros_like(stops), stops)))
+        return held["keys"], held["values"], held["positions"]
+
+    @alone
+    def shed(self, counts: list[int]) -> None:
+        """Forget the first `counts[row]` entries of each row, in place."""
+        rest = [torch.arange(c, n, device=self.device) for c, n in zip(counts, self.lengths, strict=True)]
+        self.pages.keep(rest, self.pages.headroom)
+
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
         per_token = sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))

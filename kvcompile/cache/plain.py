@@ -1,4 +1,4 @@
-"""Rows in the model's own dtype: dense while all have one length, ragged otherwise."""
+"""Rows in the model's own dtype: dense while all have one length, ragged otherwise, or paged."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache.dense import DenseStore
+from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.ragged import RaggedStore
 
-PlainStore = DenseStore | RaggedStore
+PlainStore = DenseStore | RaggedStore | PagedStore
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
 
 
-def opened(keys: Tensor, values: Tensor, valid: Tensor | None, headroom: int) -> PlainStore:
-    """An empty store for new tokens like `keys [B, H_kv, Q, D]` (those `valid [B, Q]`), with `headroom` behind them."""
+def opened(keys: Tensor, values: Tensor, valid: Tensor | None, headroom: int, page: int = 0) -> PlainStore:
+    """An empty store for new tokens like `keys [B, H_kv, Q, D]` (those `valid [B, Q]`), with `headroom` behind them.
+
+    page: in pages of so many tokens.
+    """
     batch, heads, count, _ = keys.shape
+    if page:
+        return PagedStore.empty(keys, values, page)
     if valid is None:
         return DenseStore.empty(keys, values, count + headroom)
     rooms = [int(n) + headroom for n in valid.sum(1) for _ in range(heads)]
@@ -35,8 +41,8 @@ def added(
 
 
 def taken(store: PlainStore, indices: list[Tensor], headroom: int) -> PlainStore:
-    """A new store with only the entries `indices[row]` of each row."""
-    if len({i.numel() for i in indices}) == 1 and isinstance(store, DenseStore):
+    """A store with only the entries `indices[row]` of each row: a new one, but for pages."""
+    if isinstance(store, PagedStore) or (isinstance(store, DenseStore) and len({i.numel() for i in indices}) == 1):
         return store.take(indices, headroom)
     rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(store.rows(), indices, strict=True)]
     return RaggedStore.of(rows, store.batch, store.heads, headroom)

@@ -69,7 +69,7 @@ def test_random_operations_like_a_ragged_store(seed: int, page: int) -> None:
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, seen, paged, ragged = rng.randint(1, 3), 0, None, None
     for turn in range(30):
-        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "keep", "select", "drop", "fork"])
+        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "keep", "select", "drop", "fork", "shed"])
         if op in ("append", "step"):
             count = 1 if op == "step" else rng.randint(1, 20)
             keys, values = tokens(batch, count, g)
@@ -92,6 +92,11 @@ def test_random_operations_like_a_ragged_store(seed: int, page: int) -> None:
             paged.select(chosen), ragged.select(chosen)
         elif op == "drop" and min(ragged.lengths) > 3:
             paged.drop_last(3), ragged.drop_last(3)
+        elif op == "shed":
+            counts = [rng.randint(0, n) for n in ragged.lengths]
+            for x, y in zip(paged.oldest(counts), ragged.oldest(counts), strict=True):
+                assert torch.equal(x, y)
+            paged.shed(counts), ragged.shed(counts)
         elif op == "fork":
             paged = copy.deepcopy(paged)
         poison(paged)

@@ -1,0 +1,101 @@
+"""Encoded rows in pages: what `RaggedBody` is, shared by forks and repeated sequences until they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kvcompile.cache.body import Codes, Format, Row
+from kvcompile.cache.pages import PagedRows, alone, rows_of
+from kvcompile.kernels.layout import PagedView
+from kvcompile.kernels.spec import Part
+
+NAMES = ("keys", "key_scales", "values", "value_scales", "positions")
+
+
+class PagedBody:
+    """Codes, scales and true positions in the pages of one pool; a page is a multiple of the format's block."""
+
+    def __init__(self, pages: PagedRows, format: Format, batch: int, heads: int) -> None:
+        self.pages, self.format, self.batch, self.heads = pages, format, batch, heads
+
+    @classmethod
+    def like(cls, codes: Codes, format: Format, batch: int, heads: int, page: int) -> PagedBody:
+        """An empty body for entries like `codes`, in pages of `page` tokens."""
+        per = dict(zip(NAMES, format.steps, strict=True))
+        return cls(PagedRows.like(batch * heads, page, _named(codes), per), format, batch, heads)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Encoded tokens of each row (sequence-major)."""
+        return self.pages.lengths
+
+    @property
+    def part(self) -> Part:
+        """Paged, in the format's codecs."""
+        return Part("paged", self.format.key, self.format.value, self.pages.pool.page)
+
+    @alone
+    def segment(self) -> PagedView:
+        """What a kernel reads."""
+        pages, found = self.pages, self.pages.pool.buffers
+        return PagedView(
+            found["keys"],
+            found["values"],
+            found["positions"],
+            pages.table.device,
+            pages.lengths,
+            self.batch,
+            self.heads,
+            pages.pool.page,
+            pages.counts,
+            found.get("key_scales"),
+            found.get("value_scales"),
+        )
+
+    @alone
+    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+        """Add the next `counts[row]` of the entries `new` to each row."""
+        self.pages.write(self.pages.extend(counts, headroom), _named(new))
+
+    @alone
+    def row(self, row: int, start: int = 0) -> Row:
+        """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
+        read = self.pages.read(self.pages.held(range(row, row + 1))[start:])
+        return Codes(*(read.get(name) for name in NAMES)).decoded(self.format)  # type: ignore[arg-type]
+
+    @alone
+    def take(self, indices: list[Tensor], headroom: int) -> PagedBody:
+        """The body with only the entries `indices[row]` of each row, codes as they are, in place."""
+        self.pages.keep(indices, headroom)
+        return self
+
+    @alone
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place, without a copy."""
+        self.batch = len(sequences)
+        self.pages.select(rows_of(sequences, self.heads))
+
+    @alone
+    def fork(self) -> PagedBody:
+        """An independent copy that shares all pages, except those that one of the two writes from now on."""
+        return PagedBody(self.pages.fork(), self.format, self.batch, self.heads)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedBody:
+        return self.fork()
+
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales held, not of the room behind them; shared entries count in every row."""
+        pool, total = self.pages.pool, sum(self.lengths)
+        sizes = {name: x[:0].element_size() * x[:1].numel() for name, x in pool.buffers.items() if name != "positions"}
+        return sum(total // pool.per[name] * size for name, size in sizes.items())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return self.pages.tensors()
+
+
+def _named(codes: Codes) -> dict[str, Tensor]:
+    found = {name: getattr(codes, name) for name in NAMES}
+    return {name: x for name, x in found.items() if x is not None}

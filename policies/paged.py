@@ -1,0 +1,41 @@
+"""PagedAttention: rows in pages of a pool, shared by beams and forks until they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from kvcompile.policies.base import require_layers
+from kvcompile.policies.coded import StoragePolicy
+
+from kvcompile.plan import LayerPlan, Plan
+
+
+@dataclass(frozen=True)
+class Paged(StoragePolicy):
+    """Keys and values in pages, with a block table for each sequence and KV head (arXiv 2309.06180, section 4).
+
+    A selection hands emptied pages back. Beams, repeated sequences and `KVCache.fork()` share pages, and copy one only
+    to write to it. Under a policy that encodes old tokens (kivi) their codes lie in pages, the newest tokens do not.
+
+    page: tokens a page, rounded up to whole groups of tokens that share scales.
+    """
+
+    name: ClassVar[str] = "paged"
+    summary: ClassVar[str] = "pages that beams and forks share, instead of one stretch a row"
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        self.require(self.page >= 1, "page", "1 or more")
+
+    def store(self, p: LayerPlan) -> LayerPlan:
+        """In pages."""
+        block = p.storage.block
+        return replace(p, storage=replace(p.storage, page=-(-self.page // block) * block))
+
+    def apply(self, plan: Plan) -> Plan:
+        """Every layer with a cache of its own but the skipped ones, sliding layers too."""
+        plan = plan.record(self.name, self.family)
+        require_layers(plan, self.name, self.skip_layers)
+        mine = [p.index for p in plan.layers if p.owner == p.index and p.index not in self.skip_layers]
+        return plan.map(self.store, mine)
