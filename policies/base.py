@@ -13,6 +13,8 @@ from kvcompile.selection import Allocation, Budget, Schedule, Score, Selection, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcompile.observe import Observation
+
 
 class Calibrator(Protocol):
     """What calibration may use of the loaded model; the compiler provides it."""
@@ -53,6 +55,43 @@ class Policy:
         """Range check of a field, for `__post_init__`. Raises KvcompileError naming `stack.<policy>.<field>`."""
         if not ok:
             raise KvcompileError(f"stack.{self.name}: {name} must be {rule}", repr(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class CarriedScore(Score):
+    """Base of the scores that every query updates once: one number per entry, carried from look to look.
+
+    s[h, j] starts at 0 where entry j is new; `update` says what the attention of some queries makes of it.
+    """
+
+    @property
+    def queries(self) -> None:
+        """Every query since the last look."""
+        return None
+
+    @property
+    def carries(self) -> bool:
+        """The numbers so far."""
+        return True
+
+    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+        """`state [H_kv, n]` after queries at positions `asked [w]`, whose attention is `[H_kv, g, w, n]`."""
+        raise NotImplementedError
+
+    def observe(self, seen: Observation) -> Tensor:
+        """The numbers with the new queries in them, `[H_kv, n]`, float32."""
+        import torch
+
+        state = torch.zeros(seen.positions.shape, device=seen.keys.device) if seen.carried is None else seen.carried
+        for asked, attention in seen.attention_blocks():
+            state = self.update(state, asked, attention, seen)
+        return state
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores `[H_kv, n]`: the numbers as carried."""
+        if seen.carried is None:
+            raise RuntimeError(f"{type(self).__name__} is scored before it was observed")
+        return seen.carried
 
 
 @dataclass(frozen=True)

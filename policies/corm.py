@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.policies.base import TokenPolicy
+from kvcompile.policies.base import CarriedScore, TokenPolicy
 
-from kvcompile.selection import Allocation, LayerScores, Schedule, Scope, Score, Selection
+from kvcompile.selection import Allocation, LayerScores, Schedule, Scope, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,43 +19,20 @@ ROUNDING = 1e-5  # uniform attention sits exactly on the threshold, up to the fl
 
 
 @dataclass(frozen=True)
-class LastImportant(Score):
-    """s[h, j] = true position of the last query t that found key j important; float32, exact below 2^24.
+class LastImportant(CarriedScore):
+    """s[h, j] = true position of the last query t that found key j important, 0 for none; float32, exact below 2^24.
 
     Important: A[h, g, t, j] >= 1 / n_t for any query head g of the group, n_t = tokens that query t can see.
     Source: CORM, arXiv 2404.15949, definition of important and minor keys.
     """
 
-    @property
-    def queries(self) -> None:
-        """Every query since the last look."""
-        return None
-
-    @property
-    def carries(self) -> bool:
-        """The position so far; 0 where no query found the key important."""
-        return True
-
-    def observe(self, seen: Observation) -> Tensor:
-        """The positions with the new queries in them, `[H_kv, n]`."""
-        import torch
-
-        last = torch.zeros(seen.positions.shape, device=seen.keys.device)
-        if seen.carried is not None:
-            last = last.maximum(seen.carried)
-        for asked, rows in seen.attention_blocks():
-            visible = asked + 1
-            if seen.sliding_window:
-                visible = visible.clamp(max=seen.sliding_window)
-            important = (rows * visible.view(-1, 1) >= 1 - ROUNDING).any(1)  # [H_kv, w, n]
-            last = last.maximum((important * asked.view(-1, 1).float()).amax(1))
-        return last
-
-    def score(self, seen: Observation) -> Tensor:
-        """Scores `[H_kv, n]`: the positions as carried."""
-        if seen.carried is None:
-            raise RuntimeError("importance is scored before it was observed")
-        return seen.carried
+    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+        """The later one of `state` and the last of these queries."""
+        visible = asked + 1
+        if seen.sliding_window:
+            visible = visible.clamp(max=seen.sliding_window)
+        important = (attention * visible.view(-1, 1) >= 1 - ROUNDING).any(1)  # [H_kv, w, n]
+        return state.maximum((important * asked.view(-1, 1).float()).amax(1))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.policies.base import SelectionPolicy
+from kvcompile.policies.base import CarriedScore, SelectionPolicy
 
 from kvcompile.selection import Score
 
@@ -16,38 +16,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AccumulatedAttention(Score):
+class AccumulatedAttention(CarriedScore):
     """s[h, j] = sum over all queries t so far of mean_g A[h, g, t, j], accumulated in float32.
 
     Source: H2O, arXiv 2306.14048, algorithm 1.
     """
 
-    @property
-    def queries(self) -> None:
-        """Every query since the last look."""
-        return None
-
-    @property
-    def carries(self) -> bool:
-        """The sum so far."""
-        return True
-
-    def observe(self, seen: Observation) -> Tensor:
-        """The sum with the new queries in it, `[H_kv, n]`."""
-        import torch
-
-        total = torch.zeros(seen.positions.shape, device=seen.keys.device)
-        if seen.carried is not None:
-            total += seen.carried
-        for _, rows in seen.attention_blocks():
-            total += rows.mean(1).sum(1)
-        return total
-
-    def score(self, seen: Observation) -> Tensor:
-        """Scores `[H_kv, n]`: the sum as carried."""
-        if seen.carried is None:
-            raise RuntimeError("accumulated attention is scored before it was observed")
-        return seen.carried
+    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+        """Plus what the queries pay, averaged over the group."""
+        return state + attention.mean(1).sum(1)
 
 
 @dataclass(frozen=True)
