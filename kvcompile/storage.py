@@ -8,7 +8,7 @@ from typing import Literal
 Axis = Literal["none", "token", "channel"]
 BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 SCALE_BYTES = 2  # scales and zeros are float16
-FLUSH = 32  # tokens that are encoded together while decoding: a dozen small calls, however few they are for
+FLUSH = 32  # decoded tokens between two encodings of a layer: some twenty small calls, however many rows they are for
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,6 @@ class Storage:
         """Tokens that are encoded together: the longest group along tokens, 1 where every token has its own scales."""
         groups = [c.group for c in (self.key, self.value) if c is not None and c.axis == "channel"]
         return max([1, *groups])
-
-    @property
-    def flush(self) -> int:
-        """Tokens more than the residual that a row may hold in the model's dtype while decoding: whole blocks."""
-        return -(-FLUSH // self.block) * self.block
 
     def encoded(self, tokens: int) -> int:
         """How many of a row's `tokens` (its oldest) are encoded after a settled pass; the others are the residual."""

@@ -32,7 +32,7 @@ from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
 from kvcompile.prove import prove
 from kvcompile.rotation import turn_basis
-from kvcompile.storage import Storage
+from kvcompile.storage import FLUSH, Storage
 
 TOKENS, NEW = 60, 70  # far enough to encode twice while decoding, from any residual below
 every = pytest.mark.parametrize(("stack", "logits"), STORED.values(), ids=STORED)
@@ -55,7 +55,7 @@ def simulated(architecture: str, storage: list[Storage], ids: Tensor, prompt: in
             for i, (layer, s) in enumerate(zip(out.past_key_values.layers, storage, strict=True)):
                 old = encoded[i]
                 loose = t - old
-                if s.coded and loose >= s.residual + (s.block if t == prompt else s.flush):
+                if s.coded and loose >= s.residual + s.block and (t == prompt or (t - prompt + i) % FLUSH == 0):
                     encoded[i] = stop = old + s.encoded(loose)
                     for x, codec in ((layer.keys, s.key), (layer.values, s.value)):
                         x[:, :, old:stop] = rounded(x[:, :, old:stop], codec, s.rotated)
@@ -139,7 +139,7 @@ def test_no_token_is_lost_or_moved(stack: Options, logits: float) -> None:
     assert kept_positions(cache) == [[list(range(n + 2 * NEW - 1)) for n in true]] * LAYERS
     for layer in cache.layers:
         storage = layer.plan.storage
-        assert all(storage.residual <= n < storage.residual + storage.flush for n in layer.held.tail.lengths)
+        assert all(0 <= n - storage.residual < storage.block + FLUSH for n in layer.held.tail.lengths)
 
 
 @every
@@ -177,6 +177,21 @@ def test_memory_is_given_back_when_a_prompt_is_encoded() -> None:
     assert alive == cache.allocated() <= cache.nbytes() + sum(sum(n) for n in cache.lengths()) * 4 + rows * room
     assert [layer.held.tail.allocated() for layer in cache.layers] == at_first
     assert cache.allocated() < 0.5 * rows * (tokens + 100) * 2 * DIM * 4
+
+
+def test_layers_take_turns_to_encode_what_was_decoded() -> None:
+    """Each once in so many tokens, all its rows together, no two layers at one token."""
+    ids = tiny_ids(2, TOKENS + 2 * FLUSH)
+    model = compiled(STORED["int8"][0])
+    with torch.no_grad():
+        cache = model(ids[:, :TOKENS]).past_key_values
+        before, moved = [layer.held.encoded for layer in cache.layers], []
+        for t in range(TOKENS, ids.shape[1]):
+            model(ids[:, t : t + 1], past_key_values=cache)
+            now = [layer.held.encoded for layer in cache.layers]
+            moved += [(t - TOKENS + 1, i) for i in range(LAYERS) if now[i] != before[i]]
+            before = now
+    assert moved == [(turn * FLUSH - i, i) for turn in (1, 2) for i in reversed(range(LAYERS))]
 
 
 def test_a_selection_waits_for_the_last_chunk_and_so_does_the_encoding() -> None:
@@ -265,4 +280,4 @@ def test_selections_while_decoding_encode_again_what_they_touch() -> None:
         settled = [p.storage.nbytes(24, DIM, "float32") * 2 * HEADS for p in cache.plan.layers]
         assert cache.tick % 8 == 0
         assert stored_bytes(cache) == settled
-        assert cache.nbytes() <= sum(settled) + 2 * HEADS * LAYERS * cache.plan.layers[0].storage.flush * 2 * DIM * 4
+        assert cache.nbytes() <= sum(settled) + 2 * HEADS * LAYERS * FLUSH * 2 * DIM * 4

@@ -226,3 +226,4 @@ class KVCache(Cache):  # type: ignore[misc]
                 layer.watch.forget()
         self.seen = [n - count for n in self.seen]
         self.croppable -= count
+        self.tick = max(0, self.tick - count)

@@ -21,8 +21,8 @@ class CodedStore:
     """Each row is its encoded entries, oldest first, then those of the tail; new tokens are appended to the tail.
 
     `settle` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
-    residual is left: after a prefill, and while decoding whenever a row has `Storage.flush` tokens to spare. Before it
-    attention sees the exact numbers. Until something is encoded there is no body.
+    residual is left: after a prefill, and now and then while decoding. Before it attention sees the exact numbers.
+    Until something is encoded there is no body.
     """
 
     layout = "coded"
@@ -64,15 +64,14 @@ class CodedStore:
         self.tail = plain.added(self.tail, keys, values, positions, valid, headroom)
 
     def settle(self, headroom: int, release: bool) -> bool:
-        """Encode what is older than the residual, and say whether anything was.
+        """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
 
-        `release`: all of it, and give the room of the prefill back; else rows with `Storage.flush` tokens to spare.
+        Returns whether anything was encoded.
         """
         lengths = self.tail.lengths
-        least = self.storage.residual + (self.format.block if release else self.storage.flush)
-        if max(lengths) < least:
+        if max(lengths) < self.storage.residual + self.format.block:
             return False
-        counts = [self.storage.encoded(n) if n >= least else 0 for n in lengths]
+        counts = [self.storage.encoded(n) for n in lengths]
         new = Codes.of(*self.tail.oldest(counts), self.format)
         if self.body is None:
             self.body = self._opened(new, counts, headroom)

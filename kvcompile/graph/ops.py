@@ -16,6 +16,8 @@ from kvcompile.cache import KVCache, Step
 from kvcompile.cache.layer import LayerCache
 from kvcompile.kernels.layout import Queries
 from kvcompile.rotation import turn_basis
+from kvcompile.selection import Schedule
+from kvcompile.storage import FLUSH
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,9 +112,17 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
 
 @leaf
 def settle(kv: LayerCache, step: Step, layer: int) -> None:
-    """Encode the tokens that are older than the residual; in a prefill after the selection, if there is one to come."""
+    """Encode the tokens that are older than the residual: after a selection, a prefill, or every few decoded tokens.
+
+    Layers take turns, so that no token waits for all of them; a schedule by tokens decoded, not by how full a row is,
+    encodes all rows in one go and does not depend on who else is in the batch.
+    """
     s = kv.plan.selection
-    if step.due(1, s is None or s.schedule.between_chunks) and kv.settle(step.cache.headroom, step.prefill):
+    schedule = Schedule() if s is None else s.schedule
+    turn = not step.prefill and (step.tick + layer) % FLUSH == 0
+    if (turn or step.due(schedule.decode_every, schedule.between_chunks)) and kv.settle(
+        step.cache.headroom, step.prefill
+    ):
         step.cache.encoded()
 
 

@@ -1,0 +1,99 @@
+"""Storage policies: what they put into the plan, what they refuse, and where encoding stands in the graph."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from contract_table import compiled, plan_of
+from rich.console import Console
+
+from kvcompile import planning
+from kvcompile.compose import compose
+from kvcompile.errors import KvcompileError
+from kvcompile.graph import ops
+from kvcompile.stack import build_policy
+
+SMALL: dict[str, Any] = {"group": 8, "residual": 16}
+
+
+def test_two_number_formats_on_one_layer_are_refused_by_name() -> None:
+    for first, second in (("kivi", "int8"), ("fp8", "kivi")):
+        with pytest.raises(KvcompileError, match=f"layer 0: one number format a layer.*{second}.*after.*{first}"):
+            plan_of({first: {}, second: {}})
+    plan = plan_of({"kivi": {"skip_layers": [1, 3], **SMALL}, "int8": {"skip_layers": [0, 2]}})
+    assert [p.storage.policy for p in plan.layers] == ["kivi", "int8", "kivi", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "rule"),
+    [
+        ("kivi", {"bits": 3}, "bits must be 2, 4 or 8"),
+        ("kivi", {"key_bits": 16}, "key_bits must be 2, 4 or 8"),
+        ("kivi", {"group": 0}, "group must be 1 or more"),
+        ("kivi", {"group": 32, "residual": 100}, "residual must be a multiple of the group, 32"),
+        ("kivi", {"residual": -32}, "residual must be 0 or more"),
+        ("int8", {"residual": -1}, "residual must be 0 or more"),
+    ],
+)
+def test_fields_out_of_range_are_refused(name: str, fields: dict[str, Any], rule: str) -> None:
+    with pytest.raises(KvcompileError, match=rule):
+        build_policy(name, fields)
+
+
+def test_what_cannot_be_stored_so_is_refused() -> None:
+    with pytest.raises(KvcompileError, match="group must divide the head size 16"):
+        plan_of({"kivi": {"group": 12, "residual": 24}})
+    with pytest.raises(KvcompileError, match="some layer must see the whole context, got 4 sliding layers"):
+        plan_of({"kivi": SMALL}, "mistral")
+    with pytest.raises(KvcompileError, match="0 sliding layers, 4 skipped"):
+        plan_of({"int8": {"skip_layers": [0, 1, 2, 3]}})
+    with pytest.raises(KvcompileError, match=r"skip_layers must be in 0\.\.3"):
+        plan_of({"int8": {"skip_layers": [4]}})
+    with pytest.raises(KvcompileError, match="compact positions rotate stored keys"):
+        plan_of({"streaming": {"positions": "compact"}, "kivi": SMALL})
+    with pytest.raises(KvcompileError, match="selection policies come before storage policies"):
+        plan_of({"kivi": SMALL, "snapkv": {}})
+
+
+def test_the_plan_holds_the_policy_as_data() -> None:
+    one, other = plan_of({"kivi": SMALL}), plan_of({"kivi": {**SMALL, "value_bits": 2}})
+    assert one.digest() != other.digest()
+    stored = other.to_json()["layers"][0]["storage"]
+    assert stored["key"]["kind"] == "int4"
+    assert stored["value"]["kind"] == "int2"
+    assert (stored["residual"], stored["policy"], stored["rotated"]) == (16, "kivi", False)
+
+
+def test_the_planning_table_shows_the_precision() -> None:
+    config, out = compose(["policy=[rotate,int8]", "model=llama", "plan=only"]), io.StringIO()
+    planning.show(plan_of({"rotate": {}, "int8": {"residual": 5}}), config, Console(file=out, width=160))
+    assert "int8t rotated, newest 5 float32" in out.getvalue()
+
+
+def test_encoding_comes_after_the_selection_of_its_layer() -> None:
+    """`settle` after `compress`, after the one `allocate` of layers that share a budget, else after the last reader."""
+    for stack, before in (
+        ({"snapkv": {"budget": 0.5}}, ops.compress),
+        ({"snapkv": {"budget": 0.5}, "zigzag": {}}, ops.allocate),
+        ({}, ops.attend),
+    ):
+        model = compiled({**stack, "kivi": SMALL})
+        nodes = list(model.kvcompile.graph.graph.nodes)
+        place = {node: i for i, node in enumerate(nodes)}
+        settled = {node.args[2]: place[node] for node in nodes if node.target is ops.settle}
+        assert sorted(settled) == [0, 1, 2, 3]
+        ahead = [node for node in nodes if node.target is before]
+        for node in ahead:
+            for layer in node.args[1] if before is ops.allocate else [node.args[3]]:
+                assert place[node] < settled[layer]
+        assert len(ahead) == (1 if before is ops.allocate else 4)
+        assert model.kvcompile.changes["InsertSettling"] == 4
+
+
+def test_gemma_leaves_its_sliding_layers_alone() -> None:
+    model = compiled({"kivi": SMALL}, "gemma2")
+    settled = [n.args[2] for n in model.kvcompile.graph.graph.nodes if n.target is ops.settle]
+    assert settled == [1, 3]
+    assert [p.storage.coded for p in model.kvcompile.plan.layers] == [False, True, False, True]
