@@ -40,7 +40,7 @@ class Address:
         """Which group of tokens entry `t` of the tile belongs to (axis `channel`)."""
         return f"({self.entry(t)}) / {stored.codec.group}"
 
-    arguments = row = entries = tile = ""  # C++ text, where a layout has some
+    arguments = row = entries = ""  # C++ text, where a layout has some
 
     def pack(self, view: Any) -> list[int]:
         """The numbers of `arguments`, in their order."""
@@ -49,6 +49,10 @@ class Address:
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile, from the row's pointers."""
         return f"(int64_t)(tile.from + {t})"
+
+    def later(self, t: str) -> str:
+        """Index of the entry that comes a tile after entry `t`, to be fetched ahead (past the row's end: anywhere)."""
+        return f"(int64_t)(tile.from + TILE + {t})"
 
     def position(self, j: str) -> str:
         """True position of entry `j` of a row."""
@@ -112,8 +116,6 @@ class Ragged(Address):
 class Paged(Address):
     """Rows in pages: entry j of row r is entry `table[r][j / page] * page + j % page` of the pools."""
 
-    tile = "int64_t at[TILE];  // where the entries of the tile lie in the pools"
-
     def __init__(self, part: Part, spec: KernelSpec, positions: bool) -> None:
         super().__init__(part, spec, positions)
         self.arguments = f"{self.pointers()}\nconst int32_t* table;\nint64_t pages;\nconst int64_t* counts;"
@@ -131,7 +133,13 @@ class Paged(Address):
             page=part.page,
             starts=starts,
         )
-        self.entries = "for (int t = 0; t < count; t++) tile.at[t] = pool(row.table, from + t);"
+        # scales lie apart from each other: nothing but this foresees where the next tile's are
+        for name, kind, size, tokens in self.arrays:
+            if name.endswith("_scales"):
+                stride = min(part.page, 64)
+                index = f"{self.later('t')}{f' / {tokens}' if tokens > 1 else ''} * {size}"
+                fetched = f"{max(1, stride // tokens) * size} * sizeof({kind})"
+                self.entries += f"for (int t = 0; t < TILE; t += {stride}) ahead(row.{name} + {index}, {fetched});\n"
 
     def pack(self, view: Any) -> list[int]:
         """Addresses of the pools, the table, its width and the counts."""
@@ -140,7 +148,11 @@ class Paged(Address):
 
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile in the pools."""
-        return f"tile.at[{t}]"
+        return f"pool(row.table, tile.from + {t})"
+
+    def later(self, t: str) -> str:
+        """Index of the entry that comes a tile later (or the last one)."""
+        return f"pool(row.table, least(tile.from + TILE + {t}, row.count - 1))"
 
     def position(self, j: str) -> str:
         """True position of entry `j` of a row."""

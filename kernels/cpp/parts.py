@@ -19,6 +19,10 @@ CONSTANTS = """
     #define UNROLL _Pragma("GCC unroll 16")
     KV_INLINE int least(int a, int b) { return a < b ? a : b; }
     KV_INLINE int most(int a, int b) { return a > b ? a : b; }
+    // What is needed a tile later is asked for now: caches alone foresee neither columns nor pages.
+    KV_INLINE void ahead(const void* p, int bytes) {
+      UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+    }
     """
 
 FIRST = """
@@ -58,6 +62,13 @@ SPLIT = """
         store(pairs + 16, rest < 32 ? load(from + 16, rest < 16 ? 0 : rest - 16) : load(from + 16));
         for (int i = 0; i < 16; i++) scale[t + i] = pairs[2 * i], zero[t + i] = pairs[2 * i + 1];
       }
+    }
+    """
+
+WIDEN_PAGES = """
+    for (int t = 0, run; t < count; t += run) {
+      run = least(count - t, $page - (from + t) % $page);
+      widen_all(row.${name}_scales + $entry * $n, run * $n, tile.${name}_numbers + t * $n);
     }
     """
 
@@ -108,7 +119,7 @@ def address(spec: KernelSpec, index: int, positions: bool) -> Address:
 
 def struct(index: int, where: Address, methods: str) -> str:
     """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`."""
-    fields = "struct Tile {\n  int from, count;\n  $at\n  $key\n  $value\n};"
+    fields = "struct Tile {\n  int from, count;\n  $key\n  $value\n};"
     numbers = [_numbers(name, stored) for name, stored in (("key", where.key), ("value", where.value))]
     return fill(
         """
@@ -139,7 +150,7 @@ def struct(index: int, where: Address, methods: str) -> str:
         pointers=where.pointers(),
         table="const int32_t* table;" if where.part.layout == "paged" else "",
         row=where.row,
-        tile=fill(fields + "\n", at=where.tile, key=numbers[0], value=numbers[1]),
+        tile=fill(fields + "\n", key=numbers[0], value=numbers[1]),
         entries=where.entries,
         widen="\n".join(_widened(name, stored, where) for name, stored in (("key", where.key), ("value", where.value))),
         methods=methods,
@@ -165,8 +176,7 @@ def _numbers(name: str, stored: Stored) -> str:
 def _widened(name: str, stored: Stored, where: Address) -> str:
     n = stored.numbers
     if stored.scales == "groups" and where.part.layout == "paged":
-        source = f"row.{name}_scales + {where.entry('t')} * {n}"
-        return f"for (int t = 0; t < count; t++) widen_all({source}, {n}, tile.{name}_numbers + t * {n});"
+        return fill(WIDEN_PAGES, name=name, n=n, page=where.part.page, entry=where.entry("t"))
     if stored.scales == "groups":
         return f"widen_all(row.{name}_scales + {where.entry('0')} * {n}, count * {n}, tile.{name}_numbers);"
     if stored.scales != "token":

@@ -37,11 +37,16 @@ DOTS = """
           F four[R][4];
           for (int j = 0; j < 4; j++) {
             F sum[R][4] = {};
-            int e[4];
-            UNROLL for (int i = 0; i < 4; i++) e[i] = least(t + j + 4 * i, stop - 1);
+            const $element* k[4];
+            $numbers_of
+            UNROLL for (int i = 0; i < 4; i++) {
+              int e = least(t + j + 4 * i, stop - 1);
+              k[i] = row.keys + $entry * $width;
+              $numbers
+              ahead(row.keys + $later * $width, sizeof($element) * $width);
+            }
             UNROLL for (int c = 0; c < $runs; c++)
               UNROLL for (int i = 0; i < 4; i++) {
-                const $element* k = row.keys + $entry * $width;
                 $loads
                 UNROLL for (int g = 0; g < R; g++) {
                   $products
@@ -131,11 +136,9 @@ def _question(where: Address) -> str:
 def _dots(where: Address) -> str:
     key = where.key
     channel = key.scales == "channel" and key.zeros
-    loads, vectors = [], key.codes("k", "c")
-    if key.scales == "groups":
-        loads = [f"const float* n = tile.key_numbers + e[i] * {key.numbers};"]
-        vectors = key.decoded("k", "c", "n")
-    loads += [f"F x{i} = held({x});" for i, x in enumerate(vectors)]
+    groups = key.scales == "groups"
+    vectors = key.decoded("k[i]", "c", "n[i]") if groups else key.codes("k[i]", "c")
+    loads = [f"F x{i} = held({x});" for i, x in enumerate(vectors)]
     products = [
         f"sum[g][i] = mul_add(x{i}, load(q + g * KEY + {key.slot(i, 'c')}), sum[g][i]);" for i in range(key.pieces)
     ]
@@ -147,7 +150,10 @@ def _dots(where: Address) -> str:
         bias_rest=", bias + ROWS" if channel else "",
         bias_add=" + set(bias[g])" if channel else "",
         element=key.element,
-        entry=where.entry("e[i]"),
+        numbers_of="const float* n[4];" if groups else "",
+        numbers=f"n[i] = tile.key_numbers + e * {key.numbers};" if groups else "",
+        entry=where.entry("e"),
+        later=where.later("e"),
         width=key.width,
         runs=key.runs,
         loads="\n".join(loads),

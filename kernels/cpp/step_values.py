@@ -29,6 +29,7 @@ ADD = """
             }
           for (int t = start; t < stop; t++) {
             const $element* v = row.values + $entry * $width;
+            ahead(row.values + $later * $width$column, $bytes);
             $numbers
             UNROLL for (int c = 0; c < COLUMNS; c++) {
               $loads
@@ -136,7 +137,9 @@ def _add(where: Address) -> str:
     value = where.value
     channel = value.scales == "channel"
     numbers = f"const float* n = tile.value_numbers + t * {value.numbers};" if value.scales == "groups" else ""
-    vectors = value.decoded("v", "(first + c)", "scales" if channel else "n")
+    vectors = value.codes("v", "(first + c)")  # scales of a token are in its weight by now
+    if channel or value.scales == "groups":
+        vectors = value.decoded("v", "(first + c)", "scales" if channel else "n")
     return fill(
         ADD,
         scales_in=", const float* scales" if channel else "",
@@ -145,6 +148,9 @@ def _add(where: Address) -> str:
         pieces=value.pieces,
         element=value.element,
         entry=where.entry("t"),
+        later=where.later("t"),
+        column=f" + first * {value.lanes}" if value.runs > 1 else "",
+        bytes=f"COLUMNS * {value.lanes} * sizeof({value.element})",
         width=value.width,
         numbers=numbers,
         fetch="\n".join(

@@ -106,12 +106,9 @@ class Stored:
             if self.scales == "groups":
                 group = f"({self.channel(i, run)}) / {self.codec.group}"
                 scale, zero = (f"set({numbers}[{o}{group}])" for o in ("", f"{self.codec.groups(self.dim)} + "))
-            elif self.scales == "channel":
+            else:
                 place = self.slot(i, run)
                 scale, zero = (f"load({numbers} + {o}{place})" for o in ("", f"{self.slots * 16} + "))
-            else:
-                out.append(code)
-                continue
             out.append(self.applied(code, scale, zero))
         return out
 
