@@ -240,7 +240,42 @@ template <class T> KV_INLINE void store(T* p, F x, int n) {
   for (int i = 0; i < n; i++) narrow(p + i, part[i]);
 }
 KV_INLINE void store(bf16* p, F x) { store(p, x, 16); }
+#if defined(KV_AVX512)
+KV_INLINE void store(fp16* p, F x) {
+  __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  memcpy(p, &half, sizeof half);
+}
+#else
 KV_INLINE void store(fp16* p, F x) { store(p, x, 16); }
+#endif
+
+// Codes from 0 to `most`: rounded to nearest, ties to even, one in each lane; and lanes below 256 as bytes.
+KV_INLINE U round_to_code(F x, float most) {
+  const F shift = set(12582912.0f);  // 1.5 * 2^23: the sum has no fraction left
+  x = max(min((x + shift) - shift, set(most)), zero());
+  return bits_as<U>(x + set(8388608.0f)) & unsigned_all(0xffu);
+}
+KV_INLINE void store_bytes(uint8_t* p, U x, int n = 16) {
+#if defined(KV_AVX512)
+  if (n == 16) {
+    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)x);
+    memcpy(p, &bytes, sizeof bytes);
+    return;
+  }
+#endif
+  uint32_t part[16];
+  memcpy(part, &x, sizeof part);
+  for (int i = 0; i < n; i++) p[i] = (uint8_t)part[i];
+}
+
+KV_INLINE void store(e4m3* p, F x, int n = 16) {  // of magnitude 448 at most
+  U u = bits_as<U>(x) & unsigned_all(0x7fffffffu), sign = (bits_as<U>(x) >> 24) & unsigned_all(0x80u);
+  F size = bits_as<F>(u);
+  U subnormal = bits_as<U>(size + set(16384.0f)) - unsigned_all(0x46800000u);  // the sum rounds
+  U normal = (u - unsigned_all(0x3bf80001u) + ((u >> 20) & unsigned_all(1u))) >> 20;
+  U code = bits_as<U>(if_less(size, set(0x1p-6f), bits_as<F>(subnormal), bits_as<F>(normal)));
+  store_bytes(&p->bits, code | sign, n);
+}
 
 // ---- across lanes ----
 
@@ -268,6 +303,8 @@ KV_INLINE float largest(F x) {
   float a = f[0] > f[1] ? f[0] : f[1], b = f[2] > f[3] ? f[2] : f[3];
   return a > b ? a : b;
 }
+
+KV_INLINE float smallest(F x) { return -largest(x * set(-1.0f)); }
 
 // interleaved(a, b) = {a0 + a1, a2 + a3, b0 + b1, b2 + b3}, in every four lanes
 KV_INLINE V4 interleaved(V4 a, V4 b) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvcompile.kernels import reference, sdpa
-from kvcompile.kernels.cpp import attention, build
+from kvcompile.kernels.cpp import attention, build, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from torch import Tensor
 
@@ -127,6 +129,25 @@ def test_several_new_tokens(one: KernelSpec, data, batch: int, heads: int, seed:
             [data.draw(length)] * rows if part.layout == "dense" else [data.draw(length) for _ in range(rows)]
         )
     check(one, lengths, batch, heads, seed=seed, count=count, valid=valid)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
+@pytest.mark.parametrize(("place", "flag"), [(6, "-march=haswell"), (11, "-march=x86-64")])
+def test_other_vectors(place: int, flag: str) -> None:
+    """AVX2 and plain vector code take the same way through the same text."""
+    one = SPECS[place]
+    made = case(one, [[160, 32, 700, 64]] * len(one.parts), 2, 2, count=1)
+    several = case(one, [[160, 32, 96, 64]] * len(one.parts), 2, 2, count=19)
+    for many, kind, asked in ((False, attention.Step, made), (True, attention.Chunk, several)):
+        kernel = kind(one, torch.float32)
+        text = simd.prelude() + attention.source(one, torch.float32, many)
+        function = getattr(build.load(text, "attend-flags", (flag,)), "attend_chunk" if many else "attend_step")
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+        kernel.__dict__["run"] = function
+        sums = [torch.zeros(4, 2000) for _ in range(2)]
+        expected = reference.attend(asked.queries, asked.view, one, sums[1] if one.scores else None)
+        assert error(kernel(asked.queries, asked.view, sums[0]), expected) < CODED
+        assert error(*sums) < CODED
 
 
 def test_a_whole_prompt_over_plain_floats_is_for_sdpa() -> None:
