@@ -58,7 +58,7 @@ def generated(model: Any, ids: list[int], count: int) -> tuple[list[int], Any]:
     return out.sequences[0, len(ids) :].tolist(), out.past_key_values
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [name for name in TABLE if "rotate" not in name])  # a branch leaves weights alone
 def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
     model, ids = compiled(TABLE[name].fields(24)), tiny_ids(1, 60, seed=11)[0].tolist()
     runs = branching(dense())
