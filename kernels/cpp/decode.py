@@ -58,7 +58,7 @@ def _vectors(name: str, stored: Stored, where: Address) -> list[str]:
     count = "" if stored.lanes == 16 else f", {stored.lanes}"
     out = []
     for i, code in enumerate(stored.codes("x", "c")):
-        scale, zero = f"set(tile.{name}_scale[t])", f"set(tile.{name}_zero[t])"
+        scale, zero = f"set(tile.{name}_numbers[t])", f"set(tile.{name}_numbers[TILE + t])"
         if stored.scales == "channel":
             channel = stored.channel(i, "c")
             scale, zero = f"load(n + {channel}{count})", f"load(n + {stored.dim} + {channel}{count})"
@@ -68,7 +68,7 @@ def _vectors(name: str, stored: Stored, where: Address) -> list[str]:
 
 def _numbers(name: str, stored: Stored, where: Address) -> str:
     if stored.scales == "groups":
-        return f"const float* n = tile.{name}_numbers + t * {stored.numbers};"
+        return f"const float* n = tile.{name}_numbers + t;"
     if stored.scales == "channel":
         step = stored.codec.parameters * stored.dim
         return f"const fp16* n = row.{name}_scales + {where.group(stored, 't')} * {step};"

@@ -43,48 +43,44 @@ SUMS = """
     int64_t sums_row;
     """
 
-WIDEN = """
-    // Scales are float16 in memory. As floats they fill whole vectors, with zeros past the end.
-    KV_INLINE void widen_all(const fp16* from, int n, float* to) {
-      int i = 0;
-      for (; i + 16 <= n; i += 16) store(to + i, load(from + i));
-      if (i < n) store(to + i, load(from + i, n - i));
-    }
-    """
-
-SPLIT = """
-    // Pairs of a scale and a zero, apart.
-    KV_INLINE void split_all(const fp16* from, int n, float* scale, float* zero) {
-      for (int t = 0; t < n; t += 16, from += 32) {
-        alignas(64) float pairs[32];
-        int rest = 2 * (n - t);
-        store(pairs, rest < 16 ? load(from, rest) : load(from));
-        store(pairs + 16, rest < 32 ? load(from + 16, rest < 16 ? 0 : rest - 16) : load(from + 16));
-        for (int i = 0; i < 16; i++) scale[t + i] = pairs[2 * i], zero[t + i] = pairs[2 * i + 1];
+APART = """
+    // The N scales and zeros of each entry of a tile, float16 in memory, as floats to[i][t], with zeros past the end.
+    template <int N> KV_INLINE void apart(const fp16* from, int count, float* to) {
+      for (int t = 0; t < count; t += 16, from += 16 * N) {
+        fp16 last[16 * N];
+        const fp16* p = from;
+        if (count - t < 16) {
+          memset(last, 0, sizeof last);
+          p = (const fp16*)memcpy(last, from, (count - t) * N * sizeof(fp16));
+        }
+        if constexpr (N == 2) {
+          F first, second;
+          load_pairs(p, first, second);
+          store(to + t, first);
+          store(to + TILE + t, second);
+        } else {
+          float x[16 * N];
+          for (int i = 0; i < N; i++) store(x + 16 * i, load(p + 16 * i));
+          for (int i = 0; i < 16; i++)
+            for (int k = 0; k < N; k++) to[k * TILE + t + i] = x[i * N + k];
+        }
       }
     }
     """
 
-WIDEN_PAGES = """
+GATHER = """
+    fp16 ${name}s[TILE * $n];  // side by side, page by page
     for (int t = 0, run; t < count; t += run) {
       run = least(count - t, $page - (from + t) % $page);
-      widen_all(row.${name}_scales + $entry * $n, run * $n, tile.${name}_numbers + t * $n);
+      memcpy(${name}s + t * $n, row.${name}_scales + $entry * $n, run * $n * sizeof(fp16));
     }
-    """
-
-GATHER = """
-    fp16 ${name}s[TILE * $n];
-    for (int t = 0; t < count; t++) memcpy(${name}s + t * $n, row.${name}_scales + $entry * $n, $n * sizeof(fp16));
     $call
     """
 
 
 def helpers(spec: KernelSpec) -> str:
     """What the scales of the spec's formats need."""
-    coded = [Stored(c, d) for p in spec.parts for c, d in ((p.key, spec.head_dim), (p.value, spec.value_dim))]
-    wide = any(x.scales == "groups" or (x.scales == "token" and not x.zeros) for x in coded)
-    pairs = any(x.scales == "token" and x.zeros for x in coded)
-    return (fill(WIDEN) if wide else "") + (fill(SPLIT) if pairs else "")
+    return fill(APART) if any(c.axis == "token" for p in spec.parts for c in (p.key, p.value)) else ""
 
 
 def decimal(x: float) -> str:
@@ -166,24 +162,19 @@ def _the(where: Address) -> str:
 
 
 def _numbers(name: str, stored: Stored) -> str:
-    if stored.scales == "groups":
-        return f"float {name}_numbers[TILE * {stored.numbers} + 16];  // scales{' and zeros' if stored.zeros else ''}"
-    if stored.scales == "token":
-        return f"float {name}_scale[TILE]{f', {name}_zero[TILE]' if stored.zeros else ''};"
-    return ""
+    if stored.codec.axis != "token":
+        return ""
+    return (
+        f"alignas(64) float {name}_numbers[{stored.numbers} * TILE];  // scales{' and zeros' if stored.zeros else ''}"
+    )
 
 
 def _widened(name: str, stored: Stored, where: Address) -> str:
-    n = stored.numbers
-    if stored.scales == "groups" and where.part.layout == "paged":
-        return fill(WIDEN_PAGES, name=name, n=n, page=where.part.page, entry=where.entry("t"))
-    if stored.scales == "groups":
-        return f"widen_all(row.{name}_scales + {where.entry('0')} * {n}, count * {n}, tile.{name}_numbers);"
-    if stored.scales != "token":
+    if stored.codec.axis != "token":
         return ""
-    call = f"split_all({{}}, count, tile.{name}_scale, tile.{name}_zero);"
-    if not stored.zeros:
-        call = f"widen_all({{}}, count, tile.{name}_scale);"
+    n = stored.numbers
+    call = f"apart<{n}>({{}}, count, tile.{name}_numbers);"
     if where.part.layout == "paged":
-        return fill(GATHER, name=name, n=n, entry=where.entry("t"), call=call.format(f"{name}s"))
+        call = call.format(f"{name}s")
+        return fill(GATHER, name=name, n=n, page=where.part.page, entry=where.entry("t"), call=call)
     return call.format(f"row.{name}_scales + {where.entry('0')} * {n}")

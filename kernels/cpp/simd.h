@@ -187,6 +187,22 @@ KV_INLINE F load(const fp16* p) { return {{half4(p), half4(p + 4)}, {half4(p + 8
 KV_INLINE F load(const fp16* p) { return fp16_from_bits(bits_as<U>(widen(&p->bits))); }
 #endif
 
+// Sixteen pairs of half floats, the first of each and the second of each.
+KV_INLINE void load_pairs(const fp16* p, F& first, F& second) {
+#if defined(KV_AVX512)
+  U pairs = read<U>(p);
+  first = (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)pairs));
+  second = (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(pairs >> 16)));
+#else
+  float x[32], y[32];
+  F low = load(p), high = load(p + 16);
+  memcpy(x, &low, sizeof low);
+  memcpy(x + 16, &high, sizeof high);
+  for (int i = 0; i < 16; i++) y[i] = x[2 * i], y[16 + i] = x[2 * i + 1];
+  first = read<F>(y), second = read<F>(y + 16);
+#endif
+}
+
 // Sixteen fields of `width` bits, starting at bit `at` of sixteen bytes: int4 and int2 as 0 ... 2^width - 1.
 template <int at, int width> KV_INLINE F load_field(const uint8_t* p) {
   U x = bits_as<U>(widen(p)) >> at;

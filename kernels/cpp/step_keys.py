@@ -71,7 +71,7 @@ PLAIN = """
 AFTER_TOKEN = """
     for (int g = 0; g < G; g++)
       for (int t = 0; t < tile.count; t += 16) {
-        F x = load(s[g] + t) * load(tile.key_scale + t);
+        F x = load(s[g] + t) * load(tile.key_numbers + t);
         store(s[g] + t, $x);
       }
     """
@@ -106,7 +106,9 @@ def logits(where: Address) -> str:
         return text + _channel(where)
     after = ""
     if key.scales == "token":
-        after = fill(AFTER_TOKEN, x="mul_add(set(q.sum[g]), load(tile.key_zero + t), x)" if key.zeros else "x")
+        after = fill(
+            AFTER_TOKEN, x="mul_add(set(q.sum[g]), load(tile.key_numbers + TILE + t), x)" if key.zeros else "x"
+        )
     return text + fill(PLAIN, after=after)
 
 
@@ -151,7 +153,7 @@ def _dots(where: Address) -> str:
         bias_add=" + set(bias[g])" if channel else "",
         element=key.element,
         numbers_of="const float* n[4];" if groups else "",
-        numbers=f"n[i] = tile.key_numbers + e * {key.numbers};" if groups else "",
+        numbers="n[i] = tile.key_numbers + e;" if groups else "",
         entry=where.entry("e"),
         later=where.later("e"),
         width=key.width,

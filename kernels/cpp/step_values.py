@@ -1,6 +1,6 @@
 """Weighted sums of a tile of stored values: sum_t p_t v_t, with the scales folded into whatever is touched least.
 
-Scales of a token multiply its weight; those of a channel, or of groups of channels, decode each value in registers.
+Scales of a token multiply its weight, once for each group of channels; those of a channel decode values in registers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ ADD = """
           for (int t = start; t < stop; t++) {
             const $element* v = row.values + $entry * $width;
             ahead(row.values + $later * $width$column, $bytes);
-            $numbers
             UNROLL for (int c = 0; c < COLUMNS; c++) {
               $loads
               UNROLL for (int g = 0; g < R; g++) {
-                F w = set(p[g * STRIDE + t]);
                 $products
               }
             }
@@ -49,7 +47,8 @@ ADD = """
     """
 
 VALUES = """
-    static constexpr int SUMS = $slots * 16;  // floats of a sum, in the order of the stored codes$bias_note
+    static constexpr int RUNNING = $slots * 16;  // floats of a sum, in the order of the stored codes
+    static constexpr int SUMS = $bias
     #if defined(KV_AVX512)
     static constexpr int COLUMNS = $columns;
     #else
@@ -60,7 +59,6 @@ VALUES = """
       $body
     }
     KV_INLINE void finish(const float* sum, float* result) {
-      $bias
       for (int c = 0; c < $runs; c++) {
         $stores
       }
@@ -68,15 +66,18 @@ VALUES = """
     """
 
 TOKEN = """
-    for (int g = 0; g < G; g++) {
-      $start
-      for (int t = 0; t < tile.count; t += 16) {
-        F w = load(p[g] + t);
-        $zero
-        store(p[g] + t, w * load(tile.value_scale + t));
+    alignas(64) float weights[$groups][G][STRIDE];  // p times scale, for each group of channels
+    for (int i = 0; i < $groups; i++)
+      for (int g = 0; g < G; g++) {
+        $start
+        for (int t = 0; t < tile.count; t += 16) {
+          F x = load(p[g] + t);
+          $zero
+          store(weights[i][g] + t, x * load(tile.value_numbers + i * TILE + t));
+        }
+        $end
       }
-      $end
-    }
+    add<G>(row, tile, weights[0][0], 0, tile.count, sum[0]);
     """
 
 CHANNEL = """
@@ -102,32 +103,33 @@ def _columns(stored: Stored, group: int) -> int:
 def values(where: Address, group: int) -> str:
     """`accumulate` for a tile and `finish`, which puts the sums `[DV]` in the order of the channels."""
     value = where.value
-    biased = value.scales == "token" and value.zeros
-    slots = value.slots + biased
-    call = "add<G>(row, tile, p[0], 0, tile.count, sum[0]);"
-    body = call
-    if value.scales == "token":
-        start, end = "F zero = load(sum[g] + SUMS - 16);", "store(sum[g] + SUMS - 16, zero);"
-        zero = "zero = mul_add(w, load(tile.value_zero + t), zero);"
-        body = (
-            fill(TOKEN, **{k: v if biased else "" for k, v in (("start", start), ("zero", zero), ("end", end))}) + call
-        )
+    biased = value.codec.axis == "token" and value.zeros
+    groups = value.codec.groups(value.dim)
+    body = "add<G>(row, tile, p[0], 0, tile.count, sum[0]);"
+    if value.codec.axis == "token":
+        bias = "sum[g] + RUNNING + 16 * i"
+        lines = {
+            "start": f"F zero = load({bias});",
+            "zero": f"zero = mul_add(x, load(tile.value_numbers + ({groups} + i) * TILE + t), zero);",
+            "end": f"store({bias}, zero);",
+        }
+        body = fill(TOKEN, groups=groups, **(lines if value.zeros else dict.fromkeys(lines, "")))
     elif value.scales == "channel":
         body = _channel(where)
     count = "" if value.lanes == 16 else f", {value.lanes}"
-    plus = " + bias" if biased else ""
-    stores = [
-        f"store(result + {value.channel(i, 'c')}, load(sum + {value.slot(i, 'c')}){plus}{count});"
-        for i in range(value.pieces)
-    ]
+    stores = []
+    for i in range(value.pieces):
+        plus = f" + set(::sum(load(sum + RUNNING + {value.group(i, 'c')} * 16)))" if biased else ""
+        stores.append(f"store(result + {value.channel(i, 'c')}, load(sum + {value.slot(i, 'c')}){plus}{count});")
     return fill(
         VALUES,
-        slots=slots,
-        bias_note=", then sum_t p_t zero_t" if biased else "",
+        slots=value.slots,
+        bias=f"RUNNING + {groups} * 16;  // and then of sum_t p_t zero_t, for each group of channels"
+        if biased
+        else "RUNNING;",
         columns=_columns(value, group),
         add=_add(where),
         body=body,
-        bias="F bias = set(::sum(load(sum + SUMS - 16)));" if biased else "",
         runs=value.runs,
         stores="\n".join(stores),
     )
@@ -136,10 +138,12 @@ def values(where: Address, group: int) -> str:
 def _add(where: Address) -> str:
     value = where.value
     channel = value.scales == "channel"
-    numbers = f"const float* n = tile.value_numbers + t * {value.numbers};" if value.scales == "groups" else ""
-    vectors = value.codes("v", "(first + c)")  # scales of a token are in its weight by now
-    if channel or value.scales == "groups":
-        vectors = value.decoded("v", "(first + c)", "scales" if channel else "n")
+    run = "(first + c)"
+    vectors = value.decoded("v", run, "scales") if channel else value.codes("v", run)
+    products = []
+    for i in range(value.pieces):
+        group = f"({value.group(i, run)} * G + g)" if value.scales == "groups" else "g"
+        products.append(f"o[g][c][{i}] = mul_add(set(p[{group} * STRIDE + t]), x{i}, o[g][c][{i}]);")
     return fill(
         ADD,
         scales_in=", const float* scales" if channel else "",
@@ -152,12 +156,11 @@ def _add(where: Address) -> str:
         column=f" + first * {value.lanes}" if value.runs > 1 else "",
         bytes=f"COLUMNS * {value.lanes} * sizeof({value.element})",
         width=value.width,
-        numbers=numbers,
         fetch="\n".join(
             f"o[g][c][{i}] = load(sum + g * SUMS + {value.slot(i, '(first + c)')});" for i in range(value.pieces)
         ),
         loads="\n".join(f"F x{i} = held({x});" for i, x in enumerate(vectors)),
-        products="\n".join(f"o[g][c][{i}] = mul_add(w, x{i}, o[g][c][{i}]);" for i in range(value.pieces)),
+        products="\n".join(products),
         keep="\n".join(
             f"store(sum + g * SUMS + {value.slot(i, '(first + c)')}, o[g][c][{i}]);" for i in range(value.pieces)
         ),

@@ -83,6 +83,10 @@ class Stored:
         first = f"{piece * self.width} + " if piece else ""
         return f"{first}{run} * {self.lanes}"
 
+    def group(self, piece: int, run: str) -> str:
+        """The group of channels that the vector in this slot belongs to (axis `token`)."""
+        return f"({self.channel(piece, run)}) / {self.codec.group or self.dim}"
+
     def slot(self, piece: int, run: str) -> str:
         """Where the vector lies among those of the entry, in floats."""
         return f"({piece * self.runs} + {run}) * 16" if piece else f"{run} * 16"
@@ -99,13 +103,15 @@ class Stored:
     def decoded(self, entry: str, run: str, numbers: str) -> list[str]:
         """The vectors of one run as floats, where scales must be applied to each channel (`groups`, `channel`).
 
-        `numbers`: where the scales lie as floats: `[parameters, groups]` of the token, or `[parameters, slots * 16]`.
+        `numbers`: where the scales lie as floats: `[parameters, groups, TILE]`, from the token's on, or
+        `[parameters, slots * 16]`.
         """
         out = []
         for i, code in enumerate(self.codes(entry, run)):
             if self.scales == "groups":
-                group = f"({self.channel(i, run)}) / {self.codec.group}"
-                scale, zero = (f"set({numbers}[{o}{group}])" for o in ("", f"{self.codec.groups(self.dim)} + "))
+                group = self.group(i, run)
+                zeros = f"({self.codec.groups(self.dim)} + {group})"
+                scale, zero = (f"set({numbers}[{place} * TILE])" for place in (group, zeros))
             else:
                 place = self.slot(i, run)
                 scale, zero = (f"load({numbers} + {o}{place})" for o in ("", f"{self.slots * 16} + "))

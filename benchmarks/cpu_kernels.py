@@ -1,0 +1,242 @@
+"""Decode attention on this CPU: generated C++ by number format and layout, and the library's ways, in turns.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --out benchmarks/results/cpu_kernels
+
+One new token over S entries a row. MB: what the kernel reads; GB/s: MB over time; copy: that, relative to what a copy
+of a large array moves (read and written) just before. ragged, paged, scores: time relative to dense without scores,
+over as many bytes (ragged rows hold S/2 to 3S/2 entries, pages are 64 entries in random order).
+library: the fastest of PyTorch's ways over the same floats, for codes over bfloat16. Minimum of several rounds.
+Nothing is printed unless every kernel agrees with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kvcompile.kernels import codecs, reference, sdpa
+from kvcompile.kernels.cpp import attention, build
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, View
+from kvcompile.kernels.spec import KernelSpec, Part
+from tabulate import tabulate
+from torch import Tensor
+
+from kvcompile.storage import Codec
+
+PAGE = 64
+FORMATS = {
+    "float32": (Codec("float32"), Codec("float32")),
+    "bfloat16": (Codec("bfloat16"), Codec("bfloat16")),
+    "int8": (Codec("int8", "token"), Codec("int8", "token")),
+    "int4": (Codec("int4", "channel", 32), Codec("int4", "token", 32)),
+    "int2": (Codec("int2", "channel", 32), Codec("int2", "token", 32)),
+}
+SHAPES = {"32/8x128": (32, 8, 128), "9/3x64": (9, 3, 64)}
+MOST_BYTES = 2.5e9
+# relative RMS: as in tests/kernels/cpp/test_attention.py
+TOLERANCE = {"float32": 3e-6, "bfloat16": 2.5e-3}
+
+
+def stored(name: str, rows: int, tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Codes and scales `[rows, tokens, ...]` of keys and values; every row holds the same numbers in its own memory."""
+    made = []
+    for codec in FORMATS[name]:
+        codes, scales = codecs.encode(torch.randn(tokens, dim), codec)
+        made.append(tuple(x if x is None else x.expand(rows, *x.shape).contiguous() for x in (codes, scales)))
+    return tuple(made)  # type: ignore[return-value]
+
+
+def lengths_of(rows: int, tokens: int) -> list[int]:
+    """As many entries as `rows` rows of `tokens`, from half as many to one and a half, in whole pages."""
+    half = tokens // 2 // PAGE
+    spread = [PAGE * (half + 2 * half * i // max(rows - 1, 1)) for i in range(rows)]
+    spread[-1] += rows * tokens - sum(spread)
+    return spread
+
+
+def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) -> View:
+    """Rows of one format in one layout."""
+    rows = batch * heads
+    (k, ks), (v, vs) = stored(name, rows, tokens, dim)
+    at = torch.arange(tokens, dtype=torch.int32)
+    if layout == "dense":
+        apart = [x if x is None else x.unflatten(0, (batch, heads)) for x in (k, v, ks, vs)]
+        return DenseView(apart[0], apart[1], at.expand(batch, 1, -1), apart[2], apart[3])  # type: ignore[arg-type]
+    k, v, ks, vs = (x if x is None else x.flatten(0, 1) for x in (k, v, ks, vs))  # type: ignore[assignment]
+    at, lengths = at.repeat(rows), lengths_of(rows, tokens)
+    ends = torch.tensor(lengths).cumsum(0)
+    begins = ends - torch.tensor(lengths)
+    if layout == "ragged":
+        return RaggedView(k, v, at, begins.tolist(), lengths, batch, heads, begins, ends, ks, vs)
+    pages = torch.randperm(rows * tokens // PAGE).int().view(rows, -1)
+    return PagedView(k, v, at, pages, [tokens] * rows, batch, heads, PAGE, torch.full((rows,), tokens), ks, vs)
+
+
+def spec(name: str, layout: str, shape: tuple[int, int, int], scores: bool = False) -> KernelSpec:
+    """The kernel for it."""
+    heads, kv_heads, dim = shape
+    part = Part(layout, *FORMATS[name], PAGE if layout == "paged" else 0)
+    return KernelSpec((part,), heads // kv_heads, dim, dim, dim**-0.5, scores=scores)
+
+
+def bytes_of(x: View) -> int:
+    """Bytes of codes and scales."""
+    held = (x.keys, x.values, x.key_scales, x.value_scales)  # type: ignore[union-attr]
+    return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def kernels(name: str, shape: tuple[int, int, int], batch: int, tokens: int) -> dict[str, tuple[Callable, int]]:
+    """A call and the bytes it reads, by layout (and dense with scores)."""
+    heads, kv_heads, dim = shape
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    queries = Queries(torch.randn(batch, heads, 1, dim).to(dtype), torch.full((batch, 1), tokens))
+    found: dict[str, tuple[Callable, int]] = {}
+    for layout in ("dense", "ragged", "paged"):
+        held = view(name, layout, batch, kv_heads, tokens, dim)
+        one = spec(name, layout, shape)
+        found[layout] = (lambda q=queries, v=held, s=one: attention.attend(q, v, s)), bytes_of(held)
+        if layout == "dense":
+            more, sums = spec(name, layout, shape, True), torch.zeros(batch * kv_heads, tokens)
+            found["scores"] = (lambda q=queries, v=held, s=more, t=sums: attention.attend(q, v, s, t)), bytes_of(held)
+    return found
+
+
+def library(name: str, shape: tuple[int, int, int], batch: int, tokens: int) -> dict[str, Callable]:
+    """PyTorch's ways to attend to dense floats; for codes, to bfloat16."""
+    heads, kv_heads, dim = shape
+    name = name if name in ("float32", "bfloat16") else "bfloat16"
+    held = view(name, "dense", batch, kv_heads, tokens, dim)
+    q = torch.randn(batch, heads, 1, dim).to(held.keys.dtype)
+    queries, one, group = Queries(q, torch.full((batch, 1), tokens)), spec(name, "dense", shape), heads // kv_heads
+
+    def matmul() -> Tensor:
+        rows = q.view(batch, kv_heads, group, dim)
+        weights = (rows @ held.keys.transpose(-1, -2) * dim**-0.5).softmax(-1)
+        return weights @ held.values
+
+    return {
+        "sdpa, group as rows": lambda: sdpa.attend(queries, held, one),
+        "sdpa, enable_gqa": lambda: F.scaled_dot_product_attention(q, held.keys, held.values, enable_gqa=True),
+        "matmul, softmax, matmul": matmul,
+    }
+
+
+def agree() -> None:
+    """Every kernel that is timed, on rows short enough for float64. Exits where one is wrong."""
+    for shape in SHAPES.values():
+        heads, kv_heads, dim = shape
+        for name in FORMATS:
+            dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+            for layout in ("dense", "ragged", "paged"):
+                held = view(name, layout, 2, kv_heads, 640, dim)
+                queries = Queries(torch.randn(2, heads, 1, dim).to(dtype), torch.full((2, 1), 2000))
+                one = spec(name, layout, shape, layout == "dense")
+                sums = [torch.zeros(2 * kv_heads, 2000) if one.scores else None for _ in range(2)]
+                got = attention.attend(queries, held, one, sums[0]).double()
+                expected = reference.attend(queries, held, one, sums[1]).double()
+                wrong = float((got - expected).norm() / expected.norm())
+                if one.scores:
+                    wrong = max(wrong, float((sums[0] - sums[1]).norm() / sums[1].norm()))  # type: ignore
+                if not wrong < TOLERANCE.get(name, 2e-5):
+                    sys.exit(f"{one.name} is off by {wrong:.1e}: nothing was timed")
+
+
+def turns(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
+    """The least time of each, all in turns, for about so long; who takes very long has fewer turns."""
+    best: dict[str, float] = {}
+    spent: dict[str, float] = dict.fromkeys(calls, 0.0)
+    for call in calls.values():
+        call()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for name, call in calls.items():
+            if spent[name] > seconds / len(calls) and name in best:
+                continue
+            start = time.perf_counter()
+            call()
+            took = time.perf_counter() - start
+            spent[name] += took
+            best[name] = min(best.get(name, took), took)
+    return best
+
+
+def copied() -> float:
+    """Bytes a second that a copy of half a gigabyte reads and writes."""
+    a = torch.ones(1 << 27)
+    b = torch.empty_like(a)
+    best = turns({"copy": lambda: b.copy_(a)}, 1.0)["copy"]
+    return 2 * a.numel() * 4 / best
+
+
+def measure(shape: str, batch: int, tokens: int, name: str, seconds: float, rate: float) -> dict[str, object]:
+    """One row of the table."""
+    calls = kernels(name, SHAPES[shape], batch, tokens)
+    ways = library(name, SHAPES[shape], batch, tokens)
+    best = turns({**{k: c for k, (c, _) in calls.items()}, **ways}, seconds)
+    dense, size = best["dense"], calls["dense"][1]
+    fastest = min(ways, key=lambda way: best[way])
+    return {
+        "heads": shape,
+        "batch": batch,
+        "S": tokens,
+        "format": name,
+        "MB": round(size / 1e6, 1),
+        "ms": round(1000 * dense, 3),
+        "GB/s": round(size / dense / 1e9, 1),
+        "copy": f"{size / dense / rate:.0%}",
+        "library ms": round(1000 * best[fastest], 3),
+        "library": fastest,
+        "faster": round(best[fastest] / dense, 2),
+        **{other: round(best[other] / dense, 2) for other in ("ragged", "paged", "scores")},
+    }
+
+
+def processor() -> str:
+    """Name of this CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Parse, check, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row of the table")
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    agree()
+    rate = copied()
+    rows = []
+    for shape in args.shapes:
+        _, kv_heads, dim = SHAPES[shape]
+        for batch in args.batches:
+            for tokens in args.tokens:
+                for name in args.formats:
+                    if sum(c.nbytes(batch * kv_heads * tokens, dim) for c in FORMATS[name]) < MOST_BYTES:
+                        rows.append(measure(shape, batch, tokens, name, args.seconds, rate))
+                        print(rows[-1], file=sys.stderr, flush=True)
+    text = tabulate(rows, headers="keys", tablefmt="github")
+    print(text)
+    if args.out:
+        head = (
+            f"{time.strftime('%Y-%m-%d')}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
+        command = f"    OMP_WAIT_POLICY=PASSIVE python {' '.join(sys.argv)}"
+        copy = f"A copy moves {rate / 1e9:.1f} GB/s here. Kernels: {build.describe()}."
+        Path(args.out + ".md").write_text(f"{head}\n\n{command}\n\n{copy}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
