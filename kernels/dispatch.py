@@ -60,3 +60,8 @@ def why(device: torch.device | str = "cpu") -> str:
     if place not in GENERATED:
         return f"no kernels are generated for {place}"
     return build.available() or ""
+
+
+def describe(route: str, spec: KernelSpec, dtype: torch.dtype) -> str:
+    """What runs on a route to decode with queries of a dtype: the route, or whom it hands this to and why."""
+    return cpp.describe(spec, dtype) if route == "cpp" else route

@@ -129,9 +129,14 @@ def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progres
 
 
 def _kernels(model: Any) -> list[str]:
-    """Which route runs in which layer."""
+    """Which kernel decodes in which layer, and why it is not a generated one where `auto` could take none."""
+    from kvcompile.kernels.dispatch import describe, why
+
     cache = model.new_cache()
-    return [f"{cache.expected(p.index)[0].name}: {cache.route}" for p in model.kvcompile.plan.layers]
+    specs = [cache.expected(p.index)[0] for p in model.kvcompile.plan.layers]
+    reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
+    note = f" ({reason})" if reason else ""
+    return [f"{spec.name}: {describe(cache.route, spec, model.dtype)}{note}" for spec in specs]
 
 
 def _machine() -> str:

@@ -59,7 +59,7 @@ def source(spec: KernelSpec, dtype: torch.dtype, many: bool = False) -> str:
 
 
 def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bool = False) -> str:
-    """Which kernel runs for queries of a dtype, and why where it is the library's.
+    """`cpp`, or `sdpa` and why it runs instead, for queries of a dtype.
 
     many: more than one new token of each sequence; whole: they are all that is held.
     """
@@ -67,7 +67,7 @@ def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bo
         return "sdpa (float64 is not generated)"
     if many and whole and _plain(spec, dtype):
         return "sdpa (a whole prompt over plain dense floats)"
-    return f"cpp {'chunk' if many else 'step'}"
+    return "cpp"
 
 
 def _generated(spec: KernelSpec, dtype: torch.dtype) -> bool:

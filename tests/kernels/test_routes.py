@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kvcompile.kernels import reference, sdpa
-from kvcompile.kernels.dispatch import ROUTES, choose
+from kvcompile.kernels.dispatch import ROUTES, choose, describe, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from torch import Tensor
@@ -246,6 +247,28 @@ def test_choice_of_route() -> None:
     assert choose("reference") == "reference"
     with pytest.raises(KvcompileError, match="auto, cpp, triton, sdpa, reference, got 'cuda'"):
         choose("cuda")
+
+
+def test_auto_says_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a compiler `auto` is the library and says so; `cpp` is refused with the way out."""
+    assert choose("auto", "meta") == "sdpa"
+    assert why("meta") == "no kernels are generated for meta"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert choose("auto") == "sdpa"
+    assert why() == "no c++ or g++ or clang++ on the path"
+    with pytest.raises(KvcompileError, match="install"):
+        choose("cpp")
+    with pytest.raises(KvcompileError, match="runs on a CPU, got a model on meta"):
+        choose("cpp", "meta")
+
+
+def test_routes_say_what_they_hand_on() -> None:
+    one = KernelSpec(plain("dense", "float32"), 3, 64, 64, 0.125)
+    wide = replace(one, parts=plain("dense", "float64"))
+    assert describe("cpp", one, torch.float32) == "cpp"
+    assert describe("cpp", wide, torch.float64) == "sdpa (float64 is not generated)"
+    assert describe("reference", one, torch.float32) == "reference"
 
 
 def test_spec_names_tell_kernels_apart() -> None:

@@ -155,10 +155,10 @@ def test_a_whole_prompt_over_plain_floats_is_for_sdpa() -> None:
     made = case(one, [[40] * 4], 2, 2, count=40)
     assert torch.equal(attention.attend(made.queries, made.view, one), sdpa.attend(made.queries, made.view, one))
     assert attention.describe(one, torch.float32, True, True) == "sdpa (a whole prompt over plain dense floats)"
-    assert attention.describe(one, torch.float32, True) == "cpp chunk"
+    assert attention.describe(one, torch.float32, True) == "cpp"
     assert attention.describe(one, torch.float64) == "sdpa (float64 is not generated)"
-    assert attention.describe(SPECS[1], torch.float32, True, True) == "cpp chunk"
-    assert attention.describe(SPECS[6], torch.bfloat16) == "cpp step"
+    assert attention.describe(SPECS[1], torch.float32, True, True) == "cpp"
+    assert attention.describe(SPECS[6], torch.bfloat16) == "cpp"
 
 
 def test_float64_and_gradients_go_to_the_library() -> None:
