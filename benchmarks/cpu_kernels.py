@@ -1,10 +1,11 @@
 """Decode attention on this CPU: generated C++ by number format and layout, and the library's ways, in turns.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/cpu_kernels.py --out benchmarks/results/cpu_kernels
+    python benchmarks/cpu_kernels.py --out benchmarks/results/cpu_kernels
 
 One new token over S entries a row. MB: what the kernel reads; GB/s: MB over time; copy: that, relative to what a copy
 of a large array moves (read and written) just before. ragged, paged, scores: time relative to dense without scores,
 over as many bytes (ragged rows hold S/2 to 3S/2 entries, pages are 64 entries in random order).
+Threads that sleep between kernels (OMP_WAIT_POLICY=PASSIVE) wake too late for rows that take 0.1 ms: leave it unset.
 library: the fastest of PyTorch's ways over the same floats, for codes over bfloat16. Minimum of several rounds.
 Nothing is printed unless every kernel agrees with float64.
 """
@@ -233,7 +234,7 @@ def main() -> None:
         head = (
             f"{time.strftime('%Y-%m-%d')}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         )
-        command = f"    OMP_WAIT_POLICY=PASSIVE python {' '.join(sys.argv)}"
+        command = f"    python {' '.join(sys.argv)}"
         copy = f"A copy moves {rate / 1e9:.1f} GB/s here. Kernels: {build.describe()}."
         Path(args.out + ".md").write_text(f"{head}\n\n{command}\n\n{copy}\n\n{text}\n")
 

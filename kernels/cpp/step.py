@@ -204,17 +204,13 @@ LAUNCH = """
       int64_t count = (int64_t)cuts.size(), work = 0;
       for (int i = 0; i < count; i++) work += pieces[i].to - pieces[i].from;
       int threads = work * (D + DV) * G < $small ? 1 : (int)a.threads;
-    #pragma omp parallel num_threads(threads)
-      {
-    #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-          $dispatch
-        }
-    #pragma omp for schedule(static)
-        for (int64_t r = 0; r < a.rows; r++)
-          merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV$shares);
-        $columns
+    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+      for (int64_t i = 0; i < count; i++) {
+        $dispatch
       }
+      for (int64_t r = 0; r < a.rows; r++)  // little work: to wake threads for it would take longer
+        merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV$shares);
+      $columns
     }
     """
 
@@ -238,12 +234,12 @@ ROOM = """
     """
 
 ALL_COLUMNS = """
-    #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-          const Piece& piece = pieces[i];
-          float* sums = a.sums + piece.row * a.sums_row + piece.column;
-          add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
-        }
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+      const Piece& piece = pieces[i];
+      float* sums = a.sums + piece.row * a.sums_row + piece.column;
+      add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
+    }
     """
 
 
