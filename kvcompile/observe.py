@@ -77,13 +77,10 @@ class Observation:
         return weights if plain else weights.nan_to_num_(0.0)
 
     def _seen_by_all(self, asked: Tensor) -> int:
-        """How many entries, from the oldest on, every query at positions `asked` sees in every row."""
-        if not asked.numel():
+        """How many entries, from the oldest on, every query at positions `asked` surely sees in every row."""
+        if self.sliding_window or not asked.numel():
             return 0
-        seen = (self.positions >= 0) & (self.positions <= asked.min())
-        if self.sliding_window:
-            seen &= self.positions > asked.max() - self.sliding_window
-        return int(seen.all(0).long().cumprod(0).sum())
+        return int(((self.positions >= 0) & (self.positions <= asked.min())).sum(1).min())  # rows ascend
 
     def attention_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`(query positions [w], attention [H_kv, g, w, n])` in blocks, so that no full matrix is held."""
@@ -97,10 +94,10 @@ def pool(votes: Tensor, kernel: int, kind: Literal["avg", "max"], among: Tensor)
 
     Averages divide by the entries really there, so that no edge is attenuated; entries outside keep their votes.
     """
-    inside = among.to(votes.dtype).unsqueeze(1)
-    rows = votes.unsqueeze(1) * inside
+    inside = among.to(votes.dtype)
     if kind == "max":
-        pooled = F.max_pool1d(rows, kernel, 1, kernel // 2)
+        pooled = F.max_pool1d(votes * inside, kernel, 1, kernel // 2)
     else:
-        pooled = F.avg_pool1d(rows, kernel, 1, kernel // 2) / F.avg_pool1d(inside, kernel, 1, kernel // 2)
-    return torch.where(among, pooled.squeeze(1), votes)
+        sums, counts = F.pad(torch.stack((votes * inside, inside)), (kernel // 2,) * 2).unfold(-1, kernel, 1).sum(-1)
+        pooled = sums / counts
+    return torch.where(among, pooled, votes)

@@ -56,20 +56,19 @@ class FutureAttention(Score):
 def _logits(seen: Observation, moments: Moments, rotation: Tensor) -> Tensor:
     """c k mu' + c^2 k Sigma' k / 2 for every query head and entry, `[H_kv, g, n]`.
 
-    One product per block of entries: with S = c^2 Sigma' / 2 of all query heads of a KV head side by side, `[D, g D]`,
-    the logit is the dot product of k with k S + c mu'.
+    With u = c k R^T that is the dot product of u and mu + u Sigma / 2: one matrix product for all query heads of a KV
+    head, their (symmetric) Sigma side by side as `[D, g D]`.
     """
     import torch
 
     heads, group, dim = moments.mean.shape
-    half = rotation * (seen.scale / 2**0.5)
-    columns = moments.covariance.permute(2, 0, 1, 3).reshape(dim, -1)
-    squares = ((half.T @ columns).view(-1, dim) @ half).view(dim, heads, group * dim).transpose(0, 1)
-    means = (moments.mean @ (rotation * seen.scale)).view(heads, 1, group * dim)
+    turn = (rotation.T * seen.scale).expand(heads, dim, dim)
+    means, covariances = moments.mean.reshape(heads, 1, group * dim), moments.covariance.reshape(heads, -1, dim).mT
     logits = []
     for keys in torch.split(seen.keys.float(), ENTRY_BLOCK, 1):
-        products = torch.unflatten(torch.baddbmm(means, keys, squares), -1, (group, dim))
-        logits.append(products.mul_(keys.unsqueeze(2)).sum(-1).mT)
+        turned = torch.bmm(keys, turn)
+        products = torch.unflatten(torch.baddbmm(means, turned, covariances, alpha=0.5), -1, (group, dim))
+        logits.append(products.mul_(turned.unsqueeze(2)).sum(-1).mT)
     return torch.cat(logits, -1)
 
 

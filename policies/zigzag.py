@@ -66,7 +66,7 @@ class Uncertainty(Allocation):
 
         heads = [layer.lengths.numel() for layer in layers]
         sizes = heads if self.per == "head" else [1] * len(layers)
-        needs, lengths = zip(*(self._rows(layer) for layer in layers), strict=True)
+        needs, lengths = zip(*map(self._rows, layers, self._needs(layers)), strict=True)
         need, held = torch.cat(needs).cpu(), torch.cat(lengths).cpu()
         budget = torch.tensor([layer.budget for layer in layers]).repeat_interleave(torch.tensor(sizes))
         always = torch.tensor([layer.floor for layer in layers]).repeat_interleave(torch.tensor(sizes))
@@ -81,10 +81,19 @@ class Uncertainty(Allocation):
             return AdaptiveHeads(self.safeguard).allot(shares)
         return [row.expand(n).to(layer.lengths.device) for row, n, layer in zip(rows, heads, layers, strict=True)]
 
-    def _rows(self, layer: LayerScores) -> tuple[Tensor, Tensor]:
-        if layer.mass is None:
+    def _needs(self, layers: Sequence[LayerScores]) -> Sequence[Tensor]:
+        """MBA of every head, float64 `[H_kv]` for each layer, all at once."""
+        import torch
+        from torch.nn.functional import pad
+
+        masses = [layer.mass for layer in layers if layer.mass is not None]
+        if len(masses) < len(layers):
             raise RuntimeError("uncertainty is allotted without attention mass")
-        need = minimal_budget(layer.mass, self.mass).double()
+        longest = max(mass.shape[1] for mass in masses)
+        together = torch.cat([pad(mass, (0, longest - mass.shape[1])) for mass in masses])
+        return torch.split(minimal_budget(together, self.mass).double(), [len(mass) for mass in masses])
+
+    def _rows(self, layer: LayerScores, need: Tensor) -> tuple[Tensor, Tensor]:
         if self.per == "head":
             return need, layer.lengths
         # heads of one length share a row; adaptive heads may differ, and spend what a mean head holds

@@ -211,8 +211,8 @@ def test_a_selection_is_no_part_of_the_gradient() -> None:
     model, ids = compiled(selection(Expected(), 0.5, uncertainty=WindowAttention(4))), tiny_ids(1, 24)
     out = model(ids, labels=ids)
     watch = out.past_key_values.layers[1].watch
-    assert not watch.totals.requires_grad
-    assert not watch.outers.requires_grad
+    assert not watch.sums[0].total.requires_grad
+    assert not watch.sums[0].outer.requires_grad
     out.loss.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 

@@ -44,7 +44,8 @@ def taken(store: PlainStore, indices: list[Tensor], headroom: int) -> PlainStore
     """A store with only the entries `indices[row]` of each row: a new one, but for pages."""
     if isinstance(store, PagedStore) or (isinstance(store, DenseStore) and len({i.numel() for i in indices}) == 1):
         return store.take(indices, headroom)
-    rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(store.rows(), indices, strict=True)]
+    picked = zip(store.rows(), indices, strict=True)
+    rows = [(k.index_select(0, i), v.index_select(0, i), p.index_select(0, i)) for (k, v, p), i in picked]
     return RaggedStore.of(rows, store.batch, store.heads, headroom)
 
 

@@ -30,6 +30,19 @@ class Segment:
         return self.queries.shape[2] if self.valid is None else int(self.valid.sum(1).min())
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Number of queries before rotation, their sum `[H_q, D]` and that of q^T q, `[H_q, D, D]`, float32."""
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    def plus(self, new: Sums) -> Sums:
+        """The sums over both."""
+        return Sums(self.count + new.count, self.total + new.total, self.outer + new.outer)
+
+
 @dataclass
 class Watch:
     """State of one layer's selection: aligned with the cache's rows, follows it through reorder, select and crop."""
@@ -37,9 +50,7 @@ class Watch:
     segments: list[Segment] = field(default_factory=list)
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
-    counts: list[int] | None = None
-    totals: Tensor | None = None  # [B, H_q, D] float64
-    outers: Tensor | None = None  # [B, H_q, D, D] float64
+    sums: list[Sums] | None = None  # per sequence
 
     def remember(self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None) -> None:
         """Add queries; hold only the newest `keep` real ones (None: all since `forget`)."""
@@ -95,27 +106,17 @@ class Watch:
 
     def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
         """Add queries before rotation `[B, H_q, Q, D]` to the running sums."""
-        batch, heads, _, dim = queries.shape
-        if self.counts is None or self.totals is None or self.outers is None:
-            self.counts = [0] * batch
-            self.totals = torch.zeros(batch, heads, dim, dtype=torch.float64, device=queries.device)
-            self.outers = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=queries.device)
-        for b in range(batch):
-            mine = _counting(queries[b], positions[b], None if valid is None else valid[b]).float()
-            self.counts[b] += mine.shape[1]
-            self.totals[b] += mine.sum(1)
-            self.outers[b] += mine.mT @ mine
+        new = [_sums(queries[b], positions[b], None if valid is None else valid[b]) for b in range(queries.shape[0])]
+        self.sums = new if self.sums is None else [a.plus(b) for a, b in zip(self.sums, new, strict=True)]
 
     def moments(self, b: int, heads: int) -> Moments | None:
         """Mean and covariance of one sequence's queries before rotation, or None where none was seen."""
-        if self.counts is None or self.totals is None or self.outers is None or not self.counts[b]:
+        if self.sums is None or not self.sums[b].count:
             return None
-        mean = self.totals[b] / self.counts[b]
-        covariance = torch.baddbmm(  # E[q q^T] - mean mean^T
-            self.outers[b], mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 / self.counts[b], alpha=-1
-        )
-        by_head = [torch.unflatten(x.float(), 0, (heads, -1)) for x in (mean, covariance)]
-        return Moments(self.counts[b], *by_head)
+        count, total, outer = self.sums[b].count, self.sums[b].total, self.sums[b].outer
+        mean = total / count
+        covariance = torch.baddbmm(outer, mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 / count, alpha=-1)
+        return Moments(count, torch.unflatten(mean, 0, (heads, -1)), torch.unflatten(covariance, 0, (heads, -1)))
 
     def carry(self, b: int, entries: int) -> Tensor | None:
         """Carried values of one sequence, with zeros for the entries that came since, `[H_kv, entries]`."""
@@ -134,13 +135,15 @@ class Watch:
             self.carried = [self.carried[b] for b in chosen]
         if self.waiting is not None:
             self.waiting = [self.waiting[b] for b in chosen]
-        if self.counts is not None and self.totals is not None and self.outers is not None:
-            self.counts = [self.counts[b] for b in chosen]
-            self.totals, self.outers = self.totals[sequences], self.outers[sequences]
+        if self.sums is not None:
+            self.sums = [self.sums[b] for b in chosen]
 
 
-def _counting(queries: Tensor, positions: Tensor, valid: Tensor | None) -> Tensor:
-    """Those of one sequence's queries `[H_q, Q, D]` that count for its moments; without padding, a view."""
+def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None) -> Sums:
+    """Sums over those of one sequence's queries `[H_q, Q, D]` that count; without padding, no copy of them is made."""
     if valid is None:
-        return queries[:, max(0, EXCLUDED_FROM_MOMENTS - int(positions[0])) :]
-    return queries[:, valid & (positions >= EXCLUDED_FROM_MOMENTS)]
+        mine = queries[:, max(0, EXCLUDED_FROM_MOMENTS - int(positions[0])) :].float()
+    else:
+        mine = queries[:, valid & (positions >= EXCLUDED_FROM_MOMENTS)].float()
+    outer = mine.mT @ mine
+    return Sums(mine.shape[1], mine.sum(1), outer)
