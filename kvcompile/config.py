@@ -45,6 +45,32 @@ class NeedleConfig:
 
 
 @dataclass
+class PerplexityConfig:
+    """Perplexity before and after, read through the cache: `tokens` scored after each of `windows` contexts.
+
+    source: a text file (None: the end of the offline text, which nothing is trained on).
+    """
+
+    enabled: bool = True
+    context: int = 512
+    tokens: int = 96
+    windows: int = 4
+    source: str | None = None
+
+
+@dataclass
+class GateConfig:
+    """What makes a compile fail, its report kept: None asks for nothing.
+
+    max_ppl_increase: largest relative increase of perplexity (0.1: a tenth more). min_needle: least needle score, as a
+    fraction of the uncompressed model's.
+    """
+
+    max_ppl_increase: float | None = None
+    min_needle: float | None = None
+
+
+@dataclass
 class SpeedConfig:
     """Tokens per second before and after: decode `tokens` after a prompt of `context`."""
 
@@ -79,7 +105,9 @@ class Config:
     kernels: str = "auto"
     output: str | None = None
     needle: NeedleConfig = field(default_factory=NeedleConfig)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
@@ -130,11 +158,25 @@ def _check(config: Config) -> None:
     _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
     _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
     _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
+    _check_quality(config.perplexity, config.gate, n.enabled)
     _require(s.context >= 1, "speed.context", s.context, "1 or more")
     _require(s.tokens >= 1, "speed.tokens", s.tokens, "1 or more")
     _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
     _require(p.context >= 1, "plan.context", p.context, "1 or more")
     _require(p.memory is None or p.memory > 0, "plan.memory", p.memory, "more than 0 GiB")
+
+
+def _check_quality(p: PerplexityConfig, gate: GateConfig, needle: bool) -> None:
+    for name in ("context", "tokens", "windows"):
+        _require(getattr(p, name) >= 1, f"perplexity.{name}", getattr(p, name), "1 or more")
+    most, least = gate.max_ppl_increase, gate.min_needle
+    _require(most is None or most >= 0, "gate.max_ppl_increase", most, "0 or more, as a fraction: 0.1 is a tenth more")
+    _require(least is None or 0 <= least <= 1, "gate.min_needle", least, "in [0, 1], a fraction of the score before")
+    for name, wanted, measured in (("perplexity", most, p.enabled), ("needle", least, needle)):
+        if wanted is not None and not measured:
+            raise KvcompileError(
+                "a gate needs what it judges to be measured", f"{name}.enabled=false", f"{name}.enabled=true"
+            )
 
 
 def _require(ok: bool, name: str, got: object, rule: str) -> None:

@@ -1,4 +1,4 @@
-"""The one exception a user of kvcompile meets."""
+"""The one exception a user of kvcompile meets, and its kind for a result that is not good enough."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ class KvcompileError(CompactHydraException):  # type: ignore[misc]
             parts.append(f"Fix: {fix.rstrip('.')}")
         super().__init__(". ".join(parts) + ".")
         self.rule, self.got, self.fix = rule, got, fix
+
+
+class QualityError(KvcompileError):
+    """A compile that works and is not good enough. output: where its report is; summary: the row of its numbers."""
+
+    def __init__(
+        self, rule: str, got: object, fix: str, output: str, summary: dict[str, float | int | str | None]
+    ) -> None:
+        super().__init__(rule, got, fix)
+        self.output, self.summary = output, summary

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.planning import size
 from kvcompile.stack import first_line
 
@@ -63,6 +63,8 @@ def run_job(
     except KvcompileError as error:
         log.error("job %d: %s", job, error)
         result = JobResult(job, list(overrides), "failed", str(error))
+        if isinstance(error, QualityError):
+            result = replace(result, output=error.output, summary=error.summary)
     except Exception as error:
         log.exception("job %d", job)
         result = JobResult(job, list(overrides), "failed", f"{type(error).__name__}: {first_line(error)}")
@@ -159,6 +161,8 @@ def _cells(row: dict[str, Cell]) -> dict[str, str]:
 def _short(key: str, value: Cell) -> str:
     if isinstance(value, int) and "bytes" in key:
         return size(value)
+    if isinstance(value, int) and "parameters" in key:
+        return f"{value / 1e6:.4g}M"
     return f"{value:.3g}" if isinstance(value, float) else _text(value)
 
 

@@ -11,15 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.progress import Progress, silent
 
 
-def cached_perplexity(model: Any, ids: Tensor, context: int, tokens: int, windows: int = 1) -> float:
+def cached_perplexity(
+    model: Any, ids: Tensor, context: int, tokens: int, windows: int = 1, progress: Progress = silent
+) -> float:
     """Perplexity of the tokens after a cached context, each predicted by a query of one token over the cache.
 
     exp( mean over windows and i of -log p(x[c+i+1] | cache of x[:c], x[c:c+i+1]) ),  c = context, i = 0..tokens-1.
     One forward over a whole text never reads a compressed cache; this does for every scored token. The first token
     after the context is fed, not scored: prefill predicts it before anything is dropped.
-    ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it.
+    ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it: one batch.
     Raises KvcompileError if the text is too short for one window.
     """
     ids = ids.reshape(-1).to(model.device)
@@ -29,8 +32,8 @@ def cached_perplexity(model: Any, ids: Tensor, context: int, tokens: int, window
     if len(ids) < width:
         raise KvcompileError("the text must hold context + tokens + 1 tokens", len(ids), f"{width} tokens or more")
     step = (len(ids) - width) // max(1, windows - 1)
-    losses = [_losses(model, ids[i * step : i * step + width], context) for i in range(windows)]
-    return math.exp(torch.cat(losses).mean().item())
+    rows = torch.stack([ids[i * step : i * step + width] for i in range(windows)])
+    return math.exp(_losses(model, rows, context, progress).mean().item())
 
 
 def forward(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -41,11 +44,13 @@ def forward(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
 
 
 @torch.inference_mode()
-def _losses(model: Any, ids: Tensor, context: int) -> Tensor:
-    """Negative log likelihoods, float32, of `ids[context + 1:]`."""
-    _, cache = forward(model, ids[:context].unsqueeze(0))
-    losses = []
-    for i in range(context, len(ids) - 1):
-        logits, cache = forward(model, ids[i].view(1, 1), cache)
-        losses.append(F.cross_entropy(logits.float(), ids[i + 1].view(1)))
+def _losses(model: Any, ids: Tensor, context: int, progress: Progress) -> Tensor:
+    """Negative log likelihoods, float32 `[tokens, B]`, of `ids[:, context + 1:]`."""
+    _, cache = forward(model, ids[:, :context])
+    losses, last = [], ids.shape[1] - 1
+    for i in range(context, last):
+        progress("perplexity", i - context, last - context)
+        logits, cache = forward(model, ids[:, i : i + 1], cache)
+        losses.append(F.cross_entropy(logits.float(), ids[:, i + 1], reduction="none"))
+    progress("perplexity", 1, 1)
     return torch.stack(losses)

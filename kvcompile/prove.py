@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import platform
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompile import artifact, compiler, report
+from kvcompile import artifact, compiler, gate, report
 from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.config import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.needle import NeedleResult, NeedleTask, score
+from kvcompile.perplexity import cached_perplexity
 from kvcompile.plan import Plan
 from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
 from kvcompile.speed import Comparison, compare
-from kvcompile.text import sentences
+from kvcompile.text import sentences, split
 
 PROOF_TOKENS = 1024
 
@@ -45,10 +47,13 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         planned_total=planned_total,
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
+        parameters=(original.num_parameters(), compiled.num_parameters()),
+        perplexity=_perplexity(original, compiled, tokenizer, config, progress),
         needle=_needle(original, compiled, tokenizer, config, progress),
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
     del original
+    gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
     artifact.save(compiled, folder, tokenizer, extra=lambda tmp: report.write(made, tmp))
     report.show(made)
     return compiler.Outcome(str(folder), report.summary(made))
@@ -91,9 +96,13 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
 
 
 def _proof_length(config: Config, model: Any) -> int:
-    longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", PROOF_TOKENS))
     wanted = max(config.needle.tokens) if config.needle.enabled and config.needle.tokens else PROOF_TOKENS
-    return min(wanted, longest)
+    return min(wanted, _longest(model))
+
+
+def _longest(model: Any) -> int:
+    """Positions that the model knows; where it does not say, more than anything here needs."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def _text(tokenizer: Any, tokens: int) -> Tensor:
@@ -116,6 +125,26 @@ def _needle(
         tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in given.tokens]
         first, *more = [score(model, tokenizer, task, show) for task in tasks]
         return sum(more, first)
+
+    return measured(original, "before"), measured(compiled, "after")
+
+
+def _perplexity(
+    original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
+) -> tuple[float, float] | None:
+    """On text that is held out: a file of the user's, or the end of the offline text."""
+    given = config.perplexity
+    if not given.enabled:
+        return None
+    text = sentences(given.source) if given.source else split(sentences())[1]
+    ids = torch.as_tensor(tokenizer(" ".join(text), return_tensors="pt")["input_ids"])
+    context = min(given.context, _longest(original) - given.tokens - 1)
+
+    def measured(model: Any, when: str) -> float:
+        def show(what: str, done: int, total: int) -> None:
+            progress(f"{what}, {when}", done, total)
+
+        return cached_perplexity(model, ids, context, given.tokens, given.windows, show)
 
     return measured(original, "before"), measured(compiled, "after")
 

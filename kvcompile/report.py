@@ -42,8 +42,8 @@ class Report:
     """Everything measured in one compile, as plain data.
 
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
-    whose split depends on the input. needle, perplexity: (uncompressed, compiled). speed: the first is uncompressed,
-    the last compiled. kernels, passes: what runs in which layer, and how often each pass rewrote the graph.
+    whose split depends on the input. needle, perplexity, parameters: (uncompressed, compiled). speed: the first is
+    uncompressed, the last compiled. kernels, passes: what runs in which layer, how often each pass rewrote the graph.
     """
 
     title: str
@@ -60,6 +60,7 @@ class Report:
     needle: tuple[NeedleResult, NeedleResult] | None = None
     speed: Comparison | None = None
     perplexity: tuple[float, float] | None = None
+    parameters: tuple[int, int] | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -71,6 +72,11 @@ class Report:
     def dense_bytes(self) -> int:
         """Bytes of the uncompressed cache."""
         return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def per_token(self) -> tuple[int, int]:
+        """Bytes of cache a prompt token, over all layers, on average: (uncompressed, compiled)."""
+        return round(self.dense_bytes / max(1, self.tokens)), round(self.bytes_held / max(1, self.tokens))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict: the fields, and their `summary`."""
@@ -89,8 +95,9 @@ class Report:
             if given["speed"] is not None:
                 speeds = {name: Speed(**speed) for name, speed in given["speed"]["speeds"].items()}
                 given["speed"] = Comparison(**{**given["speed"], "speeds": speeds})
-            if given["perplexity"] is not None:
-                given["perplexity"] = tuple(given["perplexity"])
+            for pair in ("perplexity", "parameters"):
+                if given[pair] is not None:
+                    given[pair] = tuple(given[pair])
             return Report(**given)
         except (AttributeError, KeyError, TypeError) as error:
             raise KvcompileError("not a report of this version", f"{type(error).__name__}: {error}") from error
@@ -124,6 +131,7 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
 def summary(report: Report) -> dict[str, float | int | str | None]:
     """The numbers that a summary of many compiles shows; None where not measured."""
     needle, perplexity = report.needle or (None, None), report.perplexity or (None, None)
+    parameters = report.parameters or (None, None)
     speeds = list(report.speed.speeds.values()) if report.speed else [None]
     before, after = speeds[0], speeds[-1]
     return {
@@ -131,6 +139,10 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "bytes": report.bytes_held,
         "dense_bytes": report.dense_bytes,
         "kept": report.bytes_held / report.dense_bytes if report.dense_bytes else None,
+        "bytes_per_token_before": report.per_token[0],
+        "bytes_per_token_after": report.per_token[1],
+        "parameters_before": parameters[0],
+        "parameters_after": parameters[1],
         "needle_before": needle[0].mean if needle[0] else None,
         "needle_after": needle[1].mean if needle[1] else None,
         "perplexity_before": perplexity[0],

@@ -113,6 +113,9 @@ def draw(report: Report, path: Path) -> None:
 def _summary(report: Report) -> Table:
     rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
     rows.append((Cell("as planned"), Cell(""), Cell(_kept_promise(report)), Cell("")))
+    rows.append(_change("cache per prompt token", *report.per_token, size, -1))
+    if report.parameters is not None:
+        rows.append(_change("parameters", *report.parameters, "{:,.0f}".format, -1))
     if report.needle is not None:
         rows.append(_share("needle, exact answers", *report.needle))
     if report.perplexity is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvcompile.errors import KvcompileError
 
 SHORTEST, LONGEST = 20, 400  # characters of a sentence worth keeping
+HELD_OUT = 8  # one sentence in so many, those at the end
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"^(?:[*+-]|\d+\.)\s+")
@@ -45,6 +47,12 @@ def from_file(path: str | Path) -> list[str]:
 def sentences(source: str | Path | None = None) -> list[str]:
     """Sentences of the file `source`, or the built-in ones for None."""
     return builtin() if source is None else from_file(source)
+
+
+def split(text: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what may be trained on, what only quality is measured on): the last eighth is held out."""
+    cut = len(text) - len(text) // HELD_OUT
+    return list(text[:cut]), list(text[cut:])
 
 
 def from_text(text: str) -> list[str]:
