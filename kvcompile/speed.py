@@ -74,7 +74,10 @@ def measure(model: Any, ids: Tensor, new_tokens: int, rounds: int = 1) -> Speed:
 
 
 def compare(models: Mapping[str, Any], ids: Tensor, new_tokens: int, rounds: int = 3) -> Comparison:
-    """Measure the models in turns, `rounds` times, in this process; the first one is the baseline of the ratios."""
+    """Measure the models in turns, `rounds` times, in this process; the first one is the baseline of the ratios.
+
+    Each round begins with another model, so that none is always the one after a pause.
+    """
     if not models or ids.ndim != 2 or not ids.numel() or min(new_tokens, rounds) < 1:
         raise KvcompileError(
             "a speed measurement needs models, ids [B, T] and 1 or more new tokens and rounds",
@@ -82,9 +85,11 @@ def compare(models: Mapping[str, Any], ids: Tensor, new_tokens: int, rounds: int
         )
     peaks = {name: _peak_of_warm_up(model, ids) for name, model in models.items()}
     taken: dict[str, list[Round]] = {name: [] for name in models}
+    order = list(models)
     for _ in range(rounds):
-        for name, model in models.items():
-            taken[name].append(_round(model, ids, new_tokens))
+        for name in order:
+            taken[name].append(_round(models[name], ids, new_tokens))
+        order = [*order[1:], order[0]]
     base = next(iter(taken.values()))
 
     def ratios(of: Callable[[Round], float]) -> dict[str, float]:
