@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ DTYPES = {
     "int2": torch.uint8,
 }
 FLOAT8_MAX = 448.0
+Encoder = Callable[[Tensor, Codec], tuple[Tensor, Tensor | None]]  # the contract of `encode`
 
 
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention as cpp
-from kvcompile.kernels.cpp import build
+from kvcompile.kernels.cpp import build, encode
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import route as triton
@@ -30,6 +30,7 @@ ROUTES: dict[str, Route] = {
     "sdpa": sdpa.attend,
     "reference": reference.attend,
 }
+ENCODERS: dict[str, codecs.Encoder] = {"cpp": encode.encode}  # the other routes encode with torch
 GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
 
@@ -50,6 +51,11 @@ def choose(requested: str, device: torch.device | str = "cpu") -> str:
     if requested == "triton":
         triton.ready(place)
     return requested
+
+
+def encoder(route: str) -> codecs.Encoder:
+    """What turns keys and values into codes where a route attends; the codes are the same on every route."""
+    return ENCODERS.get(route, codecs.encode)
 
 
 def why(device: torch.device | str = "cpu") -> str:

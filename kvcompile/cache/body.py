@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvcompile.cache.ragged import spans
-from kvcompile.kernels.codecs import decode, encode
+from kvcompile.kernels.codecs import Encoder, decode, encode
 from kvcompile.kernels.layout import RaggedView, Segment
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
@@ -19,11 +19,12 @@ Row = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """The number formats of keys and values, and the dtype that they decode to."""
+    """The number formats of keys and values, the dtype that they decode to, and what encodes them."""
 
     key: Codec
     value: Codec
     dtype: torch.dtype
+    encoder: Encoder = field(default=encode, compare=False, repr=False)
 
     @property
     def block(self) -> int:
@@ -54,7 +55,7 @@ class Codes:
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, positions: Tensor, format: Format) -> Codes:
         """Encode `keys [n, D]` and values; n is a multiple of the format's block."""
-        return cls(*encode(keys, format.key), *encode(values, format.value), positions)
+        return cls(*format.encoder(keys, format.key), *format.encoder(values, format.value), positions)
 
     @property
     def tensors(self) -> list[Tensor]:

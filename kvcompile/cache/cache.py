@@ -14,9 +14,10 @@ from transformers.cache_utils import Cache
 from kvcompile.cache.coded import expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, Route
+from kvcompile.kernels.dispatch import ROUTES, Route, encoder
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan import Plan
+from kvcompile.storage import PLAIN, Storage
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 HEADROOM = 64  # tokens of room behind a row; a full row moves once per so many tokens
@@ -60,7 +61,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
-        super().__init__(layers=[LayerCache(p) for p in plan.layers])
+        super().__init__(layers=[LayerCache(p, encoder(route)) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend: Route = ROUTES[route]
         self.specs: dict[tuple[int, tuple[Part, ...]], KernelSpec] = {}
@@ -125,7 +126,14 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def expected(self, index: int) -> list[KernelSpec]:
         """The kernels that layer `index` will need to decode: over rows of one length, and of any length."""
+        return self._specs(index, self.plan.layers[self.plan.layers[index].owner].storage)
+
+    def first(self, index: int) -> list[KernelSpec]:
+        """The same while nothing is encoded yet."""
         storage = self.plan.layers[self.plan.layers[index].owner].storage
+        return self._specs(index, PLAIN if storage.coded else storage)
+
+    def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
         return [self.spec(index, expected_parts(storage, layout, self.plan.dtype)) for layout in ("dense", "ragged")]
 
     def evicted(self, index: int, dropped: int) -> None:

@@ -11,6 +11,7 @@ from kvcompile.cache.paged import paged
 from kvcompile.cache.paged_body import PagedBody
 from kvcompile.cache.ragged import padded
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.spec import Part
 from kvcompile.kernels.spec import plain as plain_parts
@@ -27,10 +28,11 @@ class CodedStore:
 
     layout = "coded"
 
-    def __init__(self, storage: Storage, tail: plain.PlainStore) -> None:
+    def __init__(self, storage: Storage, tail: plain.PlainStore, encoder: Encoder = encode) -> None:
         self.storage, self.tail = storage, tail
         self.body: Body | None = None
-        self.format = Format(*storage.codecs(str(tail.keys.dtype).removeprefix("torch.")), tail.keys.dtype)
+        dtype = tail.keys.dtype
+        self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
 
     @property
     def batch(self) -> int:

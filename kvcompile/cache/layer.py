@@ -12,6 +12,7 @@ from kvcompile.cache import plain
 from kvcompile.cache.coded import CodedStore
 from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.watch import Watch
+from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.plan import LayerPlan
 
 Store = plain.PlainStore | CodedStore
@@ -27,9 +28,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerPlan, encoder: Encoder = encode) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.encoder = plan, encoder
         self.store: Store | None = None
         self.watch = Watch()
         self.columns = 0
@@ -47,7 +48,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             storage = self.plan.storage
             first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page)
-            self.store = CodedStore(storage, first) if storage.coded else first
+            self.store = CodedStore(storage, first, self.encoder) if storage.coded else first
             self.is_initialized = True
         if isinstance(self.store, CodedStore):
             self.store.append(keys, values, positions, headroom, valid)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels import codecs, reference, sdpa
+from kvcompile.kernels.cpp import build
+from kvcompile.kernels.dispatch import ROUTES, encoder
 from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
 
+from kvcompile.cache import KVCache
 from kvcompile.cache.coded import CodedStore, expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan
+from kvcompile.plan import LayerPlan, Plan
 from kvcompile.storage import Codec, Storage
 
 HEADS, DIM, HEADROOM = 2, 8, 8
@@ -27,8 +31,8 @@ kinds = pytest.mark.parametrize("storage", [CHANNEL, TOKEN, KEYS_ONLY], ids=["ch
 Entry = tuple[int, Tensor, Tensor]
 
 
-def layer_cache(storage: Storage) -> LayerCache:
-    return LayerCache(LayerPlan(0, HEADS, HEADS, DIM, 0, 1.0, storage=storage))
+def layer_cache(storage: Storage, encode: codecs.Encoder = codecs.encode) -> LayerCache:
+    return LayerCache(LayerPlan(0, HEADS, HEADS, DIM, 0, 1.0, storage=storage), encode)
 
 
 def fill(layer: LayerCache, batch: int, count: int, start: int = 0, valid: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -228,3 +232,45 @@ def test_half_precision_decodes_to_half_precision() -> None:
     assert decoded.dtype == torch.bfloat16
     torch.testing.assert_close(decoded, keys[0, 0], atol=0.05, rtol=0.02)
     assert layer.held.nbytes() == HEADS * CHANNEL.nbytes(20, DIM, "bfloat16")
+
+
+@pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
+@pytest.mark.parametrize("page", [0, 8])
+@kinds
+def test_the_encoder_of_the_cpp_route_leaves_the_same_bytes(storage: Storage, page: int) -> None:
+    """After a padded prompt, a selection that sends entries back to the tail, and two more encodings."""
+    calls: list[Codec] = []
+
+    def counted(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
+        calls.append(codec)
+        return encoder("cpp")(x, codec)
+
+    made = [layer_cache(replace(storage, page=page), encode) for encode in (encoder("sdpa"), counted)]
+    for layer in made:
+        torch.manual_seed(0)
+        valid = torch.ones(2, 30, dtype=torch.bool)
+        valid[0, :7] = False
+        fill(layer, 2, 30, valid=valid)
+        assert layer.settle(HEADROOM, True)
+        layer.keep([torch.arange(n)[torch.arange(n) % 5 > 0] for n in layer.held.lengths], HEADROOM)
+        for start in (30, 46):
+            layer.settle(HEADROOM, False)
+            fill(layer, 2, 16, start)
+        assert layer.settle(HEADROOM, False)
+    one, other = (layer.held for layer in made)
+    assert isinstance(one, CodedStore)
+    assert isinstance(other, CodedStore)
+    assert one.encoded == other.encoded
+    for mine, theirs in zip(one.rows(), other.rows(), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert {codec.kind for codec in calls} >= {storage.key.kind}
+
+
+def test_only_the_cpp_route_encodes_in_cpp() -> None:
+    assert {route for route in ROUTES if encoder(route) is not codecs.encode} == {"cpp"}
+    plan = Plan("llama", "float32", (LayerPlan(0, HEADS, HEADS, DIM, 0, 1.0, storage=CHANNEL),))
+    for route in ROUTES:
+        cache = KVCache(plan, route=route)
+        cache.layers[0].append(*torch.zeros(2, 1, HEADS, 4, DIM), torch.arange(4)[None], None, 0)
+        assert cache.layers[0].held.format.encoder is encoder(route)
+        assert cache.fork().layers[0].held.format.encoder is encoder(route)
