@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile import manifest
+from kvcompile import manifest, sources
 from kvcompile.errors import KvcompileError
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
 from kvcompile.progress import no_foreign_bars
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pretrained", "load", "save", "versions"]
 
-GRAPH, KERNELS = "graph.txt", "kernels/layers.md"
+GRAPH = "graph.txt"
 TOLD = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
 HEADS = "num_key_value_heads"
@@ -64,6 +64,7 @@ def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
 
     device: where to put it (default: the CPU, as in transformers). dtype: `"bfloat16"`, `torch.bfloat16`, ... (default:
     as saved). Data only is read: no pickle, no code, no `_target_`.
+    Warns where another version of kvcompile wrote the texts of the kernels, and they differ from those that run.
     Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
     """
     from kvcompile.compiler import build, plan_of
@@ -79,7 +80,7 @@ def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
     model = _placed(_weights(folder, wanted, original, plan_of(original, "float32", config, policies)), device)
     plan = plan_of(original, str(model.dtype).removeprefix("torch."), config, policies)
     model = build(model, plan, config.kernels, to_recipe(config), converted=True)
-    _require_same_plan(model.kvcompile.plan, folder, facts, converted=wanted is not None)
+    sources.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=wanted is not None), folder, facts)
     model.config.kvcompile = stamp(model.kvcompile.plan)
     return model
 
@@ -129,8 +130,9 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
     (folder / RECIPE).write_text(compiled.recipe, encoding="utf-8")
     (folder / PLAN).write_text(json.dumps(compiled.plan.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / GRAPH).write_text(_graph_text(model), encoding="utf-8")
-    (folder / KERNELS).parent.mkdir()
-    (folder / KERNELS).write_text(_kernel_text(model), encoding="utf-8")
+    (folder / sources.FOLDER).mkdir()
+    for name, text in sources.of_model(model).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -157,18 +159,6 @@ def _graph_text(model: Any) -> str:
         f"  layer {layer:>3} reads the KV of layer {owner:>3}" for layer, owner in wiring(compiled.graph.graph).items()
     ]
     return "".join(f"# {line}\n" for line in lines) + f"\n{compiled.graph.code.strip()}\n"
-
-
-def _kernel_text(model: Any) -> str:
-    from tabulate import tabulate
-
-    compiled, cache = model.kvcompile, model.new_cache()
-    rows = [
-        [p.index, cache.route, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
-        for p in compiled.plan.layers
-    ]
-    head = ["layer", "route", "kernel, rows of one length", "kernel, rows of any length", "scale"]
-    return f"# Attention kernels by layer\n\n{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n"
 
 
 def _publish(made: Path, folder: Path, replaced: Path) -> None:
@@ -281,14 +271,15 @@ def _placed(model: Any, device: Any) -> Any:
         raise KvcompileError("device must be a device of this machine", f"{device}: {first_line(error)}") from error
 
 
-def _require_same_plan(plan: Plan, folder: Path, facts: Manifest, converted: bool) -> None:
+def _as_saved(plan: Plan, folder: Path, facts: Manifest, converted: bool) -> Plan:
+    """The plan in the dtype that was saved; it must be the plan that was saved."""
     with _told(f"{folder / PLAN} must be a plan"):
         saved = dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
         if converted:  # the dtype that the user asked for is not a difference
             plan = replace(plan, dtype=saved["dtype"])
     now = json.loads(json.dumps(plan.to_json()))
     if now == saved and plan.digest() == facts.plan:
-        return
+        return plan
     where = next((key for key in now if now[key] != saved.get(key)), "digest")
     raise KvcompileError(
         f"{folder / PLAN}: the recipe must give the plan that was saved",
