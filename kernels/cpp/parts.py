@@ -148,7 +148,7 @@ def struct(index: int, where: Address, methods: str) -> str:
         row=where.row,
         tile=fill(fields + "\n", key=numbers[0], value=numbers[1]),
         entries=where.entries,
-        widen="\n".join(_widened(name, stored, where) for name, stored in (("key", where.key), ("value", where.value))),
+        widen="\n".join(filter(None, (_widened("key", where.key, where), _widened("value", where.value, where)))),
         methods=methods,
     )
 
