@@ -3,9 +3,9 @@
     python benchmarks/triton_aot.py --out benchmarks/results/triton_aot.md
 
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
-(group 3, 64 channels), and the other head dims; with one new token (`one`) and with many. `--sample`: a few of them,
-for the tests. Exits with 1 where a kernel spills for an unknown reason, or takes more shared memory than the
-target has. Nothing is run.
+(group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many.
+`--sample`: a few of them, for the tests. What was compiled once comes from Triton's own cache. Exits with 1 where a
+kernel spills for an unknown reason, or takes more shared memory than the target has. Nothing is run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,6 +29,10 @@ KIVI42 = Codec("int4", "channel", 32), Codec("int2", "token", 32)
 INT8 = Codec("int8", "token"), Codec("int8", "token")
 FP8 = Codec("float8", "token"), Codec("float8", "token")
 Job = tuple[KernelSpec, str, str, str]
+SHAPES = {
+    "float16": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "float32": {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
+}
 TARGETS = ("sm_80", "sm_90", "gfx942")
 # Registers a thread at which one more program of 128 or 256 threads fits on a multiprocessor (64 Ki registers, in 8s).
 # ptxas goes down to them and spills a few bytes for it: the int4 kernel of many tokens takes 128 registers and spills
@@ -54,23 +59,40 @@ def paged(dtype: str, page: int = 16) -> tuple[Part, ...]:
     return (replace(plain("paged", dtype)[0], page=page),)
 
 
+def of_recipes() -> dict[tuple[KernelSpec, str], list[str]]:
+    """Specs and dtypes of the queries, and the recipes that lead to them, on the shapes of two models."""
+    from transformers import LlamaConfig
+
+    from kvcompile.cache import KVCache
+    from kvcompile.compiler import plan_of
+    from kvcompile.compose import compose
+
+    found: dict[tuple[KernelSpec, str], list[str]] = {}
+    for dtype, shape in SHAPES.items():
+        for recipe in sorted(f.name.removesuffix(".yaml") for f in files("kvcompile.recipes.recipe").iterdir()):
+            config = compose([f"recipe={recipe}"])
+            plan = plan_of(LlamaConfig(**shape), dtype, config, config.policies())
+            cache = KVCache(plan)
+            for p in plan.layers:
+                for one in (*cache.first(p.index), *cache.expected(p.index)):
+                    names = found.setdefault((one, dtype), [])
+                    names += [recipe] * (recipe not in names)
+    return found
+
+
 def every() -> list[tuple[KernelSpec, str]]:
-    """Specs and the dtypes of their queries."""
-    found = [(spec(plain(layout, "float16")), "float16") for layout in ("dense", "ragged")]
-    found += [(spec(plain("ragged", "bfloat16")), "bfloat16"), (spec(paged("float16")), "float16")]
-    found += [(spec(body("ragged", codecs)), "float16") for codecs in (KIVI4, KIVI2, KIVI42, INT8, FP8)]
+    """Specs of the recipes, then other formats, layouts, head dims and features; with the dtypes of their queries."""
+    found = list(of_recipes())
+    found += [(spec(plain("ragged", "bfloat16")), "bfloat16"), (spec(body("ragged", KIVI4, "bfloat16")), "bfloat16")]
+    found += [(spec(body("ragged", codecs)), "float16") for codecs in (KIVI2, KIVI42)]
     found += [(spec(body("dense", KIVI4)), "float16"), (spec(body("paged", KIVI4)), "float16")]
-    found += [(spec(body("ragged", KIVI4, "bfloat16")), "bfloat16")]
-    found += [
-        (spec(plain("ragged", "float32"), 3, 64), "float32"),
-        (spec(body("ragged", KIVI4, "float32"), 3, 64), "float32"),
-    ]
-    for dim in (80, 96, 256):
-        found += [(spec(plain("ragged", "float16"), 4, dim), "float16")]
+    found += [(spec(plain("ragged", "float16"), 4, dim), "float16") for dim in (80, 96, 256)]
     found += [(spec(body("ragged", KIVI4), 4, dim), "float16") for dim in (96, 256)]
     features = {"sliding_window": 4096, "sinks": 4, "softcap": 50.0, "scores": True}
-    found += [(replace(one, **features), "float16") for one in (found[1][0], found[4][0])]
-    return found
+    found += [
+        (replace(spec(parts), **features), "float16") for parts in (plain("ragged", "float16"), body("ragged", KIVI4))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def sample() -> list[Job]:
@@ -119,6 +141,12 @@ def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tu
     return tabulate(rows, head, tablefmt="github", disable_numparse=True), wrong
 
 
+def reached() -> str:
+    """Which recipes lead to which spec."""
+    rows = [[one.name, dtype, ", ".join(names)] for (one, dtype), names in of_recipes().items()]
+    return tabulate(rows, ["spec", "queries", "recipes"], tablefmt="github", disable_numparse=True)
+
+
 def main() -> int:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,7 +167,9 @@ def main() -> int:
         "nothing was run, so nothing here says how fast a kernel is.",
         f"{len(wrong)} of {sum(map(len, results))} kernels spill or take too much shared memory.",
     ]
-    page = "\n\n".join([title, "\n".join(notes), text, "\n".join(f"- {w}" for w in wrong)]).rstrip() + "\n"
+    reasons = "\n".join(f"- {w}" for w in wrong)
+    shown = [] if args.sample else ["## The recipes that lead to them", reached()]
+    page = "\n\n".join(x for x in (title, "\n".join(notes), text, reasons, *shown) if x) + "\n"
     print(page)
     if args.out:
         Path(args.out).write_text(page, "utf-8")
