@@ -66,6 +66,7 @@ class LayerBytes:
     kept_total: int  # summed over the layer's KV heads (mean share, where the split depends on the input)
     bytes: int
     dense_bytes: int
+    host: int = 0  # of `bytes`, what lies in host memory between passes
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Plan:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
             held = batch * sum(p.storage.nbytes(n, p.head_dim, self.dtype) for n in shares)
-            rows.append(LayerBytes(p.index, kept, total, held, dense))
+            rows.append(LayerBytes(p.index, kept, total, held, dense, held if p.storage.offload else 0))
         return rows
 
     def to_json(self) -> dict[str, Any]:

@@ -47,11 +47,28 @@ def cache_bytes(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
     return sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
 
 
+def places(plan: Plan, batch: int, tokens: int) -> tuple[int, int, int]:
+    """(bytes that stay on the device, bytes in host memory between passes, most of these on the device at a time).
+
+    An offloaded layer is on the device while it attends, and the next one comes meanwhile.
+    """
+    rows = plan.bytes(batch, tokens)
+    away = [row.host for row in rows if plan.layers[row.index].storage.offload]
+    most = max((sum(away[i : i + 2]) for i in range(len(away))), default=0)
+    return sum(row.bytes - row.host for row in rows), sum(away), most
+
+
 def tokens_that_fit(plan: Plan, batch: int, memory: float, dense: bool = False) -> int | None:
-    """The longest prompt whose cache fits in `memory` GiB, for `batch` sequences; None: any length does."""
+    """The longest prompt whose cache fits in `memory` GiB of the device, for `batch` sequences; None: any length does.
+
+    What is offloaded counts where it is on the device at a time.
+    """
 
     def fits(tokens: int) -> bool:
-        return cache_bytes(plan, batch, tokens)[dense] <= memory * GIB
+        if dense:
+            return cache_bytes(plan, batch, tokens)[1] <= memory * GIB
+        stays, _, most = places(plan, batch, tokens)
+        return stays + most <= memory * GIB
 
     if fits(ENDLESS):
         return None
@@ -79,6 +96,13 @@ def show(plan: Plan, config: Config, console: Console) -> None:
     held, dense = cache_bytes(plan, wanted.batch, wanted.context)
     console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
     console.print(f"total {size(held)}, uncompressed {size(dense)}: {held / dense:.1%}", highlight=False)
+    stays, away, most = places(plan, wanted.batch, wanted.context)
+    if away:
+        console.print(
+            f"offloaded: {size(away)} in host memory; on the device {size(stays)}, and up to {size(most)} more while "
+            "these layers attend",
+            highlight=False,
+        )
     for policy in config.policies():
         if policy.uncalibrated:
             console.print(

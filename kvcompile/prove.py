@@ -45,6 +45,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         tokens=ids.shape[1],
         rows=rows,
         planned_total=planned_total,
+        warnings=_warnings(compiled),
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
         parameters=(original.num_parameters(), compiled.num_parameters()),
@@ -83,6 +84,8 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
                 planned_bytes=expected.bytes if expected.kept is not None else None,
                 dense_bytes=expected.dense_bytes,
                 threshold=p.selection is not None and p.selection.budget is None,
+                host_bytes=layer.parked_bytes(),
+                offloaded=p.storage.offload,
             )
         )
     free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
@@ -166,6 +169,16 @@ def _kernels(model: Any) -> list[str]:
     reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
     note = f" ({reason})" if reason else ""
     return [f"{spec.name}: {describe(cache.route, spec, model.dtype)}{note}" for spec in specs]
+
+
+def _warnings(model: Any) -> list[str]:
+    """What a reader of the numbers must know."""
+    if model.device.type == "cpu" and any(p.storage.offload for p in model.kvcompile.plan.layers):
+        return [
+            "offload: the model is on a CPU, where device and host are one memory. Stores were moved as on an "
+            "accelerator, which costs time and saves nothing here."
+        ]
+    return []
 
 
 def _machine() -> str:

@@ -25,6 +25,7 @@ class LayerRow:
 
     planned: tokens per head, planned_bytes: bytes; None where the split over heads or layers depends on the input.
     dense_bytes: what the uncompressed layer would hold. threshold: no budget, the scores alone decide.
+    host_bytes: of `bytes`, what was found in host memory; offloaded: the plan says that all of it lies there.
     """
 
     layer: int
@@ -35,6 +36,8 @@ class LayerRow:
     planned_bytes: int | None
     dense_bytes: int
     threshold: bool = False
+    host_bytes: int = 0
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Report:
     def bytes_held(self) -> int:
         """Bytes of keys and values measured in the live cache."""
         return sum(row.bytes for row in self.rows)
+
+    @property
+    def host_bytes(self) -> int:
+        """What of these was found in host memory."""
+        return sum(row.host_bytes for row in self.rows)
 
     @property
     def dense_bytes(self) -> int:
@@ -118,6 +126,8 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
                 _equal(f"{where}, head {head} must hold the planned tokens", kept, planned)
         if row.planned_bytes is not None:
             _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
+        away = row.bytes if row.offloaded else 0
+        _equal(f"{where} must hold in host memory the bytes that are offloaded", row.host_bytes, away)
         if row.bytes > row.dense_bytes:
             raise KvcompileError(
                 f"{where} must not hold more than uncompressed", f"{row.bytes} > {row.dense_bytes} bytes"
@@ -138,6 +148,7 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "tokens": report.tokens,
         "bytes": report.bytes_held,
         "dense_bytes": report.dense_bytes,
+        "host_bytes": report.host_bytes,
         "kept": report.bytes_held / report.dense_bytes if report.dense_bytes else None,
         "bytes_per_token_before": report.per_token[0],
         "bytes_per_token_after": report.per_token[1],

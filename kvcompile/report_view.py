@@ -112,6 +112,10 @@ def draw(report: Report, path: Path) -> None:
 
 def _summary(report: Report) -> Table:
     rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
+    if report.host_bytes:
+        on_device = report.bytes_held - report.host_bytes
+        rows.append(_change("on the device between tokens", report.dense_bytes, on_device, size, -1))
+        rows.append((Cell("in host memory"), Cell(size(0)), Cell(size(report.host_bytes)), Cell("")))
     rows.append((Cell("as planned"), Cell(""), Cell(_kept_promise(report)), Cell("")))
     rows.append(_change("cache per prompt token", *report.per_token, size, -1))
     if report.parameters is not None:

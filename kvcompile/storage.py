@@ -71,7 +71,7 @@ class Storage:
 
     `residual` newest tokens of each row stay in the model's dtype; older ones are encoded in blocks (see `block`).
     `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis.
-    `policy`: who chose the codecs, for messages.
+    `offload`: the store lies in host memory between its uses. `policy`: who chose the codecs, for messages.
     """
 
     key: Codec | None = None
@@ -79,6 +79,7 @@ class Storage:
     residual: int = 0
     page: int = 0
     rotated: bool = False
+    offload: bool = False
     policy: str = ""
 
     @property
@@ -109,13 +110,13 @@ class Storage:
         return coded + 2 * plain.nbytes(tokens - old, dim)
 
     def text(self, dtype: str) -> str:
-        """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`."""
-        basis = " rotated" if self.rotated else ""
+        """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`, `offloaded`."""
+        basis, place = " rotated" if self.rotated else "", ", offloaded" if self.offload else ""
         if not self.coded:
-            return dtype + basis
+            return dtype + basis + place
         key, value = (codec.name for codec in self.codecs(dtype))
         kinds = key if key == value else f"K {key}, V {value}"
-        return f"{kinds}{basis}" + (f", newest {self.residual} {dtype}" if self.residual else "")
+        return f"{kinds}{basis}" + (f", newest {self.residual} {dtype}" if self.residual else "") + place
 
 
 PLAIN = Storage()

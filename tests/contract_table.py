@@ -141,6 +141,11 @@ TABLE: dict[str, Row] = {
     "snapkv, int8": Row({"snapkv": SNAPKV}, recent=8, stored={"int8": {}}, error=0.05, logits=0.03),
     "adakv, paged": Row({"adakv": {}}, split="layer", stored={"paged": {}}),
     "tova, kivi, paged": Row({"tova": {}}, recent=1, stored={**KIVI8, "paged": {"page": 4}}, error=0.05, logits=0.02),
+    "adakv, kivi, offload": Row({"adakv": {}}, split="layer", stored={**KIVI8, "offload": {}}, error=0.05, logits=0.02),
+    "zigzag, offload": Row(
+        {"snapkv": SNAPKV, "zigzag": {"window": 8}}, split="model", recent=8, stored={"offload": {}}
+    ),
+    "h2o, paged, offload": Row({"h2o": {}}, recent=0.5, stored={"paged": {}, "offload": {"keep": 1}}),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,6 +93,10 @@ class Codes:
         """The entries `start : stop`, whole blocks of them, as views."""
         cut = [None if x is None else x[start // n : stop // n] for x, n in zip(self._all, format.steps, strict=True)]
         return Codes(*cut)  # type: ignore[arg-type]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Codes:
+        """What `move` makes of each tensor."""
+        return Codes(*(None if x is None else move(x) for x in self._all))  # type: ignore[arg-type]
 
     def put(self, at: Tensor, new: Codes, format: Format) -> None:
         """Write `new` to the entries `at [n]`, whole blocks of them."""
@@ -228,6 +234,12 @@ class RaggedBody:
         """Bytes of the codes and scales held (not of the room behind them)."""
         held = self.codes.span(0, sum(self.lengths), self.format)
         return sum(x.numel() * x.element_size() for x in held.tensors if x is not held.positions)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedBody:
+        """A body of the same entries whose every tensor is what `move` makes of this one's."""
+        made = copy.copy(self)
+        made.codes, made._begins, made._ends = self.codes.moved(move), move(self._begins), move(self._ends)
+        return made
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

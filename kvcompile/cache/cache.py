@@ -57,7 +57,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
     `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
     `shift [B]` is how far rotary positions lie behind true ones (compact positions only).
-    Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room.
+    Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room; where the plan
+    offloads, `resident()` what is on the compute device of that, and `in_host_memory()` what lies beside it.
     """
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
@@ -160,6 +161,14 @@ class KVCache(Cache):  # type: ignore[misc]
     def allocated(self) -> int:
         """Bytes of everything allocated for the cache: keys, values, positions and room for the next tokens."""
         return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
+
+    def resident(self) -> int:
+        """Bytes allocated on the compute device: all but what is parked, and copies on their way."""
+        return sum(layer.resident() for layer in self.layers)
+
+    def in_host_memory(self) -> int:
+        """Bytes allocated in host memory: parked stores, and what copies on the device were made of."""
+        return sum(layer.in_host_memory() for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included (what transformers slices by); entries held are `lengths()`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -166,6 +169,14 @@ class CodedStore:
     def nbytes(self) -> int:
         """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
         return self.tail.nbytes() + (self.body.nbytes() if self.body is not None else 0)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> CodedStore:
+        """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
+        made = copy.copy(self)
+        made.tail = plain.moved(self.tail, move)
+        if isinstance(self.body, RaggedBody):
+            made.body = self.body.moved(move)
+        return made
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

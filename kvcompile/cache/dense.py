@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -136,6 +138,10 @@ class DenseStore:
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
         return _bytes(self.keys[:, :, : self.length]) + _bytes(self.values[:, :, : self.length])
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> DenseStore:
+        """A store of the same entries whose every tensor is what `move` makes of this one's."""
+        return DenseStore(move(self.keys), move(self.values), move(self.positions), self.length)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,19 +13,19 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.cache import plain
 from kvcompile.cache.coded import CodedStore
+from kvcompile.cache.offload import Shuttle, Store, pools, travelling
 from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.watch import Watch
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.plan import LayerPlan
-
-Store = plain.PlainStore | CodedStore
 
 
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one owner layer, and what its selection remembers.
 
     `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, paged
-    where the plan says so, and coded where it stores older tokens in another format.
+    where the plan says so, and coded where it stores older tokens in another format. Where the plan offloads, it lies
+    in host memory between `park` and `fetch`.
     """
 
     is_compileable = False
@@ -34,6 +37,14 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.store: Store | None = None
         self.watch = Watch()
         self.columns = 0
+        self.shuttle = Shuttle() if plan.storage.offload else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        made._tidy()
+        return made
 
     @property
     def held(self) -> Store:
@@ -50,21 +61,24 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page)
             self.store = CodedStore(storage, first, self.encoder) if storage.coded else first
             self.is_initialized = True
-        if isinstance(self.store, CodedStore):
-            self.store.append(keys, values, positions, headroom, valid)
-        else:
-            self.store = plain.added(self.store, keys, values, positions, valid, headroom)
+        if self.shuttle is not None and self.shuttle.home is not None:
+            self.shuttle.appended.append(((keys, values, positions, valid), headroom))
+        self.store = _added(self.store, keys, values, positions, valid, headroom)
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
-        store = self.held
-        if isinstance(store, CodedStore):
-            store.keep(indices, headroom)
-        else:
-            self.store = plain.taken(store, indices, headroom)
+        with self._at_hand() as store:
+            if self.shuttle is not None:  # some may have been found where the store was parked
+                indices = [index.to(store.device) for index in indices]
+            self._changed()
+            if isinstance(store, CodedStore):
+                store.keep(indices, headroom)
+            else:
+                self.store = plain.taken(store, indices, headroom)
 
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
+        self._changed()
         if isinstance(self.held, PagedStore):
             self.held.rewrite(keys)
             return
@@ -73,17 +87,79 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def settle(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual (see `CodedStore.settle`); whether anything was."""
-        return isinstance(self.store, CodedStore) and self.store.settle(headroom, release)
+        with self._at_hand() as store:
+            settled = isinstance(store, CodedStore) and store.settle(headroom, release)
+            if settled:
+                self._changed()
+        return settled
+
+    def prefetch(self) -> None:
+        """Begin to bring a parked store to the device."""
+        if self.shuttle is not None and self.store is not None:
+            self.shuttle.prefetch(self.store)
+
+    def fetch(self) -> None:
+        """Bring a parked store to the device."""
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.fetch(self.store)
+
+    def park(self) -> None:
+        """Put the store into host memory."""
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.park(self.store, _added)
+
+    def resident(self) -> int:
+        """Bytes allocated on the compute device, measured tensor by tensor."""
+        return sum(x.numel() * x.element_size() for x in self._alive() if not self._at_home(x))
+
+    def in_host_memory(self) -> int:
+        """Bytes allocated for it in the memory beside the device, measured tensor by tensor."""
+        return sum(x.numel() * x.element_size() for x in self._alive() if self._at_home(x))
+
+    def parked_bytes(self) -> int:
+        """Bytes of keys and values held, where all of them lie in host memory; else 0."""
+        if self.store is None or not all(map(self._at_home, travelling(self.store))):
+            return 0
+        return self.store.nbytes()
+
+    def _at_home(self, x: Tensor) -> bool:
+        return self.shuttle is not None and self.shuttle.host is not None and self.shuttle.host.holds(x)
+
+    def _alive(self) -> list[Tensor]:
+        """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
+        found = [] if self.store is None else self.store.tensors()
+        found = found + (self.shuttle.spare() if self.shuttle is not None else [])
+        found += [x for pool in pools(self.store) if pool.residence is not None for x in pool.residence.tensors()]
+        return list({id(x): x for x in found}.values())
+
+    def _tidy(self) -> None:
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.tidy(self.store)
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[Store]:
+        """The store on the device, and back where it was afterwards."""
+        parked = self.shuttle is not None and self.shuttle.parked
+        self.fetch()
+        yield self.held
+        if parked:
+            self.park()
+
+    def _changed(self) -> None:
+        if self.shuttle is not None:
+            self.shuttle.changed = True
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         if self.store is not None:
             self.store.select(sequences.to(self.store.device))
+            self._tidy()
             self.watch.select(sequences)
 
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.watch, self.columns, self.is_initialized = None, Watch(), 0, False
+        self.shuttle = Shuttle() if self.shuttle is not None else None
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what transformers slices new inputs by."""
@@ -107,3 +183,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search picks sequences."""
         self.select(beam_idx)
+
+
+def _added(store: Store, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> Store:
+    """The store with new tokens in it, as `LayerCache.append` gets them."""
+    if isinstance(store, CodedStore):
+        store.append(keys, values, positions, headroom, valid)
+        return store
+    return plain.added(store, keys, values, positions, valid, headroom)

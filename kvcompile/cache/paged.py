@@ -136,7 +136,7 @@ class PagedStore:
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`."""
         self.pages.open([0] * len(keys))
-        self.keys.index_copy_(0, self.pages.held(), torch.cat(keys))
+        self.pages.write(self.pages.held(), {"keys": torch.cat(keys)})
 
     @alone
     def take(self, indices: list[Tensor], headroom: int) -> PagedStore:

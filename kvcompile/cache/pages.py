@@ -46,8 +46,8 @@ class PagedRows:
 
     @property
     def where(self) -> torch.device:
-        """The device of the pages."""
-        return next(iter(self.pool.buffers.values())).device
+        """The device of the pages, wherever they lie just now."""
+        return self.pool.device
 
     def slots(self, rows: Tensor, entries: Tensor) -> Tensor:
         """Where `entries [n]` of `rows [n]` lie, `[n]` int64 on the device of the pages."""
@@ -92,11 +92,14 @@ class PagedRows:
         for name, new in entries.items():
             per = self.pool.per[name]
             self.pool.buffers[name][slots if per == 1 else slots[::per] // per] = new
+        if self.pool.written is not None:
+            self.pool.wrote(slots // self.pool.page)
 
     def read(self, slots: Tensor) -> dict[str, Tensor]:
-        """The inverse of `write`: a copy of what is held at `slots`."""
+        """The inverse of `write`: a copy of what is held at `slots`, where the pages lie."""
+        at = slots.to(next(iter(self.pool.buffers.values())).device)
         return {
-            name: buffer.index_select(0, slots if (per := self.pool.per[name]) == 1 else slots[::per] // per)
+            name: buffer.index_select(0, at if (per := self.pool.per[name]) == 1 else at[::per] // per)
             for name, buffer in self.pool.buffers.items()
         }
 

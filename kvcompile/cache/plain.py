@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,8 @@ def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStor
     count = positions.shape[2]
     whole = torch.arange(count, device=keys.device)
     return DenseStore(keys, values, positions, count).take([whole] * len(rows), headroom)
+
+
+def moved(store: PlainStore, move: Callable[[Tensor], Tensor]) -> PlainStore:
+    """A store of the same entries whose every tensor is what `move` makes of the old one's; pages move by pool."""
+    return store if isinstance(store, PagedStore) else store.moved(move)

@@ -9,10 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvcompile.cache.offload import Residence
 
 HOST = torch.device("cpu")  # counts and lists are read by Python: they stay on the host
 
@@ -88,11 +92,18 @@ class PagePool:
     A page is free while nobody refers to it. Several owners may share a pool, in threads of their own: each has a table
     among `tables` and does everything inside `alone()`. `left` are the tables of owners that are gone: their pages are
     returned there, not by the owner's finalizer, which may run in the middle of something.
+
+    Offloaded buffers lie elsewhere than on `device` now and then (see `residence`). `written`: pages written since they
+    came (None: nobody asks, or other buffers were made); `edition`: how often that was.
     """
 
     def __init__(self, page: int, like: Mapping[str, Tensor], per: Mapping[str, int] | None = None) -> None:
         self.page, self.per = page, {name: (per or {}).get(name, 1) for name in like}
         self.buffers = {name: x.new_empty(0, *x.shape[1:]) for name, x in like.items()}
+        self.device = next(iter(like.values())).device
+        self.residence: Residence | None = None
+        self.written: list[Tensor] | None = None
+        self.edition = 0
         self.references = torch.zeros(0, dtype=torch.int32, device=HOST)
         self._free = torch.zeros(0, dtype=torch.int32, device=HOST)  # a stack: the last `spare` are free
         self.spare = 0
@@ -164,8 +175,9 @@ class PagePool:
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages `sources [n]` over `targets [n]`."""
         for name, buffer in self.buffers.items():
-            pages = self._paged(name, buffer)
+            pages = self.paged(name, buffer)
             pages[targets.to(buffer.device)] = pages[sources.to(buffer.device)]
+        self.wrote(targets)
 
     def grow(self, pages: int) -> None:
         """Add free pages, behind the others; what is there keeps its number."""
@@ -196,10 +208,17 @@ class PagePool:
         """New buffers of `capacity` pages, one after the other, so that little is held twice."""
         for name, old in self.buffers.items():
             new = old.new_empty(capacity * self.page // self.per[name], *old.shape[1:])
-            fill(self._paged(name, new), self._paged(name, old))
+            fill(self.paged(name, new), self.paged(name, old))
             self.buffers[name] = new
+        self.written, self.edition = None, self.edition + 1
 
-    def _paged(self, name: str, buffer: Tensor) -> Tensor:
+    def wrote(self, pages: Tensor) -> None:
+        """Remember that `pages [n]` were written, where somebody asks."""
+        if self.written is not None:
+            self.written.append(pages.to(HOST))
+
+    def paged(self, name: str, buffer: Tensor) -> Tensor:
+        """The tensor `name` of the pool, `[pages, entries a page, ...]`."""
         entries = self.page // self.per[name]
         return buffer.view(buffer.shape[0] // entries, entries, *buffer.shape[1:])
 

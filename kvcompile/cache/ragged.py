@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -150,6 +153,14 @@ class RaggedStore:
         """Bytes of the keys and values held (not of the room behind them)."""
         per_token = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         return sum(self.lengths) * per_token
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedStore:
+        """A store of the same entries whose every tensor is what `move` makes of this one's."""
+        made = copy.copy(self)
+        made.keys, made.values, made.positions = move(self.keys), move(self.values), move(self.positions)
+        made._begins, made._ends = move(self._begins), move(self._ends)
+        made.lengths = list(self.lengths)
+        return made
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

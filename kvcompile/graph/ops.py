@@ -126,7 +126,25 @@ def settle(kv: LayerCache, step: Step, layer: int) -> None:
         step.cache.encoded()
 
 
-EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle)
+@leaf
+def prefetch(step: Step, layer: int) -> None:
+    """Begin to bring an offloaded layer's store to the device, beside what is computed until its `fetch`."""
+    step.cache.layers[layer].prefetch()
+
+
+@leaf
+def fetch(step: Step, layer: int) -> None:
+    """An offloaded layer's store is on the device from here on."""
+    step.cache.layers[layer].fetch()
+
+
+@leaf
+def park(step: Step, layer: int) -> None:
+    """Put an offloaded layer's store into host memory until the next pass."""
+    step.cache.layers[layer].park()
+
+
+EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle, prefetch, fetch, park)
 for op in EFFECTS:
     has_side_effect(op)
 

@@ -10,6 +10,7 @@ import torch.fx as fx
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.base import Pass, last_readers
+from kvcompile.graph.offload import InsertOffload
 from kvcompile.graph.share import ShareKV
 from kvcompile.graph.storage import InsertSettling, RotateHeads
 from kvcompile.graph.wiring import appends, observes
@@ -99,13 +100,24 @@ class Rewritten:
     changes: dict[str, int] = field(default_factory=dict)
 
 
+PASSES: tuple[type[Pass], ...] = (
+    ShareKV,
+    DropObservers,
+    InsertCompression,
+    TrimSliding,
+    RotateHeads,
+    InsertSettling,
+    InsertOffload,
+)
+
+
 def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | None = None) -> Rewritten:
     """Run the passes that `plan` asks for, in order, in place.
 
     Raises KvcompileError, naming the pass and those before it, where one matches nothing or fails its own check.
     """
     report = Rewritten()
-    for kind in passes or (ShareKV, DropObservers, InsertCompression, TrimSliding, RotateHeads, InsertSettling):
+    for kind in passes or PASSES:
         step = kind(plan)
         if not step.wanted():
             continue
