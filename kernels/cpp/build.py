@@ -149,10 +149,12 @@ def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...])
         if library.exists():  # another process built it while we waited
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(library))
-        text.write_text(source, "utf-8")
+        text.write_text(source, "utf-8")  # to read: where locks do not work another process may be writing it too
         with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".making-") as scratch:
-            _compile(tools, text, Path(scratch, "kernel"), flags)
-            os.replace(Path(scratch, "kernel.so"), library)
+            mine = Path(scratch, text.name)
+            mine.write_text(source, "utf-8")
+            _compile(tools, mine, text, flags)
+            os.replace(mine.with_suffix(".so"), library)
     return ctypes.CDLL(str(library))
 
 
@@ -167,20 +169,25 @@ def _one_process(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(tools: Toolchain, text: Path, stem: Path, flags: tuple[str, ...]) -> None:
-    """Compile and link apart: given -fopenmp, a linker would take the compiler's own runtime, not torch's."""
+def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...]) -> None:
+    """Compile and link apart: given -fopenmp, a linker would take the compiler's own runtime, not torch's.
+
+    shown: the file that an error names, which stays.
+    """
     command = [*tools.compiler, *tools.flags, *WARNINGS, *flags]
     threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
-    _run([*command, *threads, "-c", str(text), "-o", f"{stem}.o"], text)
-    _run([*command, "-shared", f"{stem}.o", "-o", f"{stem}.so", *link], text)
+    made, library = text.with_suffix(".o"), text.with_suffix(".so")
+    _run([*command, *threads, "-c", str(text), "-o", str(made)], text, shown)
+    _run([*command, "-shared", str(made), "-o", str(library), *link], text, shown)
 
 
-def _run(command: list[str], text: Path) -> None:
+def _run(command: list[str], text: Path, shown: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        said = done.stderr.replace(str(text), str(shown))
+        lines = [line for line in said.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1]).strip()
-        where = "" if str(text) in first else f" from {text}"
+        where = "" if str(shown) in first else f" from {shown}"
         raise KvcompileError("the compiler must accept a generated kernel", first + where, "set kernels=sdpa")
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,76 @@ print(build.load({SOURCE!r}, "processes")["answer"]())
     assert [p.communicate(timeout=60)[0].strip() for p in running] == ["42"] * 3
     assert compiles(compiler, "processes") == 1
     assert not list(cache.glob(".making-*")), "nothing half made is left behind"
+
+
+LOAD = "from kvcompile.kernels.cpp import build; print(build.load({source!r}, {name!r})['answer']())"
+NO_LOCKS = """
+import fcntl
+def refuse(*_): raise OSError("no locks on this file system")
+fcntl.flock = refuse
+"""
+
+
+@pytest.fixture
+def slow_linker(compiler: Path) -> Path:
+    """$CXX writes half of a library, touches the file returned, and waits before it writes the rest."""
+    script, begun = Path(os.environ["CXX"]), compiler.with_name("linking")
+    slow = compiler.with_name("slow-c++")
+    slow.write_text(
+        f"""#!/bin/sh
+case " $* " in *" -shared "*) ;; *) exec "{script}" "$@";; esac
+before=; for argument in "$@"; do [ "$before" = -o ] && out=$argument; before=$argument; done
+"{script}" "$@" || exit
+cp "$out" "$out.whole" && head -c 2000 "$out.whole" > "$out"
+touch "{begun}"
+sleep 0.6
+cat "$out.whole" > "$out"
+"""
+    )
+    slow.chmod(0o700)
+    os.environ["CXX"] = str(slow)
+    build.load(SOURCE, "warm")  # nobody waits for the probe
+    begun.unlink()
+    return begun
+
+
+def started(name: str, source: str = SOURCE, before: str = "") -> subprocess.Popen[str]:
+    code = before + LOAD.format(source=source, name=name)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def answered(process: subprocess.Popen[str]) -> str:
+    return process.communicate(timeout=120)[0].strip()
+
+
+@needs_compiler
+@pytest.mark.parametrize("before", ["", NO_LOCKS], ids=["locks", "no locks"])
+def test_a_half_written_library_is_never_loaded(cache: Path, slow_linker: Path, compiler: Path, before: str) -> None:
+    """It gets its name when it is whole; two processes that build the same each read a source of their own."""
+    processes = [started("half", before=before) for _ in range(2)] + [started("other", SOURCE.replace("42", "7"))]
+    sizes = set()
+    while any(p.poll() is None for p in processes):
+        sizes |= {path.stat().st_size for path in cache.glob("half-*.so")}
+        time.sleep(0.002)
+    assert [answered(p) for p in processes] == ["42", "42", "7"]
+    assert slow_linker.exists()
+    whole = {path.stat().st_size for path in cache.glob("half-*.so")}
+    assert len(whole) == 1
+    assert sizes <= whole
+    assert compiles(compiler, "half") == 1 if not before else compiles(compiler, "half") <= 2
+    assert all(".making-" in line for line in compiler.read_text().splitlines())
+
+
+@needs_compiler
+def test_a_process_that_is_killed_leaves_nothing_to_load_and_no_lock(cache: Path, slow_linker: Path) -> None:
+    killed = started("killed")
+    while not slow_linker.exists():
+        assert killed.poll() is None
+        time.sleep(0.002)
+    killed.kill()
+    killed.communicate()
+    assert not list(cache.glob("killed-*.so"))
+    assert answered(started("killed")) == "42"
 
 
 @needs_compiler
