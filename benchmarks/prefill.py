@@ -1,0 +1,112 @@
+"""What compressing adds to a prefill of the default model.
+
+    python benchmarks/prefill.py --contexts 1024 2048 4096 --rounds 5 --out benchmarks/results/prefill
+
+selection %: time of the graph's nodes that only a compressed model has (observe, compress, allocate, trim, settle)
+over the time of all others, in the same pass: noise on the machine hits both alike. Median of the rounds.
+fastest s, x: the fastest whole prefill, and dense transformers' fastest over it (models in turns, each round beginning
+with another one; other work on a machine only ever adds time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+from tabulate import tabulate
+from whole_model import models
+
+from kvcompile.config import ModelConfig
+from kvcompile.graph import ops
+from kvcompile.models import load
+from kvcompile.speed import forward
+from kvcompile.text import sentences
+
+SELECTING = (ops.observe, ops.compress, ops.allocate, ops.trim, ops.settle)
+
+
+class Timed(fx.Interpreter):
+    """Runs a graph and keeps the seconds of its selecting (True) and its other nodes (False)."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.spent: Counter[bool] = Counter()
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = time.perf_counter()
+        found = super().run_node(n)
+        self.spent[n.target in SELECTING] += time.perf_counter() - start
+        return found
+
+
+def selection_share(model: Any, ids: torch.Tensor) -> float:
+    """Seconds of selecting nodes over those of all others, in one prefill."""
+    graph = model.kvcompile.graph
+    timed = Timed(graph)
+    model.kvcompile.graph = timed.run
+    try:
+        forward(model, ids)
+    finally:
+        model.kvcompile.graph = graph
+    return timed.spent[True] / timed.spent[False]
+
+
+@torch.inference_mode()
+def rows(compared: dict[str, Any], ids: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
+    """One table row per model; the first one is the baseline."""
+    taken: dict[str, list[float]] = {name: [] for name in compared}
+    shares: dict[str, list[float]] = {name: [] for name in compared}
+    for model in compared.values():
+        forward(model, ids)
+    order = list(compared)
+    for _ in range(rounds):
+        for name in order:
+            start = time.perf_counter()
+            forward(compared[name], ids)
+            taken[name].append(time.perf_counter() - start)
+            if hasattr(compared[name], "kvcompile"):
+                shares[name].append(selection_share(compared[name], ids))
+        order = [*order[1:], order[0]]
+    base = min(next(iter(taken.values())))
+    return [
+        {
+            "model": name,
+            "selection %": round(100 * statistics.median(shares[name]), 1) if shares[name] else None,
+            "fastest s": round(min(mine), 3),
+            "x": round(base / min(mine), 2),
+        }
+        for name, mine in taken.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", default="benchmarks/stacks/prefill.txt")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    model, tokenizer = load(ModelConfig())
+    compared = models(args.stacks, model, tokenizer)
+    text = tokenizer(" ".join(sentences()), return_tensors="pt")["input_ids"]
+    parts = [f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"]
+    parts.append(f"    python {' '.join(sys.argv)}")
+    for tokens in args.contexts:
+        table = tabulate(rows(compared, text[:, :tokens], args.rounds), headers="keys", tablefmt="github")
+        parts.append(f"### context {tokens}\n\n{table}")
+        print(parts[-1], flush=True)
+    if args.out:
+        Path(args.out + ".md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
