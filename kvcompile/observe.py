@@ -95,7 +95,9 @@ def pool(votes: Tensor, kernel: int, kind: Literal["avg", "max"], among: Tensor)
     Averages divide by the entries really there, so that no edge is attenuated; entries outside keep their votes.
     """
     inside = among.to(votes.dtype)
-    if kind == "max":
+    if kind == "max" and torch.compiler.is_compiling():  # max_pool1d would fix the length in a trace
+        pooled = F.pad(votes * inside, (kernel // 2,) * 2).unfold(-1, kernel, 1).amax(-1)
+    elif kind == "max":
         pooled = F.max_pool1d(votes * inside, kernel, 1, kernel // 2)
     else:
         sums, counts = F.pad(torch.stack((votes * inside, inside)), (kernel // 2,) * 2).unfold(-1, kernel, 1).sum(-1)

@@ -52,6 +52,11 @@ class Score:
         """Whether it needs mean and covariance of the queries before rotation."""
         return False
 
+    @property
+    def traceable(self) -> bool:
+        """Whether `score` is made of tensor operations alone, as an exported program needs it."""
+        return True
+
     def observe(self, seen: Observation) -> Tensor:
         """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
         raise NotImplementedError

@@ -65,7 +65,9 @@ def _logits(seen: Observation, moments: Moments, rotation: Tensor) -> Tensor:
     turn = (rotation.T * seen.scale).expand(heads, dim, dim)
     means, covariances = moments.mean.reshape(heads, 1, group * dim), moments.covariance.reshape(heads, -1, dim).mT
     logits = []
-    for keys in torch.split(seen.keys.float(), ENTRY_BLOCK, 1):
+    every = seen.keys.float()
+    # in a trace the number of blocks would fix the length of the prompt
+    for keys in (every,) if torch.compiler.is_compiling() else torch.split(every, ENTRY_BLOCK, 1):
         turned = torch.bmm(keys, turn)
         products = torch.unflatten(torch.baddbmm(means, turned, covariances, alpha=0.5), -1, (group, dim))
         logits.append(products.mul_(turned.unsqueeze(2)).sum(-1).mT)

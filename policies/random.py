@@ -23,6 +23,11 @@ class Uniformly(Score):
 
     seed: int
 
+    @property
+    def traceable(self) -> bool:
+        """No: the numbers come from a generator that Python seeds."""
+        return False
+
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; the same on every machine and in every batch."""
         import torch

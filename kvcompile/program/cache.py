@@ -1,0 +1,246 @@
+"""The cache of a program: what the nodes of a compiled graph call in place of `KVCache`, in fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompile.cache.cache import Rotary
+from kvcompile.graph import ops
+from kvcompile.plan import LayerPlan, Plan
+from kvcompile.program.attention import causal, masked
+from kvcompile.program.coded import body_of, encoded, entries_of, format_of, settle, split
+from kvcompile.program.room import Room
+from kvcompile.program.select import Asked, Entries, highest, moments, scores
+from kvcompile.rotation import turn_basis
+from kvcompile.storage import FLUSH
+
+State = dict[str, Tensor]
+Tables = Mapping[str, Tensor]
+Look = tuple[Tensor, Tensor | None]  # scores, and what the score carries on
+
+
+def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | str = "cpu") -> State:
+    """A cache that holds nothing, in the order of a program's arguments.
+
+    clock `[2]`: tokens seen, and decoded since the prompt. Per owner layer: keys and values `[B, H_kv, C, D]`, true
+    positions `[B, H_kv, C]` (-1 where empty), entries `[B, H_kv]` and, where a selection wants them, newest queries;
+    where older entries are encoded, codes, scales, positions and number of those; what a score carries.
+    """
+    dtype = getattr(torch, plan.dtype)
+    state = {"clock": torch.zeros(2, dtype=torch.int64, device=device)}
+    for room in rooms:
+        p, shape = room.plan, (batch, room.plan.kv_heads, room.capacity)
+        for name in ("keys", "values"):
+            state[f"{name}_{p.index}"] = torch.zeros(*shape, p.head_dim, dtype=dtype, device=device)
+        state[f"positions_{p.index}"] = torch.full(shape, -1, dtype=torch.int32, device=device)
+        state[f"entries_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        if room.body:
+            n = room.body + p.storage.block  # the spare block takes what is not to be written
+            spare = torch.zeros(*shape[:2], n, p.head_dim, dtype=dtype, device=device)
+            nowhere = torch.full((*shape[:2], n), -1, dtype=torch.int32, device=device)
+            body = body_of(Entries(spare, spare, nowhere), format_of(room, dtype))
+            state.update({f"{name}_{p.index}": x for name, x in body.items()})
+            state[f"encoded_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        if room.every and room.score.carries:
+            state[f"carried_{p.index}"] = torch.zeros(shape, device=device)
+        if room.window > 1:
+            heads = sum(q.query_heads for q in plan.layers if q.owner == p.index)
+            state[f"queries_{p.index}"] = torch.zeros(batch, heads, room.window, p.head_dim, dtype=dtype, device=device)
+    return state
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One owner layer at one pass: its entries, and where they are kept."""
+
+    room: Room
+    held: Entries
+
+
+class PrefillCache:
+    """A whole prompt at once: attention is that of a prompt to itself, and what stays of it becomes the state."""
+
+    def __init__(
+        self, plan: Plan, rooms: Sequence[Room], tables: Tables, rotaries: Sequence[Rotary], ids: Tensor
+    ) -> None:
+        self.plan, self.rooms, self.tables, self.rotaries = plan, {r.plan.index: r for r in rooms}, tables, rotaries
+        self.batch, self.count = ids.shape
+        self.positions = torch.arange(self.count, device=ids.device)
+        self.seen = torch.full((1,), self.count, dtype=torch.int64, device=ids.device)
+        self.state: State = {"clock": torch.cat((self.seen, torch.zeros_like(self.seen)))}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
+        """New keys and values `[B, H_kv, T, D]`; a layer without a selection keeps them all, or its window."""
+        at = self.positions.to(torch.int32).expand(*keys.shape[:2], -1)
+        made = Layer(self.rooms[layer], Entries(keys, values, at))
+        if made.room.plan.selection is None:
+            self._store(made, self._newest(made) if made.room.ring else self._all(made), self.seen)
+        return made
+
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer) -> Tensor:
+        """Causal attention of the prompt to itself."""
+        return causal(p, queries, kv.held.keys, kv.held.values, self.positions)
+
+    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
+        """Scores `[B, H_kv, T]` for the queries `[B, H_q, T, D]` of all readers."""
+        room, s = kv.room, kv.room.score
+        if s.queries is None:
+            last, asked = queries, self.positions
+        else:  # prompts shorter than this keep everything, so that what stands before them is never asked
+            last = F.pad(queries, (0, 0, s.queries, 0))[:, :, self.count :]
+            asked = F.pad(self.positions, (s.queries, 0), value=-1)[self.count :]
+        if room.window > 1:
+            self.state[f"queries_{room.plan.index}"] = last
+        return scores(
+            room.plan,
+            kv.held,
+            Asked(
+                last,
+                asked,
+                self.seen,
+                self.tables[f"recent_{room.plan.index}"][self.seen],
+                moments(room.plan, unrotated, self.positions) if s.moments else None,
+                lambda horizon: self._mean_rotation(room.plan, horizon),
+            ),
+        )
+
+    def _mean_rotation(self, p: LayerPlan, horizon: int) -> Tensor:
+        """The rotation `[D, D]` of row vectors, averaged over the next `horizon` positions."""
+        rotary, dim = self.rotaries[p.index], p.head_dim
+        cos, sin = (x.float().mean(0) for x in rotary(self.seen + torch.arange(horizon, device=self.seen.device)))
+        whole = torch.eye(dim, device=self.seen.device).view(1, 1, dim, dim)
+        rotation: Tensor = ops.rope(whole, cos.expand(1, dim, -1), sin.expand(1, dim, -1))[0, 0]
+        return turn_basis(rotation) if p.storage.rotated else rotation
+
+    def keep(self, looks: Mapping[int, tuple[Layer, Look]]) -> None:
+        """What the selections of these layers leave of the prompt."""
+        for layer, (kv, (ranked, carried)) in looks.items():
+            counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
+            order = highest(ranked, counts, kv.room.places)
+            self._store(kv, order, counts)
+            if carried is not None and kv.room.every:
+                self.state[f"carried_{layer}"] = F.pad(carried, (0, 1)).gather(2, order)
+
+    def trim(self, kv: Layer) -> None:
+        """Nothing: rings hold no more than the window."""
+
+    def settle(self, kv: Layer) -> None:
+        """Nothing: what was stored is settled."""
+
+    def _all(self, kv: Layer) -> Tensor:
+        places = torch.arange(kv.room.places, device=self.seen.device)
+        return torch.where(places < self.seen, places, self.count).expand(*kv.held.positions.shape[:2], -1)
+
+    def _newest(self, kv: Layer) -> Tensor:
+        """Place s holds the last position that is s modulo the capacity."""
+        places = torch.arange(kv.room.capacity, device=self.seen.device)
+        last = self.seen - 1
+        at = last - (last - places) % kv.room.capacity
+        return torch.where(at >= 0, at, self.count).expand(*kv.held.positions.shape[:2], -1)
+
+    def _store(self, kv: Layer, order: Tensor, counts: Tensor) -> None:
+        """Keep the entries `order [B, H_kv, m]`, the first `counts` (per head, or of all) of which are there."""
+        made, counts = State(), counts.expand(order.shape[:2])
+        if kv.room.body:
+            made, order, old = split(kv.room, kv.held, order, counts)
+            made["encoded"], counts = old, counts - old
+        kept = kv.held.at(order)
+        made.update(keys=kept.keys, values=kept.values, positions=kept.positions, entries=counts.clone())
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
+
+
+class DecodeCache:
+    """One new token a pass: the state is changed in place."""
+
+    def __init__(self, plan: Plan, rooms: Sequence[Room], tables: Tables, state: State) -> None:
+        self.plan, self.rooms, self.tables, self.state = plan, {r.plan.index: r for r in rooms}, tables, state
+        self.before = state["clock"][:1].clone()  # the position of the new token
+        state["clock"].add_(1)
+        self.seen, self.tick = state["clock"][:1], state["clock"][1:]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
+        """A new token's keys and values `[B, H_kv, 1, D]`."""
+        room, mine = self.rooms[layer], self._of(layer)
+        entries = mine["entries"]
+        place = (self.before % room.capacity).expand_as(entries) if room.ring else entries
+        batch, heads = entries.shape
+        rows = torch.arange(batch, device=entries.device).unsqueeze(1), torch.arange(heads, device=entries.device)
+        new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": self.before.to(torch.int32)}
+        for name, x in new.items():
+            mine[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
+        entries.add_(1)
+        return Layer(room, entries_of(room, mine, _newest(mine)))
+
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer) -> Tensor:
+        """Attention of the new token to every entry that is there and in its window."""
+        at = kv.held.positions
+        visible = at >= 0
+        if p.sliding_window:
+            visible = visible & (at > self.before - p.sliding_window)
+        return masked(p, queries, kv.held.keys, kv.held.values, visible.unsqueeze(2))
+
+    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look | None:
+        """Scores `[B, H_kv, C]`; None where nothing is ever dropped while decoding."""
+        p, room = kv.room.plan, kv.room
+        if not room.every:
+            return None
+        window = 1 if room.score.queries is None else room.score.queries
+        if room.window > 1:
+            remembered = self.state[f"queries_{p.index}"]
+            remembered.copy_(torch.cat((remembered[:, :, 1:], queries), 2))
+            queries = remembered
+        asked = (self.before + torch.arange(1 - window, 1, device=queries.device)).clamp(min=-1)
+        recent = self.tables[f"recent_{p.index}"][self.seen]
+        carried = self.state.get(f"carried_{p.index}")
+        return scores(p, kv.held, Asked(queries[:, :, :window], asked, self.seen, recent, carried=carried))
+
+    def keep(self, looks: Mapping[int, tuple[Layer, Look | None]]) -> None:
+        """What the selections leave, where one is due; otherwise everything moves to where it was."""
+        for layer, (kv, look) in looks.items():
+            if look is None:
+                continue
+            ranked, carried = look
+            mine, room = self._of(layer), kv.room
+            due = self.tick % room.every == 0
+            counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
+            same = torch.arange(room.capacity, device=due.device)
+            order = torch.where(due, highest(ranked, counts, room.capacity), same)
+            _replace(mine, kv.held.at(order), torch.where(due, counts, mine["entries"]))
+            if carried is not None:
+                mine["carried"].copy_(F.pad(carried, (0, 1)).gather(2, order.expand_as(carried)))
+
+    def trim(self, kv: Layer) -> None:
+        """Nothing: rings hold no more than the window."""
+
+    def settle(self, kv: Layer) -> None:
+        """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.settle`)."""
+        room, mine = kv.room, self._of(kv.room.plan.index)
+        if not room.body:
+            return
+        due = (self.tick + room.plan.index) % FLUSH == 0
+        counts = torch.where(due, encoded(room, mine["entries"]), 0)
+        tail = _newest(mine)
+        settle(room, mine, tail, counts)
+        order = torch.arange(room.capacity, device=due.device) + counts.unsqueeze(-1)
+        _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
+
+    def _of(self, layer: int) -> State:
+        """The tensors of one layer, by their names without its number."""
+        end = f"_{layer}"
+        return {name.removesuffix(end): x for name, x in self.state.items() if name.endswith(end)}
+
+
+def _newest(mine: State) -> Entries:
+    """The entries in the model's dtype."""
+    return Entries(mine["keys"], mine["values"], mine["positions"])
+
+
+def _replace(mine: State, entries: Entries, count: Tensor) -> None:
+    for name, new in (("keys", entries.keys), ("values", entries.values), ("positions", entries.positions)):
+        mine[name].copy_(new)
+    mine["entries"].copy_(count)

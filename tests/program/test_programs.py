@@ -1,0 +1,116 @@
+"""Programs of fixed shape compute what the compiled model does: any prompt length, past the budget, in batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from programs import compiled, stepped
+from tiny import tiny_ids
+
+from kvcompile.program.coded import entries_of
+from kvcompile.program.lower import Program
+from kvcompile.program.room import Limits
+from kvcompile.program.select import Entries
+
+SNAPKV = ["stack.snapkv.window=8", "stack.snapkv.budget=0.3"]
+KIVI = ["stack.kivi.group=4", "stack.kivi.residual=8"]
+RETRIEVAL = [f"stack.retrieval_heads.{x}" for x in ("heads=[[0,1],[2,0]]", "recent=8", "budget=12", "decode_every=5")]
+STACKS: dict[str, tuple[str, list[str]]] = {
+    "dense": ("llama", []),
+    "norms and sliding layers": ("gemma3_text", []),
+    "soft-cap and sliding layers": ("gemma2", []),
+    "all layers slide": ("mistral", []),
+    "fused projections, partial rotation": ("phi3", []),
+    "interleaved projections": ("gpt_neox", []),
+    "layers without positions": ("smollm3", []),
+    "streaming": ("llama", ["policy=streaming", "stack.streaming.budget=20"]),
+    "streaming by share": (
+        "llama",
+        ["policy=streaming", "stack.streaming.budget=0.4", "stack.streaming.decode_every=3"],
+    ),
+    "snapkv": ("llama", ["policy=snapkv", *SNAPKV]),
+    "snapkv while decoding": ("llama", ["policy=snapkv", *SNAPKV, "stack.snapkv.decode_every=4"]),
+    "pyramidkv": ("llama", ["policy=pyramidkv", "stack.pyramidkv.budget=0.4"]),
+    "knorm": ("llama", ["policy=knorm", "stack.knorm.budget=0.3"]),
+    "keydiff": ("llama", ["policy=keydiff", "stack.keydiff.budget=24", "stack.keydiff.decode_every=6"]),
+    "tova": ("llama", ["policy=tova", "stack.tova.budget=20"]),
+    "h2o": ("llama", ["policy=h2o", "stack.h2o.budget=0.4", "stack.h2o.decode_every=5"]),
+    "expected attention": ("llama", ["policy=expected_attention", "stack.expected_attention.budget=0.4"]),
+    "expected attention, rotated": ("qwen3", ["policy=[expected_attention,rotate]"]),
+    "heads of different lengths": ("llama", ["policy=retrieval_heads", *RETRIEVAL]),
+    "selection under windows": ("gemma2", ["policy=snapkv", *SNAPKV, "stack.snapkv.decode_every=4"]),
+    "8 bits": ("llama", ["policy=int8", "stack.int8.residual=5"]),
+    "8 bits per channel, rotated": ("llama", ["policy=[rotate,kivi]", *KIVI, "stack.kivi.bits=8"]),
+    "4 bits after a selection": ("llama", ["policy=[snapkv,kivi]", *SNAPKV, *KIVI]),
+    "8-bit floats": ("llama", ["policy=fp8"]),
+    "structure": ("qwen3", ["policy=[mqa,cla]"]),
+    "structure and selection": ("llama", ["policy=[gqa,mlkv,snapkv,rotate]", "stack.gqa.kv_heads=1", *SNAPKV]),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_equal_to_the_compiled_model(name: str) -> None:
+    model = compiled(*STACKS[name])
+    program = Program(model, Limits(batch=2, prompt=64, new=40))
+    for count in (3, 33, 64):
+        ids = tiny_ids(2, count)
+        expected, kept = stepped(model, ids, 40)
+        logits, state = program.prefill(ids)
+        _like_what_was_promised(program, state)
+        if count == 64:
+            assert _entries(program, state) == kept
+        got = [logits[:, -1]]
+        for token in expected[:, :-1].argmax(-1).unbind(1):
+            got.append(program.decode(token[:, None], state)[:, -1])
+        # encoding rounds: numbers that differ by float error may get neighbouring codes, a step of some value's range
+        atol = 3e-2 if model.kvcompile.plan.layers[0].storage.coded else 2e-4
+        torch.testing.assert_close(torch.stack(got, 1), expected, atol=atol, rtol=1e-4)
+
+
+def _like_what_was_promised(program: Program, state: dict[str, Any]) -> None:
+    promised = program.empty()
+    assert set(state) == set(promised)
+    for name, tensor in promised.items():
+        assert (state[name].shape, state[name].dtype) == (tensor.shape, tensor.dtype), name
+
+
+def _entries(program: Program, state: dict[str, Any]) -> list[list[int]]:
+    """Entries per row and layer that can be seen."""
+    names = [("positions", "code_positions") if r.body else ("positions",) for r in program.rooms]
+    return [
+        sum((state[f"{name}_{r.plan.index}"] >= 0).sum(-1) for name in mine).flatten().tolist()  # type: ignore[union-attr]
+        for r, mine in zip(program.rooms, names, strict=True)
+    ]
+
+
+def test_codes_are_those_of_the_compiled_model() -> None:
+    model = compiled("llama", ["policy=[snapkv,kivi]", *SNAPKV, *KIVI, "stack.kivi.bits=8"])
+    program, ids = Program(model, Limits(batch=2, prompt=64, new=40)), tiny_ids(2, 64)
+    _, state = program.prefill(ids)
+    layers = model(ids).past_key_values.layers
+    for room in program.rooms:
+        i = room.plan.index
+        mine = {name.removesuffix(f"_{i}"): x for name, x in state.items() if name.endswith(f"_{i}")}
+        held = entries_of(room, mine, Entries(mine["keys"], mine["values"], mine["positions"]))
+        there = (held.positions >= 0).flatten()
+        for got, column in ((held.keys, 0), (held.values, 1), (held.positions, 2)):
+            expected = torch.cat([row[column] for row in layers[i].held.rows()])
+            wrong = (got.flatten(0, 2)[there] - expected).abs() > 1e-3
+            assert wrong.float().mean() < 1e-3  # float error may tip a code over, rarely
+
+
+def test_a_full_cache_is_an_error_and_not_a_wrong_answer() -> None:
+    program = Program(compiled("llama", []), Limits(batch=1, prompt=8, new=2))
+    logits, state = program.prefill(tiny_ids(1, 8))
+    for _ in range(2):
+        logits = program.decode(logits[:, -1].argmax(-1, keepdim=True), state)
+    with pytest.raises((IndexError, RuntimeError)):
+        program.decode(logits[:, -1].argmax(-1, keepdim=True), state)
+
+
+def test_capacity_follows_the_budget() -> None:
+    over = ["policy=snapkv", "stack.snapkv.budget=0.25", "stack.snapkv.window=8"]
+    program = Program(compiled("llama", over), Limits(batch=1, prompt=64, new=10))
+    assert [r.capacity for r in program.rooms] == [26] * 4
