@@ -48,9 +48,12 @@ def default(spec: KernelSpec, tokens: str) -> Choice:
     if tokens == "one":
         return Choice(tile, rows_for(spec), 4, 2)
     wide = max(spec.head_dim, spec.value_dim) > 128
-    narrow = all(c.bits == 16 for p in spec.parts for c in (p.key, p.value))
-    rows = 64 if narrow and not wide else 32 if blocks < 4 else 16
-    return Choice(tile, rows, 8 if wide or blocks == 4 else 4, 2)
+    formats = [c for p in spec.parts for c in (p.key, p.value)]
+    narrow = all(c.bits == 16 for c in formats)
+    # 8-bit codes come in blocks of all channels, and products in float32 take registers, not tensor cores
+    whole = any(c.bits == 32 for c in formats) and any(c.scaled and c.bits == 8 for c in formats)
+    rows = 64 if narrow and not wide else 16 if blocks >= 4 or whole else 32
+    return Choice(tile, rows, 8 if wide or whole or blocks == 4 else 4, 2)
 
 
 def choose(device: str, spec: KernelSpec, tokens: str) -> Choice:
