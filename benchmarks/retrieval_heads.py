@@ -32,14 +32,19 @@ from kvcompile.needle import NeedleTask
 from kvcompile.stack import build_policy
 from kvcompile.text import sentences
 
+LESS = {"budget": 18, "recent": 14}
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {  # label -> number of heads, fields of the policy
     "no head, sinks + 32": (0, {}),
     "10 heads, sinks + 32": (10, {}),
     "10 heads, expected attention to 4 %": (10, {"budget": 0.04, "recent": 16, "score": "expected_attention"}),
     "12 heads, sinks + 14": (12, {"budget": 18, "recent": 14}),
-    "13 heads, 80 % by expected attention": (13, {"keep": 0.8, "score": "expected_attention"}),
-    "14 heads, 75 % by expected attention (recipe)": (14, {"keep": 0.75, "score": "expected_attention"}),
-    "14 heads, 75 % by snapkv": (14, {"keep": 0.75, "score": "snapkv"}),
+    "13 heads, 90 % by expected attention, sinks + 14": (13, {"keep": 0.9, "score": "expected_attention"} | LESS),
+    "14 heads, 75 % by expected attention": (14, {"keep": 0.75, "score": "expected_attention"}),
+    "15 heads, 80 % by expected attention, sinks + 14": (15, {"keep": 0.8, "score": "expected_attention"} | LESS),
+    "16 heads, 75 % by expected attention, sinks + 14": (16, {"keep": 0.75, "score": "expected_attention"} | LESS),
+    "16 heads, 75 % by snapkv, sinks + 14": (16, {"keep": 0.75, "score": "snapkv"} | LESS),
+    "18 heads, 60 % by expected attention": (18, {"keep": 0.6, "score": "expected_attention"}),
+    "20 heads, 55 % by expected attention, sinks + 14": (20, {"keep": 0.55, "score": "expected_attention"} | LESS),
     "22 heads, 50 % by expected attention": (22, {"keep": 0.5, "score": "expected_attention"}),
 }
 CASES = [(form, 1024) for form in ("magic", "two_keys", "reference", "passcode")] + [
