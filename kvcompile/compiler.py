@@ -69,17 +69,22 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     return adopt(model, Compiled(plan, graph, rotaries, kernels, recipe, changes))
 
 
-def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent) -> Any:
-    """Compile a loaded model in place by a config: calibrate what needs it, plan, build. Nothing is measured.
+def assemble(
+    model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent, workspace: Path | None = None
+) -> Any:
+    """Compile a loaded model in place by a config: calibrate what needs it, plan, heal, build. Nothing is measured.
 
-    Structural policies calibrate on the original model and convert it; the others then calibrate on what came out.
+    Structural policies calibrate on the original model and convert it, then it is healed if the config says so; the
+    others calibrate on what came out. workspace: folder for the checkpoints of a healing (None: it keeps none).
     """
-    from kvcompile.calibrator import ModelCalibrator
+    from kvcompile.calibrator import ModelCalibrator, shared
+    from kvcompile.heal.repair import repair
     from kvcompile.manifest import stamp
     from kvcompile.structure.activations import calibration_ids
     from kvcompile.structure.convert import convert, text_wanted
     from kvcompile.structure.rotate import fold_rotation
 
+    teacher = shared(model) if config.heal.tokens else None
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
     plan_of(original, dtype, config, policies)
@@ -88,13 +93,14 @@ def assemble(model: Any, config: Config, tokenizer: Any = None, progress: Progre
     shape = plan_of(original, dtype, config, structure)
     tokens = text_wanted(shape)
     convert(model, shape, calibration_ids(tokenizer, tokens, "align") if tokens else None)
+    healed = repair(model, teacher, shape, config, tokenizer, progress, workspace) if teacher is not None else None
     calibrator = ModelCalibrator(model, tokenizer, progress, shape)
     policies = structure + tuple(p.calibrated(calibrator) for p in policies if p.family != "structure")
     config = config.with_policies(policies)
     plan = plan_of(original, dtype, config, policies)
     fold_rotation(model, plan)
     built = build(model, plan, config.kernels, to_recipe(config), converted=True)
-    built.config.kvcompile = stamp(plan)
+    built.config.kvcompile, built.kvcompile.healed = stamp(plan), healed
     return built
 
 

@@ -80,6 +80,43 @@ class SpeedConfig:
 
 
 @dataclass
+class HealConfig:
+    """Training that repairs converted weights, before anything is selected or encoded.
+
+    tokens: how many are trained on (0: nothing is); minutes: of wall clock, if those are over first.
+    loss: `distill` (towards the original model) or `lm` (the text alone). layers: share of the budget in which each
+    attention learns alone what the original's gave; hidden: weight of hidden states beside logits after that.
+    weights: `full`, or `lora` of `rank`; scope: `attention` or `all` weights. length, batch, accumulate: tokens a
+    sequence, sequences a step and process, steps summed up. lr: peak, end to end; layers_lr: of the layers alone.
+    dataset: None (offline text), a file (json, jsonl, txt, csv, parquet), a folder or a hub name, with its `subset`,
+    `split` and text `column`. checkpoint_minutes: between two; resume: go on where an interrupted training stopped.
+    """
+
+    tokens: int = 0
+    minutes: float | None = None
+    loss: str = "distill"
+    layers: float = 0.3
+    hidden: float = 1.0
+    temperature: float = 1.0
+    weights: str = "full"
+    scope: str = "attention"
+    rank: int = 16
+    lr: float = 3e-4
+    layers_lr: float = 1e-3
+    length: int = 256
+    batch: int = 4
+    accumulate: int = 1
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    bf16: bool = False
+    checkpoint_minutes: float = 5.0
+    resume: bool = True
+    seed: int = 0
+
+
+@dataclass
 class PlanConfig:
     """`only`: print the plan for a `batch` of prompts of `context` tokens, and what fits in `memory` GiB; then stop."""
 
@@ -104,6 +141,7 @@ class Config:
     prefill_chunk: int = 0
     kernels: str = "auto"
     output: str | None = None
+    heal: HealConfig = field(default_factory=HealConfig)
     needle: NeedleConfig = field(default_factory=NeedleConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -159,6 +197,7 @@ def _check(config: Config) -> None:
     _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
     _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
     _check_quality(config.perplexity, config.gate, n.enabled)
+    _check_heal(config.heal)
     _require(s.context >= 1, "speed.context", s.context, "1 or more")
     _require(s.tokens >= 1, "speed.tokens", s.tokens, "1 or more")
     _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
@@ -177,6 +216,20 @@ def _check_quality(p: PerplexityConfig, gate: GateConfig, needle: bool) -> None:
             raise KvcompileError(
                 "a gate needs what it judges to be measured", f"{name}.enabled=false", f"{name}.enabled=true"
             )
+
+
+def _check_heal(h: HealConfig) -> None:
+    _one_of("heal.loss", h.loss, ("distill", "lm"))
+    _one_of("heal.weights", h.weights, ("full", "lora"))
+    _one_of("heal.scope", h.scope, ("attention", "all"))
+    _require(h.minutes is None or h.minutes > 0, "heal.minutes", h.minutes, "more than 0")
+    _require(0 <= h.layers <= 1, "heal.layers", h.layers, "in [0, 1], a share of the budget")
+    _require(h.temperature > 0, "heal.temperature", h.temperature, "more than 0")
+    _require(h.length >= 2, "heal.length", h.length, "2 or more")
+    for name in ("tokens", "hidden", "lr", "layers_lr", "checkpoint_minutes"):
+        _require(getattr(h, name) >= 0, f"heal.{name}", getattr(h, name), "0 or more")
+    for name in ("batch", "accumulate", "rank"):
+        _require(getattr(h, name) >= 1, f"heal.{name}", getattr(h, name), "1 or more")
 
 
 def _require(ok: bool, name: str, got: object, rule: str) -> None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvcompile.cache import KVCache
 from kvcompile.cache.cache import Rotary
 from kvcompile.errors import KvcompileError
+from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
 from kvcompile.plan import Plan
 
@@ -30,6 +31,7 @@ class Compiled:
     kernels: str
     recipe: str
     changes: dict[str, int]
+    healed: HealRecord | None = None
 
 
 class CompiledMixin:

@@ -25,15 +25,19 @@ def cached_perplexity(
     ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it: one batch.
     Raises KvcompileError if the text is too short for one window.
     """
-    ids = ids.reshape(-1).to(model.device)
-    width = context + tokens + 1
+    rows = spread(ids, context, tokens, windows).to(model.device)
+    return math.exp(_losses(model, rows, context, progress).mean().item())
+
+
+def spread(ids: Tensor, context: int, tokens: int, windows: int) -> Tensor:
+    """The windows `[windows, context + tokens + 1]` of `cached_perplexity`. Raises KvcompileError as it does."""
+    ids, width = ids.reshape(-1), context + tokens + 1
     if context < 1 or tokens < 1 or windows < 1:
         raise KvcompileError("context, tokens and windows must be 1 or more", (context, tokens, windows))
     if len(ids) < width:
         raise KvcompileError("the text must hold context + tokens + 1 tokens", len(ids), f"{width} tokens or more")
     step = (len(ids) - width) // max(1, windows - 1)
-    rows = torch.stack([ids[i * step : i * step + width] for i in range(windows)])
-    return math.exp(_losses(model, rows, context, progress).mean().item())
+    return torch.stack([ids[i * step : i * step + width] for i in range(windows)])
 
 
 def forward(model: Any, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import sys
+import shutil
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.config import Config
 from kvcompile.errors import KvcompileError
+from kvcompile.heldout import held_out, longest
 from kvcompile.needle import NeedleResult, NeedleTask, score
 from kvcompile.perplexity import cached_perplexity
 from kvcompile.plan import Plan
 from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
 from kvcompile.speed import Comparison, compare
-from kvcompile.text import sentences, split
+from kvcompile.text import sentences
 
 PROOF_TOKENS = 1024
 
@@ -32,7 +33,8 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     """
     folder = compiler.target(config)
     original = shared(model)
-    compiled = compiler.assemble(model, config, tokenizer, progress)
+    workspace = folder.parent / f"{folder.name}-heal"
+    compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
     ids = _text(tokenizer, _proof_length(config, model))
     rows, planned_total = prove(compiled, ids)
     made = Report(
@@ -50,12 +52,15 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         passes=compiled.kvcompile.changes,
         parameters=(original.num_parameters(), compiled.num_parameters()),
         perplexity=_perplexity(original, compiled, tokenizer, config, progress),
+        healed=compiled.kvcompile.healed,
         needle=_needle(original, compiled, tokenizer, config, progress),
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
     del original
     gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
     artifact.save(compiled, folder, tokenizer, extra=lambda tmp: report.write(made, tmp))
+    if made.healed is not None:
+        shutil.rmtree(workspace, ignore_errors=True)
     report.show(made)
     return compiler.Outcome(str(folder), report.summary(made))
 
@@ -100,12 +105,7 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
 
 def _proof_length(config: Config, model: Any) -> int:
     wanted = max(config.needle.tokens) if config.needle.enabled and config.needle.tokens else PROOF_TOKENS
-    return min(wanted, _longest(model))
-
-
-def _longest(model: Any) -> int:
-    """Positions that the model knows; where it does not say, more than anything here needs."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return min(wanted, longest(model))
 
 
 def _text(tokenizer: Any, tokens: int) -> Tensor:
@@ -135,13 +135,11 @@ def _needle(
 def _perplexity(
     original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
 ) -> tuple[float, float] | None:
-    """On text that is held out: a file of the user's, or the end of the offline text."""
     given = config.perplexity
     if not given.enabled:
         return None
-    text = sentences(given.source) if given.source else split(sentences())[1]
-    ids = torch.as_tensor(tokenizer(" ".join(text), return_tensors="pt")["input_ids"])
-    context = min(given.context, _longest(original) - given.tokens - 1)
+    ids = held_out(config, tokenizer)
+    context = min(given.context, longest(original) - given.tokens - 1)
 
     def measured(model: Any, when: str) -> float:
         def show(what: str, done: int, total: int) -> None:

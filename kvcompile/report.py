@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
+from kvcompile.heal.record import HealRecord
 from kvcompile.needle import NeedleRecord, NeedleResult
 from kvcompile.speed import Comparison, Speed
 
@@ -64,6 +65,7 @@ class Report:
     speed: Comparison | None = None
     perplexity: tuple[float, float] | None = None
     parameters: tuple[int, int] | None = None
+    healed: HealRecord | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -106,6 +108,8 @@ class Report:
             for pair in ("perplexity", "parameters"):
                 if given[pair] is not None:
                     given[pair] = tuple(given[pair])
+            if given["healed"] is not None:
+                given["healed"] = HealRecord.from_json(given["healed"])
             return Report(**given)
         except (AttributeError, KeyError, TypeError) as error:
             raise KvcompileError("not a report of this version", f"{type(error).__name__}: {error}") from error
@@ -158,6 +162,7 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "needle_after": needle[1].mean if needle[1] else None,
         "perplexity_before": perplexity[0],
         "perplexity_after": perplexity[1],
+        "perplexity_converted": report.healed.perplexity[1] if report.healed else None,
         "prefill_s_before": before.prefill_s if before else None,
         "prefill_s_after": after.prefill_s if after else None,
         "decode_tokens_s_before": before.decode_tokens_s if before else None,

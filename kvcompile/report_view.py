@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from tabulate import tabulate
 
+from kvcompile.heal.record import HealRecord
 from kvcompile.needle import NeedleResult
 from kvcompile.speed import Comparison
 
@@ -54,6 +56,8 @@ def tables(report: Report) -> list[Table]:
     found = [_summary(report)]
     if report.needle is not None:
         found.append(_needle(*report.needle))
+    if report.healed is not None:
+        found.append(_healed(report.healed))
     return [*found, _layers(report)]
 
 
@@ -93,13 +97,17 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    widths = [1.7] if report.needle is None else [1.7, 1.0]
+    panels: list[tuple[float, Callable[[Axes], None]]] = [(1.7, partial(_draw_layers, report))]
+    if report.needle is not None:
+        panels.append((1.0, partial(_draw_needle, *report.needle)))
+    if report.healed is not None:
+        panels.append((1.4, partial(_draw_healed, report.healed)))
+    widths = [width for width, _ in panels]
     figure = Figure(figsize=(4.2 * sum(widths), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # no global state, no window system
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    _draw_layers(report, axes[0])
-    if report.needle is not None:
-        _draw_needle(*report.needle, axes[1])
+    for ax, (_, panel) in zip(axes, panels, strict=True):
+        panel(ax)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(DENSE)
@@ -188,6 +196,28 @@ def _sizes(held: int, planned: int | None, dense: int) -> Row:
     promised = "by input" if planned is None else size(planned)
     kept = f"{held / dense:.1%}" if dense else ""
     return (Cell(size(held), verdict), Cell(promised), Cell(size(dense)), Cell(kept, verdict))
+
+
+def _healed(record: HealRecord) -> Table:
+    """Perplexity on the way: before the conversion, after it, after the training."""
+    original, converted, healed = record.perplexity
+    rows = [
+        (Cell("original"), Cell(f"{original:.3f}"), Cell("")),
+        (Cell("converted"), Cell(f"{converted:.3f}", "worse"), Cell(f"{converted / original:.2f}x")),
+        (
+            Cell(f"healed: {record.gap_closed:.1%} of the gap closed"),
+            Cell(f"{healed:.3f}", _verdict(converted, healed, -1)),
+            Cell(f"{healed / original:.2f}x"),
+        ),
+    ]
+    facts = {
+        "trained on": f"{record.tokens:,} tokens of {record.source}",
+        "weights": f"{record.parameters:,} ({record.weights})",
+        "loss": record.loss,
+        "time": f"{record.seconds / 60:.1f} minutes, {record.steps:,} steps",
+    }
+    rows += [(Cell(name), Cell(value), Cell("")) for name, value in facts.items()]
+    return Table("Healing: perplexity of held-out text", ("", "", "of the original's"), rows)
 
 
 def _needle(before: NeedleResult, after: NeedleResult) -> Table:
@@ -310,6 +340,32 @@ def _draw_needle(before: NeedleResult, after: NeedleResult, ax: Axes) -> None:
     totals = f"{before.mean:.0%} → {after.mean:.0%} of {len(after.records)} prompts"
     ax.set_title(f"Needle: {totals}", fontsize=10, color=INK)
     _needle_legend(ax, any(lost))
+
+
+def _draw_healed(record: HealRecord, ax: Axes) -> None:
+    """Training loss of the two stages, and perplexity of the held-out text on an axis of its own."""
+    for stage, colour, label in (("layers", DENSE, "loss, layers alone"), ("model", KEPT, "loss, end to end")):
+        losses = [(p.tokens, p.loss) for p in record.curve if p.stage == stage and p.loss is not None]
+        if losses:
+            ax.plot(*zip(*losses, strict=True), color=colour, linewidth=1.4, label=label)
+    quality = ax.twinx()
+    measured = [(p.tokens, p.perplexity) for p in record.curve if p.perplexity is not None]
+    style: dict[str, Any] = {"color": LOSS, "marker": "o", "markersize": 3, "linewidth": 1.2}
+    quality.plot(*zip(*measured, strict=True), **style, label="held-out perplexity")
+    quality.axhline(record.perplexity[0], color=LOSS, linestyle="--", linewidth=1.0, label="the original's")
+    for axis in (ax, quality):
+        axis.set_yscale("log")
+    quality.spines[["top", "left", "bottom"]].set_visible(False)
+    quality.spines["right"].set_color(DENSE)
+    quality.tick_params(colors=LOSS, length=0, which="both", labelsize=7)
+    ax.tick_params(length=0, which="both")
+    ax.set_xlabel("tokens trained on", color=INK)
+    ax.set_ylabel("training loss", color=INK)
+    title = f"Healing: {record.perplexity[1]:,.1f} → {record.perplexity[2]:,.1f}, original {record.perplexity[0]:,.1f}"
+    ax.set_title(title, fontsize=10, color=INK)
+    handles = [handle for axis in (ax, quality) for handle in axis.get_legend_handles_labels()[0]]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2}
+    ax.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, **place)
 
 
 def _needle_legend(ax: Axes, lost: bool) -> None:

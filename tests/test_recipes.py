@@ -27,8 +27,10 @@ every = pytest.mark.parametrize("name", sorted(SHIPPED))
 
 
 def quick(name: str) -> list[str]:
-    """Overrides that make a recipe's calibration short."""
-    return [o for policy in compose([f"recipe={name}"]).stack for o in QUICK.get(policy, [])]
+    """Overrides that make a recipe's calibration and healing short."""
+    config = compose([f"recipe={name}"])
+    healing = ["heal.tokens=64", "heal.length=64", "heal.batch=1"] if config.heal.tokens else []
+    return healing + [o for policy in config.stack for o in QUICK.get(policy, [])]
 
 
 def test_every_policy_that_selects_or_converts_has_a_recipe() -> None:

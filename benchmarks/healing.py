@@ -1,0 +1,52 @@
+"""What a healing recipe regains: runs its command and keeps report, curve and picture of it.
+
+    python benchmarks/healing.py --out benchmarks/results/mqa_heal recipe=mqa_heal model=llama
+
+Writes <out>.json (the report as kvcompile wrote it), <out>.md and <out>.png; an interrupted run resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+from kvcompile import report
+from kvcompile.heal.record import HealRecord
+from kvcompile.report_view import markdown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", help="as for kvcompile")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, default=Path("outputs/healing"))
+    args = parser.parse_args()
+    command = ["kvcompile", *args.overrides]
+    subprocess.run([sys.executable, "-m", *command, f"output={args.artifact}"], check=True)
+    made = report.read(args.artifact)
+    if made.healed is None:
+        sys.exit("nothing was healed: give heal.tokens")
+    shutil.copy(args.artifact / "report.json", args.out.with_suffix(".json"))
+    shutil.copy(args.artifact / "report.png", args.out.with_suffix(".png"))
+    text = markdown(made).replace("(report.png)", f"({args.out.name}.png)")
+    head = f"{datetime.date.today()}\n\n    {shlex.join(command)}\n\n"
+    args.out.with_suffix(".md").write_text(f"{head}{text}\n{curve(made.healed)}", encoding="utf-8")
+
+
+def curve(record: HealRecord) -> str:
+    """Every point at which held-out text was measured."""
+    measured = [p for p in record.curve if p.perplexity is not None]
+    rows = [(p.tokens, f"{p.seconds / 60:.1f}", p.stage, f"{p.perplexity:,.2f}") for p in measured]
+    grid = tabulate(rows, ("tokens", "minutes", "stage", "held-out perplexity"), tablefmt="pipe", disable_numparse=True)
+    return f"## Curve\n\n{grid}\n"
+
+
+if __name__ == "__main__":
+    main()

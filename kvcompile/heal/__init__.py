@@ -1,0 +1,1 @@
+"""Repair of converted models by a short training towards the original one."""

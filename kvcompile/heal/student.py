@@ -1,0 +1,86 @@
+"""The two models of a distillation over their compiled graphs: the original that is looked at, the copy that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from kvcompile.calibrator import shared
+from kvcompile.heal.losses import divergence, next_token, relative_error
+from kvcompile.heal.pace import Stage
+from kvcompile.heal.taps import attentions_alone, tapped
+from kvcompile.model import CompiledMixin
+from kvcompile.plan import Plan
+
+Targets = dict[str, Any]  # "states", "outputs" and "logits" of the original
+
+
+class Teacher:
+    """The original model: what its attentions get and give, and its logits."""
+
+    def __init__(self, original: Any, plan: Plan) -> None:
+        from kvcompile.compiler import build
+
+        self.model = build(shared(original), plan, "sdpa", converted=True)
+        self.graph = tapped(self.model.kvcompile.graph)
+
+    @torch.no_grad()
+    def targets(self, ids: Tensor, stage: Stage) -> Targets:
+        """What the student learns in this stage; only the last token's logits where they are not wanted."""
+        if self.model.device != ids.device:
+            self.model.to(ids.device)
+        keep = torch.tensor([ids.shape[1] - 1], device=ids.device) if stage == "layers" else slice(None)
+        logits, states, outputs = _run(self.model, self.graph, ids, keep)
+        if stage == "layers":
+            return {"states": states, "outputs": outputs}
+        return {"states": states, "logits": logits}
+
+
+class StudentMixin(CompiledMixin):
+    """A compiled model whose forward gives a loss; mixed in front of the compiled class, so that it saves like one."""
+
+    graphs: Mapping[Stage, fx.GraphModule]
+    hidden: float
+    temperature: float
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, labels: Tensor | None = None, targets: Targets | None = None
+    ) -> dict[str, Tensor]:
+        """`{"loss"}` of `input_ids [B, Q]` against the targets, or of the labels where there are none."""
+        if targets is None:
+            logits = _run(self, self.kvcompile.graph, input_ids, slice(None))
+            return {"loss": next_token(logits, input_ids if labels is None else labels)}
+        if "outputs" in targets:
+            outputs = _run(self, self.graphs["layers"], input_ids, slice(None), targets["states"])
+            return {"loss": relative_error(outputs, targets["outputs"])}
+        logits, states, _ = _run(self, self.graphs["model"], input_ids, slice(None))
+        loss = divergence(logits, targets["logits"], self.temperature)
+        if self.hidden:  # the first layer's are the embeddings of both
+            loss = loss + self.hidden * relative_error(states[1:], targets["states"][1:])
+        return {"loss": loss}
+
+
+def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
+    """A trainable model over the weights of the converted, uncompiled `model` (LoRA may be in it already)."""
+    from kvcompile.compiler import build
+
+    made = build(model, plan, "sdpa", converted=True)
+    compiled = type(made)
+    made.__class__ = type(compiled.__name__, (StudentMixin, compiled), {"__module__": compiled.__module__})
+    graph = made.kvcompile.graph
+    # not submodules, as with the graph of a compiled model: all share the model's own modules
+    object.__setattr__(made, "graphs", {"layers": attentions_alone(graph), "model": tapped(graph)})
+    made.hidden, made.temperature = hidden, temperature
+    return made
+
+
+def _run(model: Any, graph: nn.Module, ids: Tensor, keep: Any, *more: Any) -> Any:
+    """One pass over whole sequences with a cache of their own, which goes when the pass is done."""
+    cache = model.new_cache()
+    cache.chunk(prompting=True, last=True)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    return graph(ids, None, positions, cache, keep, *more)

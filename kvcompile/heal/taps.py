@@ -1,0 +1,85 @@
+"""Looking into a compiled graph: what goes into each attention and what comes out, and the attentions alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from kvcompile.errors import KvcompileError
+from kvcompile.graph.wiring import attends
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The nodes of one layer's attention: hidden states that enter it, and what its output projection gives."""
+
+    name: str
+    entry: fx.Node
+    exit: fx.Node
+
+
+def taps(graph: fx.Graph) -> list[Tap]:
+    """One tap a layer, in order. Raises KvcompileError where a layer has no output projection of its own."""
+    found = []
+    for index, attend in sorted(attends(graph).items()):
+        users = [node for node in attend.users if node.op == "call_module"]
+        if len(attend.users) != 1 or not users:
+            raise KvcompileError(f"layer {index}: attention must end in one projection", list(attend.users))
+        name = str(users[0].target).rpartition(".")[0]
+        entry = next(_inside(graph, name)).args[0]
+        if not isinstance(entry, fx.Node):
+            raise KvcompileError(f"layer {index}: attention must begin with a projection", entry)
+        found.append(Tap(name, entry, users[0]))
+    return found
+
+
+def tapped(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with another output: (logits, hidden states into each attention, output of each attention)."""
+    made = _copy(module)
+    found = taps(made.graph)
+    (end,) = (node for node in made.graph.nodes if node.op == "output")
+    end.args = ((end.args[0], tuple(t.entry for t in found), tuple(t.exit for t in found)),)
+    made.recompile()
+    return made
+
+
+def attentions_alone(module: fx.GraphModule) -> fx.GraphModule:
+    """The attentions of all layers, each on hidden states given for it; nothing else is computed.
+
+    Takes one tuple of hidden states `[B, Q, hidden]` a layer after the graph's own arguments; returns a tuple of their
+    outputs. A layer that reads another layer's keys and values reads those made of the hidden states given for that.
+    """
+    made = _copy(module)
+    graph, found = made.graph, taps(made.graph)
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        given = graph.placeholder("states")
+    after = given
+    for index, tap in enumerate(found):
+        with graph.inserting_after(after):
+            after = graph.call_function(_pick, (given, index))
+        for node in list(_inside(graph, tap.name)):
+            node.replace_input_with(tap.entry, after)
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    end.args = (tuple(t.exit for t in found),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    made.recompile()
+    return made
+
+
+def _pick(states: tuple[object, ...], index: int) -> object:
+    return states[index]
+
+
+def _inside(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
+    """Calls of the modules below `name`, in the order in which they run."""
+    return (n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{name}."))
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A second graph over the same modules."""
+    return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

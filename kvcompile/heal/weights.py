@@ -1,0 +1,63 @@
+"""Which weights are trained, and that nobody else's are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def projections(model: Any, scope: str) -> list[str]:
+    """Names of the Linear modules of the attentions, or of all but the output embedding (`scope="all"`)."""
+    from kvcompile.adapters.registry import attentions
+
+    inside = {id(m) for attention in attentions(model) for m in attention.modules()}
+    head = model.get_output_embeddings()
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return [name for name, module in linear if scope == "all" or id(module) in inside]
+
+
+def parameters(model: nn.Module, names: Sequence[str] | None) -> list[nn.Parameter]:
+    """The parameters of these modules, or all for None."""
+    if names is None:
+        return list(model.parameters())
+    return [p for name in names for p in model.get_submodule(name).parameters()]
+
+
+def own(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Give `model` copies of these parameters, in place: others may share them. What is tied stays tied."""
+    mine = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters(model, names)}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in mine:
+                module._parameters[name] = mine[id(parameter)]
+
+
+def train_only(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Freeze everything but these."""
+    wanted = {id(p) for p in parameters(model, names)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in wanted)
+
+
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """What was frozen inside is as it was, outside; no gradient stays."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@torch.no_grad()
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what is in `state` into the parameters of these names."""
+    for name, parameter in model.named_parameters():
+        if name in state:
+            parameter.copy_(state[name])

@@ -1,0 +1,68 @@
+"""The folder of a training's checkpoints: whose they are, and which one is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from kvcompile.config import Config
+from kvcompile.errors import KvcompileError
+from kvcompile.plan import Plan
+
+MARK = "heal.json"
+FREE = ("tokens", "minutes", "checkpoint_minutes", "resume")  # may differ between the sessions of one training
+
+
+def fingerprint(config: Config, plan: Plan) -> str:
+    """What a checkpoint must agree in to be resumed: the model, what became of it, and how it is trained."""
+    heal = {k: v for k, v in dataclasses.asdict(config.heal).items() if k not in FREE}
+    facts = {"heal": heal, "model": dataclasses.asdict(config.model), "plan": plan.digest()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def opened(folder: Path | None, owner: str) -> Iterator[Path]:
+    """A folder for checkpoints: a passing one for None, else the given one, emptied unless it is of this `owner`.
+
+    Raises KvcompileError where the given one holds something else than checkpoints.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="kvcompile-heal-", ignore_cleanup_errors=True) as passing:
+            yield Path(passing)
+        return
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _prepare(folder, owner)
+    if dist.is_initialized():
+        dist.barrier()
+    yield folder
+
+
+def _prepare(folder: Path, owner: str) -> None:
+    mark = folder / MARK
+    if folder.exists() and not mark.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KvcompileError("checkpoints need a folder of their own", f"{folder}: other files", "output=<elsewhere>")
+    if mark.is_file() and _owner(mark) != owner:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps({"fingerprint": owner}) + "\n", encoding="utf-8")
+
+
+def newest(folder: Path) -> str | None:
+    """The newest whole checkpoint: its state is the last file that is written."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
+def _owner(mark: Path) -> str | None:
+    try:
+        return str(json.loads(mark.read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError):
+        return None

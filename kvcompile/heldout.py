@@ -1,0 +1,34 @@
+"""The text that quality is measured on, which nothing is ever trained on."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from kvcompile.text import sentences, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompile.config import Config
+
+
+def held_out(config: Config, tokenizer: Any) -> Tensor:
+    """Token ids `[n]`: a file of the user's, else what is held out of the text that is trained on, offline or not.
+
+    Raises KvcompileError for a text that cannot be read.
+    """
+    import torch
+
+    given, heal = config.perplexity, config.heal
+    if given.source is None and heal.tokens and heal.dataset:
+        from kvcompile.heal.data import corpus
+
+        return corpus(heal, tokenizer).ids(tokenizer, True, given.windows * (given.context + given.tokens + 1))
+    text = sentences(given.source) if given.source else split(sentences())[1]
+    return torch.as_tensor(tokenizer(" ".join(text), return_tensors="pt")["input_ids"])[0]
+
+
+def longest(model: Any) -> int:
+    """Positions that the model knows; where it does not say, more than anything here needs."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
