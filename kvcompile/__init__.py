@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kvcompile.artifact import from_pretrained as from_pretrained
     from kvcompile.artifact import load as load
     from kvcompile.compiler import compile as compile
+    from kvcompile.doors.export import export as export
     from kvcompile.errors import KvcompileError as KvcompileError
 
     __version__: str
@@ -17,9 +18,10 @@ _PUBLIC = {
     "compile": "kvcompile.compiler",
     "load": "kvcompile.artifact",
     "from_pretrained": "kvcompile.artifact",
+    "export": "kvcompile.doors.export",
     "KvcompileError": "kvcompile.errors",
 }
-__all__ = ["KvcompileError", "__version__", "compile", "from_pretrained", "load"]
+__all__ = ["KvcompileError", "__version__", "compile", "export", "from_pretrained", "load"]
 
 
 def __getattr__(name: str) -> Any:

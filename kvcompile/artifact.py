@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile import manifest, sources
+from kvcompile import card, manifest, sources
 from kvcompile.errors import KvcompileError
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
 from kvcompile.progress import no_foreign_bars
@@ -55,7 +55,7 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
             _publish(made, folder, Path(scratch, "replaced"))
     except OSError as error:
         raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error)) from error
-    model.config.kvcompile = stamp(model.kvcompile.plan)
+    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     return folder
 
 
@@ -81,7 +81,7 @@ def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
     plan = plan_of(original, str(model.dtype).removeprefix("torch."), config, policies)
     model = build(model, plan, config.kernels, to_recipe(config), converted=True)
     sources.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=wanted is not None), folder, facts)
-    model.config.kvcompile = stamp(model.kvcompile.plan)
+    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     return model
 
 
@@ -121,15 +121,21 @@ def _require_ours(folder: Path) -> None:
         raise KvcompileError("only an artifact is replaced by an artifact", f"{folder}: other files", "save elsewhere")
 
 
-def _write(model: Any, folder: Path, tokenizer: Any) -> None:
-    compiled = model.kvcompile
+def write_checkpoint(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """What transformers saves of a compiled model: config, generation config, weights, and its tokenizer."""
     with _borrowed_config(model), _told("transformers must be able to save the model", SAVEABLE):
         model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _write(model: Any, folder: Path, tokenizer: Any) -> None:
+    compiled = model.kvcompile
+    write_checkpoint(model, folder, tokenizer)
     (folder / RECIPE).write_text(compiled.recipe, encoding="utf-8")
     (folder / PLAN).write_text(json.dumps(compiled.plan.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / GRAPH).write_text(_graph_text(model), encoding="utf-8")
+    card.write(model, folder, card.ARTIFACT)
     (folder / sources.FOLDER).mkdir()
     for name, text in sources.of_model(model).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
@@ -140,7 +146,7 @@ def _borrowed_config(model: Any) -> Iterator[None]:
     """Let transformers write into a copy of the config: it sets dtype and architectures when it saves."""
     original = model.config
     model.config = copy.deepcopy(original)
-    model.config.kvcompile = stamp(model.kvcompile.plan)
+    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     try:
         with no_foreign_bars():
             yield

@@ -17,6 +17,7 @@ from rich.console import Console
 from kvcompile import multirun
 from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, check, register, resolve
 from kvcompile.config import Config
+from kvcompile.doors import registry
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover
 
@@ -86,7 +87,9 @@ def _app(cfg: DictConfig) -> None:
 
 
 def _work(config: Config) -> multirun.Done:
-    """Compile, or only plan; returns (output folder, summary row)."""
+    """Compile, or only plan, or only export; returns (output folder, summary row)."""
+    if config.artifact:
+        return _export(config.artifact, config)
     if config.plan.mode == "only":
         from kvcompile import planning
 
@@ -99,12 +102,32 @@ def _work(config: Config) -> multirun.Done:
     return outcome.path, outcome.summary
 
 
+def _export(artifact: str, config: Config) -> multirun.Done:
+    """Export what lies in an artifact, each door into its folder below `output`."""
+    from kvcompile.doors.export import opened, write_new
+    from kvcompile.planning import size
+    from kvcompile.progress import progress_bar
+
+    summary: dict[str, multirun.Cell] = {}
+    with progress_bar() as progress:
+        model, tokenizer, measured = opened(artifact)
+        registry.require_open(config.doors(), model.kvcompile.plan, model.config)
+        for door in config.doors():
+            folder = Path(str(config.output), door.name)
+            done = write_new(door, model, tokenizer, folder, measured, progress)
+            summary[f"{door.name}_bytes"] = done.bytes
+            line = f"export {door.name}: {folder}, {size(done.bytes)}"
+            _console().print(line, markup=False, highlight=False, soft_wrap=True)
+    return config.output, summary
+
+
 def listing(kinds: Sequence[str]) -> str:
-    """`kvcompile ls [recipes|policies|models]`: one line each. Raises KvcompileError for another word."""
+    """`kvcompile ls [recipes|policies|models|exports]`: one line each. Raises KvcompileError for another word."""
     known = {
         "recipes": _headers("kvcompile.recipes", "recipe"),
         "policies": {name: f"{cls.family}: {cls.summary}" for name, cls in discover().items()},
         "models": _headers(CONFIG_MODULE, "model"),
+        "exports": {name: cls.summary for name, cls in registry.discover().items()},
     }
     for kind in kinds:
         if kind not in known:

@@ -100,7 +100,7 @@ def assemble(
     plan = plan_of(original, dtype, config, policies)
     fold_rotation(model, plan)
     built = build(model, plan, config.kernels, to_recipe(config), converted=True)
-    built.config.kvcompile, built.kvcompile.healed = stamp(plan), healed
+    built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built
 
 

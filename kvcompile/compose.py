@@ -22,10 +22,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvcompile.config import Config, finish
+from kvcompile.doors import registry
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover, first_line, orphan, policy_class, schema, suggest
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
+ONCE = {"policy": "each policy may be in the stack once", "export": "each door may be in export once"}
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
 _LOCK = threading.RLock()
 _STORED: set[str] = set()  # Hydra 1.4 warns about storing twice
@@ -45,7 +47,7 @@ class RecipeFolder(SearchPathPlugin):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Give Hydra the recipes, the schema of the config, and every installed policy as an option of `policy`."""
+    """Give Hydra the recipes, the schema, every installed policy as an option of `policy`, every door of `export`."""
     Plugins.instance().register(RecipeFolder)
     store = ConfigStore.instance()
     if not _STORED:
@@ -53,6 +55,10 @@ def register() -> None:
     for name in discover().keys() - _STORED:
         store.store(group="policy", name=name, node=schema(policy_class(name)), package=f"stack.{name}")
         _STORED.add(name)
+    for name, cls in registry.discover().items():
+        if f"export={name}" not in _STORED:
+            store.store(group="export", name=name, node=schema(cls), package=f"export.{name}")
+            _STORED.add(f"export={name}")
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -92,11 +98,12 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     parsed = _parse(overrides)
     _one_budget(parsed)
     for override in parsed:
-        value = override.value() if override.key_or_group == "policy" else None
+        group = override.key_or_group
+        value = override.value() if group in ONCE else None
         named: list[str] = [str(name) for name in value] if isinstance(value, list) else []
         for name in named:
             if named.count(name) > 1:
-                raise KvcompileError("each policy may be in the stack once", f"policy=[{','.join(named)}]")
+                raise KvcompileError(ONCE[group], f"{group}=[{','.join(named)}]")
     stack = cfg.stack
     chosen = [str(name) for name in stack if OmegaConf.get_type(stack, name) is not dict]
     for name in stack:
@@ -106,9 +113,9 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
         config = cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise _one_line(error) from error
-    plain = OmegaConf.to_container(stack, resolve=True)
+    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export")}
     recipe = choices.get("recipe")
-    return finish(Config(**{**vars(config), "stack": plain, "recipe": recipe or config.recipe}))
+    return finish(Config(**{**vars(config), **plain, "recipe": recipe or config.recipe}))
 
 
 def _one_budget(overrides: Sequence[Override]) -> None:
@@ -159,7 +166,8 @@ def _one_line(error: BaseException) -> KvcompileError:
     """Hydra's and OmegaConf's messages as ours: the rule, what was given, the nearest name that exists."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        known = discover() if group == "policy" else error.options or []
+        ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.DOORS}
+        known = ours.get(group) or error.options or []
         return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
     cause: Any = error.__cause__ if isinstance(error, ConfigCompositionException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
@@ -167,6 +175,8 @@ def _one_line(error: BaseException) -> KvcompileError:
         names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
         if cause.full_key == f"stack.{key}":
             return orphan(key, names)
+        if cause.full_key == f"export.{key}" and key in registry.DOORS:
+            return KvcompileError("options need their door", cause.full_key, f"export=[{','.join([*names, key])}]")
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
         return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))

@@ -15,6 +15,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.stack import build_stack, first_line, options_of, policy_class, suggest
 
 if TYPE_CHECKING:
+    from kvcompile.doors.door import Door
     from kvcompile.policies.base import Policy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -128,15 +129,18 @@ class PlanConfig:
 
 @dataclass
 class Config:
-    """Everything a compile depends on. `stack` maps each policy, in order, to its fields.
+    """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each door.
 
     budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
     prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: attention route. output: artifact folder.
+    artifact: nothing is compiled, what lies in this folder is exported, into `output`.
     """
 
     recipe: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     stack: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+    artifact: str | None = None
     budget: float | None = None
     prefill_chunk: int = 0
     kernels: str = "auto"
@@ -157,6 +161,12 @@ class Config:
         """The stack as policies. Raises KvcompileError (see `build_stack`)."""
         return build_stack(list(self.stack), self.stack)
 
+    def doors(self) -> tuple[Door, ...]:
+        """The doors to export through. Raises KvcompileError (see `build_doors`)."""
+        from kvcompile.doors.registry import build_doors
+
+        return build_doors(self.export)
+
     def with_policies(self, policies: Iterable[Policy]) -> Config:
         """The config with these policies, e.g. after calibration."""
         return replace(self, stack=options_of(policies))
@@ -168,9 +178,10 @@ def finish(config: Config) -> Config:
     Raises KvcompileError where a value is out of range.
     """
     config = replace(_budgeted(config), budget=None)
-    config = config.with_policies(config.policies())
+    config = replace(config.with_policies(config.policies()), export=options_of(config.doors()))
     _check(config)
-    return replace(config, output=config.output or f"outputs/{config.label}")
+    given = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
+    return replace(config, output=config.output or given)
 
 
 def _budgeted(config: Config) -> Config:
@@ -192,6 +203,16 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", m.dtype, DTYPES)
     _one_of("kernels", config.kernels, KERNELS)
     _one_of("plan", p.mode, MODES)
+    if config.artifact and not config.export:
+        raise KvcompileError("an artifact is read to be exported", f"artifact={config.artifact}", "export=[hf]")
+    if config.artifact and p.mode == "only":
+        raise KvcompileError("an artifact is planned already", f"plan=only with artifact={config.artifact}", "plan=run")
+    if config.artifact and (config.stack or config.recipe):
+        raise KvcompileError(
+            "an artifact is compiled already",
+            f"artifact={config.artifact} with {f'recipe={config.recipe}' if config.recipe else 'policies'}",
+            "drop one of the two",
+        )
     _require(config.prefill_chunk >= 0, "prefill_chunk", config.prefill_chunk, "0 (whole prompt at once) or more")
     _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
     _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")

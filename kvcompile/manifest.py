@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
 from kvcompile.models import sha256
+from kvcompile.provenance import base_of
 
 if TYPE_CHECKING:
     from kvcompile.plan import Plan
@@ -55,8 +56,8 @@ def in_words(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
-def stamp(plan: Plan) -> dict[str, Any]:
-    """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan's digest.
+def stamp(plan: Plan, config: Any) -> dict[str, Any]:
+    """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan, base model.
 
     `original`: what the config said before the conversion, where the weights were converted.
     """
@@ -64,6 +65,7 @@ def stamp(plan: Plan) -> dict[str, Any]:
         "version": versions()["kvcompile"],
         "policies": [a.name for a in plan.applied],
         "plan": plan.digest(),
+        "base": asdict(base_of(config)),
     }
     if plan.layers and plan.layers[0].heads:
         facts["original"] = {"num_key_value_heads": plan.layers[0].dense_heads}

@@ -298,6 +298,7 @@ def _unquantised(loaded: PreTrainedModel) -> PreTrainedModel:
     clean = type(loaded)(type(loaded.config)(**settings)).to(loaded.dtype)
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = loaded.generation_config
+    clean.config._name_or_path = loaded.config._name_or_path
     return clean
 
 

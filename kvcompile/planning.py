@@ -15,20 +15,25 @@ if TYPE_CHECKING:
     from kvcompile.config import Config, ModelConfig
 
 GIB = 1 << 30
+HEADINGS = ("layers", "KV heads", "kept per head", "precision", "bytes", "kept")
 ENDLESS = 1 << 40  # tokens; a cache that still fits then does not grow with the prompt
 
 
 def plan_of(config: Config) -> Plan:
     """The plan of a config, from the model's configuration alone.
 
-    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it.
+    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
+    not be exported.
     """
     from kvcompile import compiler
+    from kvcompile.doors.registry import require_open
     from kvcompile.models import config_of
 
     architecture = config_of(config.model)
     dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
-    return compiler.plan_of(architecture, dtype, config, config.policies())
+    plan = compiler.plan_of(architecture, dtype, config, config.policies())
+    require_open(config.doors(), plan, architecture)
+    return plan
 
 
 def cache_dtype(model: ModelConfig, own: object) -> str:
@@ -122,15 +127,23 @@ def show(plan: Plan, config: Config, console: Console) -> None:
 def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
     """Layers x (KV heads, tokens kept per head, precision, bytes), consecutive layers alike in one row."""
     drawn = Table(title=f"{title}\nafter a prefill of {tokens:,} tokens, batch {batch}", title_justify="left")
-    drawn.add_column("layers")
-    for heading in ("KV heads", "kept per head", "precision", "bytes", "kept"):
+    drawn.add_column(HEADINGS[0])
+    for heading in HEADINGS[1:]:
         drawn.add_column(heading, justify="right", overflow="fold")
+    for cells in rows_of(plan, batch, tokens):
+        drawn.add_row(*cells)
+    return drawn
+
+
+def rows_of(plan: Plan, batch: int, tokens: int) -> list[tuple[str, ...]]:
+    """The plan as text by `HEADINGS`, one row for each run of layers alike."""
+    found = []
     rows = [_cells(p, row, plan.dtype) for p, row in zip(plan.layers, plan.bytes(batch, tokens), strict=True)]
     for cells, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1]):
         numbers = [index for index, _ in run]
         span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-        drawn.add_row(span, *cells)
-    return drawn
+        found.append((span, *cells))
+    return found
 
 
 def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcompile import artifact, compiler, gate, report
+from kvcompile import artifact, card, compiler, gate, report
 from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.config import Config
+from kvcompile.doors.export import FOLDER, write_into
 from kvcompile.errors import KvcompileError
 from kvcompile.heldout import held_out, longest
 from kvcompile.needle import NeedleResult, NeedleTask, score
@@ -32,6 +35,8 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
     """
     folder = compiler.target(config)
+    for door in config.doors():
+        door.refuse_tokenizer(tokenizer)
     original = shared(model)
     workspace = folder.parent / f"{folder.name}-heal"
     compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
@@ -58,7 +63,15 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     )
     del original
     gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
-    artifact.save(compiled, folder, tokenizer, extra=lambda tmp: report.write(made, tmp))
+
+    def add(tmp: Path) -> None:
+        nonlocal made
+        done = write_into(config.doors(), compiled, tokenizer, tmp / FOLDER, made, progress)
+        made = replace(made, exports={each.door: each.files for each in done})
+        report.write(made, tmp)
+        card.write(compiled, tmp, card.ARTIFACT, made)
+
+    artifact.save(compiled, folder, tokenizer, extra=add)
     if made.healed is not None:
         shutil.rmtree(workspace, ignore_errors=True)
     report.show(made)

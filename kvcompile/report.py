@@ -48,6 +48,7 @@ class Report:
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
     whose split depends on the input. needle, perplexity, parameters: (uncompressed, compiled). speed: the first is
     uncompressed, the last compiled. kernels, passes: what runs in which layer, how often each pass rewrote the graph.
+    exports: bytes by door and file.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Report:
     perplexity: tuple[float, float] | None = None
     parameters: tuple[int, int] | None = None
     healed: HealRecord | None = None
+    exports: dict[str, dict[str, int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property

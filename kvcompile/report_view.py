@@ -58,23 +58,33 @@ def tables(report: Report) -> list[Table]:
         found.append(_needle(*report.needle))
     if report.healed is not None:
         found.append(_healed(report.healed))
+    if report.exports:
+        found.append(_exports(report.exports))
     return [*found, _layers(report)]
 
 
 def markdown(report: Report) -> str:
     """The report as Markdown; values worse than the uncompressed model's are bold and marked."""
-    mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
     parts = [f"# {_inline(report.title)}", _facts(report, _inline), "![Budget and needle](report.png)"]
     parts += [f"> **Warning:** {_inline(w)}" for w in report.warnings]
     shown = tables(report)
     if report.needle is not None:
         shown.append(_answers(*report.needle))
-    for table in shown:
-        body = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
-        align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
-        grid = tabulate(body, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
-        parts += [f"## {table.title}", grid]
+    parts += [_section(table) for table in shown]
     return "\n\n".join(parts) + "\n"
+
+
+def before_and_after(report: Report) -> str:
+    """The summary alone, as a section of Markdown."""
+    return _section(_summary(report))
+
+
+def _section(table: Table) -> str:
+    mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
+    body = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
+    align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
+    grid = tabulate(body, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return f"## {table.title}\n\n{grid}"
 
 
 def show(report: Report, console: Console) -> None:
@@ -181,6 +191,15 @@ def _layers(report: Report) -> Table:
     rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
     header = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
     return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
+
+
+def _exports(exports: dict[str, dict[str, int]]) -> Table:
+    rows = [
+        (Cell(door), Cell(f"export/{door}/{name}"), Cell(size(count)))
+        for door, files in exports.items()
+        for name, count in (*files.items(), ("", sum(files.values())))
+    ]
+    return Table("Exports", ("door", "file", "size"), rows, first=2)
 
 
 def _layer(row: LayerRow) -> Row:

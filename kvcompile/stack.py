@@ -9,9 +9,9 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvcompile.policies.base import Policy
 
 GROUP = "kvcompile.policies"
+Options = TypeVar("Options")  # a frozen dataclass whose fields can be set by their names
 
 
 @functools.cache
@@ -71,8 +72,8 @@ def policy_class(name: str) -> type[Policy]:
     return policies[name]
 
 
-def schema(cls: type[Policy]) -> type[Any]:
-    """A plain dataclass with the policy's fields, for OmegaConf, which would make a frozen one read-only."""
+def schema(cls: type[Any]) -> type[Any]:
+    """A plain dataclass with the fields of a policy or a door: OmegaConf would make a frozen one read-only."""
     hints = typing.get_type_hints(cls)
     fields = [(f.name, _config_type(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
     return dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})
@@ -127,24 +128,29 @@ def build_policy(name: str, options: Mapping[str, Any]) -> Policy:
 
     Raises KvcompileError for an unknown policy or field, a value of the wrong type, out of range, or missing.
     """
-    cls = policy_class(name)
+    return filled(policy_class(name), f"stack.{name}", options)
+
+
+def filled(cls: type[Options], where: str, options: Mapping[str, Any]) -> Options:
+    """An instance of the dataclass `cls` with `options` over its defaults; errors call its fields `<where>.<field>`."""
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in options:
         if key not in known:
-            raise KvcompileError(f"unknown field of stack.{name}", repr(key), suggest(str(key), known))
+            raise KvcompileError(f"unknown field of {where}", repr(key), suggest(str(key), known))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema(cls)), dict(options))
         values = OmegaConf.to_container(merged, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise KvcompileError(f"stack.{name}: {first_line(error)}", fix=f"set stack.{name}.{error.key}") from error
+        raise KvcompileError(f"{where}: {first_line(error)}", fix=f"set {where}.{error.key}") from error
     for key, value in values.items():
         choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
         if choices and value not in choices:
-            raise KvcompileError(f"stack.{name}: {key} must be one of {', '.join(map(str, choices))}", repr(value))
+            raise KvcompileError(f"{where}: {key} must be one of {', '.join(map(str, choices))}", repr(value))
         if not _shaped(hints[key], value):
-            raise KvcompileError(f"stack.{name}: {key} must be of type {hints[key]}", repr(value))
-    return cls(**{key: _policy_type(hints[key], value) for key, value in values.items()})
+            raise KvcompileError(f"{where}: {key} must be of type {hints[key]}", repr(value))
+    make: Callable[..., Options] = cls
+    return make(**{key: _policy_type(hints[key], value) for key, value in values.items()})
 
 
 def build_stack(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> tuple[Policy, ...]:
@@ -180,8 +186,8 @@ def orphan(name: str, names: Sequence[str]) -> KvcompileError:
     )
 
 
-def options_of(policies: Iterable[Policy]) -> dict[str, dict[str, Any]]:
-    """The inverse of `build_stack`: every policy's fields as plain data, in order."""
+def options_of(policies: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """The inverse of `build_stack` (and of `build_doors`): every field as plain data, in order."""
     return {policy.name: {key: _plain(value) for key, value in vars(policy).items()} for policy in policies}
 
 

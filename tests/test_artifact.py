@@ -146,7 +146,7 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert {k: v for k, v in vars(config).items() if k != "kvcompile"} == {
         k: v for k, v in before.items() if k != "kvcompile"
     }
-    assert config.kvcompile == manifest.stamp(model.kvcompile.plan)
+    assert config.kvcompile == manifest.stamp(model.kvcompile.plan, config)
 
 
 def test_transformers_alone_reads_the_uncompressed_model(made: Path) -> None:

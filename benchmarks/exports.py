@@ -1,0 +1,121 @@
+"""What comes out of each door, run by others: size, speed, and how far its logits are from the compiled model's.
+
+    python benchmarks/exports.py --stack policy=mqa --llama VENV/bin/python --out benchmarks/results/exports-mqa
+    python benchmarks/exports.py --stack policy=snapkv stack.snapkv.budget=256 --doors torch aoti
+
+Every export is run by another process that never imports kvcompile: a prompt of text, then the tokens that the compiled
+model chooses, one by one. Times are of single steps; run it on a machine that does nothing else. A door that is refused
+is a row with the reason. `gguf` runs under llama-cpp-python, in this interpreter or in the one that --llama names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from exports_run import timed
+from tabulate import tabulate
+
+import kvcompile
+from kvcompile.config import ModelConfig
+from kvcompile.doors.registry import discover
+from kvcompile.errors import KvcompileError
+from kvcompile.models import load
+from kvcompile.text import sentences
+
+RUN = Path(__file__).with_name("exports_run.py")
+
+
+@torch.no_grad()
+def expected(model: Any, ids: Any, count: int) -> tuple[Any, dict[str, Any]]:
+    """The tokens `[count]` that the compiled model chooses after `ids`; its logits and times over them."""
+    out = model.generate(torch.from_numpy(ids), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    tokens = out[0, ids.shape[1] :].numpy()
+    cache = model.new_cache()
+
+    def step(piece: Any) -> Any:
+        with torch.no_grad():
+            return model(torch.from_numpy(piece), past_key_values=cache, logits_to_keep=1).logits.numpy()
+
+    return tokens, timed(step, ids, tokens)
+
+
+def row(name: str, found: Any, wanted: Any) -> dict[str, Any]:
+    """One line of the table."""
+    logits, best = found["logits"], wanted["logits"].argmax(-1)
+    step = statistics.median(found["taken"][1:].tolist())
+    return {
+        "door": name,
+        "max logit difference": f"{np.abs(logits - wanted['logits']).max():.1e}",
+        "same greedy token": f"{int((logits.argmax(-1) == best).sum())}/{len(best)}",
+        "prefill s": round(float(found["taken"][0]), 2),
+        "decode ms": round(1000 * step, 1),
+        "tokens/s": round(1 / step, 1),
+    }
+
+
+def through(door: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Export through one door, run that elsewhere, and compare; what is refused is a row with the reason."""
+    sizes = {"prompt": args.prompt, "new": args.tokens}
+    options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[door]) if f.name in sizes}
+    begin = time.perf_counter()
+    try:
+        done = kvcompile.export(model, door, place / door, tokenizer, **options)
+    except KvcompileError as error:
+        return {"door": door, "note": f"refused: {error}"}
+    made = {"export s": round(time.perf_counter() - begin), "MB": round(done.bytes / 1e6)}
+    python = args.llama if door == "gguf" else sys.executable
+    files = [str(place / name) for name in (door, "given.npz", f"{door}.npz")]
+    ran = subprocess.run([python, str(RUN), door, *files], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        said = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
+        return {"door": door, **made, "note": f"did not run: {said[-1]}"}
+    found, wanted = (np.load(place / f"{name}.npz") for name in (door, "wanted"))
+    return {**row(door, found, wanted), **made}
+
+
+def main() -> None:
+    """Compile, export, run each export elsewhere, print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stack", nargs="+", default=["policy=mqa"], help="overrides as on the command line")
+    parser.add_argument("--doors", nargs="+", default=list(discover()), choices=list(discover()))
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--llama", default=sys.executable, help="interpreter that has llama_cpp")
+    parser.add_argument("--out", help="file to write, without its ending")
+    args = parser.parse_args()
+    model, tokenizer = load(ModelConfig())
+    model = kvcompile.compile(model, overrides=args.stack, tokenizer=tokenizer)
+    ids = tokenizer(" ".join(sentences()), return_tensors="np")["input_ids"][:, : args.prompt].astype(np.int64)
+    tokens, wanted = expected(model, ids, args.tokens)
+    rows = [row("(compiled model, here)", wanted, wanted)]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        np.savez(place / "given.npz", ids=ids, tokens=tokens)
+        np.savez(place / "wanted.npz", **wanted)
+        for door in args.doors:
+            rows.append(through(door, model, tokenizer, place, args))
+            print(rows[-1], flush=True)
+    keys = list(dict.fromkeys(key for each in rows for key in each))
+    table = tabulate([[each.get(key, "") for key in keys] for each in rows], keys, tablefmt="github")
+    print(table)
+    if args.out:
+        machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+        head = f"{time.strftime('%Y-%m-%d')}, {machine}, a prompt of {args.prompt} tokens, then {args.tokens}"
+        words = [w if w != args.llama else "VENV/bin/python" for w in sys.argv]
+        Path(f"{args.out}.md").write_text(f"{head}\n\n    python {' '.join(words)}\n\n{table}\n")
+        Path(f"{args.out}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Doors out: a compiled model written in a form that others run without kvcompile."""
