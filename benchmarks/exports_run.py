@@ -91,7 +91,14 @@ def run_onnx(folder: str) -> Step:
     return step
 
 
-RUNNERS = {"hf": run_hf, "gguf": run_gguf, "torch": run_torch, "aoti": run_aoti, "onnx": run_onnx}
+RUNNERS = {
+    "hf": run_hf,
+    "deepseek": run_hf,
+    "gguf": run_gguf,
+    "torch": run_torch,
+    "aoti": run_aoti,
+    "onnx": run_onnx,
+}
 
 
 def threads() -> int:

@@ -28,7 +28,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
             )
         if getattr(p, "latent", None) is not None:
             raise KvcompileError(
-                f"no stock class of {kind!r} caches a latent in place of keys and values, and DeepSeek's norms it",
+                f"no stock class of {kind!r} caches a latent in place of keys and values",
                 f"'mla' in layer {p.index}",
             )
         if p.heads is not None and kind in UNGROUPED:
