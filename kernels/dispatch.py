@@ -9,7 +9,7 @@ from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention as cpp
 from kvcompile.kernels.cpp import build, encode
 from kvcompile.kernels.layout import Queries, View
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton import route as triton
 from torch import Tensor
 
@@ -66,6 +66,11 @@ def why(device: torch.device | str = "cpu") -> str:
     if place not in GENERATED:
         return f"no kernels are generated for {place}"
     return build.available() or ""
+
+
+def scores(route: str, parts: tuple[Part, ...], dtype: object) -> bool:
+    """Whether a route computes column sums over these parts for queries of a dtype (or its name)."""
+    return cpp.generated(parts, str(dtype).removeprefix("torch.")) if route == "cpp" else route != "sdpa"
 
 
 def describe(route: str, spec: KernelSpec, dtype: torch.dtype) -> str:

@@ -42,20 +42,45 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     attentive = step.prefill or s.schedule.decode_every > 0
     if not attentive:
         return None
-    keep = _queries_needed(s)
+    summed = sums_wanted(kv, queries, step)
+    keep = _queries_needed(s, summed)
     if s.score.moments:
         kv.watch.add_moments(unrotated, step.positions, step.valid)
         step.cache.summed()
     if keep != 0:
-        kv.watch.remember(queries, step.positions, step.valid, keep)
+        kv.watch.remember(queries, step.positions, step.valid, keep, counted=summed)
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
         _carry(layer)
     asking = kv.watch.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
     looks = [_look(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
+    if not s.score.carries:
+        kv.watch.received = None
     if step.last and step.prefill and not s.schedule.decode_every:
         kv.watch.forget()
     return looks
+
+
+def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
+    """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
+    s = kv.plan.selection
+    if s is None or not s.score.sums or (queries.requires_grad and torch.is_grad_enabled()):
+        return False
+    if s.score.carries:
+        asked = step.prefill or s.schedule.decode_every > 0
+    else:  # of one query: nobody may have been asked earlier
+        asked = queries.shape[2] == 1 and step.valid is None and not step.prefill and step.due(s.schedule.decode_every)
+    return asked and step.cache.scores(kv.held.parts, queries.dtype)
+
+
+def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
+    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody asks."""
+    if not sums_wanted(kv, queries, step):
+        return None
+    store = kv.held
+    if kv.plan.selection is not None and kv.plan.selection.score.carries:
+        step.cache.summed()
+    return kv.watch.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
 
 
 @torch.no_grad()
@@ -77,8 +102,9 @@ def _carry(layer: _Layer) -> None:
         watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
 
 
-def _queries_needed(s: Selection) -> int | None:
-    needs = [s.score.queries] + ([s.uncertainty.queries] if s.uncertainty else [])
+def _queries_needed(s: Selection, summed: bool) -> int | None:
+    mine = 0 if summed and s.score.carries else s.score.queries
+    needs = [mine] + ([s.uncertainty.queries] if s.uncertainty else [])
     return None if None in needs else max(n for n in needs if n is not None)
 
 
@@ -98,10 +124,17 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
         carried=kv.watch.carry(b, keys.shape[1]),
+        received=kv.watch.gained(b, keys.shape[1], _group(layer)) if score.sums else None,
         moments=kv.watch.moments(b, keys.shape[0]) if score.moments else None,
         mean_rotation=_mean_rotation(layer, b, keys),
         layer=plan.index,
     )
+
+
+def _group(layer: _Layer) -> int:
+    """Query heads per KV head, those of all layers that read it."""
+    readers = [p for p in layer.step.cache.plan.layers if p.owner == layer.plan.index]
+    return sum(p.query_heads for p in readers) // layer.plan.kv_heads
 
 
 def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,12 +294,7 @@ def _drop(step: Step, kv: LayerCache, indices: list[Tensor]) -> bool:
     heads, longest = kv.held.heads, max(kv.held.lengths)
     kv.keep(indices, step.cache.headroom)
     step.cache.evicted(kv.plan.index, dropped)
-    if kv.watch.carried is not None:
-        carried = [torch.nn.functional.pad(held, (0, longest - held.shape[1])) for held in kv.watch.carried]
-        kv.watch.carried = [
-            torch.nn.utils.rnn.pad_sequence([held[h, indices[b * heads + h]] for h in range(heads)], batch_first=True)
-            for b, held in enumerate(carried)
-        ]
+    kv.watch.keep(indices, heads, longest)
     return True
 
 
@@ -309,4 +337,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["Looks", "compress", "look", "observe", "trim", "turn"]
+__all__ = ["Looks", "compress", "look", "observe", "sums", "trim", "turn"]

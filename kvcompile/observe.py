@@ -30,6 +30,8 @@ class Observation:
     `[H_kv, n, D]` as cached (keys after rotation); positions `[H_kv, n]`, true ones, ascending, -1 past a row's end.
     `lengths [H_kv]` are the rows' entries, `tokens` the number of tokens the sequence has seen.
     `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
+    `received [H_kv, n]`: attention to each entry, mean over the group and summed over the queries that only the kernel
+    has seen, which are not among `queries` unless the score looks at one query (None: there are none).
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
     `layer` is the index in the model.
     """
@@ -45,6 +47,7 @@ class Observation:
     softcap: float | None = None
     sliding_window: int | None = None
     carried: Tensor | None = None
+    received: Tensor | None = None
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
     layer: int = 0

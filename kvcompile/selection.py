@@ -57,6 +57,14 @@ class Score:
         """Whether `score` is made of tensor operations alone, as an exported program needs it."""
         return True
 
+    @property
+    def sums(self) -> bool:
+        """Whether the attention of its `queries` to each entry, summed, is all that it sees of them.
+
+        Where the attention kernel adds that up in its own pass, it comes as `Observation.received`.
+        """
+        return False
+
     def observe(self, seen: Observation) -> Tensor:
         """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
         raise NotImplementedError

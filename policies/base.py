@@ -85,7 +85,11 @@ class CarriedScore(Score):
         state = torch.zeros(seen.positions.shape, device=seen.keys.device) if seen.carried is None else seen.carried
         for asked, attention in seen.attention_blocks():
             state = self.update(state, asked, attention, seen)
-        return state
+        return state if seen.received is None else self.receive(state, seen.received)
+
+    def receive(self, state: Tensor, received: Tensor) -> Tensor:
+        """`state [H_kv, n]` after queries of which only sums came (where the score has `sums`)."""
+        raise NotImplementedError
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`: the numbers as carried."""

@@ -22,9 +22,18 @@ class AccumulatedAttention(CarriedScore):
     Source: H2O, arXiv 2306.14048, algorithm 1.
     """
 
+    @property
+    def sums(self) -> bool:
+        """Sums are what it adds up."""
+        return True
+
     def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """Plus what the queries pay, averaged over the group."""
         return state + attention.mean(1).sum(1)
+
+    def receive(self, state: Tensor, received: Tensor) -> Tensor:
+        """Plus what the kernel has summed."""
+        return state + received
 
 
 @dataclass(frozen=True)

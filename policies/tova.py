@@ -27,10 +27,15 @@ class LastAttention(Score):
         """The last query."""
         return 1
 
+    @property
+    def sums(self) -> bool:
+        """The sum over one query."""
+        return True
+
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; all rows hold the same entries, since every head gets the same selection."""
-        last = seen.attention()[:, :, -1]  # [H_kv, g, n]
-        return last.mean(dim=(0, 1)).expand(last.shape[0], -1)
+        last = seen.attention()[:, :, -1].mean(1) if seen.received is None else seen.received
+        return last.mean(0).expand(last.shape[0], -1)
 
 
 @dataclass(frozen=True)

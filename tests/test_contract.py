@@ -88,8 +88,8 @@ def test_a_budget_that_holds_the_prompt_is_dense(name: str, architecture: str) -
     got, cache = steps(compiled(row.fields(budget, **row.everything), architecture), ids, TOKENS)
     expected, _ = steps(dense(architecture), ids, TOKENS)
     assert off(got, expected) < row.logits
-    if not row.stored:
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    if not row.stored:  # a prompt whose kernel sums up scores too adds in another order than SDPA
+        torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-5)
     for p, lengths in zip(cache.plan.layers, cache.lengths(), strict=True):
         assert min(lengths) >= p.span(TOKENS + 8)
 
@@ -211,9 +211,9 @@ def test_chunked_prefill_never_holds_more_than_budget_and_chunk(name: str, row: 
     cache, held = model.new_cache(), []
     inner = cache.attend
 
-    def attend(queries: Any, view: Any, spec: Any) -> Tensor:
+    def attend(*given: Any) -> Tensor:
         held.append((sum(totals_so_far(cache)), cache.allocated(), min(cache.seen)))
-        return inner(queries, view, spec)
+        return inner(*given)
 
     cache.attend = attend
     with torch.no_grad():

@@ -110,13 +110,13 @@ def watch(monkeypatch: pytest.MonkeyPatch, host: Host) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     spec = KVCache.spec
 
-    def looked(self: KVCache, index: int, parts: Any) -> Any:
+    def looked(self: KVCache, index: int, *given: Any) -> Any:
         layer = self.layers[self.plan.layers[index].owner]
         if layer.shuttle is not None:
             assert not layer.shuttle.parked
             assert not any(map(host.holds, travelling(layer.store)))
         seen.append((index, self.resident()))
-        return spec(self, index, parts)
+        return spec(self, index, *given)
 
     monkeypatch.setattr(KVCache, "spec", looked)
     return seen

@@ -19,7 +19,7 @@ from kvcompile.kernels import sdpa
 from kvcompile.kernels.cpp import build, chunk, simd, step
 from kvcompile.kernels.cpp.stored import ELEMENTS
 from kvcompile.kernels.layout import DenseView, Queries, View, parts
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.spec import KernelSpec, Part
 from torch import Tensor
 
 from kvcompile.storage import Codec
@@ -63,16 +63,17 @@ def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bo
 
     many: more than one new token of each sequence; whole: they are all that is held.
     """
-    if not _generated(spec, dtype):
+    if not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
         return "sdpa (float64 is not generated)"
     if many and whole and _plain(spec, dtype):
         return "sdpa (a whole prompt over plain dense floats)"
     return "cpp"
 
 
-def _generated(spec: KernelSpec, dtype: torch.dtype) -> bool:
-    kinds = {codec.kind for part in spec.parts for codec in (part.key, part.value)}
-    return dtype in QUERY_TYPES and kinds <= set(ELEMENTS)
+def generated(held: tuple[Part, ...], query: str) -> bool:
+    """Whether there are kernels over these parts for queries of a dtype (its name)."""
+    kinds = {codec.kind for part in held for codec in (part.key, part.value)}
+    return query in QUERY_TYPES.values() and kinds <= set(ELEMENTS)
 
 
 def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:
@@ -88,7 +89,7 @@ def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool) -> Kernel:
         mine = _building.setdefault(key, threading.Lock())
     with mine:
         if key not in _kernels:
-            if not _generated(spec, dtype):
+            if not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
                 _kernels[key] = partial(_library, spec)
             else:
                 _kernels[key] = Chunk(spec, dtype) if many else Step(spec, dtype)

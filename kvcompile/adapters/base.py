@@ -70,5 +70,6 @@ class Attention(nn.Module):
         if self.rotary:
             queries, keys = self.rotate(queries, keys, position_embeddings)
         kv = ops.kv_append(past_key_values, keys, values, step, layer)
+        states = ops.attend(queries, kv, step, layer)
         ops.observe(kv, queries, unrotated, step, layer)
-        return getattr(self, self.out)(ops.attend(queries, kv, step, layer)), None
+        return getattr(self, self.out)(states), None

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kvcompile.cache.coded import expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, Route, encoder
+from kvcompile.kernels.dispatch import ROUTES, Route, encoder, scores
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan import Plan
 from kvcompile.storage import PLAIN, Storage
@@ -65,7 +65,7 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[LayerCache(p, encoder(route)) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend: Route = ROUTES[route]
-        self.specs: dict[tuple[int, tuple[Part, ...]], KernelSpec] = {}
+        self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
         self.headroom = HEADROOM
         self._start()
 
@@ -116,14 +116,19 @@ class KVCache(Cache):  # type: ignore[misc]
         new = mask[:, -count:] != 0
         return None if bool(new.all()) else new
 
-    def spec(self, index: int, parts: tuple[Part, ...]) -> KernelSpec:
-        """The kernel that layer `index` needs over a store that lies in these parts."""
-        found = self.specs.get((index, parts))
+    def spec(self, index: int, parts: tuple[Part, ...], scores: bool = False) -> KernelSpec:
+        """The kernel that layer `index` needs over a store that lies in these parts; `scores`: with column sums."""
+        found = self.specs.get((index, parts, scores))
         if found is None:
             p = self.plan.layers[index]
-            found = KernelSpec(parts, p.group, p.head_dim, p.head_dim, p.scale, p.sliding_window, softcap=p.softcap)
-            self.specs[index, parts] = found
+            shape = p.group, p.head_dim, p.head_dim, p.scale
+            found = KernelSpec(parts, *shape, p.sliding_window, softcap=p.softcap, scores=scores)
+            self.specs[index, parts, scores] = found
         return found
+
+    def scores(self, parts: tuple[Part, ...], dtype: object) -> bool:
+        """Whether the kernels over these parts compute column sums for queries of a dtype."""
+        return scores(self.route, parts, dtype)
 
     def expected(self, index: int) -> list[KernelSpec]:
         """The kernels that layer `index` will need to decode: over rows of one length, and of any length."""
@@ -135,7 +140,10 @@ class KVCache(Cache):  # type: ignore[misc]
         return self._specs(index, PLAIN if storage.coded else storage)
 
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
-        return [self.spec(index, expected_parts(storage, layout, self.plan.dtype)) for layout in ("dense", "ragged")]
+        parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
+        s = self.plan.layers[self.plan.layers[index].owner].selection
+        summed = s is not None and s.score.sums and s.schedule.decode_every > 0
+        return [self.spec(index, p, summed and self.scores(p, self.plan.dtype)) for p in parts]
 
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""

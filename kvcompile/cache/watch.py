@@ -51,8 +51,11 @@ class Watch:
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
     sums: list[Sums] | None = None  # per sequence
+    received: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
 
-    def remember(self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None) -> None:
+    def remember(
+        self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None, counted: bool = False
+    ) -> None:
         """Add queries; hold only the newest `keep` real ones (None: all since `forget`)."""
         if keep is not None and queries.shape[2] > keep:
             if valid is None:
@@ -61,7 +64,7 @@ class Watch:
                 newest = valid.int().sort(dim=1, stable=True).indices[:, -keep:]  # padding first, order kept
                 queries = queries.take_along_dim(newest[:, None, :, None], 2)
                 positions, valid = positions.take_along_dim(newest, 1), valid.take_along_dim(newest, 1)
-        self.segments.append(Segment(queries, positions, valid))
+        self.segments.append(Segment(queries, positions, valid, counted))
         if keep is not None:
             self._hold(keep)
 
@@ -74,6 +77,7 @@ class Watch:
         """All remembered queries have been counted; hold the newest `keep` for other readers."""
         for s in self.segments:
             s.counted = True
+        self.received = None
         self._hold(keep)
 
     def forget(self) -> None:
@@ -125,6 +129,34 @@ class Watch:
         held = self.carried[b]
         return torch.nn.functional.pad(held, (0, entries - held.shape[1]))
 
+    def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
+        """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
+        held = 0 if self.received is None else self.received.shape[2]
+        if held < entries:
+            wide = torch.zeros(batch, heads, entries + room, device=device)
+            if self.received is not None:
+                wide[:, :, :held] = self.received
+            self.received = wide
+        return torch.flatten(self.received, 0, 1)[:, :entries]  # type: ignore[arg-type]
+
+    def gained(self, b: int, entries: int, group: int) -> Tensor | None:
+        """What the kernel has summed for one sequence, mean over the `group` query heads of a KV head."""
+        return None if self.received is None else self.received[b, :, :entries] / group
+
+    def keep(self, indices: list[Tensor], heads: int, longest: int) -> None:
+        """Follow the cache when it keeps only the entries `indices[row]` of rows of up to `longest`."""
+
+        def kept(b: int, held: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(held, (0, max(0, longest - held.shape[1])))
+            rows = [padded[h, indices[b * heads + h]] for h in range(heads)]
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+        if self.carried is not None:
+            self.carried = [kept(b, held) for b, held in enumerate(self.carried)]
+        if self.received is not None:
+            rows = [kept(b, held).T for b, held in enumerate(self.received)]
+            self.received = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2).contiguous()
+
     def select(self, sequences: Tensor) -> None:
         """Follow the cache when its sequences are kept, repeated or reordered."""
         chosen = [int(b) for b in sequences]
@@ -133,6 +165,8 @@ class Watch:
             s.valid = None if s.valid is None else s.valid[sequences]
         if self.carried is not None:
             self.carried = [self.carried[b] for b in chosen]
+        if self.received is not None:
+            self.received = self.received[sequences]
         if self.waiting is not None:
             self.waiting = [self.waiting[b] for b in chosen]
         if self.sums is not None:

@@ -87,8 +87,9 @@ def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`."""
     store = kv.held
     cache = step.cache
-    spec = cache.spec(layer, store.parts)
-    out = cache.attend(Queries(queries, step.positions, step.valid), store.view(), spec)
+    sums = selections.sums(kv, queries, step)
+    spec = cache.spec(layer, store.parts, sums is not None)
+    out = cache.attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -34,7 +34,10 @@ class DropObservers(Pass):
 
 
 class InsertCompression(Pass):
-    """Each selected layer gets a `compress` node after its last reader; layers that share a budget, one `allocate`."""
+    """Each selected layer gets a `compress` node after its last reader; layers that share a budget, one `allocate`.
+
+    `observe` comes before it and after the layer's attention: what entries received is known then.
+    """
 
     def wanted(self) -> bool:
         """Where the plan drops anything."""
@@ -51,12 +54,12 @@ class InsertCompression(Pass):
                 groups.setdefault(mates[0], []).append(p)
                 continue
             node = watched[p.index]
-            with graph.inserting_after(readers[p.index]):
+            with graph.inserting_after(max(readers[p.index], node)):
                 graph.call_function(ops.compress, (node.args[0], node, node.args[3], p.index))
         for group in groups.values():
             indices = tuple(p.index for p in group)
             step = watched[indices[0]].args[3]
-            with graph.inserting_after(max(readers[i] for i in indices)):
+            with graph.inserting_after(max(node for i in indices for node in (readers[i], watched[i]))):
                 graph.call_function(ops.allocate, (step, indices, *(watched[i] for i in indices)))
         return len(self.plan.selected)
 

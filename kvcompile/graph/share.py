@@ -15,7 +15,7 @@ class ShareKV(Pass):
     """Layers that read another layer's keys and values lose their own: projections, rotation, append and observer.
 
     Their own queries, rotated at the same positions, meet the owner's keys. A selection of the owner looks at the
-    queries of all its readers, which then stand in the groups of its KV heads: `observe` moves in front of the last
+    queries of all its readers, which then stand in the groups of its KV heads: `observe` moves behind the last
     reader's `attend`.
     """
 
@@ -47,7 +47,7 @@ class ShareKV(Pass):
         mine = watched[owner]
         readers = [watched[p.index] for p in self.plan.layers if p.owner == owner]
         kv, step = mine.args[0], mine.args[3]
-        with graph.inserting_before(last_readers(graph)[owner]):
+        with graph.inserting_before(last_readers(graph)[owner].next):
             rotated, plain = (
                 graph.call_function(ops.together, (kv, *(node.args[place] for node in readers))) for place in (1, 2)
             )

@@ -124,8 +124,8 @@ def test_compression_comes_after_the_last_reader() -> None:
             if i == 2
             else [
                 ("kv_append", i),
-                ("observe", i),
                 ("attend", i),
+                ("observe", i),
                 ("compress", i),
             ]
         )
@@ -141,7 +141,7 @@ def test_layers_that_share_a_budget_meet_in_one_node() -> None:
     changes = rewrite(module, select(plan, SHARED, [0, 2])).changes
     assert changes == {"DropObservers": 2, "InsertCompression": 2}
     order = names(module.graph)
-    assert order.index(("allocate", (0, 2))) == order.index(("attend", 2)) + 1
+    assert order.index(("allocate", (0, 2))) == order.index(("observe", 2)) + 1
     node = next(n for n in module.graph.nodes if n.target is ops.allocate)
     assert node.args[2:] == tuple(observes(module.graph)[i] for i in (0, 2))
 

@@ -131,6 +131,39 @@ def test_several_new_tokens(one: KernelSpec, data, batch: int, heads: int, seed:
     check(one, lengths, batch, heads, seed=seed, count=count, valid=valid)
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("one", SPECS, ids=lambda s: s.name)
+def test_a_chunk_over_a_long_history(one: KernelSpec, padding: str) -> None:
+    """Many tiles of entries and several blocks of queries; a sequence of the batch may get padding alone."""
+    count, batch, heads = 90, 3, 1
+    dense = any(p.layout == "dense" for p in one.parts)
+    if dense and padding != "none":
+        pytest.skip("a dense layer has no padding")
+    valid = None
+    if padding != "none":
+        valid = torch.arange(count).expand(batch, -1) < torch.tensor([[count], [0], [37]])
+        valid = valid.flip(1) if padding == "left" else valid
+    lengths = [[1200, 1200, 1200] if p.layout == "dense" else [1200, 640, 33] for p in one.parts]
+    check(one, lengths, batch, heads, seed=7, count=count, valid=valid)
+
+
+COMBINED = [
+    replace(SPECS[6], sliding_window=130, sinks=4, softcap=2.0, scores=False),
+    replace(SPECS[11], sliding_window=40, softcap=3.0),
+    replace(SPECS[12], sliding_window=200, softcap=2.0, scores=True),
+]
+
+
+@pytest.mark.parametrize("one", COMBINED, ids=lambda s: s.name)
+def test_a_chunk_over_codes_under_a_window_and_a_soft_cap(one: KernelSpec) -> None:
+    """The window begins in one part and ends in another, or leaves a whole part behind."""
+    for new in (2, 65):
+        for lengths in ([[96, 0, 320, 32]] * 2, [[32, 640, 64, 0], [70, 100, 300, 9]]):
+            check(one, lengths, 2, 2, seed=new, count=new)
+            padded = torch.arange(new).expand(2, -1) >= torch.tensor([[0], [new // 2]])
+            check(one, lengths, 2, 2, seed=new, count=new, valid=padded)
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
 @pytest.mark.parametrize(("place", "flag"), [(6, "-march=haswell"), (11, "-march=x86-64")])
 def test_other_vectors(place: int, flag: str) -> None:
