@@ -27,9 +27,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="+", help="as for kvcompile")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, default=Path("outputs/healing"))
+    parser.add_argument("--done", action="store_true", help="the command has been run: the artifact is there")
     args = parser.parse_args()
     command = ["kvcompile", *args.overrides]
-    subprocess.run([sys.executable, "-m", *command, f"output={args.artifact}"], check=True)
+    if not args.done:
+        subprocess.run([sys.executable, "-m", *command, f"output={args.artifact}"], check=True)
     made = report.read(args.artifact)
     if made.healed is None:
         sys.exit("nothing was healed: give heal.tokens")

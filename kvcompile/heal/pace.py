@@ -36,6 +36,7 @@ class Pace:
         """Begin or resume, after `seconds` and `step` steps of earlier sessions."""
         self.before, self.started = seconds, self.clock()
         self.at(step)
+        self.trained = self.stage
 
     @property
     def seconds(self) -> float:

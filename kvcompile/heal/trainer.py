@@ -86,6 +86,12 @@ class HealTrainer(Trainer):  # type: ignore[misc]
                 found.append(Point(*at, entry.get("loss"), entry.get("learning_rate"), quality))
         return found
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are saved once, which is no reason to warn."""
+        once = {name for name, _ in self.model.named_parameters()}
+        if load_result.unexpected_keys or once & set(load_result.missing_keys):
+            super()._issue_warnings_after_load(load_result)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 

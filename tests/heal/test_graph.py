@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from converted import SharingCache
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 import kvcompile
@@ -27,6 +28,22 @@ def test_gradients_through_the_graph_are_those_of_the_plain_model(name: str) -> 
     assert set(wanted) == {n for n, _ in compiled.named_parameters()}
     for n, p in compiled.named_parameters():
         assert p.grad is not None, n
+        torch.testing.assert_close(p.grad, wanted[n].grad, rtol=2e-3, atol=2e-5, msg=n)
+
+
+def test_shared_layers_get_the_gradients_of_all_their_readers() -> None:
+    """Against transformers' own model over a cache that hands each layer its owner's keys and values."""
+    plain, ids = tiny_model(), tiny_ids(2, 24)
+    compiled = kvcompile.compile(tiny_model(), overrides=["policy=[cla]", "kernels=sdpa"])
+    owners = [p.owner for p in compiled.kvcompile.plan.layers]
+    assert owners == [0, 0, 2, 2]
+    plain(input_ids=ids, labels=ids, past_key_values=SharingCache(plain.config, owners)).loss.backward()
+    compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    wanted = dict(plain.named_parameters())
+    readers = {n for n, p in wanted.items() if p.grad is None}
+    assert readers == {f"model.layers.{i}.self_attn.{kv}_proj.weight" for i in (1, 3) for kv in "kv"}
+    assert set(wanted) - readers == {n for n, _ in compiled.named_parameters()}
+    for n, p in compiled.named_parameters():
         torch.testing.assert_close(p.grad, wanted[n].grad, rtol=2e-3, atol=2e-5, msg=n)
 
 

@@ -186,6 +186,7 @@ def test_a_slow_clock_ends_what_tokens_would_not() -> None:
     now[0] = 10.0
     pace.at(1)
     assert (pace.fraction, pace.stage, pace.spent) == (0.5, "model", False)
+    assert pace.trained == "model", "a resumed training says what it is at, not what it began with"
     now[0] = 41.0
     pace.at(2)
     assert pace.spent
