@@ -2,24 +2,25 @@
 
     python benchmarks/healing.py --out benchmarks/results/mqa_heal recipe=mqa_heal model=llama
 
-Writes <out>.json (the report as kvcompile wrote it), <out>.md and <out>.png; an interrupted run resumes.
+Writes <out>.json (kvcompile's report), <out>.md and <out>.png; an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import shlex
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tabulate import tabulate
 
 from kvcompile import report
 from kvcompile.heal.record import HealRecord
-from kvcompile.report_view import markdown
+from kvcompile.report_view import draw, markdown
 
 
 def main() -> None:
@@ -28,17 +29,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--artifact", type=Path, default=Path("outputs/healing"))
     parser.add_argument("--done", action="store_true", help="the command has been run: the artifact is there")
+    parser.add_argument("--note", default="", help="what the numbers do not say, e.g. what else the machine did")
     args = parser.parse_args()
     command = ["kvcompile", *args.overrides]
     if not args.done:
         subprocess.run([sys.executable, "-m", *command, f"output={args.artifact}"], check=True)
-    made = report.read(args.artifact)
+    made = replace(report.read(args.artifact), recipe=shlex.join(command))
     if made.healed is None:
         sys.exit("nothing was healed: give heal.tokens")
-    shutil.copy(args.artifact / "report.json", args.out.with_suffix(".json"))
-    shutil.copy(args.artifact / "report.png", args.out.with_suffix(".png"))
+    args.out.with_suffix(".json").write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
+    draw(made, args.out.with_suffix(".png"))
     text = markdown(made).replace("(report.png)", f"({args.out.name}.png)")
-    head = f"{datetime.date.today()}\n\n    {shlex.join(command)}\n\n"
+    head = f"{datetime.date.today()}\n\n    {shlex.join(command)}\n\n" + (f"{args.note}\n\n" if args.note else "")
     args.out.with_suffix(".md").write_text(f"{head}{text}\n{curve(made.healed)}", encoding="utf-8")
 
 

@@ -45,7 +45,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     made = Report(
         title=config.label,
         model=config.model.pretrained or config.model.name,
-        recipe=compiled.kvcompile.recipe,
+        recipe=config.recipe or "",
         policies=list(config.stack),
         machine=_machine(),
         versions=artifact.versions(),

@@ -374,6 +374,8 @@ def _draw_healed(record: HealRecord, ax: Axes) -> None:
     quality.axhline(record.perplexity[0], color=LOSS, linestyle="--", linewidth=1.0, label="the original's")
     for axis in (ax, quality):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     quality.spines[["top", "left", "bottom"]].set_visible(False)
     quality.spines["right"].set_color(DENSE)
     quality.tick_params(colors=LOSS, length=0, which="both", labelsize=7)
