@@ -15,6 +15,9 @@ from kvcompile.stack import filled, suggest
 DOORS = {  # in the order in which an error recommends them
     "hf": "kvcompile.doors.hf:HF",
     "gguf": "kvcompile.doors.gguf:GGUF",
+    "onnx": "kvcompile.doors.onnx:ONNX",
+    "torch": "kvcompile.doors.torch_program:TorchProgram",
+    "aoti": "kvcompile.doors.aoti:AOTI",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,24 +86,31 @@ def exported(module: nn.Module, program: Program, *cache: Tensor) -> torch.expor
     count = 1 if decoding else min(limits.prompt, 2 * LEAST + 3)
     ids = torch.zeros(limits.batch, count, dtype=torch.int64, device=program.device)
     tokens = {1: torch.export.Dim("tokens", min=LEAST, max=limits.prompt)}
-    with traceable(), torch.no_grad():
-        return torch.export.export(
-            module.eval(), (ids, *cache), dynamic_shapes=None if decoding else (tokens,), strict=False
-        )
+    with traceable(module):
+        return torch.export.export(module, (ids, *cache), dynamic_shapes=None if decoding else (tokens,), strict=False)
 
 
 @contextmanager
-def traceable() -> Iterator[None]:
-    """Turn the failure of a trace into one line. Raises KvcompileError."""
+def traceable(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients while `module` is traced; what goes wrong becomes one line.
+
+    Raises KvcompileError.
+    """
+    modes = [(m, m.training) for m in module.modules()]
     try:
-        yield
+        module.eval()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters warn of their own deprecated calls
+            yield
     except KvcompileError:
         raise
     except Exception as error:  # the exporters raise whatever the model's own code does under a trace
         raise KvcompileError(
-            "the model's own layers must be traceable",
-            f"{type(error).__name__}: {first_line(error)}",
+            "the model's own layers must be traceable", f"{type(error).__name__}: {first_line(error)}"
         ) from error
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 def described(program: Program) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""An ONNX graph with the cache as inputs and outputs decodes under onnxruntime like the compiled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import code, compiled, planned, stepped
+from tiny import tiny_ids
+
+from kvcompile.doors.onnx import ONNX
+from kvcompile.errors import KvcompileError
+
+NEW = 12
+KINDS = ["sliding_attention", "full_attention"]
+STACKS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "shared and merged": ("qwen3", ["policy=[mqa,cla]"], {}),
+    "sliding, soft-capped": ("gemma2", ["policy=gqa"], {"layer_types": KINDS}),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_onnxruntime_decodes_alike(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    architecture, overrides, over = STACKS[name]
+    model = compiled(architecture, overrides, num_hidden_layers=2, **over)
+    ONNX().write(model, None, tmp_path)
+    usage: dict[str, Any] = {}
+    exec(code(ONNX.usage), usage)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [x.name for x in session.get_inputs()[1:]]
+    owners = [p.index for p in model.kvcompile.plan.layers if p.owner == p.index]
+    assert names == [f"past_key_values.{i}.{part}" for i in owners for part in ("key", "value")]
+    for batch, count in ((1, 1), (1, 30), (2, 7)):
+        ids = tiny_ids(batch, count)
+        expected, _ = stepped(model, ids, NEW)
+        tokens = torch.cat([torch.from_numpy(x) for x in usage["generate"](tmp_path, ids.numpy(), NEW)], 1)
+        assert torch.equal(tokens, expected[:, :-1].argmax(-1))
+        empty = torch.zeros(batch, model.kvcompile.plan.layers[0].kv_heads, 0, 16).numpy()
+        logits, *cache = session.run(None, {"input_ids": ids.numpy(), **dict.fromkeys(names, empty)})
+        got = [torch.from_numpy(logits[:, -1])]
+        for token in tokens.unbind(1):
+            given = {"input_ids": token[:, None].numpy(), **dict(zip(names, cache, strict=True))}
+            logits, *cache = session.run(None, given)
+            got.append(torch.from_numpy(logits[:, -1]))
+        torch.testing.assert_close(torch.stack(got, 1), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "reason"),
+    [
+        (["policy=snapkv"], "float32", "every token"),
+        (["policy=kivi"], "float32", "plain numbers"),
+        ([], "bfloat16", "float32"),
+    ],
+)
+def test_refuses_what_the_cache_of_the_caller_cannot_be(overrides: list[str], dtype: str, reason: str) -> None:
+    plan, config = planned("llama", overrides, dtype)
+    with pytest.raises(KvcompileError, match=reason):
+        ONNX().refuse(plan, config)

@@ -1,0 +1,70 @@
+"""Saved torch.export programs, stepped by PyTorch alone in another process, are the compiled model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import code, compiled, stepped
+from tiny import tiny_ids
+
+from kvcompile.doors.torch_program import TorchProgram
+
+NEW = 20
+LENGTHS = (2, 19, 48)  # traced with another one; the last two are past the budget
+STACK = ["policy=[gqa,cla,snapkv]", "stack.snapkv.budget=12", "stack.snapkv.window=8", "stack.snapkv.decode_every=4"]
+DRIVER = """
+import sys
+sys.modules["kvcompile"] = sys.modules["transformers"] = None  # importing either now fails
+{usage}
+folder, count = sys.argv[1], int(sys.argv[2])
+prefill, decode = load(folder)
+with torch.no_grad():
+    alone = decode(torch.full((2, 1), 7))  # on an empty cache
+    found = []
+    for prompt in torch.load(folder + "/prompts"):
+        tokens = torch.cat(list(generate(prefill, decode, prompt, count)), 1)
+        logits = [prefill(prompt), *(decode(token[:, None]) for token in tokens.unbind(1))]
+        found.append(torch.cat(logits, 1))
+torch.save((alone, found), folder + "/logits")
+"""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compiled("llama", STACK)
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("torch")
+    TorchProgram(batch=2, prompt=64, new=24).write(model, None, made)
+    return made
+
+
+def test_another_process_without_us_decodes_alike(model: Any, folder: Path) -> None:
+    prompts = [tiny_ids(2, count) for count in LENGTHS]
+    torch.save(prompts, folder / "prompts")
+    driver = DRIVER.format(usage=code(TorchProgram.usage))
+    subprocess.run([sys.executable, "-c", driver, str(folder), str(NEW)], check=True, cwd=folder)
+    alone, found = torch.load(folder / "logits")
+    for ids, got in zip(prompts, found, strict=True):
+        expected, _ = stepped(model, ids, NEW)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+        assert (got[:, 1] - alone[:, 0]).abs().max() > 0.1  # what is compared depends on the cache
+
+
+def test_facts_tell_what_the_program_holds(folder: Path) -> None:
+    facts = json.loads((folder / "program.json").read_text())
+    buffers = dict(torch.export.load(folder / "decode.pt2").named_buffers())
+    assert [x["layer"] for x in facts["layers"]] == [0, 2]
+    assert [x["capacity"] for x in facts["layers"]] == [16, 16]  # the budget, and tokens until the next selection
+    for held in facts["cache"]:
+        assert list(buffers[f"cache.{held['name']}"].shape) == held["shape"]
+        assert not buffers[f"cache.{held['name']}"].clamp(min=0).any()  # saved empty
+    assert facts["cache_bytes"] == sum(x.nbytes for name, x in buffers.items() if name.startswith("cache."))
