@@ -6,6 +6,8 @@ Queries of a prefill run in blocks, so that neither a mask nor a score matrix of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from kvcompile.kernels import reference
@@ -26,6 +28,12 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     if spec.scores or spec.sinks:
         raise KvcompileError("kernels=sdpa computes neither scores nor sinks", spec.name, "use another route")
     view = _plain(view, spec, queries.states.dtype)
+    if spec.latent:  # library calls want values as wide as keys: the rows themselves, of which the end is kept
+        return _attended(queries, replace(view, values=view.keys), spec)[..., -spec.value_dim :]
+    return _attended(queries, view, spec)
+
+
+def _attended(queries: Queries, view: DenseView | RaggedView, spec: KernelSpec) -> Tensor:
     if isinstance(view, DenseView):
         return _dense(queries.states, queries.positions, view, spec)
     if queries.states.shape[2] == 1 and queries.valid is None:

@@ -41,6 +41,7 @@ class KernelSpec:
     A row of the cache is its entries in `parts[0]`, then those in `parts[1]`, and so on (a quantised body and its
     full-precision residual, or two precision tiers); one softmax runs over all of them.
     `sinks`: under a sliding window, positions below this stay visible. `scores`: column sums of attention come too.
+    `latent`: values have no memory of their own, they are the last `value_dim` channels of the keys (MLA).
     """
 
     parts: tuple[Part, ...]
@@ -52,6 +53,7 @@ class KernelSpec:
     sinks: int = 0
     softcap: float | None = None
     scores: bool = False
+    latent: bool = False
 
     @property
     def name(self) -> str:
@@ -61,4 +63,5 @@ class KernelSpec:
         extras += [f"-s{self.sinks}"] if self.sinks else []
         extras += [f"-cap{self.softcap:g}"] if self.softcap else []
         extras += ["-scores"] if self.scores else []
+        extras += ["-latent"] if self.latent else []
         return "+".join(p.name for p in self.parts) + f"-g{self.group}-{dims}" + "".join(extras)

@@ -44,6 +44,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     converted: the weights are those of the plan already.
     Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
     """
+    from kvcompile.adapters.latent import latent_rotations
     from kvcompile.adapters.registry import rotations, swap
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import trace
@@ -58,7 +59,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     if not converted:
         convert(model, plan)
         fold_rotation(model, plan)
-    rotaries = rotations(model)
+    rotaries = latent_rotations(rotations(model), plan)
     swap(model, plan)
     graph = trace(model)
     changes = rewrite(graph, plan).changes

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from kvcompile.errors import KvcompileError
 from kvcompile.selection import Selection
 from kvcompile.storage import PLAIN, Codec, Storage
-from kvcompile.structure.data import Fold, Heads
+from kvcompile.structure.data import Fold, Heads, Latent
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
@@ -35,9 +35,11 @@ class LayerPlan:
     selection: Selection | None = None
     storage: Storage = PLAIN
     rotates: bool = True  # whether queries and keys get rotary positions
+    rotary: int = 0  # channels of a head that they turn, where `rotates`
     key_norm: bool = False  # whether keys are normed after their projection
     heads: Heads | None = None  # how its KV heads were merged
     fold: Fold = "owner"  # what an owner's projections take from those of its readers
+    latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
 
     @property
     def group(self) -> int:
@@ -47,7 +49,25 @@ class LayerPlan:
     @property
     def dense_heads(self) -> int:
         """KV heads of the uncompressed model."""
+        if self.latent:
+            return self.latent.kv_heads
         return self.heads.original if self.heads else self.kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers that a query meets in one entry: a key, or a latent row."""
+        return self.latent.width if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers that attention sums: a value, or the latent without its positions."""
+        return self.latent.rank if self.latent else self.head_dim
+
+    def nbytes(self, tokens: int, dtype: str) -> int:
+        """Bytes of `tokens` tokens of one KV head after a settled pass."""
+        if self.latent:
+            return tokens * self.latent.width * DTYPE_BYTES[dtype]
+        return self.storage.nbytes(tokens, self.head_dim, dtype)
 
     def span(self, tokens: int) -> int:
         """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
@@ -127,7 +147,7 @@ class Plan:
                     f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}"
                 )
             if (
-                (owner.kv_heads, owner.head_dim) != (p.kv_heads, p.head_dim)
+                (owner.kv_heads, owner.key_dim) != (p.kv_heads, p.key_dim)
                 or owner.owner != owner.index
                 or p.owner > p.index
             ):
@@ -138,6 +158,8 @@ class Plan:
                     f"{_kind(p)} and {_kind(owner)}",
                     "stack.cla.pattern=<owner of each layer, of its own kind>",
                 )
+            if p.latent is not None:
+                _check_latent(p, p.latent)
             if p.selection is not None:
                 self._check_selection(p, p.selection)
             if p.storage != PLAIN:
@@ -197,7 +219,7 @@ class Plan:
             else:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
-            held = batch * sum(p.storage.nbytes(n, p.head_dim, self.dtype) for n in shares)
+            held = batch * sum(p.nbytes(n, self.dtype) for n in shares)
             rows.append(LayerBytes(p.index, kept, total, held, dense, held if p.storage.offload else 0))
         return rows
 
@@ -224,6 +246,33 @@ def _kind(p: LayerPlan) -> str:
 def split_evenly(total: int, rows: int) -> tuple[int, ...]:
     """`total` tokens over rows, the first ones getting the remainder."""
     return tuple(total // rows + (i < total % rows) for i in range(rows))
+
+
+def _check_latent(p: LayerPlan, latent: Latent) -> None:
+    where = f"mla: layer {p.index}"
+    if p.key_norm:
+        raise KvcompileError(
+            f"{where}: keys that are normed after their projection are no linear function of a latent",
+            "q/k norms",
+            "policy=[gqa] or policy=[cla] instead",
+        )
+    if p.owner != p.index or p.heads is not None:
+        other = "shares another layer's cache" if p.owner != p.index else "has merged heads"
+        raise KvcompileError(
+            f"{where}: a latent is made of the model's own keys and values", f"a layer that {other}", "drop one"
+        )
+    dense = 2 * latent.kv_heads * p.head_dim
+    if latent.rank < 1 or latent.width > dense:
+        raise KvcompileError(
+            f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
+            f"rank {latent.rank}, rope {latent.rope}",
+        )
+    if p.storage.coded or p.storage.rotated:
+        raise KvcompileError(
+            f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
+            f"{p.storage.policy!r} after 'mla'",
+            "a smaller stack.mla.rank instead",
+        )
 
 
 def _check_storage(p: LayerPlan) -> None:

@@ -154,7 +154,8 @@ def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
     else:
         low, high = min(row.kept), max(row.kept)
         kept = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return str(p.kv_heads), kept, p.storage.text(dtype), size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
+    numbers = f"{dtype}, latent {p.latent.rank} + {p.latent.rope}" if p.latent else p.storage.text(dtype)
+    return str(p.kv_heads), kept, numbers, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
 
 
 def size(number: int) -> str:

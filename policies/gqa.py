@@ -110,6 +110,10 @@ def merge_heads(plan: Plan, policy: HeadMerging, kept: Callable[[int], int]) -> 
         )
 
     def merged(p: LayerPlan) -> LayerPlan:
+        if p.latent is not None:
+            raise KvcompileError(
+                f"layer {p.index}: a latent has no heads to merge", f"{policy.name!r} after 'mla'", "drop one"
+            )
         number = kept(p.kv_heads)
         if number == p.kv_heads:
             return p

@@ -101,6 +101,8 @@ STRUCTURES: dict[str, Options] = {
     "cla": {"cla": {}},
     "cla, dense front": {"cla": {"variant": "dense_front", "fold": "mean"}},
     "mlkv": {"mlkv": {"layers": 2}},
+    "mla": {"mla": {"factor": "weights", "select": "uniform"}},
+    "mla, low frequencies": {"mla": {"factor": "weights", "select": "low", "mix": False, "rope": 12, "rank": 14}},
     "gqa and cla": {"gqa": {}, "cla": {"pattern": [0, 0, 0, 3]}},
 }
 

@@ -18,10 +18,11 @@ class Address:
     def __init__(self, part: Part, spec: KernelSpec, positions: bool) -> None:
         self.part, self.positions = part, positions
         self.key, self.value = Stored(part.key, spec.head_dim), Stored(part.value, spec.value_dim)
+        self.value_step = self.key.width if spec.latent else self.value.width  # elements from one value to the next
         # (name, C++ type, elements of one step along the tokens, tokens of one step)
         self.arrays = [
             ("keys", self.key.element, self.key.width, 1),
-            ("values", self.value.element, self.value.width, 1),
+            ("values", self.value.element, self.value_step, 1),
         ]
         for name, stored in (("key_scales", self.key), ("value_scales", self.value)):
             if stored.scales == "channel":

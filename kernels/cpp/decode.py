@@ -17,7 +17,7 @@ DECODE = """
     // The ${name}s of a tile as floats, [count][$dim]
     KV_INLINE const float* decoded_${name}s(const Row& row, const Tile& tile, float* to) {
       for (int t = 0; t < tile.count; t++) {
-        const $element* x = row.${name}s + $entry * $width;
+        const $element* x = row.${name}s + $entry * $step;
         $numbers
         UNROLL for (int c = 0; c < $runs; c++) {
           $stores
@@ -30,7 +30,8 @@ DECODE = """
 
 def decoder(name: str, stored: Stored, where: Address) -> str:
     """Of a `name` (key or value): where the tile's floats lie, decoded to `to` unless they are floats already."""
-    if stored.element == "float" and where.part.layout != "paged":
+    step = where.value_step if name == "value" else stored.width
+    if stored.element == "float" and where.part.layout != "paged" and step == stored.width:
         return fill(AS_THEY_LIE, name=name, dim=stored.dim, entry=where.entry("0"))
     count = "" if stored.lanes == 16 else f", {stored.lanes}"
     stores = [
@@ -44,7 +45,7 @@ def decoder(name: str, stored: Stored, where: Address) -> str:
         numbers=_numbers(name, stored, where),
         element=stored.element,
         entry=where.entry("t"),
-        width=stored.width,
+        step=step,
         runs=stored.runs,
         stores="\n".join(stores),
     )

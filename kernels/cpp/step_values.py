@@ -28,8 +28,8 @@ ADD = """
               $fetch
             }
           for (int t = start; t < stop; t++) {
-            const $element* v = row.values + $entry * $width;
-            ahead(row.values + $later * $width$column, $bytes);
+            const $element* v = row.values + $entry * $step;
+            ahead(row.values + $later * $step$column, $bytes);
             UNROLL for (int c = 0; c < COLUMNS; c++) {
               $loads
               UNROLL for (int g = 0; g < R; g++) {
@@ -155,7 +155,7 @@ def _add(where: Address) -> str:
         later=where.later("t"),
         column=f" + first * {value.lanes}" if value.runs > 1 else "",
         bytes=f"COLUMNS * {value.lanes} * sizeof({value.element})",
-        width=value.width,
+        step=where.value_step,
         fetch="\n".join(
             f"o[g][c][{i}] = load(sum + g * SUMS + {value.slot(i, '(first + c)')});" for i in range(value.pieces)
         ),

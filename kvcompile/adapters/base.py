@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kvcompile.adapters.latent import Latent
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.plan import LayerPlan
@@ -16,7 +17,8 @@ class Attention(nn.Module):
     """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
     A family overrides `keeps`, `out` and `project`. `rotary` is False for layers without position embedding, `reads`
-    is True for those that read another layer's cache: their own keys and values are traced, then dropped with the edge.
+    is True for those without keys and values of their own, which are traced, then dropped: they read another layer's
+    cache, or compress into a `latent`.
     Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
     Raises KvcompileError where the original has other submodules than its family.
     """
@@ -26,20 +28,23 @@ class Attention(nn.Module):
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
+    latent: Latent
 
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         found = dict(original.named_children())
-        if set(found) != set(self.keeps) or list(original.parameters(recurse=False)):
+        keeps = {*self.keeps, "latent"} if plan.latent else {*self.keeps}
+        if set(found) != keeps or list(original.parameters(recurse=False)):
             raise KvcompileError(
-                f"layer {plan.index}: the attention must have exactly {', '.join(self.keeps)}",
+                f"layer {plan.index}: the attention must have exactly {', '.join(sorted(keeps))}",
                 f"{type(original).__name__} with {', '.join(found)}",
                 "compile the model as transformers builds it",
             )
         for name, child in found.items():
             self.add_module(name, child)
         self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
-        self.reads = plan.owner != plan.index
+        self.compresses = plan.latent is not None
+        self.reads = plan.owner != plan.index or self.compresses
         self.train(original.training)
 
     def heads(self, states: Tensor) -> Tensor:
@@ -64,6 +69,8 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention of new tokens to the cache; `attention_mask` carries the `Step` of this pass."""
+        if self.compresses:
+            return self._through_latent(hidden_states, position_embeddings, attention_mask, past_key_values), None
         step, layer = attention_mask, self.layer_idx
         unrotated, keys, values = self.project(hidden_states)
         queries = unrotated
@@ -73,3 +80,19 @@ class Attention(nn.Module):
         states = ops.attend(queries, kv, step, layer)
         ops.observe(kv, queries, unrotated, step, layer)
         return getattr(self, self.out)(states), None
+
+    def _through_latent(self, hidden_states: Tensor, position_embeddings: Any, step: Any, cache: Any) -> Tensor:
+        """Absorbed queries over rows `[k_R; c]`, the same for all heads (see `kvcompile.adapters.latent`)."""
+        latent, layer = self.latent, self.layer_idx
+        plain, _, _ = self.project(hidden_states)
+        queries = unrotated = latent.absorb(plain)
+        rows = latent.down(hidden_states).unsqueeze(1)
+        if latent.frequencies:
+            cos, sin = position_embeddings
+            cos, sin = ops.frequencies(cos, latent.frequencies), ops.frequencies(sin, latent.frequencies)
+            queries, rows = ops.rope(queries, cos, sin), ops.rope(rows, cos, sin)
+        kv = ops.kv_append(cache, rows, rows, step, layer)
+        states = ops.attend(queries, kv, step, layer, latent(plain))
+        ops.observe(kv, queries, unrotated, step, layer)
+        attended: Tensor = getattr(self, self.out)(states)
+        return attended

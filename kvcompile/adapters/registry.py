@@ -24,6 +24,12 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def _rotary(config: Any) -> int:
+    """Channels of a head that RoPE turns."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return int(_head_dim(config) * (given.get("partial_rotary_factor") or 1.0))
+
+
 def _by_head_dim(config: Any) -> float:
     return float(_head_dim(config) ** -0.5)
 
@@ -110,6 +116,7 @@ def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
             sliding_window=known.window(config, index),
             softcap=known.softcap(config),
             rotates=known.rotates(config, index),
+            rotary=_rotary(config) if known.rotates(config, index) else 0,
             key_norm="k_norm" in known.adapter.keeps,
         )
         for index in range(config.num_hidden_layers)

@@ -121,8 +121,9 @@ class KVCache(Cache):  # type: ignore[misc]
         found = self.specs.get((index, parts, scores))
         if found is None:
             p = self.plan.layers[index]
-            shape = p.group, p.head_dim, p.head_dim, p.scale
-            found = KernelSpec(parts, *shape, p.sliding_window, softcap=p.softcap, scores=scores)
+            shape = p.group, p.key_dim, p.value_dim, p.scale
+            latent = p.latent is not None
+            found = KernelSpec(parts, *shape, p.sliding_window, softcap=p.softcap, scores=scores, latent=latent)
             self.specs[index, parts, scores] = found
         return found
 

@@ -17,24 +17,33 @@ class DenseStore:
     """Keys `[B, H_kv, capacity, D]`, values, true positions `[B, H_kv or 1, capacity]`, one length for all rows.
 
     Appending writes into room kept at the end; a full store grows by `headroom` tokens, so that a token costs a
-    copy of its own keys only.
+    copy of its own keys only. `latent`: values are the channels of the keys from this one on, and have no memory.
     """
 
     layout = "dense"
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, length: int) -> None:
-        self.keys, self.values, self.positions, self.length = keys, values, positions, length
+    def __init__(
+        self, keys: Tensor, values: Tensor | None, positions: Tensor, length: int, latent: int | None = None
+    ) -> None:
+        self.keys, self.positions, self.length, self.latent = keys, positions, length, latent
+        self._values = values if latent is None else None
 
     @classmethod
-    def empty(cls, keys: Tensor, values: Tensor, room: int) -> DenseStore:
+    def empty(cls, keys: Tensor, values: Tensor, room: int, latent: int | None = None) -> DenseStore:
         """A store shaped for new tokens like `keys [B, H_kv, Q, D]` with room for `room` of them."""
         batch, heads, _, dim = keys.shape
         return cls(
             keys.new_empty(batch, heads, room, dim),
-            values.new_empty(batch, heads, room, values.shape[-1]),
+            values.new_empty(batch, heads, room, values.shape[-1]) if latent is None else None,
             torch.empty(batch, 1, room, dtype=POSITION_TYPE, device=keys.device),
             0,
+            latent,
         )
+
+    @property
+    def values(self) -> Tensor:
+        """Values `[B, H_kv, capacity, D_v]`."""
+        return self.keys[..., self.latent :] if self._values is None else self._values
 
     @property
     def batch(self) -> int:
@@ -62,16 +71,23 @@ class DenseStore:
         if stop > self.keys.shape[2]:
             self._grow(stop + headroom)
         self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
+        if self._values is not None:
+            self._values[:, :, start:stop] = values
         self.positions[:, :, start:stop] = positions.unsqueeze(1)
         self.length = stop
 
     def _grow(self, capacity: int) -> None:
-        for name in ("keys", "values", "positions"):
-            old = getattr(self, name)
+        def grown(old: Tensor) -> Tensor:
             new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+            return new
+
+        self._change(grown)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put changed tensors in place of all that are held."""
+        self.keys, self.positions = change(self.keys), change(self.positions)
+        self._values = None if self._values is None else change(self._values)
 
     def view(self) -> DenseView:
         """What a kernel reads."""
@@ -102,21 +118,18 @@ class DenseStore:
         count = indices[0].numel()
         index = torch.stack(indices).view(self.batch, self.heads, count, 1)
         positions = self.positions[:, :, : self.length].expand(-1, self.heads, -1)
-        new = DenseStore(
-            self.keys.new_empty(self.batch, self.heads, count + headroom, self.keys.shape[-1]),
-            self.values.new_empty(self.batch, self.heads, count + headroom, self.values.shape[-1]),
-            self.positions.new_empty(self.batch, self.heads, count + headroom),
-            count,
-        )
-        new.keys[:, :, :count] = self.keys.take_along_dim(index, 2)
-        new.values[:, :, :count] = self.values.take_along_dim(index, 2)
-        new.positions[:, :, :count] = positions.take_along_dim(index.squeeze(-1), 2)
-        return new
+
+        def taken(old: Tensor, at: Tensor) -> Tensor:
+            new = old.new_empty(self.batch, self.heads, count + headroom, *old.shape[3:])
+            new[:, :, :count] = old.take_along_dim(at, 2)
+            return new
+
+        values = None if self._values is None else taken(self._values, index)
+        return DenseStore(taken(self.keys, index), values, taken(positions, index.squeeze(-1)), count, self.latent)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
-        self.keys, self.values = self.keys[sequences], self.values[sequences]
-        self.positions = self.positions[sequences]
+        self._change(lambda x: x[sequences])
 
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row."""
@@ -131,21 +144,24 @@ class DenseStore:
     def shed(self, counts: list[int]) -> None:
         """Forget the first `counts[row]` entries (all alike) of each row, in place."""
         n, rest = counts[0], self.length - counts[0]
-        for x in (self.keys, self.values, self.positions):
+        for x in self.tensors():
             x[:, :, :rest] = x[:, :, n : self.length].clone()
         self.length = rest
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
-        return _bytes(self.keys[:, :, : self.length]) + _bytes(self.values[:, :, : self.length])
+        held = [self.keys] if self._values is None else [self.keys, self._values]
+        return sum(_bytes(x[:, :, : self.length]) for x in held)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> DenseStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's."""
-        return DenseStore(move(self.keys), move(self.values), move(self.positions), self.length)
+        values = None if self._values is None else move(self._values)
+        return DenseStore(move(self.keys), values, move(self.positions), self.length, self.latent)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""
-        return [self.keys, self.values, self.positions]
+        own = [] if self._values is None else [self._values]
+        return [self.keys, *own, self.positions]
 
     def allocated(self) -> int:
         """Bytes of everything allocated: keys, values, positions, room."""

@@ -54,11 +54,17 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         return self.store
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> None:
-        """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored."""
+        """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored.
+
+        Where the plan has a latent, keys are its rows and hold the values too.
+        """
         self.columns += keys.shape[2]
+        latent = self.plan.latent.rope if self.plan.latent else None
+        if latent is not None:
+            values = keys[..., latent:]
         if self.store is None:
             storage = self.plan.storage
-            first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page)
+            first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page, latent)
             self.store = CodedStore(storage, first, self.encoder) if storage.coded else first
             self.is_initialized = True
         if self.shuttle is not None and self.shuttle.home is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -25,24 +26,22 @@ def paged(dtype: object, page: int) -> tuple[Part, ...]:
 class PagedStore:
     """Keys `[pages * page, D]`, values, true positions `[pages * page]` in the model's dtype; rows as in `PagedRows`.
 
+    `latent`: values are the channels of the keys from this one on, and have no memory of their own.
     Copies (`fork`, `copy.deepcopy`) and repeated sequences (`select`) share pages until one of them writes there.
     """
 
     layout = "paged"
 
-    def __init__(self, pages: PagedRows, batch: int, heads: int) -> None:
-        self.pages, self.batch, self.heads = pages, batch, heads
+    def __init__(self, pages: PagedRows, batch: int, heads: int, latent: int | None = None) -> None:
+        self.pages, self.batch, self.heads, self.latent = pages, batch, heads, latent
 
     @classmethod
-    def empty(cls, keys: Tensor, values: Tensor, page: int) -> PagedStore:
+    def empty(cls, keys: Tensor, values: Tensor, page: int, latent: int | None = None) -> PagedStore:
         """A store shaped for new tokens like `keys [B, H_kv, Q, D]`, in pages of `page` tokens."""
         batch, heads = keys.shape[:2]
-        like = {
-            "keys": keys[0, 0],
-            "values": values[0, 0],
-            "positions": torch.empty(0, dtype=POSITION_TYPE, device=keys.device),
-        }
-        return cls(PagedRows.like(batch * heads, page, like), batch, heads)
+        like = {"keys": keys[0, 0]} if latent is not None else {"keys": keys[0, 0], "values": values[0, 0]}
+        like["positions"] = torch.empty(0, dtype=POSITION_TYPE, device=keys.device)
+        return cls(PagedRows.like(batch * heads, page, like), batch, heads, latent)
 
     @property
     def keys(self) -> Tensor:
@@ -52,7 +51,10 @@ class PagedStore:
     @property
     def values(self) -> Tensor:
         """All pages of values, `[pages * page, D_v]`."""
-        return self.pages.pool.buffers["values"]
+        return self._values(self.pages.pool.buffers)
+
+    def _values(self, held: Mapping[str, Tensor]) -> Tensor:
+        return held["values"] if self.latent is None else held["keys"][:, self.latent :]
 
     @property
     def positions(self) -> Tensor:
@@ -79,7 +81,9 @@ class PagedStore:
         """
         rows, count = self.batch * self.heads, keys.shape[2]
         at = positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0)
-        new = {"keys": keys.reshape(rows, count, -1), "values": values.reshape(rows, count, -1), "positions": at}
+        new = {"keys": keys.reshape(rows, count, -1), "positions": at}
+        if self.latent is None:
+            new["values"] = values.reshape(rows, count, -1)
         if valid is not None:
             real = valid.repeat_interleave(self.heads, 0)
             slots = self.pages.extend(real.sum(1).tolist(), headroom)
@@ -113,8 +117,8 @@ class PagedStore:
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
         held = self.pages.read(self.pages.held())
-        keys, values, positions = (torch.split(held[name], self.lengths) for name in ("keys", "values", "positions"))
-        return list(zip(keys, values, positions, strict=True))
+        whole = (held["keys"], self._values(held), held["positions"])
+        return list(zip(*(torch.split(x, self.lengths) for x in whole), strict=True))
 
     @alone
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -124,13 +128,12 @@ class PagedStore:
         counts = self.pages.counts[mine.start : mine.stop]
         held, at = self.pages.read(self.pages.held(mine)), ranges(torch.zeros_like(counts), counts)
 
-        def padded(name: str, fill: int) -> Tensor:
-            x = held[name]
+        def padded(x: Tensor, fill: int) -> Tensor:
             out = x.new_full((self.heads, max(lengths), *x.shape[1:]), fill)
             out[at] = x
             return out
 
-        return padded("keys", 0), padded("values", 0), padded("positions", -1), lengths
+        return padded(held["keys"], 0), padded(self._values(held), 0), padded(held["positions"], -1), lengths
 
     @alone
     def rewrite(self, keys: list[Tensor]) -> None:
@@ -153,7 +156,7 @@ class PagedStore:
     @alone
     def fork(self) -> PagedStore:
         """An independent copy that shares all pages, except those that one of the two writes from now on."""
-        return PagedStore(self.pages.fork(), self.batch, self.heads)
+        return PagedStore(self.pages.fork(), self.batch, self.heads, self.latent)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedStore:
         return self.fork()
@@ -168,7 +171,7 @@ class PagedStore:
         """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
         stops = torch.tensor(counts, device=self.device)
         held = self.pages.read(self.pages.slots(*ranges(torch.zeros_like(stops), stops)))
-        return held["keys"], held["values"], held["positions"]
+        return held["keys"], self._values(held), held["positions"]
 
     @alone
     def shed(self, counts: list[int]) -> None:
@@ -178,7 +181,8 @@ class PagedStore:
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
-        per_token = sum(x.shape[-1] * x.element_size() for x in (self.keys, self.values))
+        held = (self.keys,) if self.latent is not None else (self.keys, self.values)
+        per_token = sum(x.shape[-1] * x.element_size() for x in held)
         return sum(self.lengths) * per_token
 
     def tensors(self) -> list[Tensor]:

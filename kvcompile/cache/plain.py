@@ -15,18 +15,20 @@ PlainStore = DenseStore | RaggedStore | PagedStore
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
 
 
-def opened(keys: Tensor, values: Tensor, valid: Tensor | None, headroom: int, page: int = 0) -> PlainStore:
+def opened(
+    keys: Tensor, values: Tensor, valid: Tensor | None, headroom: int, page: int = 0, latent: int | None = None
+) -> PlainStore:
     """An empty store for new tokens like `keys [B, H_kv, Q, D]` (those `valid [B, Q]`), with `headroom` behind them.
 
-    page: in pages of so many tokens.
+    page: in pages of so many tokens. latent: values are the channels of the keys from this one on.
     """
     batch, heads, count, _ = keys.shape
     if page:
-        return PagedStore.empty(keys, values, page)
+        return PagedStore.empty(keys, values, page, latent)
     if valid is None:
-        return DenseStore.empty(keys, values, count + headroom)
+        return DenseStore.empty(keys, values, count + headroom, latent)
     rooms = [int(n) + headroom for n in valid.sum(1) for _ in range(heads)]
-    return RaggedStore(keys, values, batch, heads, rooms)
+    return RaggedStore(keys, values, batch, heads, rooms, latent)
 
 
 def added(
@@ -34,7 +36,7 @@ def added(
 ) -> PlainStore:
     """The store with new tokens in it: itself, or a ragged one where padding makes rows differ."""
     if valid is not None and isinstance(store, DenseStore):
-        store = RaggedStore.of(store.rows(), store.batch, store.heads, headroom)
+        store = RaggedStore.of(store.rows(), store.batch, store.heads, headroom, store.latent)
     if isinstance(store, DenseStore):
         store.append(keys, values, positions, headroom)
     else:
@@ -48,7 +50,7 @@ def taken(store: PlainStore, indices: list[Tensor], headroom: int) -> PlainStore
         return store.take(indices, headroom)
     picked = zip(store.rows(), indices, strict=True)
     rows = [(k.index_select(0, i), v.index_select(0, i), p.index_select(0, i)) for (k, v, p), i in picked]
-    return RaggedStore.of(rows, store.batch, store.heads, headroom)
+    return RaggedStore.of(rows, store.batch, store.heads, headroom, store.latent)
 
 
 def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStore:

@@ -18,22 +18,36 @@ class RaggedStore:
 
     Row `b * heads + h` occupies `starts[row] : starts[row] + lengths[row]` and may grow to `rooms[row]` tokens;
     when one row is full all are moved once, with `headroom` tokens of new room each.
+    `latent`: values are the channels of the keys from this one on, and have no memory of their own.
     """
 
     layout = "ragged"
 
-    def __init__(self, like_keys: Tensor, like_values: Tensor, batch: int, heads: int, rooms: list[int]) -> None:
-        self.batch, self.heads, self.rooms = batch, heads, rooms
+    def __init__(
+        self,
+        like_keys: Tensor,
+        like_values: Tensor,
+        batch: int,
+        heads: int,
+        rooms: list[int],
+        latent: int | None = None,
+    ) -> None:
+        self.batch, self.heads, self.rooms, self.latent = batch, heads, rooms, latent
         self.starts = [0]
         for room in rooms[:-1]:
             self.starts.append(self.starts[-1] + room)
         total = sum(rooms)
         self.keys = like_keys.new_empty(total, like_keys.shape[-1])
-        self.values = like_values.new_empty(total, like_values.shape[-1])
+        self._values = like_values.new_empty(total, like_values.shape[-1]) if latent is None else None
         self.positions = torch.empty(total, dtype=POSITION_TYPE, device=like_keys.device)
         self.lengths = [0] * len(rooms)
         self._begins = torch.tensor(self.starts, device=self.keys.device)
         self._mark_ends()
+
+    @property
+    def values(self) -> Tensor:
+        """Values `[T, D_v]`."""
+        return self.keys[:, self.latent :] if self._values is None else self._values
 
     @property
     def device(self) -> torch.device:
@@ -44,10 +58,17 @@ class RaggedStore:
         self._ends = self._begins + torch.tensor(self.lengths, device=self.keys.device)
 
     @classmethod
-    def of(cls, rows: list[tuple[Tensor, Tensor, Tensor]], batch: int, heads: int, headroom: int) -> RaggedStore:
+    def of(
+        cls,
+        rows: list[tuple[Tensor, Tensor, Tensor]],
+        batch: int,
+        heads: int,
+        headroom: int,
+        latent: int | None = None,
+    ) -> RaggedStore:
         """A store holding the given rows (keys `[n, D]`, values, positions), with `headroom` tokens behind each."""
         keys, values, _ = rows[0]
-        store = cls(keys, values, batch, heads, [r[0].shape[0] + headroom for r in rows])
+        store = cls(keys, values, batch, heads, [r[0].shape[0] + headroom for r in rows], latent)
         for i, (k, v, p) in enumerate(rows):
             store._write(i, k, v, p)
         store._mark_ends()
@@ -56,7 +77,9 @@ class RaggedStore:
     def _write(self, row: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         start = self.starts[row] + self.lengths[row]
         stop = start + keys.shape[0]
-        self.keys[start:stop], self.values[start:stop], self.positions[start:stop] = keys, values, positions
+        self.keys[start:stop], self.positions[start:stop] = keys, positions
+        if self._values is not None:
+            self._values[start:stop] = values
         self.lengths[row] += keys.shape[0]
 
     def append(
@@ -69,7 +92,8 @@ class RaggedStore:
             self._grow(max(added) + headroom)
         if count == 1 and valid is None:
             self.keys.index_copy_(0, self._ends, keys.reshape(len(self.rooms), -1))
-            self.values.index_copy_(0, self._ends, values.reshape(len(self.rooms), -1))
+            if self._values is not None:
+                self._values.index_copy_(0, self._ends, values.reshape(len(self.rooms), -1))
             self.positions.index_copy_(
                 0, self._ends, positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0).view(-1)
             )
@@ -83,7 +107,7 @@ class RaggedStore:
         self._mark_ends()
 
     def _grow(self, room: int) -> None:
-        grown = RaggedStore.of(self.rows(), self.batch, self.heads, room)
+        grown = RaggedStore.of(self.rows(), self.batch, self.heads, room, self.latent)
         self.__dict__.update(grown.__dict__)
 
     def view(self) -> RaggedView:
@@ -117,7 +141,7 @@ class RaggedStore:
     def take(self, indices: list[Tensor], headroom: int) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
         rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(self.rows(), indices, strict=True)]
-        return RaggedStore.of(rows, self.batch, self.heads, headroom)
+        return RaggedStore.of(rows, self.batch, self.heads, headroom, self.latent)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
@@ -127,7 +151,7 @@ class RaggedStore:
             return
         picked = [rows[b * self.heads + h] for b in chosen for h in range(self.heads)]
         spare = max(room - n for room, n in zip(self.rooms, self.lengths, strict=True))
-        self.__dict__.update(RaggedStore.of(picked, len(chosen), self.heads, spare).__dict__)
+        self.__dict__.update(RaggedStore.of(picked, len(chosen), self.heads, spare, self.latent).__dict__)
 
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row."""
@@ -144,27 +168,30 @@ class RaggedStore:
         for row, n in enumerate(counts):
             if n:
                 start, stop = self.starts[row], self.starts[row] + self.lengths[row]
-                for x in (self.keys, self.values, self.positions):
+                for x in self.tensors():
                     x[start : stop - n] = x[start + n : stop].clone()
         self.lengths = [held - n for held, n in zip(self.lengths, counts, strict=True)]
         self._mark_ends()
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
-        per_token = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
+        held = [self.keys] if self._values is None else [self.keys, self._values]
+        per_token = sum(x.shape[-1] * x.element_size() for x in held)
         return sum(self.lengths) * per_token
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's."""
         made = copy.copy(self)
-        made.keys, made.values, made.positions = move(self.keys), move(self.values), move(self.positions)
+        made.keys, made.positions = move(self.keys), move(self.positions)
+        made._values = None if self._values is None else move(self._values)
         made._begins, made._ends = move(self._begins), move(self._ends)
         made.lengths = list(self.lengths)
         return made
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""
-        return [self.keys, self.values, self.positions]
+        own = [] if self._values is None else [self._values]
+        return [self.keys, *own, self.positions]
 
     def allocated(self) -> int:
         """Bytes of everything allocated: keys, values, positions, room."""

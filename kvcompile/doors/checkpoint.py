@@ -26,7 +26,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
                 "between norms and scales that it has not)",
                 f"layer {p.index} reading layer {p.owner}",
             )
-        if getattr(p, "latent", None) is not None:
+        if p.latent is not None:
             raise KvcompileError(
                 f"no stock class of {kind!r} caches a latent in place of keys and values",
                 f"'mla' in layer {p.index}",

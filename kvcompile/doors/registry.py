@@ -18,6 +18,7 @@ DOORS = {  # in the order in which an error recommends them
     "onnx": "kvcompile.doors.onnx:ONNX",
     "torch": "kvcompile.doors.torch_program:TorchProgram",
     "aoti": "kvcompile.doors.aoti:AOTI",
+    "deepseek": "kvcompile.doors.deepseek:Deepseek",
 }
 
 

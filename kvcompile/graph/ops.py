@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.fx
@@ -18,6 +18,9 @@ from kvcompile.kernels.layout import Queries
 from kvcompile.rotation import turn_basis
 from kvcompile.selection import Schedule
 from kvcompile.storage import FLUSH
+
+if TYPE_CHECKING:
+    from kvcompile.adapters.latent import Expansion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +57,17 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @leaf
+def frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
+    """`cos` or `sin [B, Q, D_rot]` of some frequencies only, half-split: `[B, Q, 2 F]`."""
+    return angles.index_select(-1, _twice(chosen, angles.device))
+
+
+@cache
+def _twice(chosen: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(chosen + chosen, dtype=torch.long, device=device)
+
+
+@leaf
 def hadamard(states: Tensor) -> Tensor:
     """`[B, H, Q, D]` in the Hadamard basis: queries and keys alike, so that their products stay."""
     return turn_basis(states)
@@ -83,14 +97,23 @@ def together(kv: LayerCache, *queries: Tensor) -> Tensor:
 
 
 @leaf
-def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
-    """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`."""
+def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: Expansion | None = None) -> Tensor:
+    """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`.
+
+    Where `kv` holds latents, queries are absorbed ones and the `expansion` brings results back to heads of values.
+    """
+    if expansion is not None:
+        return expansion.attended(queries, kv, step, layer)
+    return attended(queries, kv, step, layer).transpose(1, 2).flatten(2)
+
+
+def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
+    """Attention of queries `[B, H_q, Q, D]` to what `kv` holds, `[B, H_q, Q, D_v]`."""
     store = kv.held
     cache = step.cache
     sums = selections.sums(kv, queries, step)
     spec = cache.spec(layer, store.parts, sums is not None)
-    out = cache.attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
-    return out.transpose(1, 2).flatten(2)
+    return cache.attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
 
 
 @leaf
@@ -149,4 +172,4 @@ EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle, prefetch
 for op in EFFECTS:
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, hadamard, together, attend)}
+NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, frequencies, hadamard, together, attend)}

@@ -18,6 +18,8 @@ def refuse(plan: Plan, model_config: Any) -> None:
         if kind not in ROPES:
             raise KvcompileError("rotary angles must not depend on the length of the input", f"rope {kind!r}")
     for p in plan.layers:
+        if p.latent is not None:
+            raise KvcompileError(f"layer {p.index} must hold keys and values", "latent rows", "drop mla")
         if p.owner == p.index:
             _refuse_storage(p)
             if p.selection is not None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import LayerPlan, Plan
+from kvcompile.structure.absorb import factorise, modules_of
 from kvcompile.structure.heads import fold_layers, merge_heads
+from kvcompile.structure.latent import Factors
 from kvcompile.structure.layout import LAYOUTS, Absent, Layout, Weights
 
 Turns = dict[int, tuple[Tensor | None, Tensor | None]]  # layer -> rotations of its keys and values, `[H_kv, D, D]`
@@ -32,23 +34,24 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
         return
     require_weights(model)
     _require_untied(model)
-    _rewrite(model, plan, _turns(model, plan, text))
+    _rewrite(model, plan, _turns(model, plan, text), factorise(model, plan, text))
 
 
 def reshape(model: Any, plan: Plan) -> None:
     """As `convert`, of a model without weights (on the meta device): modules for converted weights to come."""
     if converts(plan):
-        _rewrite(model, plan, {})
+        _rewrite(model, plan, {}, {})
 
 
 def converts(plan: Plan) -> bool:
     """Whether a plan asks for other weights than the model's own."""
-    return any(p.heads is not None or p.owner != p.index for p in plan.layers)
+    return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
 
 
 def text_wanted(plan: Plan) -> int:
     """Tokens of text that `convert` needs."""
-    return max((p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"), default=0)
+    aligned = [p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"]
+    return max([*aligned, *(p.latent.tokens for p in plan.layers if p.latent)], default=0)
 
 
 def prune(model: nn.Module) -> None:
@@ -59,15 +62,18 @@ def prune(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _rewrite(model: Any, plan: Plan, turns: Turns) -> None:
+def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
     from kvcompile.adapters.registry import attentions
 
     modules = attentions(model)
-    layouts = [_layout(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
+    layouts = [layout_of(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
     made: list[dict[str, nn.Module]] = []
     for layout, p in zip(layouts, plan.layers, strict=True):
         mine = weights[p.index]
+        if p.latent is not None:
+            made.append(modules_of(layout, mine, p, factors.get(p.index)))
+            continue
         if p.owner != p.index:
             mine = Weights(mine.query, None, None, mine.out)
         readers = [weights[q.index] for q in plan.layers if q.owner == p.index]
@@ -75,7 +81,7 @@ def _rewrite(model: Any, plan: Plan, turns: Turns) -> None:
     for attention, new in zip(modules, made, strict=True):
         for name, module in new.items():
             setattr(attention, name, module)
-    kv_heads = {p.kv_heads for p in plan.layers}
+    kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
     if len(kv_heads) > 1:
         raise KvcompileError("a config holds one number of KV heads for all layers", sorted(kv_heads))
     model.config.num_key_value_heads = kv_heads.pop()
@@ -85,7 +91,8 @@ def _merged(weights: Weights, p: LayerPlan, turns: Turns) -> Weights:
     return weights if p.heads is None else merge_heads(weights, p.heads, *turns.get(p.index, (None, None)))
 
 
-def _layout(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
+def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
+    """The projections of one attention of an uncompiled model. Raises KvcompileError for families without a layout."""
     from kvcompile.adapters.registry import architecture_of
 
     adapter = architecture_of(model.config).adapter

@@ -8,6 +8,7 @@ from typing import Literal
 Merge = Literal["mean", "first"]
 Align = Literal["none", "values", "both"]
 Fold = Literal["owner", "mean", "successive"]
+Factor = Literal["activations", "weights"]
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -34,6 +35,36 @@ class Heads:
     def permutes(self) -> bool:
         """Whether query heads change places."""
         return [h for group in self.groups for h in group] != list(range(self.original))
+
+
+@dataclass(frozen=True)
+class Latent:
+    """What one layer caches in place of keys and values: a row [k_R; c] per token, shared by all heads.
+
+    rank: numbers of c, from which the up-projections make every head's values and its keys without position.
+    frequencies: the RoPE frequency of each pair of k_R, ascending; a frequency comes once for each of its components.
+    kv_heads: KV heads that the row stands for. factor, mix, damp, tokens: how its projections are found (see
+    `kvcompile.structure.latent`). centred: what is constant in the values goes into the bias of the output.
+    """
+
+    rank: int
+    frequencies: tuple[int, ...]
+    kv_heads: int
+    factor: Factor = "activations"
+    mix: bool = True
+    damp: bool = True
+    tokens: int = 0
+    centred: bool = True
+
+    @property
+    def rope(self) -> int:
+        """Numbers of k_R."""
+        return 2 * len(self.frequencies)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.rope + self.rank
 
 
 def contiguous(heads: int, kept: int) -> Groups:

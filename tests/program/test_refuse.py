@@ -20,6 +20,7 @@ REFUSED = {
     "codes that lose tokens later": (["policy=[streaming,kivi]"], "while decoding"),
     "pages": (["policy=paged"], "contiguous"),
     "another device": (["policy=offload"], "one device"),
+    "latents": (["policy=mla"], "keys and values"),
     "moved keys": (["policy=streaming", "stack.streaming.positions=compact"], "true positions"),
     "evictions between chunks": (["policy=snapkv", "prefill_chunk=16"], "one piece"),
 }

@@ -15,7 +15,7 @@ from kvcompile.calibrator import shared
 from kvcompile.compiler import build
 from kvcompile.plan import Plan
 from kvcompile.stack import apply_stack, build_stack
-from kvcompile.structure.convert import _layout
+from kvcompile.structure.convert import layout_of
 from kvcompile.structure.layout import Weights
 
 Stack = dict[str, dict[str, Any]]
@@ -45,7 +45,7 @@ def edit(model: Any, change: Any) -> Any:
     """The model with `change(Weights) -> Weights` applied to every attention, in place."""
     plan = describe(model.config)
     for attention, p in zip(attentions(model), plan.layers, strict=True):
-        layout = _layout(model, attention, p)
+        layout = layout_of(model, attention, p)
         for name, module in layout.write(change(layout.read(), p)).items():
             setattr(attention, name, module)
     return model

@@ -98,12 +98,12 @@ def test_folding_layers_takes_the_mean_of_their_weights(name: str) -> None:
     from converted import edit
 
     from kvcompile.adapters.registry import attentions
-    from kvcompile.structure.convert import _layout
+    from kvcompile.structure.convert import layout_of
     from kvcompile.structure.heads import fold_layers
     from kvcompile.structure.layout import Weights
 
     model, plan = tiny_model(name), describe(tiny_model(name).config)
-    layers = [_layout(model, a, p).read() for a, p in zip(attentions(model), plan.layers, strict=True)]
+    layers = [layout_of(model, a, p).read() for a, p in zip(attentions(model), plan.layers, strict=True)]
     for fold, shares in (("mean", [0.25] * 4), ("successive", [0.125, 0.125, 0.25, 0.5])):
         folded = fold_layers(layers, fold)
         expected = sum(s * w.key.weight.double() for s, w in zip(shares, layers, strict=True)).float()

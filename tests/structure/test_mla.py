@@ -1,0 +1,373 @@
+"""MLA: exact at full rank, absorbed decoding and expanded prefill alike, and a cache of rank + rope numbers a token."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from converted import converted, logits, parameters, planned
+from tiny import tiny_ids, tiny_model, tiny_tokenizer
+
+import kvcompile
+from kvcompile import artifact
+from kvcompile.adapters.registry import attentions, describe, rotary
+from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.compiler import assemble, build
+from kvcompile.config import Config, finish
+from kvcompile.errors import KvcompileError
+from kvcompile.progress import silent
+from kvcompile.prove import prove
+from kvcompile.structure.activations import attention_inputs
+from kvcompile.structure.convert import convert, layout_of
+from kvcompile.structure.data import Latent
+from kvcompile.structure.latent import components, decompose
+from kvcompile.structure.moments import moments
+
+FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2")
+NORMED = ("qwen3", "gemma3_text", "olmo2")
+FULL = {"phi3": (16, 48), "gpt_neox": (16, 65)}  # (rope, rank); keys and values of one token have no more than that
+TEXT = tiny_ids(1, 300, seed=7)
+WEIGHTS: dict[str, Any] = {"factor": "weights", "select": "uniform"}  # needs no text
+
+
+def model_of(name: str) -> Any:
+    """A tiny model; llama with biases, which fold into the latent's."""
+    return tiny_model(name, **({"attention_bias": True} if name == "llama" else {}))
+
+
+def mla(model: Any, text: torch.Tensor | None = TEXT, **options: Any) -> Any:
+    return converted(model, {"mla": options}, text)
+
+
+@torch.no_grad()
+def stepped(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of a prefill, then of one token at a time."""
+    out = model(ids[:, :prompt], use_cache=True)
+    got = [out.logits]
+    for t in range(prompt, ids.shape[1]):
+        out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        got.append(out.logits)
+    return torch.cat(got, 1)
+
+
+def off(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("options", [{"mix": True}, {"mix": False, "damp": False}, WEIGHTS], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_full_rank_with_all_positions_is_exact(name: str, options: dict[str, Any]) -> None:
+    """Only the basis changes: prefill and absorbed decoding are the original model's."""
+    model, ids = model_of(name), tiny_ids(2, 40)
+    rope, rank = FULL.get(name, (32, 32))
+    got = mla(model, rope=rope, rank=rank, **{"select": "low", **options})
+    assert off(stepped(got, ids, 25), logits(model, ids)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+def test_prefill_expanded_in_chunks_absorbed_and_by_every_route(name: str) -> None:
+    """A whole prompt is expanded to heads, chunks and the reference route stay absorbed: the same function."""
+    model, ids = model_of(name), tiny_ids(2, 40)
+    plan = planned(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}})
+    copy = shared(model)
+    convert(copy, plan)
+    expected = stepped(build(shared(copy), plan, "reference", converted=True), ids, 30)
+    assert off(expected, logits(model, ids)) > 1e-3, "a case that loses something"
+    for kernels in ("sdpa", "auto"):
+        assert off(stepped(build(shared(copy), plan, kernels, converted=True), ids, 30), expected) < 1e-5
+    from dataclasses import replace
+
+    chunked = build(shared(copy), replace(plan, prefill_chunk=7), converted=True)
+    assert off(stepped(chunked, ids, 30), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cache_holds_rank_plus_rope_numbers_and_nothing_else(name: str) -> None:
+    rope, rank = 4, 10
+    got = mla(model_of(name), rope=rope, rank=rank, **WEIGHTS)
+    rows, _ = prove(got, tiny_ids(1, 50))  # raises where plan and cache differ
+    for p, row in zip(got.kvcompile.plan.layers, rows, strict=True):
+        assert row.bytes == p.span(50) * 14 * 4, "a layer without positions has a longer latent instead"
+        assert (row.kv_heads, p.latent.rope) == (1, rope if p.rotates else 0)
+        assert row.dense_bytes == p.span(50) * 2 * p.dense_heads * 16 * 4
+    cache = got(tiny_ids(2, 50)).past_key_values
+    for layer in cache.layers:
+        held = layer.held
+        assert len(held.tensors()) == 2, "rows and positions"
+        assert held.values.untyped_storage().data_ptr() == held.keys.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox"])
+def test_parameters_are_those_of_the_projections(name: str) -> None:
+    model = model_of(name)
+    got, heads = mla(model, rope=4, rank=10, **WEIGHTS), describe(model.config).layers[0].kv_heads
+    biased = name != "phi3"
+    gone = 2 * heads * 16 * (64 + biased)
+    new = 14 * (64 + biased) + heads * 16 * (14 + 10)
+    assert parameters(model) - parameters(got) == 4 * (gone - new)
+
+
+def test_the_fit_to_text_beats_the_weights_alone() -> None:
+    """On text of the same kind, at every rank; and both get better with it."""
+    model, other = tiny_model("llama"), tiny_ids(4, 60, seed=11)
+    lost: dict[str, list[float]] = {"activations": [], "weights": []}
+    for factor, rank in product(lost, (16, 32, 40)):
+        got = mla(model, rope=16, rank=rank, select="high", mix=False, damp=False, factor=factor)
+        lost[factor].append(off(logits(got, other), logits(model, other)))
+    assert all(a < w for a, w in zip(lost["activations"], lost["weights"], strict=True))
+    assert all(found == sorted(found, reverse=True) for found in lost.values())
+
+
+def test_what_is_constant_in_the_values_goes_into_the_output() -> None:
+    """Values of a large constant and little else: a latent of two numbers does, as long as the output has its bias."""
+    model = tiny_model("llama", attention_bias=True)
+    with torch.no_grad():
+        for attention in attentions(model):
+            attention.v_proj.bias.add_(5)
+    got, ids = mla(model, rope=32, rank=2, select="low"), tiny_ids(2, 40)
+    assert off(logits(got, ids), logits(model, ids)) < 0.3
+    with torch.no_grad():
+        for new, old in zip(attentions(got), attentions(model), strict=True):
+            assert torch.equal(new.o_proj.weight, old.o_proj.weight)
+            new.o_proj.bias.copy_(old.o_proj.bias)
+    assert off(logits(got, ids), logits(model, ids)) > 0.5
+
+
+def test_a_truncated_latent_is_a_model_with_low_rank_values() -> None:
+    """With all positions kept only values lose: transformers' own class with W_V = W_UV W_DV says the same."""
+    model, ids = tiny_model("llama", attention_bias=True), tiny_ids(2, 40)
+    got, stock = mla(model, rope=32, rank=12, select="low"), tiny_model("llama", attention_bias=True)
+    with torch.no_grad():
+        for new, old in zip(attentions(got), attentions(stock), strict=True):
+            down, up = new.latent.down, new.latent.up.weight.flatten(0, 1)
+            old.v_proj.weight.copy_(up @ down.weight[32:])
+            old.v_proj.bias.copy_(up @ down.bias[32:])
+            old.o_proj.bias.copy_(new.o_proj.bias)
+    assert off(stepped(got, ids, 30), logits(stock, ids)) < 1e-5
+
+
+def test_moments_are_those_of_the_models_own_attention() -> None:
+    """Inputs by hooks, distances by the probabilities that transformers returns."""
+    model = tiny_model("mistral", attn_implementation="eager")
+    ids, plan = tiny_ids(1, 60), describe(model.config)
+    found = moments(model, plan, ids)
+    with torch.no_grad():
+        seen = model(ids, output_attentions=True).attentions
+    distance = torch.arange(60).unsqueeze(1) - torch.arange(60)
+    for layer, inputs in enumerate(attention_inputs(model, ids)):
+        h = torch.cat((inputs, torch.ones(60, 1)), 1).double()
+        torch.testing.assert_close(found[layer].asking, h.T @ h / 60, atol=1e-5, rtol=1e-5)
+        mass = seen[layer][0].mean(0).double()
+        answering = h.T @ (h * mass.sum(0).unsqueeze(1)) / 60
+        torch.testing.assert_close(found[layer].answering, answering, atol=1e-5, rtol=1e-5)
+        cos, sin = (x[:, :8].double() for x in rotary(model, layer)(torch.arange(60)))
+        turns = torch.complex(cos, -sin)[distance.clamp(min=0)]  # [60, 60, 8]
+        expected = torch.einsum("ij,ijf->f", mass.to(turns.dtype), turns) / 60
+        torch.testing.assert_close(found[layer].turn, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_moments_are_kept_for_one_more_question() -> None:
+    model = tiny_model()
+    plan = describe(model.config)
+    first = moments(model, plan, TEXT, keep=True)
+    assert moments(model, plan, TEXT) is first
+    again = moments(model, plan, TEXT)
+    assert again is not first
+    assert torch.equal(again[0].asking, first[0].asking)
+
+
+def test_components_are_keys_in_other_coordinates_that_commute_with_rope() -> None:
+    model = tiny_model("phi3")
+    p = describe(model.config).layers[0]
+    weights = layout_of(model, attentions(model)[0], p).read()
+    seen = moments(model, describe(model.config), TEXT)[0]
+    parts = components(weights, p, seen.asking, seen.answering, mix=True)
+    torch.testing.assert_close(parts.into @ parts.back, torch.eye(32, dtype=torch.float64))
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 16, dtype=torch.float64, generator=draw)
+    cos, sin = (x[0].double() for x in rotary(model, 0)(torch.tensor([5])))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x[:, :4], x[:, 4:8]
+        return torch.cat((x[:, :8] * cos + torch.cat((-second, first), 1) * sin, x[:, 8:]), 1)
+
+    before, after = parts.into @ keys.flatten(), parts.into @ turned(keys).flatten()
+    for (real, imaginary), f in zip(parts.pairs, parts.frequency, strict=True):
+        angle = torch.complex(cos[f], sin[f])
+        was, now = torch.complex(before[real], before[imaginary]), torch.complex(after[real], after[imaginary])
+        torch.testing.assert_close(was * angle, now)
+    torch.testing.assert_close(before[parts.rest], after[parts.rest])
+    by_frequency = torch.tensor(parts.energy).view(4, 2)
+    assert bool((by_frequency[:, 0] >= by_frequency[:, 1]).all()), "of a frequency the first component has most energy"
+
+
+def test_energy_is_the_expected_square_of_a_logit() -> None:
+    """Of all components together, over independent queries and keys before rotation."""
+    model = tiny_model()
+    p = describe(model.config).layers[0]
+    weights = layout_of(model, attentions(model)[0], p).read()
+    uniform = moments(model, describe(model.config), TEXT)[0].asking
+    hidden = attention_inputs(model, TEXT)[0].double()
+    keys = torch.einsum("gdh,nh->gnd", weights.key.weight.double(), hidden)
+    queries = torch.einsum("gdh,nh->gnd", weights.query.weight.double(), hidden)
+    one = components(weights, p, uniform, uniform, mix=False)
+    f = 3
+    for energy in [e for e, at in zip(one.energy, one.frequency, strict=True) if at == f]:
+        sizes = []
+        for g in range(2):
+            k = torch.complex(keys[g, :, f], keys[g, :, f + 8]).abs().square().mean()
+            q = queries[2 * g : 2 * g + 2]
+            q = torch.complex(q[:, :, f], q[:, :, f + 8]).abs().square().mean(1).sum()
+            sizes.append(float(k * q))
+        assert min(abs(energy / size - 1) for size in sizes) < 1e-4
+    mixed = components(weights, p, uniform, uniform, mix=True)
+    assert sum(mixed.energy) == pytest.approx(sum(one.energy), rel=1e-4)
+    assert max(mixed.energy) > max(one.energy)
+
+
+def calibrated(model: Any, **options: Any) -> Any:
+    from kvcompile.stack import build_stack
+
+    return build_stack(["mla"], {"mla": options})[0].calibrated(ModelCalibrator(model, tiny_tokenizer(), silent))
+
+
+def test_calibration_fills_in_ranks_and_frequencies() -> None:
+    model = tiny_model()
+    low, high = (calibrated(model, energy=e, rope=12, tokens=64) for e in (0.8, 0.99))
+    assert all(1 <= a < b <= 52 for a, b in zip(low.ranks, high.ranks, strict=True))
+    for found in low.frequencies:
+        assert len(found) == 6
+        assert found == sorted(found)
+        assert max(found.count(f) for f in found) <= 2, "two KV heads have two components of a frequency"
+    norm = calibrated(model, select="norm", rope=12, tokens=64)
+    assert norm.frequencies != low.frequencies
+    assert norm.ranks == []
+    assert low.calibrated(None) is low
+
+
+def test_an_energy_is_what_the_plan_says_after_calibration(tmp_path: Path) -> None:
+    options = {"energy": 0.9, "tokens": 64}
+    model = assemble(shared(tiny_model()), finish(Config(stack={"mla": options})), tiny_tokenizer())
+    ranks = [p.latent.rank for p in model.kvcompile.plan.layers]
+    assert len(set(ranks)) > 1
+    prove(model, tiny_ids(1, 40))
+    loaded = kvcompile.load(artifact.save(model, tmp_path / "artifact"))
+    assert loaded.kvcompile.plan == model.kvcompile.plan
+    with torch.no_grad():
+        assert torch.equal(loaded(tiny_ids(2, 30)).logits, model(tiny_ids(2, 30)).logits)
+    assert loaded.config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_back(name: str, tmp_path: Path) -> None:
+    options = {"rope": 4, "rank": 12, "tokens": 64}
+    model = assemble(shared(model_of(name)), finish(Config(stack={"mla": options})), tiny_tokenizer())
+    loaded = kvcompile.load(artifact.save(model, tmp_path / "artifact"))
+    ids = tiny_ids(2, 24)
+    assert torch.equal(stepped(loaded, ids, 20), stepped(model, ids, 20))
+    assert {n: t.shape for n, t in loaded.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert not [n for n in model.state_dict() if ".k_proj" in n or ".v_proj" in n]
+
+
+def test_the_original_is_not_touched() -> None:
+    model = model_of("qwen2")
+    before, expected = {n: t.clone() for n, t in model.state_dict().items()}, logits(model)
+    mla(model, rope=8, rank=8, select="high")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_turns_and_beams_and_pages() -> None:
+    """Two turns are one; beams with a cache find what beams without find; pages hold the same rows."""
+    model, ids = tiny_model(), tiny_ids(2, 36)
+    got = mla(model, rope=8, rank=20, **WEIGHTS)
+    with torch.no_grad():
+        cache = got.new_cache()
+        got(ids[:, :20], past_key_values=cache)
+        second = got(ids[:, 20:], past_key_values=cache).logits
+        torch.testing.assert_close(second, got(ids).logits[:, 20:], atol=1e-4, rtol=1e-4)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 3}
+        mask = torch.ones_like(ids)
+        beams = got.generate(ids, attention_mask=mask, use_cache=True, **options)
+        assert torch.equal(beams, got.generate(ids, attention_mask=mask, use_cache=False, **options))
+    paged = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "paged": {"page": 8}})
+    assert off(stepped(paged, ids, 30), stepped(got, ids, 30)) < 1e-5
+    prove(paged, tiny_ids(1, 40))
+    parked = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "offload": {}})
+    assert torch.equal(stepped(parked, ids, 30), stepped(got, ids, 30))
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [{"expected_attention": {"budget": 12}}, {"streaming": {"budget": 12, "positions": "compact"}}],
+    ids=str,
+)
+def test_selections_where_a_layer_turns_nothing(selection: dict[str, Any]) -> None:
+    """Scores and moved rows ask for the rotation of what is cached, also where there is none."""
+    frequencies = [[0, 1, 2], [0, 0, 7], [], [3, 3, 4]]
+    stack = {"mla": {"rope": 6, "rank": 10, "frequencies": frequencies, "factor": "weights"}, **selection}
+    got = converted(tiny_model(), stack, TEXT)
+    rows, _ = prove(got, tiny_ids(1, 30))
+    assert [row.kept for row in rows] == [[12]] * 4
+    assert stepped(got, tiny_ids(2, 30), 25).isfinite().all()
+
+
+def test_a_fork_of_pages_goes_its_own_way() -> None:
+    got = converted(tiny_model(), {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "paged": {"page": 8}})
+    ids = tiny_ids(1, 30)
+    with torch.no_grad():
+        cache = got(ids[:, :20]).past_key_values
+        other = cache.fork()
+        got(tiny_ids(1, 5, seed=9), past_key_values=other)
+        kept = got(ids[:, 20:], past_key_values=cache).logits
+    assert off(kept, stepped(got, ids, 20)[:, 20:]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ({"gqa": {}, "mla": WEIGHTS}, "own keys and values"),
+        ({"cla": {}, "mla": WEIGHTS}, "own keys and values"),
+        ({"mla": WEIGHTS, "gqa": {}}, "no heads to merge.*'gqa' after 'mla'"),
+        ({"mla": WEIGHTS, "cla": {}}, "own keys and values"),
+        ({"mla": WEIGHTS, "kivi": {}}, "keeps the model's dtype.*'kivi' after 'mla'"),
+        ({"mla": WEIGHTS, "int8": {}}, "keeps the model's dtype"),
+        ({"mla": WEIGHTS, "rotate": {}}, "keeps the model's dtype"),
+        ({"mla": {"rank": 60, "rope": 8, **WEIGHTS}}, "1 to 64 numbers"),
+        ({"mla": {"rope": 34, **WEIGHTS}}, "rope must be at most 32"),
+        ({"mla": {"rope": 3, **WEIGHTS}}, "rope must be even"),
+        ({"mla": {"rank": 8, "energy": 0.5}}, "null where rank is given"),
+        ({"mla": {"ranks": [4, 4]}}, "for each of the 4 layers"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(stack: dict[str, Any], message: str) -> None:
+    with pytest.raises(KvcompileError, match=message) as told:
+        planned(tiny_model(), stack)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_keys_that_are_normed_are_refused(name: str) -> None:
+    with pytest.raises(KvcompileError, match="mla: layer 0: keys that are normed"):
+        planned(tiny_model(name), {"mla": WEIGHTS})
+
+
+def test_a_fit_needs_text_and_a_rank_that_there_is() -> None:
+    model = tiny_model("gpt_neox")
+    with pytest.raises(KvcompileError, match="fitted to text"):
+        mla(model, None, rope=8, rank=8, select="high")
+    with pytest.raises(KvcompileError, match="rank must be at most 65"):
+        mla(model, rope=8, rank=70, select="high")
+
+
+def test_more_rank_never_loses_energy() -> None:
+    model = tiny_model()
+    p = planned(model, {"mla": {"rope": 8, "rank": 8, "select": "high"}}).layers[1]
+    weights = layout_of(model, attentions(model)[1], p).read()
+    found = decompose(weights, p, Latent(8, p.latent.frequencies, 2), moments(model, describe(model.config), TEXT)[1])
+    assert [found.rank(e) for e in (1e-9, 1.0)] == [1, 56]
+    assert [found.rank(e) for e in (0.2, 0.5, 0.9)] == sorted(found.rank(e) for e in (0.2, 0.5, 0.9))
