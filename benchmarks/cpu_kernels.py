@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+
 from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention, build
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from tabulate import tabulate
-from torch import Tensor
-
 from kvcompile.storage import Codec
 
 PAGE = 64

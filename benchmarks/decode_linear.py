@@ -21,10 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kvcompile.kernels import linear
-from kvcompile.kernels.cpp import build, simd
 from tabulate import tabulate
 from torch import Tensor, nn
+
+from kvcompile.kernels import linear
+from kvcompile.kernels.cpp import build, simd
 
 LAYER = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 HEAD = (576, 49152)

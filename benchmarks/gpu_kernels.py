@@ -26,6 +26,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
+from tabulate import tabulate
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import DTYPES, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View, parts
@@ -33,10 +37,6 @@ from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import route, tuning
 from kvcompile.kernels.triton.launch import Call, attend, interpreted
 from kvcompile.kernels.triton.tuning import TABLE, Choice
-from tabulate import tabulate
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 HEADS, GROUP, DIM, PAGE, RESIDUAL = 8, 4, 128, 16, 128

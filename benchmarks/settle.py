@@ -18,16 +18,16 @@ import time
 from pathlib import Path
 
 import torch
-from kvcompile.kernels.codecs import Encoder
-from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import encoder
-from kvcompile.kernels.layout import RaggedView
 from tabulate import tabulate
 from torch import Tensor
 
 from kvcompile.cache import plain
 from kvcompile.cache.cache import HEADROOM
 from kvcompile.cache.coded import CodedStore
+from kvcompile.kernels.codecs import Encoder
+from kvcompile.kernels.cpp import build
+from kvcompile.kernels.dispatch import encoder
+from kvcompile.kernels.layout import RaggedView
 from kvcompile.storage import FLUSH, Codec, Storage
 
 FORMATS = {

@@ -18,9 +18,9 @@ from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
 
-from kvcompile.kernels.spec import KernelSpec, Part, plain
 from tabulate import tabulate
 
+from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.storage import Codec
 
 KIVI4 = Codec("int4", "channel", 32), Codec("int4", "token", 32)

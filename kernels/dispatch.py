@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention as cpp
 from kvcompile.kernels.cpp import build, encode
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton import route as triton
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 
 
 class Route(Protocol):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import linear as cpp
-from torch import Tensor, nn
 
 
 class DecodeLinear(nn.Linear):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from kvcompile.kernels.codecs import decode
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part
-from torch import Tensor
 
 
 def row(

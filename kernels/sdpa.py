@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from kvcompile.kernels import reference
-from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View, parts
-from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels import reference
+from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View, parts
+from kvcompile.kernels.spec import KernelSpec
 
 QUERY_BLOCK = 512
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+
 from kvcompile.kernels.cpp import attention, encode, simd
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.emit import Kernels
-
 from kvcompile.storage import Codec
 
 VECTORS = "simd.h"

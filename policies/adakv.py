@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
-
 from kvcompile.selection import Allocation, LayerScores, Scope
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from kvcompile.policies.base import Calibrator, Policy
-
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.policies.base import Calibrator, Policy
 from kvcompile.structure.data import Fold
 
 Variant = Literal["uniform", "keep_ends", "dense_front", "dense_back"]

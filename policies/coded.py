@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kvcompile.policies.base import Policy, require_layers
-
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.policies.base import Policy, require_layers
 from kvcompile.storage import Codec
 
 

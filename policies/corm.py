@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvcompile.policies.base import CarriedScore, TokenPolicy
-
 from kvcompile.selection import Allocation, LayerScores, Schedule, Scope, Selection
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvcompile.policies.base import SelectionPolicy
-
 from kvcompile.selection import Score
 
 if TYPE_CHECKING:

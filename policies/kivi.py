@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvcompile.policies.coded import CodedPolicy
-
 from kvcompile.storage import Codec
 
 BITS = (2, 4, 8)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from kvcompile.policies.base import Calibrator, Policy
-
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.policies.base import Calibrator, Policy
 from kvcompile.structure.data import Factor, Latent
 
 Select = Literal["position", "norm", "high", "low", "uniform"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvcompile.plan import Plan
 from kvcompile.policies.cla import share
 from kvcompile.policies.gqa import HeadMerging, divisor
-
-from kvcompile.plan import Plan
 from kvcompile.structure.data import Fold
 
 

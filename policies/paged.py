@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from kvcompile.plan import LayerPlan, Plan
 from kvcompile.policies.base import require_layers
 from kvcompile.policies.coded import StoragePolicy
-
-from kvcompile.plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True)

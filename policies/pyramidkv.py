@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from kvcompile.policies.allocation import largest_remainder
 from kvcompile.policies.base import AllocationPolicy, scored_by
-
 from kvcompile.selection import Allocation, Selection
 
 WINDOW = 8

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kvcompile.policies.base import Calibrator, TokenPolicy, choose, require_budget, scored_by
-
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
+from kvcompile.policies.base import Calibrator, TokenPolicy, choose, require_budget, scored_by
 from kvcompile.selection import Allocation, Budget, Schedule, Scope, Selection, Uniform
 
 RECENCY = "streaming"

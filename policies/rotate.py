@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvcompile.policies.coded import StoragePolicy
-
 from kvcompile.plan import LayerPlan
+from kvcompile.policies.coded import StoragePolicy
 
 
 @dataclass(frozen=True)

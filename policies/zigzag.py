@@ -10,7 +10,6 @@ from kvcompile.policies.adakv import AdaptiveHeads
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.policies.snapkv import WindowAttention
-
 from kvcompile.selection import Allocation, LayerScores, Scope, Selection
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.kernels.dispatch import choose
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompile
 from kvcompile import artifact, manifest
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import choose
 
 SNAPKV = ("policy=[snapkv]", "stack.snapkv.budget=0.4", "stack.snapkv.window=4", "stack.snapkv.decode_every=3")
 STACKS = {

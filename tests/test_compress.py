@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.policies.snapkv import WindowAttention
 from tiny import WINDOW, tiny_config, tiny_ids, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -20,6 +19,7 @@ from kvcompile.cache.ragged import RaggedStore
 from kvcompile.compiler import build
 from kvcompile.compress import _top, turn
 from kvcompile.observe import Observation
+from kvcompile.policies.snapkv import WindowAttention
 from kvcompile.selection import Allocation, Budget, LayerScores, Schedule, Scope, Score, Selection
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from contract_table import KIVI8, Options, compiled, kept_positions
-from kvcompile.kernels.cpp import attention, build
 from tiny import tiny_ids
 from torch import Tensor
+
+from kvcompile.kernels.cpp import attention, build
 
 PROMPT, NEW = 40, 40
 STACKS: dict[str, Options] = {

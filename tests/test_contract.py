@@ -24,7 +24,6 @@ from contract_table import (
     stored_bytes,
     true_rows,
 )
-from kvcompile.policies.coded import StoragePolicy
 from tiny import tiny_ids
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from kvcompile.calibrator import shared
 from kvcompile.compiler import assemble
 from kvcompile.compress import compress, observe
 from kvcompile.config import Config, finish
+from kvcompile.policies.coded import StoragePolicy
 from kvcompile.prove import prove
 from kvcompile.stack import discover
 

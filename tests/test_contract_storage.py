@@ -20,7 +20,6 @@ from contract_table import (
     off,
     stored_bytes,
 )
-from kvcompile.kernels.codecs import decode, encode
 from test_contract import steps
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
@@ -30,6 +29,7 @@ from kvcompile.calibrator import shared
 from kvcompile.compiler import assemble
 from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.codecs import decode, encode
 from kvcompile.prove import prove
 from kvcompile.rotation import turn_basis
 from kvcompile.storage import FLUSH, Storage

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.policies.expected_attention import ExpectedAttention
-from kvcompile.policies.snapkv import SnapKV
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, pipeline
@@ -21,6 +19,8 @@ from kvcompile.adapters.registry import describe
 from kvcompile.cache import KVCache
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
+from kvcompile.policies.expected_attention import ExpectedAttention
+from kvcompile.policies.snapkv import SnapKV
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 MODES: dict[str, dict[str, Any]] = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.policies.coded import StoragePolicy
 from rich.console import Console
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
@@ -17,6 +16,7 @@ import kvcompile
 from kvcompile import planning
 from kvcompile.compose import compose
 from kvcompile.config import from_recipe
+from kvcompile.policies.coded import StoragePolicy
 from kvcompile.stack import discover, policy_class
 
 SHIPPED = {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files("kvcompile.recipes.recipe").iterdir()}

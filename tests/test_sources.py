@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.kernels.cpp import attention, build, encode, simd
-from kvcompile.kernels.spec import KernelSpec, Part, plain
 from tiny import tiny_ids, tiny_model
 
 import kvcompile
 from kvcompile import artifact, manifest, sources
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.cpp import attention, build, encode, simd
+from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.storage import Codec
 
 STACK = ("policy=[adakv,kivi]", "budget=0.5", "stack.kivi.group=16", "stack.kivi.residual=16")

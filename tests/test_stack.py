@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pytest
-from kvcompile.policies.base import Policy
 
 import kvcompile.stack as stack
 from kvcompile.compose import compose
 from kvcompile.config import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.policies.base import Policy
 from kvcompile.stack import apply_stack, build_stack, discover, options_of, policy_class
 
 

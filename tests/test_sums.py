@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from contract_table import KIVI8, LAYERS, Options, dense, kept_positions, plan_of
-from kvcompile.kernels.dispatch import choose, scores
-from kvcompile.kernels.spec import plain
 from tiny import tiny_ids
 from torch import Tensor
 
@@ -17,6 +15,8 @@ from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import choose, scores
+from kvcompile.kernels.spec import plain
 from kvcompile.observe import Observation
 
 PROMPT, NEW = 50, 30

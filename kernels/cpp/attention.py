@@ -15,13 +15,13 @@ from struct import Struct
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.cpp import build, chunk, simd, step
 from kvcompile.kernels.cpp.stored import ELEMENTS
 from kvcompile.kernels.layout import DenseView, Queries, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part
-from torch import Tensor
-
 from kvcompile.storage import Codec
 
 QUERY_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

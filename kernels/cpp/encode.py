@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.text import fill
-from torch import Tensor
-
 from kvcompile.storage import Codec
 
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

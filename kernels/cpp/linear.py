@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
 from kvcompile.kernels.cpp import build, simd
 
 MOST_ROWS = 8

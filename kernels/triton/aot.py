@@ -15,13 +15,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton.forms import Form, power_of_two
 from kvcompile.kernels.triton.launch import kernels
 from kvcompile.kernels.triton.parts import Argument
 from kvcompile.kernels.triton.tuning import Choice, default
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -11,14 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels.triton.files import assemble, load
 from kvcompile.kernels.triton.forms import Blocks, blocks, pieces, power_of_two
 from kvcompile.kernels.triton.launch import launch
 from kvcompile.kernels.triton.parts import POINTERS, Argument, Lines, indent
 from kvcompile.kernels.triton.tuning import Choice
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 TOKENS = 32  # of a program, where every token has its own scales

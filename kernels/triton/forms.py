@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvcompile.kernels.spec import KernelSpec, Part
-
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
 
 FLOATS = ("float32", "float16", "bfloat16")

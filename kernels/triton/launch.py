@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.emit import Kernels
@@ -22,9 +25,6 @@ from kvcompile.kernels.triton.files import load
 from kvcompile.kernels.triton.forms import Form, power_of_two
 from kvcompile.kernels.triton.parts import Argument
 from kvcompile.kernels.triton.tuning import Choice
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 
 DOTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 LN2 = 0.6931471805599453

@@ -6,10 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.kernels.triton.launch import Call, attend
 from torch import Tensor
 
+from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.kernels.triton.launch import Call, attend
 from kvcompile.storage import Codec
 
 SCHEMA = "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str spec, SymInt[] longest) -> Tensor"

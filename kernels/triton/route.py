@@ -10,12 +10,12 @@ import importlib.util
 from functools import cache
 
 import torch
-from kvcompile.kernels import sdpa
-from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
-from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels import sdpa
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
+from kvcompile.kernels.spec import KernelSpec
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton.forms import Form, key_blocks, power_of_two, rows_for, value_blocks
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kvcompile.policies.snapkv import WindowAttention
 from tiny import tiny_config
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from kvcompile.cache.dense import DenseStore
 from kvcompile.cache.ragged import RaggedStore
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
+from kvcompile.policies.snapkv import WindowAttention
 from kvcompile.selection import Budget, Selection
 
 SELECTION = Selection("test", WindowAttention(2), Budget(0.5), recent=2)

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.kernels import codecs, reference, sdpa
-from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import ROUTES, encoder
-from kvcompile.kernels.layout import Queries
-from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
 
 from kvcompile.cache import KVCache
 from kvcompile.cache.coded import CodedStore, expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels import codecs, reference, sdpa
+from kvcompile.kernels.cpp import build
+from kvcompile.kernels.dispatch import ROUTES, encoder
+from kvcompile.kernels.layout import Queries
+from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan import LayerPlan, Plan
 from kvcompile.storage import Codec, Storage
 

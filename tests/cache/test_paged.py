@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
-from kvcompile.kernels import reference
-from kvcompile.kernels.layout import Queries
-from kvcompile.kernels.spec import KernelSpec
 from torch import Tensor
 
 from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.ragged import RaggedStore
+from kvcompile.kernels import reference
+from kvcompile.kernels.layout import Queries
+from kvcompile.kernels.spec import KernelSpec
 
 HEADS, DIM, VALUE_DIM = 2, 4, 6
 HEADROOM = 8

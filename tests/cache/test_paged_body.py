@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from kvcompile.kernels import reference
-from kvcompile.kernels.layout import Queries
-from kvcompile.kernels.spec import KernelSpec
 
 from kvcompile.cache.body import Codes, Format, RaggedBody
 from kvcompile.cache.paged_body import PagedBody
+from kvcompile.kernels import reference
+from kvcompile.kernels.layout import Queries
+from kvcompile.kernels.spec import KernelSpec
 from kvcompile.storage import Codec
 
 BATCH, HEADS, DIM = 2, 2, 8

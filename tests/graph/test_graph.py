@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from kvcompile.graph.passes import DropObservers, InsertCompression, Pass, TrimS
 from kvcompile.graph.tracer import trace
 from kvcompile.graph.wiring import appends, attends, observes, verify, wiring
 from kvcompile.plan import Plan
+from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.selection import Allocation, Budget, LayerScores, Selection
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from kvcompile.kernels.codecs import DTYPES, decode, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from torch import Tensor
-
 from kvcompile.storage import Codec
 
 POISON_CODE = 0xA5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from coded import case, decoded_error
+
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.codecs import decode, encode, pack, unpack
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-
 from kvcompile.storage import Codec, Storage
 
 FORMATS = [

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.dispatch import ROUTES, choose, describe, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11

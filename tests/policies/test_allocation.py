@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvcompile.policies.adakv import AdaptiveHeads, hits
 from kvcompile.policies.allocation import largest_remainder, water_fill
 from kvcompile.policies.pyramidkv import Pyramid
 from kvcompile.policies.zigzag import Uncertainty, minimal_budget
-
 from kvcompile.selection import LayerScores, Uniform
 
 INF = float("inf")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from observation import naive_attention, observation, same
+
 from kvcompile.policies.corm import CORM, LastImportant, Threshold
 from kvcompile.policies.h2o import H2O, AccumulatedAttention
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.policies.tova import TOVA, LastAttention
-from observation import naive_attention, observation, same
-
 from kvcompile.selection import LayerScores
 
 CASES: dict[str, dict[str, Any]] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from kvcompile.policies.kivi import KIVI
 
 from kvcompile.errors import KvcompileError
+from kvcompile.policies.kivi import KIVI
 
 
 def test_keys_per_channel_need_whole_groups_and_per_token_none() -> None:

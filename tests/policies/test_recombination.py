@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
+from kvcompile.errors import KvcompileError
+from kvcompile.plan import LayerPlan, Plan
 from kvcompile.policies.adakv import AdaKV, AdaptiveHeads
 from kvcompile.policies.base import Policy, scored_by
 from kvcompile.policies.corm import CORM
@@ -15,9 +18,6 @@ from kvcompile.policies.pyramidkv import Pyramid, PyramidKV
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.policies.streaming import Streaming
 from kvcompile.policies.zigzag import Uncertainty, ZigZag
-
-from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan, Plan
 from kvcompile.selection import Budget, Schedule, Selection, Uniform
 from kvcompile.stack import apply_stack
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kvcompile.policies.retrieval_heads import HeadShares, RetrievalHeads
 from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
 from kvcompile.adapters.registry import describe
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
+from kvcompile.policies.retrieval_heads import HeadShares, RetrievalHeads
 from kvcompile.selection import Uniform
 from kvcompile.stack import apply_stack, build_policy
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from converted import WIDE, converted, copied, edit, logits, parameters, planned
-from kvcompile.policies.gqa import divisor
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from kvcompile.adapters.registry import attentions, describe
 from kvcompile.errors import KvcompileError
+from kvcompile.policies.gqa import divisor
 from kvcompile.structure.activations import LayerKV, keys_values
 from kvcompile.structure.align import alignment
 from kvcompile.structure.convert import convert

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from converted import converted, logits, parameters, planned, sharing
-from kvcompile.policies.cla import uniform_owners
-from kvcompile.policies.mlkv import nearest_owners
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
@@ -16,6 +14,8 @@ from kvcompile.adapters.registry import describe
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.wiring import appends, attends, observes, wiring
+from kvcompile.policies.cla import uniform_owners
+from kvcompile.policies.mlkv import nearest_owners
 from kvcompile.structure.pairing import layer_similarity, matched
 
 TOKENS, PROMPT = 44, 40  # more than twice the sliding window

@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.cpp import attention, build, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from torch import Tensor
-
 from kvcompile.storage import Codec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvcompile.kernels.cpp import build
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.cpp import build
 
 WORKS = build.available() is None
 needs_compiler = pytest.mark.skipif(not WORKS, reason=f"no compiler: {build.available()}")

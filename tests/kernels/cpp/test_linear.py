@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_ids, tiny_model
+from torch import Tensor, nn
+
 from kvcompile.kernels import linear
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import linear as cpp
-from tiny import tiny_ids, tiny_model
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
 

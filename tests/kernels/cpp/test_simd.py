@@ -8,6 +8,7 @@ import platform
 import numpy as np
 import pytest
 import torch
+
 from kvcompile.kernels.cpp import build, simd
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")

@@ -10,6 +10,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
 from kvcompile.kernels.dispatch import choose
@@ -20,9 +23,6 @@ from kvcompile.kernels.triton import route, tuning
 from kvcompile.kernels.triton.encode import append, gather
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
-from torch import Tensor
-
-from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
@@ -296,11 +296,11 @@ def test_scores_need_a_place() -> None:
 
 def test_a_whole_model_runs_on_it() -> None:
     """Soft-cap, sliding layers, left padding and a quantised cache with its residual, through prefill and decoding."""
-    from kvcompile.policies.kivi import KIVI
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.registry import describe
     from kvcompile.compiler import build
+    from kvcompile.policies.kivi import KIVI
 
     ids = tiny_ids(2, 21)
     mask = torch.ones_like(ids)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from coded import case
+
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import files, route, tuning
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import Form, blocks, tile
-
-from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 INT4 = Part("paged", Codec("int4", "channel", 32), Codec("int4", "token"), 32)
