@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.manifest import in_words, versions
+from kvcompile.manifest import CARD, in_words, versions
 from kvcompile.provenance import UNKNOWN, Base, base_of
 
 if TYPE_CHECKING:
     from kvcompile.plan import Plan
     from kvcompile.report import Report
 
-FILE = "README.md"
 TOKENS = 1024  # of the prompt that the plan is told for, where nothing was measured
 ARTIFACT = """```python
 import kvcompile
@@ -28,7 +27,7 @@ transformers alone loads the weights, but without the policies of the cache."""
 
 def write(model: Any, folder: Path, usage: str, measured: Report | None = None) -> Path:
     """Write the card of a compiled model into `folder`, return its path. usage: Markdown, how to load what is there."""
-    path = folder / FILE
+    path = folder / CARD
     path.write_text(text(model, usage, measured), encoding="utf-8")
     return path
 

@@ -22,6 +22,7 @@ FORMAT = 1
 MANIFEST, CONFIG, RECIPE, PLAN = "manifest.json", "config.json", "recipe.yaml", "plan.json"
 REQUIRED = (CONFIG, RECIPE, PLAN)
 # what transformers may look for in a checkpoint folder; such a file must be in the manifest
+CARD = "README.md"
 READABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".jinja"}
 OURS = "give the folder that kvcompile wrote"
 REMADE = "compile again, or copy the whole folder again from where it was made"
@@ -73,8 +74,9 @@ def stamp(plan: Plan, config: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, plan: str) -> None:
-    """Write the manifest of everything that lies in `folder` now; `plan` is the plan's digest."""
-    files = {p.relative_to(folder).as_posix(): Fact(p.stat().st_size, sha256(p)) for p in _files(folder)}
+    """Write the manifest of everything that lies in `folder` now but its cards, for people edit them."""
+    facts = {p: Fact(p.stat().st_size, sha256(p)) for p in _files(folder) if p.name != CARD}
+    files = {p.relative_to(folder).as_posix(): fact for p, fact in facts.items()}
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest = Manifest(FORMAT, versions(), created, plan, files)
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")

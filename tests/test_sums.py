@@ -54,6 +54,19 @@ def kept_positions_of(cache: KVCache) -> list[Any]:
     return [[at.tolist() for _, _, at in layer.held.rows()] for layer in cache.layers if layer.store is not None]
 
 
+def alike(got: list[Any], expected: list[Any]) -> bool:
+    """The same entries, but for one in a hundred: rounding decides between two that are as good as equal."""
+    rows = [
+        (set(mine), set(theirs))
+        for found, wanted in zip(got, expected, strict=True)
+        for layer, other in zip(found, wanted, strict=True)
+        for mine, theirs in zip(layer, other, strict=True)
+    ]
+    lengths_equal = all(len(mine) == len(theirs) for mine, theirs in rows)
+    common, held = (sum(len(x) for x in part) for part in ([a & b for a, b in rows], [a for a, _ in rows]))
+    return lengths_equal and common >= 0.99 * held
+
+
 @pytest.mark.parametrize("route", SUMMING)
 @pytest.mark.parametrize("chunk", [0, 16])
 @every
@@ -81,7 +94,7 @@ def test_windows_and_soft_caps(name: str, architecture: str, route: str, monkeyp
     stack = {name: {"budget": 20, "decode_every": 8}}
     ids = tiny_ids(2, PROMPT + NEW)
     expected, _ = run(of_route("sdpa", stack, architecture), ids)
-    assert run(of_route(route, stack, architecture), ids)[0] == expected
+    assert alike(run(of_route(route, stack, architecture), ids)[0], expected)
 
 
 @pytest.mark.parametrize("route", SUMMING)
