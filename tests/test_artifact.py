@@ -114,7 +114,8 @@ def test_dtype_is_as_saved_unless_asked_for(tmp_path: Path) -> None:
 
 def test_the_folder_holds_what_it_promises(made: Path, model: Any) -> None:
     files = set(manifest.read(made).files)
-    assert files == {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()} - {"manifest.json", "README.md"}
+    there = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert files == there - {"manifest.json", "README.md"}
     assert {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "plan.json"} <= files
     assert json.loads((made / "plan.json").read_text()) == json.loads(json.dumps(model.kvcompile.plan.to_json()))
     assert "kv_append" in (made / "graph.txt").read_text()
