@@ -20,7 +20,8 @@ from tabulate import tabulate
 
 from kvcompile import report
 from kvcompile.heal.record import HealRecord
-from kvcompile.report_view import draw, markdown
+from kvcompile.report_plot import draw
+from kvcompile.report_view import markdown
 
 
 def main() -> None:

@@ -174,7 +174,8 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
 
 def write(report: Report, folder: str | Path) -> list[Path]:
     """Write report.json, report.md and report.png into `folder`, which must exist; returns their paths."""
-    from kvcompile.report_view import draw, markdown
+    from kvcompile.report_plot import draw
+    from kvcompile.report_view import markdown
 
     paths = [Path(folder) / name for name in FILES]
     paths[0].write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
