@@ -12,7 +12,11 @@ from kvcompile.doors.programs import SHAPES, ProgramDoor
 from kvcompile.errors import KvcompileError
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from kvcompile.plan import Plan
+    from kvcompile.program.lower import Program
+    from kvcompile.program.modules import HandedDecode, HandedPrefill
 
 USAGE = f"""\
 `prefill.pt2` and `decode.pt2` are native code with the weights inside. The caller holds the cache: a prefill gives it
@@ -83,16 +87,17 @@ class AOTI(ProgramDoor):
         if shutil.which(compiler) is None:
             raise KvcompileError("AOTInductor needs a C++ compiler", f"no {compiler}", "install g++, or set CXX")
 
-    def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        """Trace and compile both programs. Raises KvcompileError where the model's own layers cannot be traced."""
+    def modules(self, program: Program) -> tuple[HandedPrefill, HandedDecode]:
+        """Modules whose cache is handed out and in."""
+        from kvcompile.program.modules import HandedDecode, HandedPrefill
+
+        return HandedPrefill(program), HandedDecode(program)
+
+    def save(self, traced: ExportedProgram, path: Path) -> None:
+        """Compile it. Raises KvcompileError where Inductor cannot."""
         from torch._inductor import aoti_compile_and_package
 
-        from kvcompile.program.modules import HandedDecode, HandedPrefill, exported, traceable
+        from kvcompile.program.modules import traceable
 
-        program = self.program(model)
-        for name, kind in zip(self.programs, (HandedPrefill, HandedDecode), strict=True):
-            cache = program.empty().values() if kind is HandedDecode else ()
-            traced = exported(kind(program), program, *cache)
-            with traceable(program):
-                aoti_compile_and_package(traced, package_path=str(folder / name))
-        self.describe(program, folder)
+        with traceable(traced.graph_module):
+            aoti_compile_and_package(traced, package_path=str(path))

@@ -11,6 +11,13 @@ from kvcompile.storage import PLAIN
 
 UNGROUPED = ("gpt_neox",)  # stock classes whose every query head has a KV head of its own
 SHARING = "gemma3n and gemma4"  # the only stock classes in which layers read the cache of another
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (cls.from_pretrained("<this folder>") for cls in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
+```"""
 
 
 def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvcompile.doors.checkpoint import acting
+from kvcompile.doors.checkpoint import USAGE, acting
 from kvcompile.doors.door import Door
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
@@ -30,15 +30,6 @@ KEPT = (
 )
 SHARPNESS = 1e3  # C over the longest possible latent
 NORM_EPS = 1e-6  # what transformers' class gives the norm of the latent
-
-
-USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (cls.from_pretrained("<this folder>") for cls in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
-```"""
 
 
 @dataclass(frozen=True)

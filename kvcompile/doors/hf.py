@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcompile.doors.checkpoint import require_plain
+from kvcompile.doors.checkpoint import USAGE, require_plain
 from kvcompile.doors.door import Door
 from kvcompile.plan import Plan
-
-USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = (cls.from_pretrained("<this folder>") for cls in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
-```"""
 
 
 @dataclass(frozen=True)

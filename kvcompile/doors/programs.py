@@ -11,6 +11,9 @@ from kvcompile.doors.door import Door
 from kvcompile.program.room import Limits
 
 if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
     from kvcompile.plan import Plan
     from kvcompile.program.lower import Program
 
@@ -44,14 +47,20 @@ class ProgramDoor(Door):
 
         refuse(plan, model_config)
 
-    def program(self, model: Any) -> Program:
-        """The model as functions of tensors."""
+    def modules(self, program: Program) -> tuple[nn.Module, nn.Module]:
+        """Prefill and decode, with the cache held in this door's way."""
+        raise NotImplementedError
+
+    def save(self, traced: ExportedProgram, path: Path) -> None:
+        """Write one traced module."""
+        raise NotImplementedError
+
+    def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
+        """Both programs, and the facts that a caller needs. Raises KvcompileError where a layer cannot be traced."""
         from kvcompile.program.lower import Program
+        from kvcompile.program.modules import described, exported
 
-        return Program(model, Limits(self.batch, self.prompt, self.new))
-
-    def describe(self, program: Program, folder: Path) -> None:
-        """Write the facts that a caller needs."""
-        from kvcompile.program.modules import described
-
+        program = Program(model, Limits(self.batch, self.prompt, self.new))
+        for name, module in zip(self.programs, self.modules(program), strict=True):
+            self.save(exported(module, program), folder / name)
         (folder / FACTS).write_text(json.dumps(described(program), indent=2) + "\n", encoding="utf-8")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvcompile.doors.programs import SHAPES, ProgramDoor
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from kvcompile.program.lower import Program
+    from kvcompile.program.modules import ResidentDecode, ResidentPrefill
 
 USAGE = f"""\
 `prefill.pt2` reads a prompt, `decode.pt2` one token; both give the logits of the next token and hold the compressed
@@ -44,13 +50,14 @@ class TorchProgram(ProgramDoor):
     summary: ClassVar[str] = "torch.export programs of prefill and decode, with the compressed cache as buffers"
     usage: ClassVar[str] = USAGE
 
-    def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        """Trace and save both programs. Raises KvcompileError where the model's own layers cannot be traced."""
+    def modules(self, program: Program) -> tuple[ResidentPrefill, ResidentDecode]:
+        """Modules with a cache of their own."""
+        from kvcompile.program.modules import ResidentDecode, ResidentPrefill
+
+        return ResidentPrefill(program), ResidentDecode(program)
+
+    def save(self, traced: ExportedProgram, path: Path) -> None:
+        """As `torch.export.load` reads it."""
         import torch
 
-        from kvcompile.program.modules import ResidentDecode, ResidentPrefill, exported
-
-        program = self.program(model)
-        for name, kind in zip(self.programs, (ResidentPrefill, ResidentDecode), strict=True):
-            torch.export.save(exported(kind(program), program), folder / name)
-        self.describe(program, folder)
+        torch.export.save(traced, path)

@@ -76,7 +76,7 @@ class HandedDecode(HandedPrefill):
         return self.program.decode(input_ids, dict(zip(self.names, cache, strict=True)))
 
 
-def exported(module: nn.Module, program: Program, *cache: Tensor) -> torch.export.ExportedProgram:
+def exported(module: nn.Module, program: Program) -> torch.export.ExportedProgram:
     """The traced module: a decode program for one token, a prefill program for `LEAST` to `limits.prompt` tokens.
 
     Raises KvcompileError where the model itself cannot be traced.
@@ -86,6 +86,7 @@ def exported(module: nn.Module, program: Program, *cache: Tensor) -> torch.expor
     count = 1 if decoding else min(limits.prompt, 2 * LEAST + 3)
     ids = torch.zeros(limits.batch, count, dtype=torch.int64, device=program.device)
     tokens = {1: torch.export.Dim("tokens", min=LEAST, max=limits.prompt)}
+    cache = program.empty().values() if isinstance(module, HandedDecode) else ()
     with traceable(module):
         return torch.export.export(module, (ids, *cache), dynamic_shapes=None if decoding else (tokens,), strict=False)
 
