@@ -136,8 +136,13 @@ def launch(
 
 
 def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None) -> Tensor:
-    """Attention `[B, H_q, Q, D_v]`; column sums are added to `sums [R, longest row]` (float32)."""
+    """Attention `[B, H_q, Q, D_v]`; column sums are added to `sums [R, longest row]` (float32).
+
+    Raises KvcompileError where the spec has scores and `sums` is None.
+    """
     spec, q, tokens = call.spec, call.q, call.tokens
+    if spec.scores and sums is None:
+        raise KvcompileError("a spec with scores needs a tensor for the sums", spec.name)
     out = q.new_empty(*q.shape[:3], spec.value_dim)
     if not out.numel():
         return out
@@ -155,8 +160,7 @@ def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None)
     if form.split:
         given["mid"] = q.new_empty(call.rows, call.lines, splits, spec.value_dim, dtype=torch.float32)
         merged = q.new_empty(call.rows, call.lines, dtype=torch.float32)
-    if made.logits:
-        assert sums is not None  # the route checks it
+    if made.logits and sums is not None:
         given |= {"logits": q.new_empty(call.rows, spec.group, sums.shape[1], dtype=torch.float32)}
         given["width"] = sums.shape[1]
     grid = (call.heads, q.shape[0], tiles * splits)

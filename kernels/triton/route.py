@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import sdpa
-from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
+from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec
 
 
@@ -46,8 +46,6 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
         ready(queries.states.device.type)
     if _fresh(queries, view, spec):
         return sdpa.attend(queries, view, spec)
-    if spec.scores and sums is None:
-        raise KvcompileError("a spec with scores needs a tensor for the sums", spec.name)
     states, at, tensors, longest = operands(queries, view)
     return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest)  # type: ignore[no-any-return]
 
@@ -94,7 +92,6 @@ def _flatten(s: Segment) -> tuple[list[Tensor], int]:
         return tensors, s.keys.shape[2]
     if isinstance(s, RaggedView):
         return [*tensors, s.begins, s.ends], max(s.lengths, default=0)
-    assert isinstance(s, PagedView)
     return [*tensors, s.table, s.counts], s.table.shape[1] * s.page
 
 

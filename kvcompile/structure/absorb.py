@@ -91,9 +91,9 @@ def _require_rank(p: LayerPlan, how: Latent, most: int) -> None:
 
 def modules_of(layout: Layout, weights: Weights, p: LayerPlan, factors: Factors | None) -> dict[str, nn.Module]:
     """New modules of a layer whose keys and values become a latent. factors None: shaped as they will be, empty."""
-    how, key = p.latent, weights.key
-    if how is None or key is None:
-        raise ValueError("only a layer with keys can get a latent")
+    how, (key, _) = p.latent, weights.own
+    if how is None:
+        raise ValueError(f"layer {p.index} has no latent")
     heads, dim, hidden = key.weight.shape
     old = plain(layout.attention, layout.out)
 

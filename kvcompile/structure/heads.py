@@ -20,10 +20,8 @@ def merge_heads(
     h become R_h W_Q, the columns of W_O for them W_O R_h^T. Without rotations R = 1. Rotations `[H_kv, D, D]`.
     Means are taken in float64, so that equal heads merge to the bit. Source: GQA, arXiv 2305.13245, section 2.1.
     """
-    if old.key is None or old.value is None:
-        raise ValueError("a layer without keys has none to merge")
     heads, per_head = old.query.weight.shape[0], old.query.weight.shape[0] // how.original
-    query, key, value, out = old.query, old.key, old.value, old.out
+    (key, value), query, out = old.own, old.query, old.out
     if turn_keys is not None:
         key, query = key.turn(turn_keys), query.turn(turn_keys.repeat_interleave(per_head, 0))
     if turn_values is not None:

@@ -76,8 +76,9 @@ def components(weights: Weights, p: LayerPlan, asking: Tensor, answering: Tensor
 
     mix: mixtures of heads (see above), or each head's own.
     """
-    heads, dim, half = _key(weights).weight.shape[0], p.head_dim, p.rotary // 2
-    queries, keys = _queries(weights, asking), _extended(_key(weights))
+    key, _ = weights.own
+    heads, dim, half = key.weight.shape[0], p.head_dim, p.rotary // 2
+    queries, keys = _queries(weights, asking), _extended(key)
     into, back = (torch.eye(heads * dim, dtype=torch.float64) for _ in range(2))
     pairs, frequency, energy = [], [], []
     for f in range(half):
@@ -163,10 +164,10 @@ def decompose(
     amplitude: by how much RoPE stretches what it turns (queries and keys each).
     """
     plain = how.factor == "weights"
-    plainly = torch.eye(_key(weights).weight.shape[2] + 1, dtype=torch.float64)
+    heads, dim, hidden = weights.own[0].weight.shape
+    plainly = torch.eye(hidden + 1, dtype=torch.float64)
     asking, answering = (seen.asking, seen.answering) if seen is not None else (plainly, plainly)
     parts = components(weights, p, asking, answering, how.mix)
-    heads, dim = _key(weights).weight.shape[0], p.head_dim
     taken = chosen(parts, how.frequencies)
     at = [parts.pairs[i][part] for part in (0, 1) for i in taken]
     left = [i for i in range(len(parts.pairs)) if i not in set(taken)]
@@ -180,7 +181,7 @@ def decompose(
         into[free[: len(left)]] = turn.real * real - turn.imag * imaginary
         into[free[len(left) :]] = turn.imag * real + turn.real * imaginary
     free = free + parts.rest
-    keys, values = (_extended(part).flatten(0, 1) for part in (_key(weights), _value(weights)))
+    keys, values = (_extended(part).flatten(0, 1) for part in weights.own)
     rows = torch.cat((into[free] @ keys, values))
     back = torch.unflatten(parts.back, 0, (heads, dim))
     spread = answering if seen is None or not how.centred else seen.covariance
@@ -211,7 +212,7 @@ def _metric(weights: Weights, p: LayerPlan, asking: Tensor, spread: Tensor, back
     group = weights.query.weight.shape[0] // heads
     out = torch.unflatten(precise(weights.out).cpu().movedim(1, 0), 0, (heads, group))  # [H_kv, g, hidden, D]
     felt = (out.mT @ out).sum(1)  # [H_kv, D, D]
-    values = _extended(_value(weights))
+    values = _extended(weights.own[1])
     size = (felt * (values @ spread @ values.mT)).sum((1, 2)) / group  # [H_kv]: E |W_O (v - mean)|^2 per query head
     asked = _queries(weights, asking) * size.view(-1, 1, 1) * p.scale**2
     metric = torch.zeros(rest + heads * dim, rest + heads * dim, dtype=torch.float64)
@@ -233,7 +234,7 @@ def _queries(weights: Weights, asking: Tensor) -> Tensor:
     """Second moment of the queries before rotation, summed over the group of each KV head, `[H_kv, D, D]`."""
     rows = _extended(weights.query)
     per_head = rows @ asking @ rows.mT
-    return torch.unflatten(per_head, 0, (_key(weights).weight.shape[0], -1)).sum(1)
+    return torch.unflatten(per_head, 0, (len(weights.own[0].weight), -1)).sum(1)
 
 
 def _extended(part: Projection) -> Tensor:
@@ -241,15 +242,3 @@ def _extended(part: Projection) -> Tensor:
     weight = precise(part.weight).cpu()
     bias = weight.new_zeros(weight.shape[:2]) if part.bias is None else precise(part.bias).cpu()
     return torch.cat((weight, bias.unsqueeze(-1)), -1)
-
-
-def _key(weights: Weights) -> Projection:
-    if weights.key is None:
-        raise ValueError("a layer without keys has no latent")
-    return weights.key
-
-
-def _value(weights: Weights) -> Projection:
-    if weights.value is None:
-        raise ValueError("a layer without values has no latent")
-    return weights.value

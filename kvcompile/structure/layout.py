@@ -52,6 +52,13 @@ class Weights:
     out: Tensor
     head_norm: Tensor | None = None
 
+    @property
+    def own(self) -> tuple[Projection, Projection]:
+        """Keys and values of a layer with a cache of its own. Raises ValueError for another."""
+        if self.key is None or self.value is None:
+            raise ValueError("the layer has no keys and values of its own")
+        return self.key, self.value
+
 
 class Absent(nn.Module):
     """Stands where a projection was whose layer reads another layer's keys and values, until the graph is traced."""

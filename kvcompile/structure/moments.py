@@ -96,6 +96,7 @@ class _Watcher:
     def _attention(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What each token receives, mean over heads, `[n]`; sum over queries of the mean of exp(-i theta distance)."""
         count, p = hidden.shape[0], self.plan
+        keys, _ = self.weights.own
         cos, sin = self.rotation(torch.arange(count, device=hidden.device))
         half = cos.shape[-1] // 2
         table = torch.complex(cos[:, :half], -sin[:, :half])
@@ -105,8 +106,7 @@ class _Watcher:
         hidden_from = (distance < 0) | (distance >= (p.sliding_window or count))
         for head in range(p.query_heads):
             query = _head(self.weights.query, head, hidden)
-            assert self.weights.key is not None
-            key = _head(self.weights.key, head // (p.query_heads // self.weights.key.weight.shape[0]), hidden)
+            key = _head(keys, head // (p.query_heads // len(keys.weight)), hidden)
             logits = _turned(query, cos, sin) @ _turned(key, cos, sin).T * p.scale
             if p.softcap:
                 logits = p.softcap * torch.tanh(logits / p.softcap)
