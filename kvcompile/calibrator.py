@@ -59,7 +59,7 @@ class ModelCalibrator:
     ) -> None:
         self.model, self.tokenizer, self.progress, self.plan = model, tokenizer, progress, plan
         self.layers: int = model.config.get_text_config().num_hidden_layers
-        self.owners = [p.index for p in plan.layers if p.owner == p.index] if plan else list(range(self.layers))
+        self.owners = [p.index for p in plan.owners] if plan else list(range(self.layers))
         self._probe: Probe | None = None
         self._probed: Any = None
 

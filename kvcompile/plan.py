@@ -127,9 +127,14 @@ class Plan:
         return replace(self, applied=(*self.applied, Applied(name, family)))
 
     @property
+    def owners(self) -> tuple[LayerPlan, ...]:
+        """Layers with a cache of their own."""
+        return tuple(p for p in self.layers if p.owner == p.index)
+
+    @property
     def selected(self) -> tuple[LayerPlan, ...]:
-        """Layers that own a cache and drop tokens from it."""
-        return tuple(p for p in self.layers if p.selection is not None and p.owner == p.index)
+        """Those of them that drop tokens."""
+        return tuple(p for p in self.owners if p.selection is not None)
 
     def rank(self, index: int) -> tuple[int, int]:
         """(place of layer `index` among the layers that share its selection and its span, how many those are)."""

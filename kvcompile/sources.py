@@ -114,8 +114,8 @@ def _encoders(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
     from kvcompile.kernels import texts
 
     found: dict[str, tuple[str, list[int]]] = {}
-    for p in plan.layers:
-        if p.owner == p.index and p.storage.coded:
+    for p in plan.owners:
+        if p.storage.coded:
             for codec in dict.fromkeys(p.storage.codecs(plan.dtype)):
                 text = texts.encoder(route, codec, p.head_dim, plan.dtype)
                 if text is not None:

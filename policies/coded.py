@@ -13,31 +13,32 @@ from kvcompile.storage import Codec
 
 @dataclass(frozen=True)
 class StoragePolicy(Policy):
-    """Base of the policies about number formats. Layers with a sliding window keep the model's dtype.
+    """Base of the policies that change how layers are stored; those with a sliding window stay, if not said otherwise.
 
     skip_layers: layers left as they are.
     """
 
     family: ClassVar[Family] = "storage"
+    wants: ClassVar[str] = "see the whole context"  # what `fits` asks of a layer
     skip_layers: list[int] = field(default_factory=list)
 
     def store(self, p: LayerPlan) -> LayerPlan:
         """The plan of one layer, stored this way."""
         raise NotImplementedError
 
-    def apply(self, plan: Plan) -> Plan:
-        """Every layer with a cache of its own but the sliding and the skipped ones.
+    def fits(self, p: LayerPlan) -> bool:
+        """Whether a layer with a cache of its own can be stored this way."""
+        return not p.sliding_window
 
-        Raises KvcompileError where none is left.
-        """
+    def apply(self, plan: Plan) -> Plan:
+        """Every layer with a cache of its own that fits, but the skipped. Raises KvcompileError where none is left."""
         plan = plan.record(self.name, self.family)
         require_layers(plan, self.name, self.skip_layers)
-        owners = [p for p in plan.layers if p.owner == p.index and p.index not in self.skip_layers]
-        mine = [p.index for p in owners if not p.sliding_window]
+        mine = [p.index for p in plan.owners if self.fits(p) and p.index not in self.skip_layers]
         if not mine:
             raise KvcompileError(
-                f"{self.name}: some layer must see the whole context",
-                f"{sum(bool(p.sliding_window) for p in owners)} sliding layers, {len(self.skip_layers)} skipped",
+                f"{self.name}: some layer must {self.wants}",
+                f"none of {len(plan.owners)} with a cache, {len(self.skip_layers)} skipped",
                 f"drop {self.name} from the stack",
             )
         return plan.map(self.store, mine)

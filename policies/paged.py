@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvcompile.plan import LayerPlan, Plan
-from kvcompile.policies.base import require_layers
+from kvcompile.plan import LayerPlan
 from kvcompile.policies.coded import StoragePolicy
 
 
@@ -21,6 +20,7 @@ class Paged(StoragePolicy):
     """
 
     name: ClassVar[str] = "paged"
+    wants: ClassVar[str] = "lie in pages"
     summary: ClassVar[str] = "pages that beams and forks share, instead of one stretch a row"
     page: int = 16
 
@@ -32,9 +32,6 @@ class Paged(StoragePolicy):
         block = p.storage.block
         return replace(p, storage=replace(p.storage, page=-(-self.page // block) * block))
 
-    def apply(self, plan: Plan) -> Plan:
-        """Every layer with a cache of its own but the skipped ones, sliding layers too."""
-        plan = plan.record(self.name, self.family)
-        require_layers(plan, self.name, self.skip_layers)
-        mine = [p.index for p in plan.layers if p.owner == p.index and p.index not in self.skip_layers]
-        return plan.map(self.store, mine)
+    def fits(self, p: LayerPlan) -> bool:
+        """Always: sliding layers too."""
+        return True

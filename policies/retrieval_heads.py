@@ -137,7 +137,7 @@ class RetrievalHeads(TokenPolicy):
 
     def _evenly(self, plan: Plan) -> list[tuple[int, int]]:
         """As many heads as calibration will find, spread over the layers: for an estimate of the bytes."""
-        owners = [p for p in plan.layers if p.owner == p.index]
-        rows = [(p.index, h) for h in range(max(p.kv_heads for p in owners)) for p in owners if h < p.kv_heads]
+        most = max(p.kv_heads for p in plan.owners)
+        rows = [(p.index, h) for h in range(most) for p in plan.owners if h < p.kv_heads]
         number = self._number(len(rows))
         return [rows[k * len(rows) // number] for k in range(number)]

@@ -89,6 +89,7 @@ STORED: dict[str, tuple[Options, float]] = {
     "int8": ({"int8": {"residual": 5}}, 0.03),
     "fp8": ({"fp8": {}}, 0.3),
     "kivi 8, paged": ({**KIVI8, "paged": {"page": 8}}, 0.02),
+    "kivi 8, offloaded": ({**KIVI8, "offload": {"keep": 1}}, 0.02),
     "rotate, kivi": ({"rotate": {}, "kivi": {"bits": 8, "group": 8, "residual": 16}}, 0.02),
 }
 

@@ -83,7 +83,7 @@ def test_the_same_on_other_architectures(architecture: str) -> None:
     """Layers with a sliding window are left as they are; where all have one there is nothing to store."""
     ids = tiny_ids(2, TOKENS + NEW)
     if architecture == "phi3":
-        with pytest.raises(KvcompileError, match="4 sliding layers"):
+        with pytest.raises(KvcompileError, match="some layer must see the whole context"):
             compiled(KIVI8, architecture)
         return
     model = compiled(KIVI8, architecture)

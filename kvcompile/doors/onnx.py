@@ -74,14 +74,13 @@ class ONNX(Door):
         """Trace, translate and save. Raises KvcompileError where the model's own layers cannot be translated."""
         import torch
 
-        from kvcompile.program.growing import GrowingProgram, owners_of
+        from kvcompile.program.growing import GrowingProgram
         from kvcompile.program.modules import traceable
 
         program = GrowingProgram(model)
         plan: Plan = program.plan
-        owners = owners_of(plan)
         ids = torch.zeros(2, 3, dtype=torch.int64)
-        past = tuple(x for i in owners for x in _past(plan.layers[i], plan.dtype))
+        past = tuple(x for p in plan.owners for x in _past(p, plan.dtype))
         batch, new, held = (torch.export.Dim(name, min=1) for name in ("batch", "new", "past"))
         with traceable(program):
             made = torch.onnx.export(
@@ -89,8 +88,8 @@ class ONNX(Door):
                 (ids, *past),
                 dynamo=True,
                 verbose=False,
-                input_names=["input_ids", *_names("past_key_values", owners)],
-                output_names=["logits", *_names("present", owners)],
+                input_names=["input_ids", *_names("past_key_values", plan)],
+                output_names=["logits", *_names("present", plan)],
                 dynamic_shapes=({0: batch, 1: new}, tuple({0: batch, 2: held} for _ in past)),
             )
         if made is None:
@@ -98,8 +97,8 @@ class ONNX(Door):
         made.save(str(folder / FILE), external_data=True)
 
 
-def _names(kind: str, owners: list[int]) -> list[str]:
-    return [f"{kind}.{i}.{part}" for i in owners for part in ("key", "value")]
+def _names(kind: str, plan: Plan) -> list[str]:
+    return [f"{kind}.{p.index}.{part}" for p in plan.owners for part in ("key", "value")]
 
 
 def _past(p: LayerPlan, dtype: str) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class DropObservers(Pass):
 
     def wanted(self) -> bool:
         """Where some owner has no selection (readers of another layer's KV have lost their observers before)."""
-        return len(self.plan.selected) < sum(p.owner == p.index for p in self.plan.layers)
+        return len(self.plan.selected) < len(self.plan.owners)
 
     def run(self, module: fx.GraphModule) -> int:
         """Erase the nodes."""
@@ -79,7 +79,7 @@ class TrimSliding(Pass):
     """Sliding layers without a selection free what has left their window."""
 
     def _layers(self) -> list[LayerPlan]:
-        return [p for p in self.plan.layers if p.sliding_window and p.selection is None and p.owner == p.index]
+        return [p for p in self.plan.owners if p.sliding_window and p.selection is None]
 
     def wanted(self) -> bool:
         """Where such a layer exists."""

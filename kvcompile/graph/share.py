@@ -57,6 +57,6 @@ class ShareKV(Pass):
     def ensures(self, module: fx.GraphModule) -> None:
         """Only owners append, and every layer reads the KV that the plan says."""
         verify(module.graph, self.plan)
-        owners = {p.index for p in self.plan.layers if p.owner == p.index}
+        owners = {p.index for p in self.plan.owners}
         if set(appends(module.graph)) != owners:
             raise KvcompileError("only owners store keys and values", f"layers {sorted(appends(module.graph))}")

@@ -15,7 +15,7 @@ class InsertSettling(Pass):
     """Each coded layer gets a `settle` node: after its selection, or after its last reader where it has none."""
 
     def _layers(self) -> list[LayerPlan]:
-        return [p for p in self.plan.layers if p.storage.coded and p.owner == p.index]
+        return [p for p in self.plan.owners if p.storage.coded]
 
     def wanted(self) -> bool:
         """Where some layer is coded."""

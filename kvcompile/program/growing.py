@@ -28,7 +28,7 @@ class GrowingCache:
 
     def __init__(self, plan: Plan, past: Sequence[Tensor], ids: Tensor) -> None:
         self.plan = plan
-        owners = owners_of(plan)
+        owners = [p.index for p in plan.owners]
         self.past = dict(zip(owners, zip(past[::2], past[1::2], strict=True), strict=True))
         self.present: dict[int, Rows] = {}
         held = past[0].shape[2]
@@ -70,10 +70,5 @@ class GrowingProgram(nn.Module):
         cache = GrowingCache(self.plan, past, input_ids)
         positions = cache.positions.expand(input_ids.shape[0], -1)
         logits = Lowering(self.traced).run(input_ids, None, positions, cache, slice(None))
-        rows = [cache.present[i] for i in owners_of(self.plan)]
+        rows = [cache.present[p.index] for p in self.plan.owners]
         return (logits, *(x for kv in rows for x in (kv.keys, kv.values)))
-
-
-def owners_of(plan: Plan) -> list[int]:
-    """Layers with a cache of their own."""
-    return [p.index for p in plan.layers if p.owner == p.index]

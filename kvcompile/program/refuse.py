@@ -20,10 +20,10 @@ def refuse(plan: Plan, model_config: Any) -> None:
     for p in plan.layers:
         if p.latent is not None:
             raise KvcompileError(f"layer {p.index} must hold keys and values", "latent rows", "drop mla")
-        if p.owner == p.index:
-            _refuse_storage(p)
-            if p.selection is not None:
-                _refuse_selection(plan, p, p.selection)
+    for p in plan.owners:
+        _refuse_storage(p)
+        if p.selection is not None:
+            _refuse_selection(plan, p, p.selection)
 
 
 def _refuse_storage(p: LayerPlan) -> None:

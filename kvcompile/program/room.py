@@ -69,7 +69,7 @@ class Room:
 
 def rooms(plan: Plan, limits: Limits) -> list[Room]:
     """The room of every layer that owns a cache. Selections must be static (see `refuse`)."""
-    return [_room(plan, p, limits) for p in plan.layers if p.owner == p.index]
+    return [_room(plan, p, limits) for p in plan.owners]
 
 
 def _room(plan: Plan, p: LayerPlan, limits: Limits) -> Room:

@@ -45,10 +45,14 @@ def test_fields_out_of_range_are_refused(name: str, fields: dict[str, Any], rule
 def test_what_cannot_be_stored_so_is_refused() -> None:
     with pytest.raises(KvcompileError, match="group must divide the head size 16"):
         plan_of({"kivi": {"group": 12, "residual": 24}})
-    with pytest.raises(KvcompileError, match="some layer must see the whole context, got 4 sliding layers"):
+    with pytest.raises(
+        KvcompileError, match="some layer must see the whole context, got none of 4 with a cache, 0 skipped"
+    ):
         plan_of({"kivi": SMALL}, "mistral")
-    with pytest.raises(KvcompileError, match="0 sliding layers, 4 skipped"):
+    with pytest.raises(KvcompileError, match="none of 4 with a cache, 4 skipped"):
         plan_of({"int8": {"skip_layers": [0, 1, 2, 3]}})
+    with pytest.raises(KvcompileError, match="some layer must lie in pages, got none of 4"):
+        plan_of({"paged": {"skip_layers": [0, 1, 2, 3]}})
     with pytest.raises(KvcompileError, match=r"skip_layers must be in 0\.\.3"):
         plan_of({"int8": {"skip_layers": [4]}})
     with pytest.raises(KvcompileError, match="compact positions rotate stored keys"):
