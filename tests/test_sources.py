@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from forged import refused, signed
 from tiny import tiny_ids, tiny_model
 
 import kvcompile
@@ -53,14 +54,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Path:
 def folder(tmp_path: Path, made: Path) -> Path:
     """An artifact that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "artifact"))
-
-
-def signed(folder: Path, **change: Any) -> None:
-    """Make the manifest agree with whatever the files are now, as an attacker would."""
-    facts = json.loads((folder / "manifest.json").read_text())
-    manifest.write(folder, facts["plan"])
-    fresh = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**fresh, **change}))
 
 
 def older(folder: Path) -> None:
@@ -173,11 +166,7 @@ def test_altered_texts_are_refused_in_one_line(kind: str, folder: Path) -> None:
     forge, words = FORGED[kind]
     forge(folder)
     signed(folder)
-    with pytest.raises(KvcompileError, match=words) as caught:
-        kvcompile.load(folder)
-    assert "\n" not in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert caught.value.fix
+    refused(folder, words)
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -18,26 +19,33 @@ from kvcompile.doors.hf import HF
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import apply_stack, build_stack
 
-# in a process of its own: plain transformers, a prefill, five cached steps, greedy text
-ELSEWHERE = """
+
+@torch.no_grad()
+def stepped(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A prefill, five cached steps, greedy text."""
+    step, cache, logits = ids[:, :40], None, []
+    for cut in (40, *range(41, 46)):
+        out = model(step, past_key_values=cache, use_cache=True)
+        cache, step = out.past_key_values, ids[:, cut : cut + 1]
+        logits.append(out.logits)
+    text = model.generate(ids[:1, :40], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    return {"logits": torch.cat(logits, 1), "text": text}
+
+
+# the same in a process of its own, with plain transformers
+IMPORTS = """
 import json, sys
 from pathlib import Path
+from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
+"""
+FACTS = """
 facts = {}
 for folder in map(Path, sys.argv[1:]):
     eager = {"attn_implementation": "eager"} if "gemma" in folder.name else {}
     model = AutoModelForCausalLM.from_pretrained(folder, **eager)
-    ids = torch.load(folder.parent / "ids.pt")
-    with torch.no_grad():
-        step, cache, logits = ids[:, :40], None, []
-        for cut in (40, *range(41, 46)):
-            out = model(step, past_key_values=cache, use_cache=True)
-            cache, step = out.past_key_values, ids[:, cut:cut + 1]
-            logits.append(out.logits)
-        text = model.generate(ids[:1, :40], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    torch.save({"logits": torch.cat(logits, 1), "text": text}, folder.parent / f"{folder.name}.pt")
+    torch.save(stepped(model, torch.load(folder.parent / "ids.pt")), folder.parent / f"{folder.name}.pt")
     facts[folder.name] = {
         "class": type(model).__name__,
         "dtype": str(model.dtype),
@@ -55,23 +63,16 @@ print(json.dumps(facts))
 
 def elsewhere(*folders: Path) -> dict[str, Any]:
     torch.save(tiny_ids(2, 46), folders[0].parent / "ids.pt")
-    command = [sys.executable, "-c", ELSEWHERE, *map(str, folders)]
+    code = IMPORTS + inspect.getsource(stepped) + FACTS
+    command = [sys.executable, "-c", code, *map(str, folders)]
     done = subprocess.run(command, cwd=folders[0].parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
 
-@torch.no_grad()
 def here(model: Any) -> dict[str, torch.Tensor]:
-    ids = tiny_ids(2, 46)
-    step, cache, logits = ids[:, :40], None, []
-    for cut in (40, *range(41, 46)):
-        out = model(step, past_key_values=cache, use_cache=True)
-        cache, step = out.past_key_values, ids[:, cut : cut + 1]
-        logits.append(out.logits)
-    text = model.generate(ids[:1, :40], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    return {"logits": torch.cat(logits, 1), "text": text}
+    return stepped(model, tiny_ids(2, 46))
 
 
 def compiled(name: str, stack: str, **over: Any) -> Any:
