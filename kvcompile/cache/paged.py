@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompile.cache.dense import POSITION_TYPE
-from kvcompile.cache.pages import PagedRows, alone, ranges, rows_of
+from kvcompile.cache.pages import Paged, PagedRows, alone, ranges
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
@@ -23,7 +22,7 @@ def paged(dtype: object, page: int) -> tuple[Part, ...]:
     return (Part("paged", codec, codec, page),)
 
 
-class PagedStore:
+class PagedStore(Paged):
     """Keys `[pages * page, D]`, values, true positions `[pages * page]` in the model's dtype; rows as in `PagedRows`.
 
     `latent`: values are the channels of the keys from this one on, and have no memory of their own.
@@ -65,11 +64,6 @@ class PagedStore:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.pages.where
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens held by each row (sequence-major)."""
-        return self.pages.lengths
 
     @alone
     def append(
@@ -142,26 +136,6 @@ class PagedStore:
         self.pages.write(self.pages.held(), {"keys": torch.cat(keys)})
 
     @alone
-    def take(self, indices: list[Tensor], headroom: int) -> PagedStore:
-        """The store with only the entries `indices[row]` of each row, in place; what is no longer needed is freed."""
-        self.pages.keep(indices, headroom)
-        return self
-
-    @alone
-    def select(self, sequences: Tensor) -> None:
-        """Keep (or repeat, or reorder) sequences, in place, without a copy: beam search and batch surgery."""
-        self.batch = len(sequences)
-        self.pages.select(rows_of(sequences, self.heads))
-
-    @alone
-    def fork(self) -> PagedStore:
-        """An independent copy that shares all pages, except those that one of the two writes from now on."""
-        return PagedStore(self.pages.fork(), self.batch, self.heads, self.latent)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PagedStore:
-        return self.fork()
-
-    @alone
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row."""
         self.pages.truncate([n - count for n in self.lengths])
@@ -184,10 +158,6 @@ class PagedStore:
         held = (self.keys,) if self.latent is not None else (self.keys, self.values)
         per_token = sum(x.shape[-1] * x.element_size() for x in held)
         return sum(self.lengths) * per_token
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that is kept alive: all pages, free and shared ones included, table, reference counts."""
-        return self.pages.tensors()
 
     @alone
     def allocated(self) -> int:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from kvcompile.cache.body import Codes, Format, Row
-from kvcompile.cache.pages import PagedRows, alone, rows_of
+from kvcompile.cache.pages import Paged, PagedRows, alone
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 
 NAMES = ("keys", "key_scales", "values", "value_scales", "positions")
 
 
-class PagedBody:
+class PagedBody(Paged):
     """Codes, scales and true positions in the pages of one pool; a page is a multiple of the format's block."""
 
     def __init__(self, pages: PagedRows, format: Format, batch: int, heads: int) -> None:
@@ -25,11 +23,6 @@ class PagedBody:
         """An empty body for entries like `codes`, in pages of `page` tokens."""
         per = dict(zip(NAMES, format.steps, strict=True))
         return cls(PagedRows.like(batch * heads, page, _named(codes), per), format, batch, heads)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Encoded tokens of each row (sequence-major)."""
-        return self.pages.lengths
 
     @property
     def part(self) -> Part:
@@ -65,35 +58,11 @@ class PagedBody:
         read = self.pages.read(self.pages.held(range(row, row + 1))[start:])
         return Codes(*(read.get(name) for name in NAMES)).decoded(self.format)  # type: ignore[arg-type]
 
-    @alone
-    def take(self, indices: list[Tensor], headroom: int) -> PagedBody:
-        """The body with only the entries `indices[row]` of each row, codes as they are, in place."""
-        self.pages.keep(indices, headroom)
-        return self
-
-    @alone
-    def select(self, sequences: Tensor) -> None:
-        """Keep (or repeat, or reorder) sequences, in place, without a copy."""
-        self.batch = len(sequences)
-        self.pages.select(rows_of(sequences, self.heads))
-
-    @alone
-    def fork(self) -> PagedBody:
-        """An independent copy that shares all pages, except those that one of the two writes from now on."""
-        return PagedBody(self.pages.fork(), self.format, self.batch, self.heads)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PagedBody:
-        return self.fork()
-
     def nbytes(self) -> int:
         """Bytes of the codes and scales held, not of the room behind them; shared entries count in every row."""
         pool, total = self.pages.pool, sum(self.lengths)
         sizes = {name: x[:0].element_size() * x[:1].numel() for name, x in pool.buffers.items() if name != "positions"}
         return sum(total // pool.per[name] * size for name, size in sizes.items())
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that is kept alive."""
-        return self.pages.tensors()
 
 
 def _named(codes: Codes) -> dict[str, Tensor]:

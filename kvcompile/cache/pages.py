@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvcompile.cache.pool import HOST, PagePool, PageTable
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = TypeVar("P", bound="Paged")
 
 GROWTH = 8  # a pool that is full grows by this part of it, at least: it is copied then
 
@@ -211,6 +213,45 @@ def alone(method: F) -> F:
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+class Paged:
+    """Base of what lies in `PagedRows`, `heads` rows a sequence: dropped, chosen and shared in place."""
+
+    pages: PagedRows
+    batch: int
+    heads: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Entries of each row (sequence-major)."""
+        return self.pages.lengths
+
+    @alone
+    def take(self: P, indices: list[Tensor], headroom: int) -> P:
+        """With only the entries `indices[row]` of each row, in place; pages that empty are freed."""
+        self.pages.keep(indices, headroom)
+        return self
+
+    @alone
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences: beam search and batch surgery."""
+        self.batch = len(sequences)
+        self.pages.select(rows_of(sequences, self.heads))
+
+    @alone
+    def fork(self: P) -> P:
+        """An independent copy that shares all pages, except those that one of the two writes from now on."""
+        other = copy.copy(self)
+        other.pages = self.pages.fork()
+        return other
+
+    def __deepcopy__(self: P, memo: dict[int, Any]) -> P:
+        return self.fork()
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive: all pages, free and shared ones included, table, reference counts."""
+        return self.pages.tensors()
 
 
 def ranges(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
