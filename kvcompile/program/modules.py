@@ -55,23 +55,41 @@ class ResidentDecode(Resident):
         return self.program.decode(input_ids, dict(self.cache.named_buffers()))
 
 
-class HandedPrefill(nn.Module):
-    """`input_ids [B, T]` to `(logits [B, 1, vocabulary], *cache)`: the caller keeps the cache."""
+class Handed(nn.Module):
+    """Base of the programs whose cache the caller keeps."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program, self.names = program, list(program.empty())
 
+
+class HandedPrefill(Handed):
+    """`input_ids [B, T]` to `(logits [B, 1, vocabulary], *cache)`, every tensor of the cache in memory of its own."""
+
+    nothing: Tensor
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.register_buffer("nothing", torch.zeros(len(self.names), dtype=torch.int32, device=program.device))
+
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """Logits after the prompt, and the cache."""
         logits, state = self.program.prefill(input_ids)
-        return (logits, *(state[name] for name in self.names))
+        return (logits, *(self._apart(i, state[name]) for i, name in enumerate(self.names)))
+
+    def _apart(self, i: int, x: Tensor) -> Tensor:
+        """`x`, for a compiler another number than any layer's.
+
+        Entries and positions of layers that keep the same tokens are equal; it would make one tensor of them, which a
+        decode then changes once for each layer.
+        """
+        return x if x.is_floating_point() else x + self.nothing[i].to(x.dtype)
 
 
-class HandedDecode(HandedPrefill):
+class HandedDecode(Handed):
     """`input_ids [B, 1], *cache` to logits `[B, 1, vocabulary]`; the cache's tensors are changed in place."""
 
-    def forward(self, input_ids: Tensor, *cache: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, *cache: Tensor) -> Tensor:
         """Logits after one more token."""
         return self.program.decode(input_ids, dict(zip(self.names, cache, strict=True)))
 
