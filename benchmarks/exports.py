@@ -4,8 +4,9 @@
     python benchmarks/exports.py --stack policy=snapkv stack.snapkv.budget=256 --doors torch aoti
 
 Every export is run by another process that never imports kvcompile: a prompt of text, then the tokens that the compiled
-model chooses, one by one. Times are of single steps; run it on a machine that does nothing else. A door that is refused
-is a row with the reason. `gguf` runs under llama-cpp-python, in this interpreter or in the one that --llama names.
+model chooses, one by one. Times are of single steps; run it on a machine that does nothing else (with --keep, a second
+time: exports take minutes, their runs seconds). A door that is refused is a row with the reason. `gguf` runs under
+llama-cpp-python, in this interpreter or in the one that --llama names.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +36,8 @@ from kvcompile.models import load
 from kvcompile.text import sentences
 
 RUN = Path(__file__).with_name("exports_run.py")
+TAIL = 60  # lines that are kept of what a failed run said
+ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # how the last line of a traceback begins
 
 
 @torch.no_grad()
@@ -50,12 +54,11 @@ def expected(model: Any, ids: Any, count: int) -> tuple[Any, dict[str, Any]]:
     return tokens, timed(step, ids, tokens)
 
 
-def row(name: str, found: Any, wanted: Any) -> dict[str, Any]:
-    """One line of the table."""
+def row(found: Any, wanted: Any) -> dict[str, Any]:
+    """What was found, beside what was wanted."""
     logits, best = found["logits"], wanted["logits"].argmax(-1)
     step = statistics.median(found["taken"][1:].tolist())
     return {
-        "door": name,
         "max logit difference": f"{np.abs(logits - wanted['logits']).max():.1e}",
         "same greedy token": f"{int((logits.argmax(-1) == best).sum())}/{len(best)}",
         "prefill s": round(float(found["taken"][0]), 2),
@@ -66,22 +69,30 @@ def row(name: str, found: Any, wanted: Any) -> dict[str, Any]:
 
 def through(door: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export through one door, run that elsewhere, and compare; what is refused is a row with the reason."""
-    sizes = {"prompt": args.prompt, "new": args.tokens}
-    options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[door]) if f.name in sizes}
-    begin = time.perf_counter()
-    try:
-        done = kvcompile.export(model, door, place / door, tokenizer, **options)
-    except KvcompileError as error:
-        return {"door": door, "note": f"refused: {error}"}
-    made = {"export s": round(time.perf_counter() - begin), "MB": round(done.bytes / 1e6)}
+    made = place / f"{door}.json"
+    if not made.is_file():
+        sizes = {"prompt": args.prompt, "new": args.tokens}
+        options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[door]) if f.name in sizes}
+        begin = time.perf_counter()
+        try:
+            done = kvcompile.export(model, door, place / door, tokenizer, **options)
+        except KvcompileError as error:
+            return {"door": door, "note": f"refused: {error}"}
+        made.write_text(json.dumps({"export s": round(time.perf_counter() - begin), "MB": round(done.bytes / 1e6)}))
+    return {"door": door, **ran(door, place, args), **json.loads(made.read_text())}
+
+
+def ran(door: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """What another process measures of an export, beside what was expected."""
     python = args.llama if door == "gguf" else sys.executable
     files = [str(place / name) for name in (door, "given.npz", f"{door}.npz")]
-    ran = subprocess.run([python, str(RUN), door, *files], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        said = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
-        return {"door": door, **made, "note": f"did not run: {said[-1]}"}
+    done = subprocess.run([python, str(RUN), door, *files], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-TAIL:] or [f"exit code {done.returncode}"]
+        why = next((line for line in said if ERROR.match(line)), said[-1])
+        return {"note": f"did not run: {why}", "stderr": said}
     found, wanted = (np.load(place / f"{name}.npz") for name in (door, "wanted"))
-    return {**row(door, found, wanted), **made}
+    return row(found, wanted)
 
 
 def main() -> None:
@@ -92,28 +103,33 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--llama", default=sys.executable, help="interpreter that has llama_cpp")
+    parser.add_argument("--keep", help="folder for the exports; those that lie there are run again, not made again")
     parser.add_argument("--out", help="file to write, without its ending")
     args = parser.parse_args()
     model, tokenizer = load(ModelConfig())
     model = kvcompile.compile(model, overrides=args.stack, tokenizer=tokenizer)
     ids = tokenizer(" ".join(sentences()), return_tensors="np")["input_ids"][:, : args.prompt].astype(np.int64)
     tokens, wanted = expected(model, ids, args.tokens)
-    rows = [row("(compiled model, here)", wanted, wanted)]
+    rows = [{"door": "(compiled model, here)", **row(wanted, wanted)}]
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        place = Path(args.keep or folder)
+        place.mkdir(parents=True, exist_ok=True)
         np.savez(place / "given.npz", ids=ids, tokens=tokens)
         np.savez(place / "wanted.npz", **wanted)
         for door in args.doors:
             rows.append(through(door, model, tokenizer, place, args))
-            print(rows[-1], flush=True)
-    keys = list(dict.fromkeys(key for each in rows for key in each))
+            print(*(f"{key}: {value}" for key, value in rows[-1].items() if key != "stderr"), sep=", ", flush=True)
+            if "stderr" in rows[-1]:
+                print(*rows[-1]["stderr"], sep="\n", file=sys.stderr, flush=True)
+    keys = list(dict.fromkeys(key for each in rows for key in each if key != "stderr"))
     table = tabulate([[each.get(key, "") for key in keys] for each in rows], keys, tablefmt="github")
     print(table)
     if args.out:
         machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
         head = f"{time.strftime('%Y-%m-%d')}, {machine}, a prompt of {args.prompt} tokens, then {args.tokens}"
-        words = [w if w != args.llama else "VENV/bin/python" for w in sys.argv]
-        Path(f"{args.out}.md").write_text(f"{head}\n\n    python {' '.join(words)}\n\n{table}\n")
+        told = " ".join(w if w != args.llama else "VENV/bin/python" for w in sys.argv)
+        words = told.replace(f" --keep {args.keep}", "")
+        Path(f"{args.out}.md").write_text(f"{head}\n\n    python {words}\n\n{table}\n")
         Path(f"{args.out}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
