@@ -24,9 +24,11 @@ from kvcompile.plan import Plan
 from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
 from kvcompile.speed import Comparison, compare
+from kvcompile.structure.convert import converts
 from kvcompile.text import sentences
 
 PROOF_TOKENS = 1024
+WORSE = 1.1  # perplexity against the original's, from which on a conversion is said to need healing
 
 
 def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> compiler.Outcome:
@@ -52,7 +54,6 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         tokens=ids.shape[1],
         rows=rows,
         planned_total=planned_total,
-        warnings=_warnings(compiled),
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
         parameters=(original.num_parameters(), compiled.num_parameters()),
@@ -62,6 +63,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
     del original
+    made = replace(made, warnings=warnings(compiled, made))
     gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
 
     def add(tmp: Path) -> None:
@@ -104,6 +106,7 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
                 threshold=p.selection is not None and p.selection.budget is None,
                 host_bytes=layer.parked_bytes(),
                 offloaded=p.storage.offload,
+                owner=None if p.owner == p.index else p.owner,
             )
         )
     free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
@@ -182,16 +185,26 @@ def _kernels(model: Any) -> list[str]:
     return [f"{spec.name}: {describe(cache.route, spec, model.dtype)}{note}" for spec in specs]
 
 
-def _warnings(model: Any) -> list[str]:
+def warnings(model: Any, made: Report) -> list[str]:
     """What a reader of the numbers must know."""
-    if model.device.type == "cpu" and any(p.storage.offload for p in model.kvcompile.plan.layers):
-        return [
+    plan: Plan = model.kvcompile.plan
+    found = []
+    before, after = made.perplexity or (1.0, 1.0)
+    if converts(plan) and made.healed is None and not after <= WORSE * before:
+        names = ", ".join(each.name for each in plan.applied if each.family == "structure")
+        found.append(
+            f"{names}: the weights were converted and not trained since. Heal them: "
+            "heal.tokens=1_000_000 and more, as recipe=mqa_heal does."
+        )
+    if model.device.type == "cpu" and any(p.storage.offload for p in plan.layers):
+        found.append(
             "offload: the model is on a CPU, where device and host are one memory. Stores were moved as on an "
             "accelerator, which costs time and saves nothing here."
-        ]
-    return []
+        )
+    return found
 
 
 def _machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return f"{device}, {torch.get_num_threads()} threads, {platform.system()}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads != 1)}, {platform.system()}"

@@ -27,6 +27,7 @@ class LayerRow:
     planned: tokens per head, planned_bytes: bytes; None where the split over heads or layers depends on the input.
     dense_bytes: what the uncompressed layer would hold. threshold: no budget, the scores alone decide.
     host_bytes: of `bytes`, what was found in host memory; offloaded: the plan says that all of it lies there.
+    owner: the layer whose cache it reads, None where it has its own.
     """
 
     layer: int
@@ -39,6 +40,7 @@ class LayerRow:
     threshold: bool = False
     host_bytes: int = 0
     offloaded: bool = False
+    owner: int | None = None
 
 
 @dataclass(frozen=True)

@@ -104,16 +104,16 @@ def _summary(report: Report) -> Table:
         on_device = report.bytes_held - report.host_bytes
         rows.append(_change("on the device between tokens", report.dense_bytes, on_device, size, -1))
         rows.append((Cell("in host memory"), Cell(size(0)), Cell(size(report.host_bytes)), Cell("")))
-    rows.append((Cell("as planned"), Cell(""), Cell(_kept_promise(report)), Cell("")))
+    rows.append((Cell("equal to the plan"), Cell(""), Cell(_kept_promise(report)), Cell("")))
     rows.append(_change("cache per prompt token", *report.per_token, size, -1))
     if report.parameters is not None:
         rows.append(_change("parameters", *report.parameters, "{:,.0f}".format, -1))
     if report.needle is not None:
         rows.append(_share("needle, exact answers", *report.needle))
     if report.perplexity is not None:
-        rows.append(_change("perplexity, cached", *report.perplexity, "{:.3f}".format, -1))
+        rows.append(_change("perplexity, cached", *report.perplexity, perplexity, -1))
     if report.speed is not None:
-        rows += _speed(report.speed)
+        rows += _speed(report.speed, report.tokens)
     return Table("Before and after", ("", "uncompressed", "compiled", "change"), rows)
 
 
@@ -122,19 +122,27 @@ def _kept_promise(report: Report) -> str:
     thresholds = sum(r.threshold for r in free)
     parts = []
     if len(free) < len(report.rows):
-        parts.append(f"{len(report.rows) - len(free)} layers: every head")
+        parts.append(f"{_count(len(report.rows) - len(free), 'layer')}: every head")
     if len(free) > thresholds:
-        parts.append(f"{len(free) - thresholds} layers: {report.planned_total or 0:,} tokens in all")
+        parts.append(f"{_count(len(free) - thresholds, 'layer')}: {report.planned_total or 0:,} tokens in all")
     if thresholds:
-        parts.append(f"{thresholds} layers: threshold, no plan")
+        parts.append(f"{_count(thresholds, 'layer')}: threshold, no plan")
     return ", ".join(parts)
 
 
-def _speed(speed: Comparison) -> list[Row]:
-    """Times and sizes; the change is the median over rounds, each against its own neighbour."""
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _speed(speed: Comparison, proved: int) -> list[Row]:
+    """Times and sizes; the change is the median over rounds, each against its own neighbour.
+
+    proved: tokens of the one prompt whose cache has a row already.
+    """
     first, *_, last = speed.speeds
     old, new = speed.speeds[first], speed.speeds[last]
     at = f"{new.context:,} tokens" + (f" x {new.batch}" if new.batch > 1 else "")
+    cache = _change(f"cache, {at}", old.cache_bytes, new.cache_bytes, size, -1)
     return [
         _ratio(f"prefill, {at}", f"{old.prefill_s:.2f} s", f"{new.prefill_s:.2f} s", speed.prefill_ratio[last]),
         _ratio(
@@ -143,7 +151,7 @@ def _speed(speed: Comparison) -> list[Row]:
             f"{new.decode_tokens_s:.1f} tokens/s",
             speed.decode_ratio[last],
         ),
-        _change(f"cache, {at}", old.cache_bytes, new.cache_bytes, size, -1),
+        *([] if (new.context, new.batch) == (proved, 1) else [cache]),
         _change(f"peak memory growth, {at}", old.peak_bytes, new.peak_bytes, size, -1, NOISE),
     ]
 
@@ -155,7 +163,7 @@ def _ratio(name: str, old: str, new: str, ratio: float) -> Row:
 
 def _layers(report: Report) -> Table:
     rows = [_layer(row) for row in report.rows]
-    heads = Cell(str(sum(r.kv_heads for r in report.rows)))
+    heads = Cell(str(sum(r.kv_heads for r in report.rows if r.owner is None)))
     planned = [r.planned_bytes for r in report.rows if r.planned_bytes is not None]
     total = sum(planned) if len(planned) == len(report.rows) else None
     rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
@@ -173,11 +181,13 @@ def _exports(exports: dict[str, dict[str, int]]) -> Table:
 
 
 def _layer(row: LayerRow) -> Row:
-    tokens = " ".join(map(str, row.kept))
-    if len(row.kept) > 1 and len(set(row.kept)) == 1:
+    heads, tokens = str(row.kv_heads), " ".join(map(str, row.kept))
+    if row.owner is not None:
+        heads, tokens = "", f"reads layer {row.owner}"
+    elif len(row.kept) > 1 and len(set(row.kept)) == 1:
         tokens = f"{row.kept[0]} each"
     sizes = _sizes(row.bytes, row.planned_bytes, row.dense_bytes)
-    return (Cell(str(row.layer)), Cell(str(row.kv_heads)), Cell(tokens), *sizes)
+    return (Cell(str(row.layer)), Cell(heads), Cell(tokens), *sizes)
 
 
 def _sizes(held: int, planned: int | None, dense: int) -> Row:
@@ -191,12 +201,12 @@ def _healed(record: HealRecord) -> Table:
     """Perplexity on the way: before the conversion, after it, after the training."""
     original, converted, healed = record.perplexity
     rows = [
-        (Cell("original"), Cell(f"{original:.3f}"), Cell("")),
-        (Cell("converted"), Cell(f"{converted:.3f}", "worse"), Cell(f"{converted / original:.2f}x")),
+        (Cell("original"), Cell(perplexity(original)), Cell("")),
+        (Cell("converted"), Cell(perplexity(converted), "worse"), Cell(f"{converted / original:,.2f}x")),
         (
             Cell(f"healed: {record.gap_closed:.1%} of the gap closed"),
-            Cell(f"{healed:.3f}", _verdict(converted, healed, -1)),
-            Cell(f"{healed / original:.2f}x"),
+            Cell(perplexity(healed), _verdict(converted, healed, -1)),
+            Cell(f"{healed / original:,.2f}x"),
         ),
     ]
     facts = {
@@ -210,7 +220,7 @@ def _healed(record: HealRecord) -> Table:
 
 
 def _needle(before: NeedleResult, after: NeedleResult) -> Table:
-    rows = [_share(f"all ({len(after.records)} prompts)", before, after)]
+    rows = [_share(f"all ({_count(len(after.records), 'prompt')})", before, after)]
     for name, text in (("form", "form {}"), ("length", "{:,} tokens"), ("depth", "depth {:.0%}")):
         values = sorted({getattr(r, name) for r in after.records})
         if len(values) > 1:
@@ -243,8 +253,14 @@ def _share(name: str, before: NeedleResult, after: NeedleResult) -> Row:
 
 def _change(name: str, old: float, new: float, text: Callable[[float], str], sign: int, noise: float = 0.0) -> Row:
     verdict = _verdict(old, new, sign, noise)
-    percent = "none" if new == old else f"{new / old - 1:+.1%}" if old else ""
-    return (Cell(name), Cell(text(old)), Cell(text(new), verdict), Cell(percent, verdict))
+    return (Cell(name), Cell(text(old)), Cell(text(new), verdict), Cell(_changed(old, new), verdict))
+
+
+def _changed(old: float, new: float) -> str:
+    """The change in percent; tenfold and more as a factor."""
+    if new == old or not old or math.isnan(new):
+        return "none" if new == old else ""
+    return f"{new / old:,.0f}x" if new >= 10 * old else f"{new / old - 1:+.1%}"
 
 
 def _verdict(old: float, new: float, sign: int, noise: float = 0.0) -> Verdict:
@@ -254,6 +270,11 @@ def _verdict(old: float, new: float, sign: int, noise: float = 0.0) -> Verdict:
     if abs(new - old) <= noise * abs(old):
         return ""
     return "better" if (new - old) * sign > 0 else "worse"
+
+
+def perplexity(value: float) -> str:
+    """Three decimals, or none where it is large."""
+    return f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
 
 
 def size(count: float) -> str:
@@ -272,7 +293,7 @@ def _facts(report: Report, text: Callable[[str], str]) -> str:
         "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
         "machine": report.machine,
         "graph passes": ", ".join(f"{name} {times}" for name, times in report.passes.items()),
-        "kernels": ", ".join(f"{name} ({times} layers)" for name, times in Counter(report.kernels).items()),
+        "kernels": ", ".join(f"{name} ({_count(times, 'layer')})" for name, times in Counter(report.kernels).items()),
     }
     return "\n".join(f"- {name}: {text(value)}" for name, value in lines.items() if value)
 

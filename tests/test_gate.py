@@ -6,17 +6,21 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import gate, report
+from kvcompile import gate, prove, report
+from kvcompile.compiler import plan_of
 from kvcompile.compose import compose
 from kvcompile.config import GateConfig
 from kvcompile.errors import KvcompileError, QualityError
+from kvcompile.heal.record import HealRecord
 from kvcompile.multirun import collect, run_job, summary_table
 from kvcompile.needle import NeedleRecord, NeedleResult
 from kvcompile.progress import silent
@@ -100,6 +104,17 @@ def test_a_compile_reports_parameters_bytes_and_perplexity_before_and_after(tmp_
         assert f"| {name}" in text
     assert made.perplexity == (row["perplexity_before"], row["perplexity_after"])
     kvcompile.load(tmp_path / "out")
+
+
+def test_a_conversion_that_hurts_says_how_to_heal_it(made: Report) -> None:
+    plan = plan_of(tiny_model().config, "float32", compose([]), compose(["policy=[cla]"]).policies())
+    model = SimpleNamespace(kvcompile=SimpleNamespace(plan=plan), device=torch.device("cpu"))
+    for after, said in ((11.5, ["cla: the weights were converted"]), (math.nan, ["cla"]), (10.5, [])):
+        found = prove.warnings(model, replace(made, perplexity=(10.0, after)))
+        assert len(found) == len(said)
+        assert all(text in one for text, one in zip(said, found, strict=True))
+    healed = HealRecord("lm", "full", "text", 1, 1, 1.0, 1, (10.0, 12.0, 11.5))
+    assert prove.warnings(model, replace(made, perplexity=(10.0, 11.5), healed=healed)) == []
 
 
 def test_a_dense_compile_has_the_perplexity_of_the_model(tmp_path: Path) -> None:

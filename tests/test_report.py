@@ -98,12 +98,36 @@ def test_markdown_has_every_head_and_marks_the_losses(report: Report, tmp_path) 
     assert "only one \\[form\\] was tried" in text
     assert "| 7 41 " in text
     assert "| 20 each " in text
-    assert "1 layers: every head, 2 layers: 80 tokens in all" in text
+    assert "1 layer: every head, 2 layers: 80 tokens in all" in text
     assert "**67%** (worse)" in line(text, "needle, exact")
     assert "**15.500** (worse)" in line(text, "perplexity")
     assert "**2.60 s** (worse)" in line(text, "prefill")
     assert "worse" not in line(text, "decode")
     assert "**\\[/b\\] 12\\|3** (wrong)" in text
+
+
+def test_a_layer_that_reads_another_is_shown_as_one(report: Report, tmp_path) -> None:
+    shared = replace(report, rows=[report.rows[0], row(1, [0, 0], [0, 0], owner=0)])
+    write(shared, tmp_path)
+    assert read(tmp_path) == shared
+    cells = [
+        [cell.strip() for cell in part.split("|")[1:4]]
+        for part in (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+        if part.startswith(("| 1 ", "| all "))
+    ]
+    assert cells[-2:] == [["1", "", "reads layer 0"], ["all", "2", ""]]
+
+
+def test_one_prompt_has_one_size(report: Report) -> None:
+    """The cache of the timed prompt is a row of its own only where it is another prompt."""
+    assert "cache, 100 tokens" not in coloured(report)
+    assert "cache, 100 tokens" in coloured(replace(report, tokens=99))
+
+
+def test_large_losses_are_factors(report: Report) -> None:
+    text = line(coloured(replace(report, perplexity=(15.835, 240201.3))), "perplexity")
+    assert "240,201" in text
+    assert "15,169x" in text
 
 
 def test_the_screen_shows_losses_in_red_and_savings_in_green(report: Report) -> None:

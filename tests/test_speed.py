@@ -56,6 +56,24 @@ def test_a_transformers_cache_is_counted_by_its_tensors() -> None:
     assert got.peak_bytes >= 0
 
 
+class Grower(Paced):
+    """A model that takes memory for a moment, as attention does."""
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        found = super().forward(input_ids, past_key_values, use_cache)
+        self.piece = [torch.ones(2**18) for _ in range(32)]  # of 1 MiB each
+        return found
+
+    __call__ = forward
+
+
+def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
+    model = Grower("g", 0.0, 1, [])
+    for _ in range(2):
+        model.piece = None
+        assert measure(model, tiny_ids(1, 3), new_tokens=1).peak_bytes > 24 * 2**20
+
+
 def test_a_cache_that_counts_itself_is_believed() -> None:
     assert cache_bytes(SimpleNamespace(nbytes=lambda: 7)) == 7
 
