@@ -117,6 +117,7 @@ def test_rows_of_a_head_go_from_halves_to_pairs() -> None:
 def test_the_file_holds_the_converted_weights(dtype: str, tmp_path: Path) -> None:
     model = compiled("llama", "gqa", tie_word_embeddings=True)
     tokenizer = bpe_tokenizer(byte_level())
+    tokenizer.chat_template = "{{ messages[0].content }}"
     model.resize_token_embeddings(400)
     done = kvcompile.export(model, "gguf", tmp_path / "out", tokenizer, dtype=dtype)
     assert set(done.files) == {"model.gguf", "README.md"}
@@ -130,7 +131,8 @@ def test_the_file_holds_the_converted_weights(dtype: str, tmp_path: Path) -> Non
     assert facts["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
     assert facts["tokenizer.ggml.tokens"][384:] == [f"[PAD{i}]" for i in range(384, 400)]
     assert (facts["tokenizer.ggml.bos_token_id"], facts["tokenizer.ggml.eos_token_id"]) == (1, 0)
-    assert facts["tokenizer.ggml.add_bos_token"] is False
+    assert (facts["tokenizer.ggml.add_bos_token"], facts["tokenizer.ggml.add_eos_token"]) == (False, False)
+    assert facts["tokenizer.chat_template"] == tokenizer.chat_template
     found = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in read.tensors}
     assert "output.weight" not in found
     wanted = model.state_dict()["model.layers.1.self_attn.k_proj.weight"].to(getattr(torch, dtype)).float()
@@ -148,6 +150,50 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "qwen2-gqa": ("qwen2", ("gqa",), {"head_dim": 8}),
     "qwen3-mqa": ("qwen3", ("mqa",), {}),
 }
+
+
+READ_BACK = {
+    **{name: CASES[name] for name in ("llama", "llama-gqa", "llama-mqa-rotated", "mistral-gqa", "qwen2-gqa")},
+    "qwen3-mqa": ("qwen3", ("mqa",), {"head_dim": 128}),  # the reader knows no other size
+}
+
+
+@pytest.mark.parametrize("case", READ_BACK)
+def test_transformers_reads_the_same(case: str, tmp_path: Path) -> None:
+    """A reader that is not ours, where llama.cpp is not at hand; it leaves out biases and factors of frequencies."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind, stack, over = READ_BACK[case]
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    model = compiled(kind, *stack, **{**over, "rope_parameters": rope, "rms_norm_eps": 1e-3, "vocab_size": 384})
+    tokenizer, ids = bpe_tokenizer(byte_level()), tiny_ids(2, 40)
+    kvcompile.export(model, "gguf", tmp_path / "out", tokenizer)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
+    text = "the cats sat at 12:30, naïve bats!"
+    words = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_biases_and_stretched_frequencies_are_in_the_file(tmp_path: Path) -> None:
+    model = compiled("llama", "mqa", attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3)
+    for attention in (layer.self_attn for layer in model.model.layers):
+        torch.nn.init.normal_(attention.q_proj.bias)
+    kvcompile.export(model, "gguf", tmp_path / "out")
+    found = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    state = model.state_dict()
+    for ours, theirs in (
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.up_proj", "ffn_up"),
+    ):
+        assert np.array_equal(found[f"blk.2.{theirs}.bias"], state[f"model.layers.2.{ours}.bias"].numpy())
+    bias = state["model.layers.2.self_attn.q_proj.bias"].view(8, 16)
+    assert np.array_equal(found["blk.2.attn_q.bias"].reshape(8, 16)[:, 0::2], bias[:, :8].numpy())
+    assert np.array_equal(found["blk.2.attn_q.bias"].reshape(8, 16)[:, 1::2], bias[:, 8:].numpy())
+    plain = LLAMA3["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(plain / found["rope_freqs.weight"], model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
 
 
 def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kvcompile.structure.activations import attention_inputs
 from kvcompile.structure.convert import convert, layout_of
 from kvcompile.structure.data import Latent
 from kvcompile.structure.latent import components, decompose
-from kvcompile.structure.moments import moments
+from kvcompile.structure.moments import Moments, moments
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2")
 NORMED = ("qwen3", "gemma3_text", "olmo2")
@@ -226,6 +226,75 @@ def test_energy_is_the_expected_square_of_a_logit() -> None:
     mixed = components(weights, p, uniform, uniform, mix=True)
     assert sum(mixed.energy) == pytest.approx(sum(one.energy), rel=1e-4)
     assert max(mixed.energy) > max(one.energy)
+
+
+def rows_of(part: Any) -> torch.Tensor:
+    """A projection by head with its bias as the last column, `[H, D, hidden + 1]`."""
+    return torch.cat((part.weight, part.bias.unsqueeze(-1)), -1).double()
+
+
+@pytest.mark.parametrize("mix", [True, False])
+def test_a_component_has_the_energy_that_is_said_of_it(mix: bool) -> None:
+    """E |y|^2 over what attention looks at; mixtures of one frequency do not correlate either."""
+    model = tiny_model("llama", attention_bias=True)
+    p = describe(model.config).layers[0]
+    weights = layout_of(model, attentions(model)[0], p).read()
+    seen = moments(model, describe(model.config), TEXT)[0]
+    parts = components(weights, p, seen.asking, seen.answering, mix)
+    rows = parts.into @ rows_of(weights.key).flatten(0, 1)
+    real, imaginary = (rows[[pair[part] for pair in parts.pairs]] for part in (0, 1))
+    y = torch.complex(real, imaginary)
+    spread = y @ seen.answering.to(y.dtype) @ y.mH
+    energy = torch.tensor(parts.energy, dtype=torch.float64)
+    torch.testing.assert_close(spread.diagonal().real, energy, rtol=1e-6, atol=1e-9)
+    if mix:
+        pairs = spread.view(8, 2, 8, 2).diagonal(dim1=0, dim2=2)  # of one frequency, [2, 2, 8]
+        assert float(pairs[0, 1].abs().max()) < 1e-6 * float(energy.max())
+
+
+@pytest.mark.parametrize("damp", [True, False])
+@pytest.mark.parametrize("mix", [True, False])
+def test_a_key_without_position_keeps_the_mean_of_its_turns(mix: bool, damp: bool) -> None:
+    """q^* k exp(-i theta distance) becomes q^* k times the mean of that, and of RoPE's stretch."""
+    model = tiny_model("llama", attention_bias=True)
+    p = describe(model.config).layers[0]
+    weights = layout_of(model, attentions(model)[0], p).read()
+    seen = moments(model, describe(model.config), TEXT)[0]
+    kept, amplitude = (0, 0, 1, 3, 4, 4, 7), 1.5  # of frequencies 1, 3 and 7 one of two components
+    made = decompose(weights, p, Latent(9, kept, 2, mix=mix, damp=damp), seen, amplitude)
+    rest = made.back_rest.shape[2]
+    lost = made.back_rest @ made.rows[:rest]  # [H_kv, D, hidden + 1]
+    keys = rows_of(weights.key)
+    for f in (2, 5, 6):
+        turn = amplitude**2 * (seen.turn[f] if damp else torch.ones_like(seen.turn[f]))
+        was, now = (torch.complex(x[:, f], x[:, f + 8]) for x in (keys, lost))
+        torch.testing.assert_close(now, turn * was)
+    for f in (0, 4):
+        assert float(lost[:, [f, f + 8]].abs().max()) < 1e-9 * float(keys.abs().max())
+
+
+def test_the_metric_is_the_expected_square_of_the_change_of_the_output() -> None:
+    """By sums over tokens: an error of a value is felt through W_O, one of a logit by as much as values spread."""
+    model = tiny_model("llama", attention_bias=True)
+    p = describe(model.config).layers[0]
+    weights = layout_of(model, attentions(model)[0], p).read()
+    inputs = attention_inputs(model, TEXT)[0].double()
+    inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
+    uniform = inputs.T @ inputs / len(inputs)
+    seen = Moments(uniform, uniform, torch.ones(8, dtype=torch.complex128))
+    made = decompose(weights, p, Latent(8, (0, 1, 2, 3), 2), seen)
+    rest = made.back_rest.shape[2]
+    error = torch.randn(rest + 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of_keys, of_values = made.back_rest @ error[:rest], error[rest:].view(2, 16)
+    queries, values = (torch.einsum("hdi,ni->nhd", rows_of(x), inputs) for x in (weights.query, weights.value))
+    spread = values - values.mean(0)
+    expected = 0.0
+    for g, heads in enumerate(((0, 1), (2, 3))):
+        out = [weights.out[:, h].double() for h in heads]
+        size = sum((spread[:, g] @ o.T).square().sum(1).mean() for o in out) / 2
+        logits = sum((p.scale * queries[:, h] @ of_keys[g]).square().mean() for h in heads)
+        expected += float(size * logits + sum((o @ of_values[g]).square().sum() for o in out))
+    assert float((made.metric @ error).square().sum()) == pytest.approx(expected, rel=1e-4)
 
 
 def calibrated(model: Any, **options: Any) -> Any:
