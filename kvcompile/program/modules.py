@@ -103,10 +103,11 @@ def exported(module: nn.Module, program: Program) -> torch.export.ExportedProgra
     decoding = isinstance(module, ResidentDecode | HandedDecode)
     count = 1 if decoding else min(limits.prompt, 2 * LEAST + 3)
     ids = torch.zeros(limits.batch, count, dtype=torch.int64, device=program.device)
-    tokens = {1: torch.export.Dim("tokens", min=LEAST, max=limits.prompt)}
+    one = decoding or limits.prompt == LEAST
+    shapes = None if one else ({1: torch.export.Dim("tokens", min=LEAST, max=limits.prompt)},)
     cache = program.empty().values() if isinstance(module, HandedDecode) else ()
     with traceable(module):
-        return torch.export.export(module, (ids, *cache), dynamic_shapes=None if decoding else (tokens,), strict=False)
+        return torch.export.export(module, (ids, *cache), dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager

@@ -64,7 +64,21 @@ def test_facts_tell_what_the_program_holds(folder: Path) -> None:
     buffers = dict(torch.export.load(folder / "decode.pt2").named_buffers())
     assert [x["layer"] for x in facts["layers"]] == [0, 2]
     assert [x["capacity"] for x in facts["layers"]] == [16, 16]  # the budget, and tokens until the next selection
+    assert [x["readers"] for x in facts["layers"]] == [[0, 1], [2, 3]]
+    assert [(x["kept"], x["every"], x["ring"]) for x in facts["layers"]] == [([12], 4, False)] * 2
+    assert (facts["batch"], facts["prompt"], facts["new"], facts["dtype"]) == (2, [2, 64], 24, "float32")
     for held in facts["cache"]:
         assert list(buffers[f"cache.{held['name']}"].shape) == held["shape"]
         assert not buffers[f"cache.{held['name']}"].clamp(min=0).any()  # saved empty
     assert facts["cache_bytes"] == sum(x.nbytes for name, x in buffers.items() if name.startswith("cache."))
+
+
+def test_the_shortest_prompt_there_is(tmp_path: Path) -> None:
+    """Two tokens, no more and no less: a program of one shape."""
+    model, ids = compiled("llama", [], num_hidden_layers=1), tiny_ids(1, 3)
+    TorchProgram(prompt=2, new=1).write(model, None, tmp_path)
+    prefill = torch.export.load(tmp_path / "prefill.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(prefill(ids[:, :2])[:, -1], model(ids[:, :2]).logits[:, -1], atol=2e-4, rtol=1e-4)
+        with pytest.raises(AssertionError):
+            prefill(ids)
