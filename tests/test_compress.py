@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from selecting import (
+    Above,
+    AllAttention,
+    Expected,
+    Hashed,
+    Labelled,
+    PerHead,
+    compiled,
+    generate,
+    hashed,
+    kept,
+    left_padded,
+    predicted,
+    prefill,
+    selection,
+)
 from tiny import WINDOW, tiny_config, tiny_ids, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -16,164 +32,10 @@ from kvcompile.adapters.registry import describe, rotary
 from kvcompile.cache import KVCache
 from kvcompile.cache.dense import DenseStore
 from kvcompile.cache.ragged import RaggedStore
-from kvcompile.compiler import build
-from kvcompile.compress import _top, turn
+from kvcompile.compress import _top
 from kvcompile.observe import Observation
 from kvcompile.policies.snapkv import WindowAttention
-from kvcompile.selection import Allocation, Budget, LayerScores, Schedule, Scope, Score, Selection
-
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
-
-
-@dataclass(frozen=True)
-class Hashed(Score):
-    """A fixed pseudo-random number for each true position, layer and head: easy to predict, blind to the model."""
-
-    def score(self, seen: Observation) -> Tensor:
-        heads = torch.arange(seen.keys.shape[0]).unsqueeze(1)
-        return hashed(seen.positions.long(), seen.layer, heads)
-
-
-def hashed(position: Tensor, layer: int, head: Tensor) -> Tensor:
-    return ((position + 3) * (7919 + 101 * head + 31 * layer) % 1009).float()
-
-
-@dataclass(frozen=True)
-class AllAttention(Score):
-    """Attention of every query so far, summed (as h2o): carries state, needs every query once."""
-
-    @property
-    def queries(self) -> None:
-        return None
-
-    @property
-    def carries(self) -> bool:
-        return True
-
-    def observe(self, seen: Observation) -> Tensor:
-        total = seen.carried.clone() if seen.carried is not None else torch.zeros(seen.keys.shape[:2])
-        for _, attention in seen.attention_blocks():
-            total += attention.sum((1, 2))
-        return total
-
-    def score(self, seen: Observation) -> Tensor:
-        assert seen.carried is not None
-        return seen.carried
-
-
-@dataclass(frozen=True)
-class Labelled(AllAttention):
-    """Carries each entry's own position + 1, given when it was new: shows whether state follows its entry."""
-
-    def observe(self, seen: Observation) -> Tensor:
-        carried = seen.carried if seen.carried is not None else torch.zeros(seen.keys.shape[:2])
-        return torch.where(carried == 0, seen.positions + 1, carried)
-
-    def score(self, seen: Observation) -> Tensor:
-        assert seen.carried is not None
-        inside = torch.arange(seen.keys.shape[1]) < seen.lengths.unsqueeze(1)
-        assert torch.equal(seen.carried[inside], (seen.positions[inside] + 1).float())
-        return Hashed().score(seen)
-
-
-@dataclass(frozen=True)
-class Expected(Score):
-    """Logits of the mean query, rotated to the next positions."""
-
-    @property
-    def moments(self) -> bool:
-        return True
-
-    def score(self, seen: Observation) -> Tensor:
-        assert seen.moments is not None
-        assert seen.mean_rotation is not None
-        query = seen.moments.mean.mean(1) @ seen.mean_rotation(8)
-        return (seen.keys.float() @ query.unsqueeze(-1)).squeeze(-1)
-
-
-@dataclass(frozen=True)
-class PerHead(Allocation):
-    """One budget over all heads of a layer (or of all layers): the best entries anywhere stay."""
-
-    across: bool = False
-
-    @property
-    def scope(self) -> Scope:
-        return "head"
-
-    @property
-    def cross_layer(self) -> bool:
-        return self.across
-
-    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
-        total = sum(min(x.budget, int(n)) for x in layers for n in x.lengths)
-        flat = torch.cat([x.scores.flatten() for x in layers])
-        chosen = torch.zeros_like(flat, dtype=torch.bool)
-        chosen[flat.argsort(descending=True, stable=True)[:total]] = True
-        parts = chosen.split([x.scores.numel() for x in layers])
-        return [c.view_as(x.scores).sum(1) for c, x in zip(parts, layers, strict=True)]
-
-
-@dataclass(frozen=True)
-class Above(Allocation):
-    """A threshold: every head keeps the entries that score more."""
-
-    least: float
-
-    @property
-    def scope(self) -> Scope:
-        return "head"
-
-    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
-        return [(x.scores > self.least).sum(1) for x in layers]
-
-
-def selection(score: Score, budget: float | None = 0.4, **options: Any) -> Selection:
-    settings: dict[str, Any] = {"sinks": 2, "recent": 3, **options}
-    return Selection("test", score, None if budget is None else Budget(budget), **settings)
-
-
-def compiled(
-    s: Selection | None, name: str = "llama", chunk: int = 0, layers: Sequence[int] = range(4), **options: Any
-) -> Any:
-    model = tiny_model(name)
-    plan = replace(describe(model.config), prefill_chunk=chunk).map(lambda p: replace(p, selection=s), layers)
-    plan.check()
-    return build(model, plan, **options)
-
-
-def left_padded(tokens: int, *pads: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    ids, mask = tiny_ids(len(pads), tokens, seed), torch.ones(len(pads), tokens, dtype=torch.long)
-    for b, n in enumerate(pads):
-        ids[b, :n], mask[b, :n] = 0, 0
-    return ids, mask
-
-
-def prefill(model: Any, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> KVCache:
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    with torch.no_grad():
-        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-    assert bool(out.logits.isfinite().all())
-    return out.past_key_values
-
-
-def generate(model: Any, ids: Tensor, mask: Tensor | None = None, new: int = 10, **options: Any) -> Any:
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, **{**GREEDY, **options})
-
-
-def kept(cache: KVCache, layer: int) -> list[list[int]]:
-    return [positions.tolist() for _, _, positions in cache.layers[layer].held.rows()]
-
-
-def predicted(held: list[int], tokens: int, budget: int, layer: int, head: int, sinks: int = 2, recent: int = 3):
-    """The naive selection: protected entries, then the highest scores, the older first."""
-    scores = {p: float(hashed(torch.tensor(p), layer, torch.tensor(head))) for p in held}
-    for p in held:
-        if p < sinks or p >= tokens - recent:
-            scores[p] = float("inf")
-    return sorted(sorted(held, key=lambda p: (-scores[p], p))[:budget])
-
+from kvcompile.selection import Budget, Schedule, Selection
 
 # ---- who stays
 
@@ -543,113 +405,6 @@ def test_layers_that_turn_alike_ask_for_their_angles_once_a_pass() -> None:
     asked.clear()
     prefill(model, tiny_ids(1, 5, seed=1), cache=cache)
     assert [at.tolist() for at in asked] == [list(range(20, 28))] * 2
-
-
-# ---- compact positions
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
-
-
-@pytest.mark.parametrize(
-    ("name", "over"),
-    [("llama", {}), ("llama", {"rope_parameters": YARN}), ("phi3", {}), ("gpt_neox", {}), ("smollm3", {})],
-    ids=["llama", "llama-yarn", "phi3", "gpt_neox", "smollm3"],
-)
-def test_turning_a_key_is_rotating_it_at_the_new_position(name: str, over: dict[str, Any]) -> None:
-    """Of a part of the channels, or with an amplitude (yarn), just as well."""
-    from kvcompile.graph.ops import rope
-
-    model = tiny_model(name, **over)
-    turns = rotary(model, 0)
-    keys = torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-    old, new = torch.arange(12) * 9 + 5, torch.arange(12)
-
-    def at(positions: Tensor) -> Tensor:
-        cos, sin = turns(positions)
-        return rope(keys[None, None], cos[None], sin[None])[0, 0]
-
-    torch.testing.assert_close(turn(at(old), old, new, turns), at(new), atol=1e-5, rtol=1e-5)
-
-
-def naive_compact(
-    original: Any, ids: Tensor, new: int, budget: int, every: int, sinks: int
-) -> tuple[list[int], Tensor]:
-    """StreamingLLM on transformers: the kept tokens' pre-rotary keys are rotated anew at 0..n-1 before every step."""
-    from kvcompile.graph.ops import rope
-
-    turns = rotary(original, 0)
-
-    def rotated(keys: Tensor, positions: Tensor, sign: int) -> Tensor:
-        cos, sin = turns(positions)
-        return rope(keys, cos[None], sign * sin[None])
-
-    with torch.no_grad():
-        out = original(ids, use_cache=True)
-        cache, tokens, logits = out.past_key_values, [], []
-        held, evict = ids.shape[1], True
-        for step in range(new):
-            if evict and held > budget:
-                index = torch.cat((torch.arange(sinks), torch.arange(held - budget + sinks, held)))
-                for layer in cache.layers:
-                    bare = rotated(layer.keys, torch.arange(held), -1)[:, :, index]
-                    layer.keys, layer.values = rotated(bare, torch.arange(budget), 1), layer.values[:, :, index]
-                held = budget
-            logits.append(out.logits[:, -1])
-            tokens.append(int(out.logits[0, -1].argmax()))
-            if step + 1 < new:
-                out = original(
-                    torch.tensor([tokens[-1:]]),
-                    past_key_values=cache,
-                    position_ids=torch.tensor([[held]]),
-                    attention_mask=torch.ones(1, held + 1),
-                )
-                held, evict = held + 1, (step + 1) % every == 0
-    return tokens, torch.cat(logits)
-
-
-@dataclass(frozen=True)
-class Newest(Score):
-    """The newest entries stay."""
-
-    def score(self, seen: Observation) -> Tensor:
-        return seen.positions.float()
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_compact_positions_like_a_naive_implementation(name: str) -> None:
-    s = selection(Newest(), 10, recent=0, positions="compact", schedule=Schedule(decode_every=3))
-    ids = tiny_ids(1, 24)
-    tokens, logits = naive_compact(tiny_model(name), ids, 14, budget=10, every=3, sinks=2)
-    out = generate(compiled(s, name), ids, new=14, output_logits=True)
-    torch.testing.assert_close(torch.cat(out.logits), logits, atol=2e-4, rtol=1e-4)
-    assert out.sequences[0, 24:].tolist() == tokens
-
-
-@pytest.mark.parametrize("chunk", [0, 7])
-def test_compact_positions_of_a_batch(chunk: int) -> None:
-    s = selection(Newest(), 10, recent=0, positions="compact", schedule=Schedule(decode_every=3))
-    model = compiled(s, chunk=chunk)
-    ids, mask = left_padded(28, 0, 7, 21)
-    together = generate(model, ids, mask)
-    for b, pads in enumerate((0, 7, 21)):
-        assert torch.equal(generate(model, ids[b : b + 1, pads:]).sequences[0, -10:], together.sequences[b, -10:])
-
-
-def test_compact_positions_rotate_the_mean_query_alike_in_all_layers() -> None:
-    """Layers are compressed one after another; a later one must not see the positions of an earlier one's outcome."""
-    rotations: list[Tensor] = []
-
-    @dataclass(frozen=True)
-    class Watching(Newest):
-        def score(self, seen: Observation) -> Tensor:
-            assert seen.mean_rotation is not None
-            rotations.append(seen.mean_rotation(4))
-            return super().score(seen)
-
-    prefill(compiled(selection(Watching(), 10, positions="compact")), tiny_ids(1, 24))
-    assert len(rotations) == 4
-    assert all(torch.equal(r, rotations[0]) for r in rotations)
 
 
 # ---- taking tokens back
