@@ -17,7 +17,6 @@ from kvcompile.structure.data import Fold, Heads, Latent
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-POSITION_BYTES = 4  # one int32 true position per kept entry
 
 
 @dataclass(frozen=True)

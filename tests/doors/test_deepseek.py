@@ -23,6 +23,7 @@ from kvcompile.stack import apply_stack, build_stack
 
 FREQUENCIES = [[0, 0, 1, 2, 5, 7], [0, 1, 2, 3, 4, 5], [1, 1, 2, 2, 3, 3], []]  # the last layer turns nothing
 ROUNDING = 3e-5  # of the logits of random weights, whose attention is sharp: angles and products in float32
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 OPTIONS = {"rope": 12, "rank": 22, "tokens": 64, "frequencies": FREQUENCIES}
 
 
@@ -64,6 +65,7 @@ def test_another_scale_and_stretched_positions() -> None:
 
 def test_the_checkpoint_loads_without_kvcompile(tmp_path: Path) -> None:
     model, ids = compiled(tiny_model()), tiny_ids(2, 40)
+    model.generation_config.eos_token_id = [2, 5]
     kvcompile.export(model, "deepseek", tmp_path / "stock", tiny_tokenizer())
     with torch.no_grad():
         torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
@@ -76,10 +78,11 @@ with torch.no_grad():
     got = model(seen["ids"]).logits
 assert "kvcompile" not in sys.modules
 print(type(model).__name__, float((got - seen["logits"]).norm() / seen["logits"].norm()) < 3e-5)
+print(*model.generation_config.eos_token_id)
 """
     args = [sys.executable, "-c", script, tmp_path / "stock", tmp_path / "expected.pt"]
     told = subprocess.run(args, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert told.stdout.split() == ["DeepseekV3ForCausalLM", "True"]
+    assert told.stdout.split() == ["DeepseekV3ForCausalLM", "True", "2", "5"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ print(type(model).__name__, float((got - seen["logits"]).norm() / seen["logits"]
         ("llama", {"attention_bias": True}, ["mla"], "biases of queries"),
         ("llama", {"mlp_bias": True}, ["mla"], "biases of the MLP"),
         ("mistral", {}, ["mla"], "a sliding window"),
+        ("llama", {"rope_parameters": DYNAMIC}, ["mla"], "RoPE 'dynamic', which depends on the length"),
         ("llama", {}, ["mla", "snapkv"], "'snapkv'. acting on the cache"),
     ],
     ids=str,

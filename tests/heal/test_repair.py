@@ -142,6 +142,7 @@ def test_lora_merged_is_lora_beside() -> None:
     inject(base, [n for n, m in base.named_modules() if n.endswith(("q_proj", "v_proj"))], 4)
     pupil = student(base, describe(model.config), 1.0, 1.0)
     adapters = [p for n, p in pupil.named_parameters() if "lora_" in n]
+    assert {s for m in pupil.modules() for s in getattr(m, "scaling", {}).values()} == {2.0}, "alpha is twice the rank"
     assert {id(p) for p in pupil.parameters() if p.requires_grad} == {id(p) for p in adapters}
     with torch.no_grad():
         for p in adapters:
@@ -161,6 +162,8 @@ def test_budgets_of_time_and_tokens_are_kept(data: Path) -> None:
     assert 1.8 <= record.seconds < 20
     assert {p.stage for p in record.curve} == {"layers", "model"}, "stages are shares of the time too"
     assert healed(data, "policy=[mqa]", f"heal.tokens={4 * STEP + 5}").kvcompile.healed.tokens == 4 * STEP
+    two = healed(data, "policy=[mqa]", f"heal.tokens={4 * STEP}", "heal.accumulate=2").kvcompile.healed
+    assert (two.steps, two.tokens) == (2, 4 * STEP), "a step is as many batches as are accumulated"
 
 
 def test_the_learning_rate_warms_up_and_falls_in_each_stage() -> None:
@@ -200,6 +203,11 @@ def test_blocks_cover_the_text_and_depend_on_the_seed_alone() -> None:
     once = {int(t) for row in rows[: blocks.each] for t in row}
     assert len(once) == blocks.each * 50, "no token twice in a round"
     assert [int(r[0]) for r in rows] == [int(Blocks(ids, 50, 38, seed=3)[i]["input_ids"][0]) for i in range(38)]
+    rounds = [[divmod(int(row[0]), 50) for row in rows[i : i + blocks.each]] for i in (0, blocks.each)]
+    first, second = ({offset for _, offset in found} for found in rounds)
+    assert len(first) == len(second) == 1
+    assert first != second, "another round is cut at other places"
+    assert all(found != sorted(found) for found in rounds), "and read in an order of its own"
     assert [int(r[0]) for r in rows] != [int(Blocks(ids, 50, 38, seed=4)[i]["input_ids"][0]) for i in range(38)]
     with pytest.raises(KvcompileError, match="longer than two sequences"):
         Blocks(ids, 501, 1, 0)

@@ -23,7 +23,7 @@ from kvcompile.prove import prove
 from kvcompile.structure.activations import attention_inputs
 from kvcompile.structure.convert import convert, layout_of
 from kvcompile.structure.data import Latent
-from kvcompile.structure.latent import components, decompose
+from kvcompile.structure.latent import Components, components, decompose
 from kvcompile.structure.moments import Moments, moments
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2")
@@ -149,9 +149,16 @@ def test_a_truncated_latent_is_a_model_with_low_rank_values() -> None:
     assert off(stepped(got, ids, 30), logits(stock, ids)) < 1e-5
 
 
-def test_moments_are_those_of_the_models_own_attention() -> None:
-    """Inputs by hooks, distances by the probabilities that transformers returns."""
-    model = tiny_model("mistral", attn_implementation="eager")
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [("mistral", {}), ("gemma2", {"attn_logit_softcapping": 0.5}), ("llama", {"rope_parameters": YARN})],
+)
+def test_moments_are_those_of_the_models_own_attention(name: str, over: dict[str, Any]) -> None:
+    """Inputs by hooks, distances by the probabilities that transformers returns; a turn is one whatever its stretch."""
+    model = tiny_model(name, attn_implementation="eager", **over)
     ids, plan = tiny_ids(1, 60), describe(model.config)
     found = moments(model, plan, ids)
     with torch.no_grad():
@@ -164,7 +171,7 @@ def test_moments_are_those_of_the_models_own_attention() -> None:
         answering = h.T @ (h * mass.sum(0).unsqueeze(1)) / 60
         torch.testing.assert_close(found[layer].answering, answering, atol=1e-5, rtol=1e-5)
         cos, sin = (x[:, :8].double() for x in rotary(model, layer)(torch.arange(60)))
-        turns = torch.complex(cos, -sin)[distance.clamp(min=0)]  # [60, 60, 8]
+        turns = torch.complex(cos, -sin)[distance.clamp(min=0)] / torch.complex(cos, sin)[0].abs()  # [60, 60, 8]
         expected = torch.einsum("ij,ijf->f", mass.to(turns.dtype), turns) / 60
         torch.testing.assert_close(found[layer].turn, expected, atol=1e-5, rtol=1e-5)
 
@@ -226,6 +233,16 @@ def test_energy_is_the_expected_square_of_a_logit() -> None:
     mixed = components(weights, p, uniform, uniform, mix=True)
     assert sum(mixed.energy) == pytest.approx(sum(one.energy), rel=1e-4)
     assert max(mixed.energy) > max(one.energy)
+
+
+def test_what_keeps_its_position_has_most_energy_or_loses_most_without() -> None:
+    none = torch.zeros(0)
+    parts = Components(none, none, [(0, 1), (2, 3), (4, 5), (6, 7)], [0, 0, 1, 1], [4.0, 1.0, 3.0, 2.0], [])
+    assert parts.best(2) == (0, 1)
+    assert parts.best(3) == (0, 1, 1)
+    still = torch.tensor([0.99 + 0.1j, 0.1j])  # frequency 0 hardly turns: a mean of its turns says it all
+    assert parts.best(2, still) == (1, 1)
+    assert parts.best(3, still) == (0, 1, 1)
 
 
 def rows_of(part: Any) -> torch.Tensor:
