@@ -45,7 +45,7 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     summed = sums_wanted(kv, queries, step)
     keep = _queries_needed(s, summed)
     if s.score.moments:
-        kv.watch.add_moments(unrotated, step.positions, step.valid)
+        kv.watch.add_moments(unrotated, step.positions, step.valid, s.score.moments)
         step.cache.summed()
     if keep != 0:
         kv.watch.remember(queries, step.positions, step.valid, keep, counted=summed)

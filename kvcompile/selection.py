@@ -48,9 +48,9 @@ class Score:
         return False
 
     @property
-    def moments(self) -> bool:
-        """Whether it needs mean and covariance of the queries before rotation."""
-        return False
+    def moments(self) -> int:
+        """Mean and covariance of every how many-th query before rotation it needs (1: of all); 0 none."""
+        return 0
 
     @property
     def traceable(self) -> bool:

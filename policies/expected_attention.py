@@ -22,18 +22,20 @@ class FutureAttention(Score):
 
     a[g, j] = softmax_j(c k_j mu' + c^2 k_j Sigma' k_j / 2), mu' = mu R, Sigma' = R^T Sigma R, c = 1 / sqrt(d)
     s[h, j] = avg_kernel( (mean_g a[g, j] + epsilon) ||v_j||_2 ), over `kernel` neighbours of the row
-    mu, Sigma: moments of the queries before rotation without the first 4 tokens; R: mean rotation (row vectors).
+    mu, Sigma: moments of every `stride`-th query before rotation without the first 4 tokens; R: mean rotation (row
+    vectors).
     Source: arXiv 2510.00636, section 3; the pooling is SnapKV's (2404.14469). A soft-cap on the logits is not modelled.
     """
 
     horizon: int
     epsilon: float
     kernel: int = 1
+    stride: int = 1
 
     @property
-    def moments(self) -> bool:
+    def moments(self) -> int:
         """Mean and covariance of the queries."""
-        return True
+        return self.stride
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; before the fifth token there are no moments, and all entries are expected alike."""
@@ -55,21 +57,21 @@ class FutureAttention(Score):
 def _logits(seen: Observation, moments: Moments, rotation: Tensor) -> Tensor:
     """c k mu' + c^2 k Sigma' k / 2 for every query head and entry, `[H_kv, g, n]`.
 
-    With u = c k R^T that is the dot product of u and mu + u Sigma / 2: one matrix product for all query heads of a KV
-    head, their (symmetric) Sigma side by side as `[D, g D]`.
+    That is the dot product of k and c mu' + c^2 k Sigma' / 2: one matrix product for all query heads of a KV head,
+    their (symmetric) Sigma' side by side as `[D, g D]`.
     """
     import torch
 
     heads, group, dim = moments.mean.shape
-    turn = (rotation.T * seen.scale).expand(heads, dim, dim)
-    means, covariances = moments.mean.reshape(heads, 1, group * dim), moments.covariance.reshape(heads, -1, dim).mT
+    turn = rotation * seen.scale
+    means = (moments.mean @ turn).view(heads, 1, group * dim)
+    covariances = (turn.T @ moments.covariance @ turn).view(heads, group * dim, dim).mT
     logits = []
     every = seen.keys.float()
     # in a trace the number of blocks would fix the length of the prompt
     for keys in (every,) if torch.compiler.is_compiling() else torch.split(every, ENTRY_BLOCK, 1):
-        turned = torch.bmm(keys, turn)
-        products = torch.unflatten(torch.baddbmm(means, turned, covariances, alpha=0.5), -1, (group, dim))
-        logits.append(products.mul_(turned.unsqueeze(2)).sum(-1).mT)
+        products = torch.unflatten(torch.baddbmm(means, keys, covariances, alpha=0.5), -1, (group, dim))
+        logits.append(products.mul_(keys.unsqueeze(2)).sum(-1).mT)
     return torch.cat(logits, -1)
 
 
@@ -80,6 +82,7 @@ class ExpectedAttention(SelectionPolicy):
     horizon: how many coming positions the rotation is averaged over. epsilon: weight of the value's norm alone; the
     paper's 0 lets one sharp estimate decide, which loses needles (see `benchmarks/`). kernel: neighbours whose scores
     are averaged; without it (the paper's 1) the token that ends a copied span is dropped, and the copy runs on.
+    stride: every how many-th query the statistics are of (the paper's 1); summing them up is a third of a look's time.
     """
 
     name: ClassVar[str] = "expected_attention"
@@ -87,13 +90,15 @@ class ExpectedAttention(SelectionPolicy):
     horizon: int = 512
     epsilon: float = 0.01
     kernel: int = 3
+    stride: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.horizon >= 1, "horizon", "1 or more")
         self.require(self.epsilon >= 0, "epsilon", "0 or more")
         self.require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", "odd")
+        self.require(self.stride >= 1, "stride", "1 or more")
 
     def score(self) -> Score:
         """Expected attention times value norm, pooled."""
-        return FutureAttention(self.horizon, self.epsilon, self.kernel)
+        return FutureAttention(self.horizon, self.epsilon, self.kernel, self.stride)

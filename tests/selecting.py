@@ -74,9 +74,11 @@ class Labelled(AllAttention):
 class Expected(Score):
     """Logits of the mean query, rotated to the next positions."""
 
+    stride: int = 1
+
     @property
-    def moments(self) -> bool:
-        return True
+    def moments(self) -> int:
+        return self.stride
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.moments is not None

@@ -343,10 +343,11 @@ class Recorder(Expected):
         return super().score(seen)
 
 
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("chunk", [0, 7])
-def test_moments_are_those_of_the_queries_before_rotation(chunk: int) -> None:
-    """Population mean and covariance, without the first four tokens (sinks) and without padding."""
-    original, recorder = tiny_model(), Recorder()
+def test_moments_are_those_of_the_queries_before_rotation(chunk: int, stride: int) -> None:
+    """Population mean and covariance of every `stride`-th token from the fifth on (no sinks), without padding."""
+    original, recorder = tiny_model(), Recorder(stride)
     queries: list[Tensor] = []
     original.model.layers[2].self_attn.q_proj.register_forward_hook(lambda m, i, out: queries.append(out))
     ids, mask = left_padded(30, 0, 7)
@@ -355,7 +356,7 @@ def test_moments_are_those_of_the_queries_before_rotation(chunk: int) -> None:
             original(ids[b : b + 1, pads:])
     prefill(compiled(selection(recorder, schedule=Schedule(between_chunks=False)), chunk=chunk), ids, mask)
     for moments, states in zip(recorder.found[2][-2:], queries, strict=True):
-        q = states[0, 4:].double().unflatten(-1, (4, 16)).transpose(0, 1)
+        q = states[0, 4 + -4 % stride :: stride].double().unflatten(-1, (4, 16)).transpose(0, 1)
         assert moments.count == q.shape[1]
         for head in range(4):
             mean, covariance = moments.mean[head // 2, head % 2], moments.covariance[head // 2, head % 2]

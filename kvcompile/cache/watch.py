@@ -12,6 +12,11 @@ from kvcompile.observe import Moments
 EXCLUDED_FROM_MOMENTS = 4  # the first tokens are attention sinks; their queries are unlike all others
 
 
+def in_moments(positions: Tensor, stride: int) -> Tensor:
+    """Whether queries at `positions` count towards mean and covariance."""
+    return (positions >= EXCLUDED_FROM_MOMENTS) & (positions % stride == 0)
+
+
 @dataclass
 class Segment:
     """Rotated queries `[B, H_q, Q, D]` of consecutive tokens at true positions `[B, Q]`; `valid [B, Q]` or None.
@@ -108,9 +113,10 @@ class Watch:
             joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
         return joined.view(heads, joined.shape[0] // heads, *joined.shape[1:]), at
 
-    def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
-        """Add queries before rotation `[B, H_q, Q, D]` to the running sums."""
-        new = [_sums(queries[b], positions[b], None if valid is None else valid[b]) for b in range(queries.shape[0])]
+    def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int = 1) -> None:
+        """Add the queries before rotation `[B, H_q, Q, D]` whose position `stride` divides to the running sums."""
+        real = [None] * queries.shape[0] if valid is None else valid
+        new = [_sums(*mine, stride) for mine in zip(queries, positions, real, strict=True)]
         self.sums = new if self.sums is None else [a.plus(b) for a, b in zip(self.sums, new, strict=True)]
 
     def moments(self, b: int, heads: int) -> Moments | None:
@@ -173,11 +179,13 @@ class Watch:
             self.sums = [self.sums[b] for b in chosen]
 
 
-def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None) -> Sums:
+def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int) -> Sums:
     """Sums over those of one sequence's queries `[H_q, Q, D]` that count; without padding, no copy of them is made."""
     if valid is None:
-        mine = queries[:, max(0, EXCLUDED_FROM_MOMENTS - int(positions[0])) :].float()
+        here = int(positions[0])
+        first = max(here, EXCLUDED_FROM_MOMENTS)
+        mine = queries[:, first + -first % stride - here :: stride].float()
     else:
-        mine = queries[:, valid & (positions >= EXCLUDED_FROM_MOMENTS)].float()
+        mine = queries[:, valid & in_moments(positions, stride)].float()
     outer = mine.mT @ mine
     return Sums(mine.shape[1], mine.sum(1), outer)

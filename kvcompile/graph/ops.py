@@ -50,9 +50,12 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[B, H, Q, D]` by `cos, sin [B, Q, D_rot]` (half-split layout); channels past `D_rot` pass through."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     width = cos.shape[-1]
+    half = width // 2
     turned = states if width == states.shape[-1] else states[..., :width]
-    first, second = turned.chunk(2, dim=-1)
-    out = turned * cos + torch.cat((-second, first), -1) * sin
+    out = turned * cos
+    # half by half, where x cos lies: to the bit what adding a rotated copy gives, in less time
+    out[..., :half].sub_(turned[..., half:] * sin[..., :half])
+    out[..., half:].add_(turned[..., :half] * sin[..., half:])
     return out if width == states.shape[-1] else torch.cat((out, states[..., width:]), -1)
 
 

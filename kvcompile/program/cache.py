@@ -104,7 +104,7 @@ class PrefillCache:
                 asked,
                 self.seen,
                 self.tables[f"recent_{room.plan.index}"][self.seen],
-                moments(room.plan, unrotated, self.positions) if s.moments else None,
+                moments(room.plan, unrotated, self.positions, s.moments) if s.moments else None,
                 lambda horizon: self._mean_rotation(room.plan, horizon),
             ),
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.cache.watch import EXCLUDED_FROM_MOMENTS
+from kvcompile.cache.watch import in_moments
 from kvcompile.observe import Moments, Observation
 from kvcompile.plan import LayerPlan
 
@@ -107,9 +107,9 @@ def _observation(p: LayerPlan, held: Entries, asked: Asked, b: int) -> _Seen:
     )
 
 
-def moments(p: LayerPlan, unrotated: Tensor, positions: Tensor) -> list[Moments]:
+def moments(p: LayerPlan, unrotated: Tensor, positions: Tensor, stride: int) -> list[Moments]:
     """Of the queries before rotation `[B, H_q, T, D]` at `positions [T]`, as `kvcompile.cache.watch` sums them up."""
-    counted = (positions >= EXCLUDED_FROM_MOMENTS).float()
+    counted = in_moments(positions, stride).float()
     count = counted.sum().clamp(min=1)
     found = []
     for queries in unrotated.float().unbind(0):
