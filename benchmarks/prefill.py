@@ -2,10 +2,10 @@
 
     python benchmarks/prefill.py --contexts 1024 2048 4096 --rounds 5 --out benchmarks/results/prefill
 
+fastest s: the fastest whole prefill (models in turns, each round beginning with another one; other work on a machine
+only ever adds time). overhead %: that over the fastest of dense transformers, less one.
 selection %: time of the graph's nodes that only a compressed model has (observe, compress, allocate, trim, settle)
 over the time of all others, in the same pass: noise on the machine hits both alike. Median of the rounds.
-fastest s, x: the fastest whole prefill, and dense transformers' fastest over it (models in turns, each round beginning
-with another one; other work on a machine only ever adds time).
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def rows(compared: dict[str, Any], ids: torch.Tensor, rounds: int) -> list[dict[
     return [
         {
             "model": name,
-            "selection %": round(100 * statistics.median(shares[name]), 1) if shares[name] else None,
             "fastest s": round(min(mine), 3),
-            "x": round(base / min(mine), 2),
+            "overhead %": round(100 * (min(mine) / base - 1), 1),
+            "selection %": round(100 * statistics.median(shares[name]), 1) if shares[name] else None,
         }
         for name, mine in taken.items()
     ]
