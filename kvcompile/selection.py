@@ -115,6 +115,15 @@ class Allocation:
         """Tokens per head, one int64 `[H_kv]` for each given layer."""
         raise NotImplementedError
 
+    @property
+    def traceable(self) -> bool:
+        """Whether there is a `traced`."""
+        return False
+
+    def traced(self, scores: Tensor, lengths: Tensor, total: Tensor, floor: Tensor) -> Tensor:
+        """`allot` of one layer as tensor operations, with nothing read back: `total` entries of all heads together."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Uniform(Allocation):

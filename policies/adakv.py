@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.policies.allocation import water_fill
+from kvcompile.policies.allocation import water_fill, water_fill_traced
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.selection import Allocation, LayerScores, Scope
 
@@ -43,6 +43,22 @@ class AdaptiveHeads(Allocation):
         share = (1 - self.safeguard) * hits(layer.scores, total) + self.safeguard * total / heads
         low = layer.lengths.clamp(max=layer.floor)
         return water_fill(share, torch.ones_like(share), low, layer.lengths, total)
+
+    @property
+    def traceable(self) -> bool:
+        """The number of entries is known, whose they are is found in a trace."""
+        return True
+
+    def traced(self, scores: Tensor, lengths: Tensor, total: Tensor, floor: Tensor) -> Tensor:
+        """Tokens per head, int64 `[H_kv]`, of `scores [H_kv, n]`."""
+        import torch
+
+        ranked = scores.flatten().sort(descending=True).values
+        cut = ranked.gather(0, (total - 1).clamp(min=0).view(1))
+        above, level = (scores > cut).sum(1).double(), (scores == cut).sum(1).double()
+        won = above + level * (total - above.sum()) / level.sum()
+        share = (1 - self.safeguard) * won + self.safeguard * total / scores.shape[0]
+        return water_fill_traced(share, torch.minimum(lengths, floor), lengths, total)
 
 
 def hits(scores: Tensor, places: int) -> Tensor:

@@ -19,7 +19,7 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     `sum(shares)` must be `total`; of equal remainders the first wins, so the order of the shares is kept.
     """
     whole = [int(share + ROUNDING) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: whole[i] - shares[i])
+    by_remainder = sorted(range(len(shares)), key=lambda i: round((whole[i] - shares[i]) / ROUNDING))
     for i in by_remainder[: total - sum(whole)]:
         whole[i] += 1
     return whole
@@ -47,3 +47,18 @@ def water_fill(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: 
     along = (total - before) / (after - before) if after > before else 0.0
     shares = filled(bends[right - 1] + along * (bends[right] - bends[right - 1]))
     return torch.tensor(largest_remainder(shares, total), device=base.device)
+
+
+def water_fill_traced(base: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """`water_fill` with weights of 1 as tensor operations, for a `total` within `[sum(low), sum(high)]`."""
+    import torch
+
+    bends = torch.cat((low - base, high - base)).sort().values
+    filled = (base + bends.unsqueeze(1)).clamp(low, high).sum(1)
+    right = (filled < total).sum().clamp(1, len(bends) - 1).view(1)
+    (before, after), (first, last) = ((x.gather(0, right - 1), x.gather(0, right)) for x in (filled, bends))
+    along = torch.where(after > before, (total - before) / (after - before), 0.0)
+    shares = (base + first + along * (last - first)).clamp(low, high)
+    whole = (shares + ROUNDING).floor()
+    rank = ((whole - shares) / ROUNDING).round().argsort(stable=True).argsort()
+    return whole.long() + (rank < total - whole.sum())

@@ -33,10 +33,10 @@ class PerHead(nn.Module):
 
 def per_head(heads: Tensor, weight: Tensor) -> Tensor:
     """`heads [B, H_q, Q, in]` by `weight [H_kv, out, in]`, `[B, H_q, Q, out]`."""
-    batch, _, count, inner = heads.shape
-    groups, outer, _ = weight.shape
-    rows = heads.reshape(batch, groups, -1, inner)
-    return (rows @ weight.mT).view(batch, -1, count, outer)
+    groups = weight.shape[0]
+    rows = torch.unflatten(heads, 1, (groups, -1)).flatten(2, 3)
+    made = rows @ weight.mT
+    return torch.unflatten(made, 2, (heads.shape[1] // groups, -1)).flatten(1, 2)
 
 
 class Latent(nn.Module):
@@ -80,17 +80,24 @@ class Expansion:
         return out.transpose(1, 2).flatten(2)
 
     def _expanded(self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec) -> Tensor:
-        """q . k of every head as [q_R; q] . [k_R; W_UK c], values W_UV c, zeros behind them: `[B, H_q, Q, D]`."""
-        rope, dim, heads = spec.head_dim - spec.value_dim, self.up.shape[1], self.up.shape[0]
-        positioned, latent = torch.split(view.keys, [rope, spec.value_dim], -1)
+        """Attention of every head to its own keys and values, `[B, H_q, Q, D]`."""
+        queries, keys, values = self.heads(absorbed, view.keys)
+        group, wide = queries.shape[1] // keys.shape[1], keys.shape[-1]
+        spec = KernelSpec(spec.parts, group, wide, wide, spec.scale, spec.sliding_window, softcap=spec.softcap)
+        out = sdpa.attend(Queries(queries, step.positions), DenseView(keys, values, view.positions), spec)
+        return out[..., : self.up.shape[1]]
+
+    def heads(self, absorbed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H_q, Q, d_R + D]`, keys and values `[B, H_kv, n, d_R + D]` of rows `[B, 1, n, d_R + d_c]`.
+
+        q . k = [q_R; q] . [k_R; W_UK c], values [W_UV c; 0].
+        """
+        heads, _, rank = self.up.shape
+        rope = rows.shape[-1] - rank
+        positioned, latent = torch.split(rows, [rope, rank], -1)
         keys = torch.cat((positioned.expand(-1, heads, -1, -1), latent @ self.absorb[:, rope:]), -1)
         values = torch.nn.functional.pad(latent @ self.up.mT, (0, rope))
-        queries = torch.cat((absorbed[..., :rope], self.queries), -1)
-        group = queries.shape[1] // heads
-        wide = KernelSpec(
-            spec.parts, group, rope + dim, rope + dim, spec.scale, spec.sliding_window, softcap=spec.softcap
-        )
-        return sdpa.attend(Queries(queries, step.positions), DenseView(keys, values, view.positions), wide)[..., :dim]
+        return torch.cat((absorbed[..., :rope], self.queries), -1), keys, values
 
 
 def latent_rotations(rotaries: list[Rotary], plan: Plan) -> list[Rotary]:

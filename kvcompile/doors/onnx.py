@@ -64,6 +64,8 @@ class ONNX(Door):
         if plan.dtype not in ("float32", "float16"):
             raise KvcompileError("onnxruntime runs float32 and float16 on CPUs", plan.dtype, "model.dtype=float32")
         for p in plan.layers:
+            if p.latent is not None:
+                raise KvcompileError("the caller's cache holds keys and values", "latent rows", "export=[deepseek]")
             if p.selection is not None:
                 raise KvcompileError("the caller's cache holds every token", f"{p.selection.policy!r} drops some")
             if p.storage.coded:

@@ -13,7 +13,7 @@ def causal(p: LayerPlan, queries: Tensor, keys: Tensor, values: Tensor, position
     """Attention of a prompt to itself: `[B, H_q, T, D]`, `[B, H_kv, T, D]`, positions `[T]`."""
     if not p.softcap and not p.sliding_window:
         return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=p.scale, enable_gqa=p.group > 1
+            queries, keys, values, is_causal=True, scale=p.scale, enable_gqa=queries.shape[1] > keys.shape[1]
         )
     asked = positions.unsqueeze(-1)
     visible = positions <= asked
@@ -37,5 +37,5 @@ def masked(p: LayerPlan, queries: Tensor, keys: Tensor, values: Tensor, visible:
         out = F.scaled_dot_product_attention(rows.squeeze(3), keys, values, attn_mask=visible, scale=p.scale)
         return out.unsqueeze(3).flatten(1, 2)
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=visible, scale=p.scale, enable_gqa=p.group > 1
+        queries, keys, values, attn_mask=visible, scale=p.scale, enable_gqa=queries.shape[1] > keys.shape[1]
     )

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompile.adapters.latent import Expansion, per_head
 from kvcompile.cache.cache import Rotary
 from kvcompile.graph import ops
 from kvcompile.plan import LayerPlan, Plan
+from kvcompile.program import shared
 from kvcompile.program.attention import causal, masked
 from kvcompile.program.coded import body_of, encoded, entries_of, format_of, settle, split
 from kvcompile.program.room import Room
@@ -27,18 +29,22 @@ Look = tuple[Tensor, Tensor | None]  # scores, and what the score carries on
 def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | str = "cpu") -> State:
     """A cache that holds nothing, in the order of a program's arguments.
 
-    clock `[2]`: tokens seen, and decoded since the prompt. Per owner layer: keys and values `[B, H_kv, C, D]`, true
+    clock `[2]`: tokens seen, and decoded since the prompt. Per owner layer: keys and values `[B, H_kv, C, D]` (of a
+    latent, keys alone: its rows), true
     positions `[B, H_kv, C]` (-1 where empty), entries `[B, H_kv]` and, where a selection wants them, newest queries;
-    where older entries are encoded, codes, scales, positions and number of those; what a score carries.
+    where older entries are encoded, codes, scales, positions and number of those; what a score carries. Where heads
+    share a row, whose each entry `[B, 1, C]` is.
     """
     dtype = getattr(torch, plan.dtype)
     state = {"clock": torch.zeros(2, dtype=torch.int64, device=device)}
     for room in rooms:
-        p, shape = room.plan, (batch, room.plan.kv_heads, room.capacity)
-        for name in ("keys", "values"):
-            state[f"{name}_{p.index}"] = torch.zeros(*shape, p.head_dim, dtype=dtype, device=device)
+        p, shape = room.plan, (batch, room.rows, room.capacity)
+        for name, dim in (("keys", p.key_dim), ("values", p.value_dim))[: 1 if p.latent else 2]:
+            state[f"{name}_{p.index}"] = torch.zeros(*shape, dim, dtype=dtype, device=device)
         state[f"positions_{p.index}"] = torch.full(shape, -1, dtype=torch.int32, device=device)
         state[f"entries_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        if room.shared:
+            state[f"heads_{p.index}"] = torch.zeros(shape, dtype=torch.int32, device=device)
         if room.body:
             n = room.body + p.storage.block  # the spare block takes what is not to be written
             spare = torch.zeros(*shape[:2], n, p.head_dim, dtype=dtype, device=device)
@@ -50,7 +56,7 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
             state[f"carried_{p.index}"] = torch.zeros(shape, device=device)
         if room.window > 1:
             heads = sum(q.query_heads for q in plan.layers if q.owner == p.index)
-            state[f"queries_{p.index}"] = torch.zeros(batch, heads, room.window, p.head_dim, dtype=dtype, device=device)
+            state[f"queries_{p.index}"] = torch.zeros(batch, heads, room.window, p.key_dim, dtype=dtype, device=device)
     return state
 
 
@@ -77,14 +83,17 @@ class PrefillCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
         """New keys and values `[B, H_kv, T, D]`; a layer without a selection keeps them all, or its window."""
         at = self.positions.to(torch.int32).expand(*keys.shape[:2], -1)
-        made = Layer(self.rooms[layer], Entries(keys, values, at))
+        made = Layer(self.rooms[layer], Entries(keys, _values(self.rooms[layer].plan, keys, values), at))
         if made.room.plan.selection is None:
             self._store(made, self._newest(made) if made.room.ring else self._all(made), self.seen)
         return made
 
-    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer) -> Tensor:
-        """Causal attention of the prompt to itself."""
-        return causal(p, queries, kv.held.keys, kv.held.values, self.positions)
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
+        """Causal attention of the prompt to itself; latents are expanded to heads."""
+        if expansion is None:
+            return causal(p, queries, kv.held.keys, kv.held.values, self.positions)
+        heads = expansion.heads(queries, kv.held.keys)
+        return causal(p, *heads, self.positions)[..., : p.head_dim]
 
     def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
         """Scores `[B, H_kv, T]` for the queries `[B, H_q, T, D]` of all readers."""
@@ -111,7 +120,7 @@ class PrefillCache:
 
     def _mean_rotation(self, p: LayerPlan, horizon: int) -> Tensor:
         """The rotation `[D, D]` of row vectors, averaged over the next `horizon` positions."""
-        rotary, dim = self.rotaries[p.index], p.head_dim
+        rotary, dim = self.rotaries[p.index], p.key_dim
         cos, sin = (x.float().mean(0) for x in rotary(self.seen + torch.arange(horizon, device=self.seen.device)))
         whole = torch.eye(dim, device=self.seen.device).view(1, 1, dim, dim)
         rotation: Tensor = ops.rope(whole, cos.expand(1, dim, -1), sin.expand(1, dim, -1))[0, 0]
@@ -120,11 +129,24 @@ class PrefillCache:
     def keep(self, looks: Mapping[int, tuple[Layer, Look]]) -> None:
         """What the selections of these layers leave of the prompt."""
         for layer, (kv, (ranked, carried)) in looks.items():
+            if kv.room.shared:
+                self._split(kv, ranked)
+                continue
             counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
             order = highest(ranked, counts, kv.room.places)
             self._store(kv, order, counts)
             if carried is not None and kv.room.every:
                 self.state[f"carried_{layer}"] = F.pad(carried, (0, 1)).gather(2, order)
+
+    def _split(self, kv: Layer, ranked: Tensor) -> None:
+        i = kv.room.plan.index
+        total, floor = self.tables[f"kept_{i}"][self.seen].squeeze(0), self.tables[f"floor_{i}"][self.seen]
+        kept, heads = shared.split(kv.room, kv.held, ranked, total, floor)
+        made = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
+        if kv.room.plan.latent is None:
+            made["values"] = kept.values
+        made["entries"] = total.expand(self.batch, 1).clone()
+        self.state.update({f"{name}_{i}": x for name, x in made.items()})
 
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
@@ -150,7 +172,9 @@ class PrefillCache:
             made, order, old = split(kv.room, kv.held, order, counts)
             made["encoded"], counts = old, counts - old
         kept = kv.held.at(order)
-        made.update(keys=kept.keys, values=kept.values, positions=kept.positions, entries=counts.clone())
+        made.update(keys=kept.keys, positions=kept.positions, entries=counts.clone())
+        if kv.room.plan.latent is None:
+            made["values"] = kept.values
         self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
 
 
@@ -166,23 +190,39 @@ class DecodeCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
         """A new token's keys and values `[B, H_kv, 1, D]`."""
         room, mine = self.rooms[layer], self._of(layer)
+        if room.shared:
+            return self._appended(room, mine, keys, values)
         entries = mine["entries"]
         place = (self.before % room.capacity).expand_as(entries) if room.ring else entries
         batch, heads = entries.shape
         rows = torch.arange(batch, device=entries.device).unsqueeze(1), torch.arange(heads, device=entries.device)
         new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": self.before.to(torch.int32)}
         for name, x in new.items():
-            mine[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
+            if name in mine:
+                mine[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
         entries.add_(1)
-        return Layer(room, entries_of(room, mine, _newest(mine)))
+        return Layer(room, entries_of(room, mine, _newest(room, mine)))
 
-    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer) -> Tensor:
-        """Attention of the new token to every entry that is there and in its window."""
+    def _appended(self, room: Room, mine: State, keys: Tensor, values: Tensor) -> Layer:
+        at = self.before.to(torch.int32).expand(keys.shape[:2])
+        heads = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).expand(at.shape)
+        new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": at, "heads": heads}
+        shared.append(mine, {name: x for name, x in new.items() if name in mine})
+        return Layer(room, _newest(room, mine))
+
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
+        """Attention of the new token to every entry that is there and in its window; of latents, absorbed."""
         at = kv.held.positions
         visible = at >= 0
         if p.sliding_window:
             visible = visible & (at > self.before - p.sliding_window)
-        return masked(p, queries, kv.held.keys, kv.held.values, visible.unsqueeze(2))
+        if kv.room.shared:
+            heads = self.state[f"heads_{kv.room.plan.index}"]
+            visible = shared.visible(heads, visible, p.group, p.kv_heads)
+        else:
+            visible = visible.unsqueeze(2)
+        out = masked(p, queries, kv.held.keys, kv.held.values, visible)
+        return out if expansion is None else per_head(out, expansion.up)
 
     def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look | None:
         """Scores `[B, H_kv, C]`; None where nothing is ever dropped while decoding."""
@@ -224,7 +264,7 @@ class DecodeCache:
             return
         due = (self.tick + room.plan.index) % FLUSH == 0
         counts = torch.where(due, encoded(room, mine["entries"]), 0)
-        tail = _newest(mine)
+        tail = _newest(room, mine)
         settle(room, mine, tail, counts)
         order = torch.arange(room.capacity, device=due.device) + counts.unsqueeze(-1)
         _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
@@ -235,12 +275,22 @@ class DecodeCache:
         return {name.removesuffix(end): x for name, x in self.state.items() if name.endswith(end)}
 
 
-def _newest(mine: State) -> Entries:
+def _newest(room: Room, mine: State) -> Entries:
     """The entries in the model's dtype."""
-    return Entries(mine["keys"], mine["values"], mine["positions"])
+    return Entries(mine["keys"], _values(room.plan, mine["keys"], mine.get("values")), mine["positions"])
+
+
+def _values(p: LayerPlan, keys: Tensor, values: Tensor | None) -> Tensor:
+    """The values; those of a latent are the end of its rows."""
+    if p.latent is not None:
+        return keys[..., p.latent.rope :]
+    if values is None:
+        raise RuntimeError(f"layer {p.index} holds keys without values")
+    return values
 
 
 def _replace(mine: State, entries: Entries, count: Tensor) -> None:
     for name, new in (("keys", entries.keys), ("values", entries.values), ("positions", entries.positions)):
-        mine[name].copy_(new)
+        if name in mine:
+            mine[name].copy_(new)
     mine["entries"].copy_(count)

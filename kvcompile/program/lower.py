@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from kvcompile.adapters.latent import Expansion
 from kvcompile.cache.cache import Rotary
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
@@ -24,8 +25,13 @@ def _together(kv: Any, *queries: Tensor) -> Tensor:
     return torch.cat([torch.unflatten(x, 1, (heads, -1)) for x in queries], 2).flatten(1, 2)
 
 
-def _attend(queries: Tensor, kv: Any, cache: Cache, layer: int) -> Tensor:
-    return cache.attend(cache.plan.layers[layer], queries, kv).transpose(1, 2).flatten(2)
+def _attend(queries: Tensor, kv: Any, cache: Cache, layer: int, *expansion: Expansion) -> Tensor:
+    return cache.attend(cache.plan.layers[layer], queries, kv, *expansion).transpose(1, 2).flatten(2)
+
+
+def _frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
+    """As the graph's own, whose table is kept between calls: none may be made in a trace."""
+    return angles.index_select(-1, torch.tensor(chosen + chosen, device=angles.device))
 
 
 def _observe(kv: Any, queries: Tensor, unrotated: Tensor, cache: Cache, layer: int) -> Any:
@@ -43,6 +49,7 @@ LOWERED: Mapping[Any, Callable[..., Any]] = {
     ops.observe: _observe,
     ops.together: _together,
     ops.attend: _attend,
+    ops.frequencies: _frequencies,
     ops.compress: lambda kv, look, cache, layer: cache.keep({layer: look}),
     ops.allocate: _allocate,
     ops.trim: lambda kv, cache, layer: cache.trim(kv),
@@ -84,7 +91,7 @@ class Program(nn.Module):
         self.rooms: list[Room] = rooms(self.plan, limits)
         for room in self.rooms:
             if room.kept:
-                for name, table in (("kept", room.kept), ("recent", room.recent)):
+                for name, table in (("kept", room.kept), ("recent", room.recent), ("floor", room.floors)):
                     self.register_buffer(f"{name}_{room.plan.index}", torch.tensor(table, device=self.device))
 
     @property

@@ -17,9 +17,6 @@ def refuse(plan: Plan, model_config: Any) -> None:
     for kind in sorted(_ropes(model_config)):
         if kind not in ROPES:
             raise KvcompileError("rotary angles must not depend on the length of the input", f"rope {kind!r}")
-    for p in plan.layers:
-        if p.latent is not None:
-            raise KvcompileError(f"layer {p.index} must hold keys and values", "latent rows", "drop mla")
     for p in plan.owners:
         _refuse_storage(p)
         if p.selection is not None:
@@ -58,7 +55,9 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
         )
     if not s.score.traceable:
         raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__)
-    if s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
+    if s.allocation.traceable:
+        _refuse_shared(p, s, where)
+    elif s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
         raise KvcompileError(
             f"{where}: what a head keeps must follow from the length of the prompt alone",
             f"{type(s.allocation).__name__}, which looks at the scores",
@@ -69,6 +68,23 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
             f"prefill_chunk={plan.prefill_chunk}",
             f"prefill_chunk=0, or stack.{s.policy}.between_chunks=false",
         )
+
+
+def _refuse_shared(p: LayerPlan, s: Selection, where: str) -> None:
+    """Heads that split a known number of entries share one row, which is written once and then appended to."""
+    split = f"heads of different lengths, {type(s.allocation).__name__}"
+    if s.budget is None or s.uncertainty is not None:
+        raise KvcompileError(f"{where}: how many tokens stay must follow from the length of the prompt alone", split)
+    if s.schedule.decode_every:
+        raise KvcompileError(
+            f"{where}: what a head keeps is decided once, after the prompt",
+            f"decode_every={s.schedule.decode_every}",
+            f"stack.{s.policy}.decode_every=0",
+        )
+    if p.storage.coded:
+        raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
+    if p.softcap:
+        raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")
 
 
 def _ropes(config: Any) -> set[str]:

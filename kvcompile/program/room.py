@@ -34,6 +34,8 @@ class Room:
     only). ring: entry of position p lies at p % capacity, so that a new token replaces the one that left the window.
     window: newest queries that the selection looks at again while decoding (0: none, or the last one alone).
     body: encoded entries a row, which come before the others; a multiple of the storage's block.
+    floors `[t]`: the scores say how the heads split `kept [t][0]` entries, of which each has at least so many; then all
+    heads share one row (empty: every head has a row).
     """
 
     plan: LayerPlan
@@ -43,6 +45,17 @@ class Room:
     ring: bool = False
     window: int = 0
     body: int = 0
+    floors: tuple[int, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads share one row, which says of every entry whose it is."""
+        return bool(self.floors)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a sequence."""
+        return 1 if self.shared else self.plan.kv_heads
 
     @property
     def coded(self) -> bool:
@@ -87,6 +100,8 @@ def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
         if p.sliding_window and p.sliding_window < limits.tokens:
             return Room(p, p.sliding_window, ring=True)
         return Room(p, limits.tokens)
+    if s.allocation.traceable:
+        return _shared(p, s, limits)
     every = s.schedule.decode_every
     longest = limits.tokens if every else limits.prompt
     kept = tuple(kept_of(plan, p, t) for t in range(longest + 1))
@@ -95,6 +110,14 @@ def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
     return Room(
         p, min(capacity, limits.tokens), kept, tuple(_recent(p, s, t) for t in range(longest + 1)), False, window
     )
+
+
+def _shared(p: LayerPlan, s: Selection, limits: Limits) -> Room:
+    spans = [p.span(t) for t in range(limits.prompt + 1)]
+    budgets, floors = zip(*(s.resolve(n) if n else (0, 0) for n in spans), strict=True)
+    kept = tuple((p.kv_heads * min(budget, n),) for budget, n in zip(budgets, spans, strict=True))
+    recent = tuple(_recent(p, s, t) for t in range(limits.prompt + 1))
+    return Room(p, max(n for (n,) in kept) + p.kv_heads * limits.new, kept, recent, floors=floors)
 
 
 def kept_of(plan: Plan, p: LayerPlan, tokens: int) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def test_onnxruntime_decodes_alike(name: str, tmp_path: Path) -> None:
     [
         (["policy=snapkv"], "float32", "every token"),
         (["policy=kivi"], "float32", "plain numbers"),
+        (["policy=mla"], "float32", "latent rows"),
         ([], "bfloat16", "float32"),
     ],
 )

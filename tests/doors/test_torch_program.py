@@ -59,6 +59,32 @@ def test_another_process_without_us_decodes_alike(model: Any, folder: Path) -> N
         assert (got[:, 1] - alone[:, 0]).abs().max() > 0.1  # what is compared depends on the cache
 
 
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [
+            "policy=[mla,snapkv]",
+            "stack.mla.factor=weights",
+            "stack.mla.select=high",
+            "stack.snapkv.window=8",
+            "budget=16",
+        ],
+        ["policy=[cla,adakv]"],
+    ],
+    ids=["latents", "heads that share a row"],
+)
+def test_rows_of_other_kinds_are_traced(stack: list[str], tmp_path: Path) -> None:
+    model, ids = compiled("llama", [*stack, "budget=16"], num_hidden_layers=2), tiny_ids(2, 48)
+    TorchProgram(batch=2, prompt=64, new=24).write(model, None, tmp_path)
+    usage: dict[str, Any] = {}
+    exec(code(TorchProgram.usage), usage)
+    prefill, decode = usage["load"](tmp_path)
+    expected, _ = stepped(model, ids, NEW)
+    with torch.no_grad():
+        got = [prefill(ids), *(decode(token[:, None]) for token in expected[:, :-1].argmax(-1).unbind(1))]
+    torch.testing.assert_close(torch.cat(got, 1), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_facts_tell_what_the_program_holds(folder: Path) -> None:
     facts = json.loads((folder / "program.json").read_text())
     buffers = dict(torch.export.load(folder / "decode.pt2").named_buffers())

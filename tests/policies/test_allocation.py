@@ -119,6 +119,23 @@ def test_adakv_shares_ties_evenly() -> None:
     assert AdaptiveHeads(0.2).allot([look])[0].tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("safeguard", [0.0, 0.2, 1.0])
+def test_adakv_splits_alike_in_a_trace(safeguard: float) -> None:
+    """Without a number read back: ties, protected and dead entries, budgets of nothing and of everything."""
+    random = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        heads, n = (int(torch.randint(1, most, (), generator=random)) for most in (7, 40))
+        scores = torch.randint(0, 9, (heads, n), generator=random).float()
+        dead, recent = (int(torch.randint(0, n // 2 + 1, (), generator=random)) for _ in range(2))
+        scores[:, :dead], scores[:, n - recent :] = -INF, INF
+        lengths = torch.full((heads,), n - dead)
+        budget = int(torch.randint(max(recent, 1), n + 1, (), generator=random))
+        how = AdaptiveHeads(safeguard)
+        (expected,) = how.allot([LayerScores(scores, None, lengths, budget, recent)])
+        total = torch.tensor([heads * min(budget, n - dead)])
+        assert torch.equal(how.traced(scores, lengths, total, torch.tensor([recent])), expected)
+
+
 @pytest.mark.parametrize("n", [1, 7, 10, 33, 100, 1000])
 def test_minimal_budget_of_uniform_and_of_one_hot_attention(n: int) -> None:
     uniform = torch.zeros(2, n).softmax(-1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from programs import compiled, stepped
 from tiny import tiny_ids
 
@@ -17,6 +18,7 @@ from kvcompile.program.select import Entries
 NEW = 34  # old tokens are encoded every 32
 SNAPKV = ["stack.snapkv.window=8", "stack.snapkv.budget=0.3"]
 KIVI = ["stack.kivi.group=4", "stack.kivi.residual=8"]
+MLA = ["stack.mla.factor=weights", "stack.mla.select=high", "stack.mla.rope=8", "stack.mla.rank=20"]
 RETRIEVAL = [f"stack.retrieval_heads.{x}" for x in ("heads=[[0,1],[2,0]]", "recent=8", "budget=12", "decode_every=5")]
 STACKS: dict[str, tuple[str, list[str]]] = {
     "dense": ("llama", []),
@@ -41,12 +43,19 @@ STACKS: dict[str, tuple[str, list[str]]] = {
     "expected attention": ("llama", ["policy=expected_attention", "stack.expected_attention.budget=0.4"]),
     "expected attention, rotated": ("qwen3", ["policy=[expected_attention,rotate]"]),
     "heads of different lengths": ("llama", ["policy=retrieval_heads", *RETRIEVAL]),
+    "heads that compete": ("llama", ["policy=[snapkv,adakv]", "stack.snapkv.window=8", "budget=0.3"]),
+    "heads that compete, by expectation": ("qwen3", ["policy=[cla,adakv,rotate]", "stack.adakv.budget=16"]),
+    "heads that compete under windows": ("mistral", ["policy=[adakv]", "stack.adakv.budget=9"]),
     "selection under windows": ("gemma2", ["policy=snapkv", *SNAPKV, "stack.snapkv.decode_every=4"]),
     "8 bits": ("llama", ["policy=int8", "stack.int8.residual=5"]),
     "8 bits per channel, rotated": ("llama", ["policy=[rotate,kivi]", *KIVI, "stack.kivi.bits=8"]),
     "4 bits after a selection": ("llama", ["policy=[snapkv,kivi]", *SNAPKV, *KIVI]),
     "8-bit floats": ("llama", ["policy=fp8"]),
     "structure": ("qwen3", ["policy=[mqa,cla]"]),
+    "latents": ("smollm3", ["policy=mla", *MLA]),
+    "latents under soft-cap and windows": ("gemma2", ["policy=mla", *MLA]),
+    "latents after a selection": ("llama", ["policy=[mla,snapkv]", *MLA, *SNAPKV, "stack.snapkv.decode_every=4"]),
+    "latents, expected attention": ("llama", ["policy=[mla,expected_attention]", *MLA]),
     "structure and selection": ("llama", ["policy=[gqa,mlkv,snapkv,rotate]", "stack.gqa.kv_heads=1", *SNAPKV]),
 }
 
@@ -79,6 +88,14 @@ def _like_what_was_promised(program: Program, state: dict[str, Any]) -> None:
 
 def _entries(program: Program, state: dict[str, Any]) -> list[list[int]]:
     """Entries per row and layer that can be seen."""
+    if program.rooms[0].shared:
+        return [
+            F.one_hot(state[f"heads_{r.plan.index}"][:, 0].long(), r.plan.kv_heads + 1)[..., :-1]
+            .sum(1)
+            .flatten()
+            .tolist()
+            for r in program.rooms
+        ]
     names = [("positions", "code_positions") if r.body else ("positions",) for r in program.rooms]
     return [
         sum((state[f"{name}_{r.plan.index}"] >= 0).sum(-1) for name in mine).flatten().tolist()  # type: ignore[union-attr]

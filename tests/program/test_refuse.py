@@ -15,12 +15,12 @@ REFUSED = {
     ),
     "a seeded generator": (["policy=random"], "tensor operations"),
     "budgets from scores, by layer": (["policy=zigzag"], "length of the prompt"),
-    "budgets from scores, by head": (["policy=[snapkv,adakv]"], "length of the prompt"),
+    "budgets from scores, while decoding": (["policy=[snapkv,adakv]", "stack.adakv.decode_every=8"], "decided once"),
+    "budgets from scores, encoded": (["policy=[snapkv,adakv,kivi]"], "plain numbers"),
     "a threshold": (["policy=corm"], "length of the prompt"),
     "codes that lose tokens later": (["policy=[streaming,kivi]"], "while decoding"),
     "pages": (["policy=paged"], "contiguous"),
     "another device": (["policy=offload"], "one device"),
-    "latents": (["policy=mla"], "keys and values"),
     "moved keys": (["policy=streaming", "stack.streaming.positions=compact"], "true positions"),
     "evictions between chunks": (["policy=snapkv", "prefill_chunk=16"], "one piece"),
 }
@@ -29,6 +29,8 @@ TAKEN = {
     "chunks, no eviction": ["policy=cla", "prefill_chunk=16"],
     "codes": ["policy=[snapkv,kivi]"],
     "rotated": ["policy=[pyramidkv,rotate]"],
+    "latents": ["policy=[mla,snapkv]"],
+    "budgets from scores, by head": ["policy=[snapkv,adakv]"],
 }
 
 
