@@ -101,7 +101,7 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
                 kept=list(held),
                 planned=None if expected.kept is None else list(expected.kept),
                 bytes=measured,
-                planned_bytes=expected.bytes if expected.kept is not None else None,
+                planned_bytes=sum(p.nbytes(n, plan.dtype) for n in held) if expected.kept is None else expected.bytes,
                 dense_bytes=expected.dense_bytes,
                 threshold=p.selection is not None and p.selection.budget is None,
                 host_bytes=layer.parked_bytes(),

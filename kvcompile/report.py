@@ -24,7 +24,8 @@ FILES = ("report.json", "report.md", "report.png")
 class LayerRow:
     """One layer after the measured prompt: tokens kept by each KV head, bytes held, and what the plan said.
 
-    planned: tokens per head, planned_bytes: bytes; None where the split over heads or layers depends on the input.
+    planned: tokens per head, None where the split over heads or layers depends on the input; planned_bytes: what the
+    planned (else the kept) tokens take.
     dense_bytes: what the uncompressed layer would hold. threshold: no budget, the scores alone decide.
     host_bytes: of `bytes`, what was found in host memory; offloaded: the plan says that all of it lies there.
     owner: the layer whose cache it reads, None where it has its own.
@@ -35,7 +36,7 @@ class LayerRow:
     kept: list[int]
     planned: list[int] | None
     bytes: int
-    planned_bytes: int | None
+    planned_bytes: int
     dense_bytes: int
     threshold: bool = False
     host_bytes: int = 0
@@ -132,8 +133,7 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
             _equal(f"{where} must have a plan for its KV heads", len(row.planned), row.kv_heads)
             for head, (kept, planned) in enumerate(zip(row.kept, row.planned, strict=True)):
                 _equal(f"{where}, head {head} must hold the planned tokens", kept, planned)
-        if row.planned_bytes is not None:
-            _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
+        _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
         away = row.bytes if row.offloaded else 0
         _equal(f"{where} must hold in host memory the bytes that are offloaded", row.host_bytes, away)
         if row.bytes > row.dense_bytes:

@@ -118,13 +118,14 @@ def _summary(report: Report) -> Table:
 
 
 def _kept_promise(report: Report) -> str:
-    free = [r for r in report.rows if r.planned is None]
+    own = [r for r in report.rows if r.owner is None]
+    free = [r for r in own if r.planned is None]
     thresholds = sum(r.threshold for r in free)
     parts = []
-    if len(free) < len(report.rows):
-        parts.append(f"{_count(len(report.rows) - len(free), 'layer')}: every head")
+    if len(free) < len(own):
+        parts.append(f"{_count(len(own) - len(free), 'layer')}: every head")
     if len(free) > thresholds:
-        parts.append(f"{_count(len(free) - thresholds, 'layer')}: {report.planned_total or 0:,} tokens in all")
+        parts.append(f"{_count(len(free) - thresholds, 'layer')}: {report.planned_total or 0:,} tokens")
     if thresholds:
         parts.append(f"{_count(thresholds, 'layer')}: threshold, no plan")
     return ", ".join(parts)
@@ -164,8 +165,7 @@ def _ratio(name: str, old: str, new: str, ratio: float) -> Row:
 def _layers(report: Report) -> Table:
     rows = [_layer(row) for row in report.rows]
     heads = Cell(str(sum(r.kv_heads for r in report.rows if r.owner is None)))
-    planned = [r.planned_bytes for r in report.rows if r.planned_bytes is not None]
-    total = sum(planned) if len(planned) == len(report.rows) else None
+    total = sum(r.planned_bytes for r in report.rows)
     rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
     header = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
     return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
@@ -190,11 +190,10 @@ def _layer(row: LayerRow) -> Row:
     return (Cell(str(row.layer)), Cell(heads), Cell(tokens), *sizes)
 
 
-def _sizes(held: int, planned: int | None, dense: int) -> Row:
+def _sizes(held: int, planned: int, dense: int) -> Row:
     verdict = _verdict(dense, held, -1)
-    promised = "by input" if planned is None else size(planned)
     kept = f"{held / dense:.1%}" if dense else ""
-    return (Cell(size(held), verdict), Cell(promised), Cell(size(dense)), Cell(kept, verdict))
+    return (Cell(size(held), verdict), Cell(size(planned)), Cell(size(dense)), Cell(kept, verdict))
 
 
 def _healed(record: HealRecord) -> Table:

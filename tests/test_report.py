@@ -18,7 +18,7 @@ TOKEN = 512  # bytes of one token of one head
 
 
 def row(layer: int, kept: list[int], planned: list[int] | None = None, **more: object) -> LayerRow:
-    planned_bytes = None if planned is None else sum(planned) * TOKEN
+    planned_bytes = sum(planned or kept) * TOKEN
     return LayerRow(layer, len(kept), kept, planned, sum(kept) * TOKEN, planned_bytes, len(kept) * 100 * TOKEN, **more)
 
 
@@ -98,7 +98,7 @@ def test_markdown_has_every_head_and_marks_the_losses(report: Report, tmp_path) 
     assert "only one \\[form\\] was tried" in text
     assert "| 7 41 " in text
     assert "| 20 each " in text
-    assert "1 layer: every head, 2 layers: 80 tokens in all" in text
+    assert "1 layer: every head, 2 layers: 80 tokens" in text
     assert "**67%** (worse)" in line(text, "needle, exact")
     assert "**15.500** (worse)" in line(text, "perplexity")
     assert "**2.60 s** (worse)" in line(text, "prefill")
