@@ -69,7 +69,7 @@ def row(found: Any, wanted: Any) -> dict[str, Any]:
 
 def through(door: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export through one door, run that elsewhere, and compare; what is refused is a row with the reason."""
-    made = place / f"{door}.json"
+    made, took = place / f"{door}.json", dict[str, Any]()
     if not made.is_file():
         sizes = {"prompt": args.prompt, "new": args.tokens}
         options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[door]) if f.name in sizes}
@@ -78,8 +78,9 @@ def through(door: str, model: Any, tokenizer: Any, place: Path, args: argparse.N
             done = kvcompile.export(model, door, place / door, tokenizer, **options)
         except KvcompileError as error:
             return {"door": door, "note": f"refused: {error}"}
-        made.write_text(json.dumps({"export s": round(time.perf_counter() - begin), "MB": round(done.bytes / 1e6)}))
-    return {"door": door, **ran(door, place, args), **json.loads(made.read_text())}
+        took = {"export s": round(time.perf_counter() - begin)}
+        made.write_text(json.dumps({"MB": round(done.bytes / 1e6)}))
+    return {"door": door, **ran(door, place, args), **json.loads(made.read_text()), **took}
 
 
 def ran(door: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
