@@ -79,7 +79,9 @@ def settle(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor
     format, block = format_of(room, tail.keys.dtype), storage.block
     oldest = Entries(tail.keys[:, :, :most], tail.values[:, :, :most], tail.positions[:, :, :most])
     j = torch.arange(most, device=counts.device)
-    place = torch.where(j < counts.unsqueeze(-1), body["encoded"].unsqueeze(-1) + j, room.body + j % block)
+    end = body["encoded"].unsqueeze(-1) + j
+    end = end + block * (end >= room.body)  # past the spare block too: what does not fit is an error
+    place = torch.where(j < counts.unsqueeze(-1), end, room.body + j % block)
     batch, heads = counts.shape
     rows = (
         torch.arange(batch, device=counts.device).view(-1, 1, 1),

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from programs import compiled, stepped
 from tiny import tiny_ids
 
+from kvcompile.graph.ops import rope
+from kvcompile.program.cache import PrefillCache
 from kvcompile.program.coded import entries_of
 from kvcompile.program.lower import Program
 from kvcompile.program.room import Limits
@@ -119,6 +121,16 @@ def test_codes_are_those_of_the_compiled_model() -> None:
             assert wrong.float().mean() < 1e-3  # float error may tip a code over, rarely
 
 
+def test_queries_to_come_begin_at_the_next_position() -> None:
+    """Over the long horizon of expected attention one position more or less would not show in what is kept."""
+    program = Program(compiled("llama", ["policy=expected_attention"]), Limits(batch=1, prompt=8, new=2))
+    cache = PrefillCache(program.plan, program.rooms, {}, program.rotaries, tiny_ids(1, 5))
+    cos, sin = (x.mean(0) for x in program.rotaries[0](torch.tensor([5, 6])))
+    row = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    turned = row @ cache._mean_rotation(program.plan.layers[0], 2)
+    torch.testing.assert_close(turned, rope(row.view(1, 1, 1, 16), cos.view(1, 1, 16), sin.view(1, 1, 16)).flatten())
+
+
 def test_a_full_cache_is_an_error_and_not_a_wrong_answer() -> None:
     program = Program(compiled("llama", []), Limits(batch=1, prompt=8, new=2))
     logits, state = program.prefill(tiny_ids(1, 8))
@@ -126,6 +138,23 @@ def test_a_full_cache_is_an_error_and_not_a_wrong_answer() -> None:
         logits = program.decode(logits[:, -1].argmax(-1, keepdim=True), state)
     with pytest.raises((IndexError, RuntimeError)):
         program.decode(logits[:, -1].argmax(-1, keepdim=True), state)
+
+
+def test_encoded_rows_take_what_they_are_made_for_and_no_more() -> None:
+    """A tail as long as can be before it is settled; then a block past the limit, which would go where nobody reads."""
+    program = Program(compiled("llama", ["policy=kivi", *KIVI]), Limits(batch=1, prompt=47, new=60))
+    logits, state = program.prefill(tiny_ids(1, 47))
+    read = state["code_positions_0"][..., : program.rooms[0].body], state["positions_0"]
+    seen = [47]
+
+    def decode() -> None:
+        for _ in range(80):
+            program.decode(logits[:, -1].argmax(-1, keepdim=True), state)
+            seen.append(sum(int((x[:, 0] >= 0).sum()) for x in read))
+
+    with pytest.raises((IndexError, RuntimeError)):
+        decode()
+    assert seen == list(range(47, 47 + 60 + 1))
 
 
 def test_capacity_follows_the_budget() -> None:
