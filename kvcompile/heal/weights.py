@@ -45,13 +45,13 @@ def train_only(model: nn.Module, names: Sequence[str] | None) -> None:
 
 @contextmanager
 def flags_kept(model: nn.Module) -> Iterator[None]:
-    """What was frozen inside is as it was, outside; no gradient stays."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    """What was frozen inside is as it was, outside, copies made meanwhile too; no gradient stays."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
             parameter.grad = None
 
 

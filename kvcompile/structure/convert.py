@@ -65,6 +65,9 @@ def prune(model: nn.Module) -> None:
 def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
     from kvcompile.adapters.registry import attentions
 
+    kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
+    if len(kv_heads) > 1:
+        raise KvcompileError("a config holds one number of KV heads for all layers", sorted(kv_heads))
     modules = attentions(model)
     layouts = [layout_of(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
@@ -81,9 +84,6 @@ def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) 
     for attention, new in zip(modules, made, strict=True):
         for name, module in new.items():
             setattr(attention, name, module)
-    kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
-    if len(kv_heads) > 1:
-        raise KvcompileError("a config holds one number of KV heads for all layers", sorted(kv_heads))
     model.config.num_key_value_heads = kv_heads.pop()
 
 

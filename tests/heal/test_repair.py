@@ -59,15 +59,20 @@ def test_the_loss_falls_and_the_gap_closes(data: Path, stack: list[str], share: 
     assert record.tokens == 80 * STEP
 
 
-def test_what_the_record_says_is_what_the_model_does(data: Path) -> None:
+@pytest.mark.parametrize("how", [(), ("heal.lr=0.3",), ("heal.weights=lora",)], ids=str)
+def test_what_the_record_says_is_what_the_model_does(data: Path, how: tuple[str, ...]) -> None:
+    """The end is what counts, where it was better before too; whatever was frozen on the way is not any more."""
     from kvcompile.heldout import held_out
     from kvcompile.perplexity import cached_perplexity
 
-    model = healed(data, "policy=[mqa]", f"heal.tokens={10 * STEP}")
+    model = healed(data, "policy=[mqa]", f"heal.tokens={10 * STEP}", *how)
+    record = model.kvcompile.healed
+    if "heal.lr=0.3" in how:
+        assert min(p.perplexity for p in record.curve if p.perplexity) < 0.9 * record.perplexity[2]
     config = compose([f"heal.dataset={data}", *QUICK, f"heal.tokens={10 * STEP}"])
     ids = held_out(config, tiny_tokenizer())
-    assert cached_perplexity(model, ids, 24, 16, 4) == pytest.approx(model.kvcompile.healed.perplexity[2], rel=1e-3)
-    assert cached_perplexity(learnt(), ids, 24, 16, 4) == pytest.approx(model.kvcompile.healed.perplexity[0], rel=1e-3)
+    assert cached_perplexity(model, ids, 24, 16, 4) == pytest.approx(record.perplexity[2], rel=1e-3)
+    assert cached_perplexity(learnt(), ids, 24, 16, 4) == pytest.approx(record.perplexity[0], rel=1e-3)
     assert not model.training
     assert all(p.requires_grad for p in model.parameters())
 
@@ -164,6 +169,22 @@ def test_budgets_of_time_and_tokens_are_kept(data: Path) -> None:
     assert healed(data, "policy=[mqa]", f"heal.tokens={4 * STEP + 5}").kvcompile.healed.tokens == 4 * STEP
     two = healed(data, "policy=[mqa]", f"heal.tokens={4 * STEP}", "heal.accumulate=2").kvcompile.healed
     assert (two.steps, two.tokens) == (2, 4 * STEP), "a step is as many batches as are accumulated"
+
+
+def test_accumulated_batches_are_one_batch(data: Path) -> None:
+    stack = ["policy=[mqa]", "heal.loss=lm", f"heal.tokens={4 * STEP}"]
+    one, four = (weights(healed(data, *stack, *how)) for how in ([], ["heal.batch=2", "heal.accumulate=4"]))
+    for name, weight in one.items():
+        torch.testing.assert_close(four[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_settings_reach_the_trainer() -> None:
+    from kvcompile.heal.trainer import arguments
+
+    heal = compose(["heal.bf16=true", "heal.batch=3", "heal.accumulate=5", "heal.lr=0.25", "heal.seed=11"]).heal
+    made = arguments(heal, torch.device("cpu"))
+    assert (made.bf16, made.per_device_train_batch_size, made.gradient_accumulation_steps) == (True, 3, 5)
+    assert (made.learning_rate, made.seed, made.max_grad_norm) == (0.25, 11, 1.0)
 
 
 def test_the_learning_rate_warms_up_and_falls_in_each_stage() -> None:

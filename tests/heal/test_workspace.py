@@ -1,0 +1,85 @@
+"""Folders of checkpoints: whose they are, which one is whole; and what a training leaves of flags and gradients."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from kvcompile.compiler import plan_of
+from kvcompile.compose import compose
+from kvcompile.heal import workspace
+from kvcompile.heal.weights import flags_kept, own, train_only
+
+
+def owner(*overrides: str) -> str:
+    config = compose(["policy=[mqa]", *overrides])
+    return workspace.fingerprint(config, plan_of(tiny_config("llama"), "float32", config, config.policies()))
+
+
+@pytest.mark.parametrize(
+    "change", ["heal.lr=1e-3", "heal.seed=7", "heal.accumulate=2", "policy=[gqa]", "stack.mqa.merge=first"]
+)
+def test_a_training_of_something_else_or_in_another_way_has_another_name(change: str) -> None:
+    assert owner(change) != owner()
+
+
+def test_a_training_of_another_model_has_another_name() -> None:
+    config = compose(["policy=[mqa]"])
+    plan = plan_of(tiny_config("llama"), "float32", config, config.policies())
+    other = replace(config, model=replace(config.model, revision="another"))
+    assert workspace.fingerprint(other, plan) != workspace.fingerprint(config, plan)
+
+
+def test_a_training_may_go_on_for_longer() -> None:
+    free = ("heal.tokens=9999999", "heal.minutes=7", "heal.checkpoint_minutes=1", "heal.resume=false")
+    assert owner(*free) == owner()
+
+
+def test_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
+    assert workspace.newest(tmp_path) is None
+    for step, whole in ((9, True), (10, True), (99, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert workspace.newest(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("mark", ['{"fingerprint": "other"}', "[]", "{", "{}"])
+def test_a_folder_is_emptied_unless_it_is_of_the_same_owner(mark: str, tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    for _ in range(2):
+        with workspace.opened(folder, "me") as place:
+            (place / "checkpoint-3").mkdir(exist_ok=True)
+    with workspace.opened(folder, "me") as place:
+        assert (place / "checkpoint-3").is_dir()
+    (folder / workspace.MARK).write_text(mark)
+    with workspace.opened(folder, "me") as place:
+        assert [p.name for p in place.iterdir()] == [workspace.MARK]
+        assert json.loads((place / workspace.MARK).read_text()) == {"fingerprint": "me"}
+
+
+def test_without_a_folder_nothing_is_left() -> None:
+    with workspace.opened(None, "me") as place:
+        (place / "checkpoint-3").mkdir()
+    assert not place.exists()
+
+
+def test_flags_are_as_before_and_no_gradient_stays() -> None:
+    """Of weights that became copies too: an adapter freezes what it stands beside."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    shared = list(model.parameters())
+    with flags_kept(model):
+        own(model, ["2"])
+        train_only(model, ["0"])
+        model(torch.ones(1, 2)).sum().backward()
+        assert [p.requires_grad for p in model.parameters()] == [True] * 2 + [False] * 4
+    for parameters in (shared, list(model.parameters())):
+        assert [p.requires_grad for p in parameters] == [True, True, False, False, True, True]
+        assert all(p.grad is None for p in parameters)
+    assert [a is b for a, b in zip(shared, model.parameters(), strict=True)] == [True] * 4 + [False] * 2
