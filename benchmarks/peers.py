@@ -77,6 +77,11 @@ def contestants(path: str, model: Any, tokenizer: Any) -> dict[str, Contestant]:
     return rows
 
 
+def even(ids: list[int]) -> list[int]:
+    """A prompt less a token of its first lines where their number is odd: hqq packs rows in pairs and fails there."""
+    return ids if len(ids) % 2 == 0 else ids[:64] + ids[65:]
+
+
 def foreign(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
     """What a worker prints for the job."""
     done = subprocess.run([python, str(HERE / script)], input=json.dumps(job), capture_output=True, text=True)
@@ -100,9 +105,8 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load(ModelConfig())
     ids = tokenizer(" ".join(sentences()), return_tensors="pt")["input_ids"][0]
-    needle = [
-        {"ids": p.ids, "answer": p.answer} for p in NeedleTask(tokens=1024, samples=args.samples).prompts(tokenizer)
-    ]
+    asked = NeedleTask(tokens=1024, samples=args.samples).prompts(tokenizer)
+    needle = [{"ids": even(p.ids), "answer": p.answer} for p in asked]
     c = model.config
     job = {
         "model": c._name_or_path,

@@ -11,9 +11,21 @@ from kvcompile.kernels.cpp.stored import Stored
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec, Part
 
+TILE = 64  # entries from one step of the softmax to the next
+
+
+def aligned(part: Part) -> bool:
+    """Whether pages are whole tiles: a tile that ends where its page does is then one stretch of memory."""
+    return part.layout == "paged" and part.page % TILE == 0
+
 
 class Address:
-    """One part of every row. Positions are asked for only where something may be hidden."""
+    """One part of every row. Positions are asked for only where something may be hidden.
+
+    `contiguous`: the entries of a tile lie one after the other.
+    """
+
+    contiguous = True
 
     def __init__(self, part: Part, spec: KernelSpec, positions: bool) -> None:
         self.part, self.positions = part, positions
@@ -32,6 +44,10 @@ class Address:
         if positions:
             self.arrays.append(("positions", "int32_t", 1, 1))
         self.names = [name for name, *_ in self.arrays]
+        # how many of `count` entries a tile may have: asked of all parts where one of them has such pages
+        self.together = (
+            "KV_INLINE int together(int, int count) { return count; }" if any(map(aligned, spec.parts)) else ""
+        )
 
     def pointers(self) -> str:
         """The arrays of the part as C++ declarations."""
@@ -41,7 +57,7 @@ class Address:
         """Which group of tokens entry `t` of the tile belongs to (axis `channel`)."""
         return f"({self.entry(t)}) / {stored.codec.group}"
 
-    arguments = row = entries = ""  # C++ text, where a layout has some
+    arguments = row = fields = entries = ""  # C++ text, where a layout has some
 
     def pack(self, view: Any) -> list[int]:
         """The numbers of `arguments`, in their order."""
@@ -134,6 +150,17 @@ class Paged(Address):
             page=part.page,
             starts=starts,
         )
+        self.contiguous = aligned(part)
+        if self.contiguous:
+            self.together = fill(
+                """
+                KV_INLINE int together(int from, int count) { return least(count, $page - from % $page); }
+                """,
+                page=part.page,
+            )
+            self.fields = "int64_t first, next;  // places in the pools, of its entries and of the next tile's"
+            self.entries = "tile.first = pool(row.table, from);\n"
+            self.entries += "tile.next = pool(row.table, least(from + count, row.count - 1));\n"
         # scales lie apart from each other: nothing but this foresees where the next tile's are
         for name, kind, size, tokens in self.arrays:
             if name.endswith("_scales"):
@@ -149,11 +176,15 @@ class Paged(Address):
 
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile in the pools."""
-        return f"pool(row.table, tile.from + {t})"
+        return f"(tile.first + {t})" if self.contiguous else f"pool(row.table, tile.from + {t})"
 
     def later(self, t: str) -> str:
         """Index of the entry that comes a tile later (or the last one)."""
-        return f"pool(row.table, least(tile.from + TILE + {t}, row.count - 1))"
+        return (
+            f"(tile.next + {t})"
+            if self.contiguous
+            else f"pool(row.table, least(tile.from + TILE + {t}, row.count - 1))"
+        )
 
     def position(self, j: str) -> str:
         """True position of entry `j` of a row."""

@@ -9,7 +9,7 @@ Online softmax: Milakov and Gimelshein, arXiv 1805.02867; tiles of queries and k
 
 from __future__ import annotations
 
-from kvcompile.kernels.cpp.address import Address
+from kvcompile.kernels.cpp.address import TILE, Address, aligned
 from kvcompile.kernels.cpp.decode import decoder
 from kvcompile.kernels.cpp.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
 from kvcompile.kernels.cpp.text import fill
@@ -23,7 +23,7 @@ HEAD = """
     #include <vector>
 
     $constants
-    constexpr int TILE = 64;    // entries from one step of the softmax to the next
+    constexpr int TILE = $tile;    // entries from one step of the softmax to the next
     constexpr int LANES = 64;   // queries that go together
     constexpr float MASKED = -1e30f, NOTHING = -1e29f;  // a masked logit weighs nothing even where no other was seen
     #if defined(KV_AVX512)
@@ -176,9 +176,9 @@ ATTEND = """
     // Entries [first, last) of a part
     template <class P>
     KV_INLINE void read(Block& b, const typename P::Row& row, int first, int last) {
-      for (int from = first; from < last; from += TILE) {
+      for (int from = first, count; from < last; from += count) {
+        count = $count;
         typename P::Tile tile;
-        int count = least(TILE, last - from);
         P::open(tile, row, from, count);
         multiply<false>(P::decoded_keys(row, tile, b.keys), D, 1, b.q, b.s, count, D, b.across);
         $cap
@@ -313,6 +313,7 @@ def source(spec: KernelSpec, query: str) -> str:
         name=spec.name,
         logit=logit(spec),
         constants=constants(spec, query),
+        tile=TILE,
         helpers=helpers(spec),
         parts="\n\n".join(struct(i, where, _methods(where)) for i, where in enumerate(places)),
         sums=fill(SUMS) if spec.scores else "",
@@ -345,8 +346,10 @@ def _block(spec: KernelSpec) -> str:
 
 def _attend(spec: KernelSpec) -> str:
     cap = fill(CAP, cap=decimal(spec.softcap * LOG2E)) if spec.softcap else ""
+    count = "least(TILE, last - from)"
     text = fill(
         ATTEND,
+        count=f"P::together(from, {count})" if any(map(aligned, spec.parts)) else count,
         cap=cap,
         keep=KEEP if spec.scores else "",
         range=RANGE if spec.scores else "",

@@ -31,7 +31,7 @@ DECODE = """
 def decoder(name: str, stored: Stored, where: Address) -> str:
     """Of a `name` (key or value): where the tile's floats lie, decoded to `to` unless they are floats already."""
     step = where.value_step if name == "value" else stored.width
-    if stored.element == "float" and where.part.layout != "paged" and step == stored.width:
+    if stored.element == "float" and where.contiguous and step == stored.width:
         return fill(AS_THEY_LIE, name=name, dim=stored.dim, entry=where.entry("0"))
     count = "" if stored.lanes == 16 else f", {stored.lanes}"
     stores = [

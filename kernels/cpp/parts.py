@@ -115,7 +115,7 @@ def address(spec: KernelSpec, index: int, positions: bool) -> Address:
 
 def struct(index: int, where: Address, methods: str) -> str:
     """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`."""
-    fields = "struct Tile {\n  int from, count;\n  $key\n  $value\n};"
+    fields = "struct Tile {\n  int from, count;\n  $places\n  $key\n  $value\n};"
     numbers = [_numbers(name, stored) for name, stored in (("key", where.key), ("value", where.value))]
     return fill(
         """
@@ -131,6 +131,7 @@ def struct(index: int, where: Address, methods: str) -> str:
           $row
 
           $tile
+          $together
           KV_INLINE void open(Tile& tile, const Row& row, int from, int count) {
             tile.from = from, tile.count = count;
             $entries
@@ -146,7 +147,8 @@ def struct(index: int, where: Address, methods: str) -> str:
         pointers=where.pointers(),
         table="const int32_t* table;" if where.part.layout == "paged" else "",
         row=where.row,
-        tile=fill(fields + "\n", key=numbers[0], value=numbers[1]),
+        tile=fill(fields + "\n", places=where.fields, key=numbers[0], value=numbers[1]),
+        together=where.together,
         entries=where.entries,
         widen="\n".join(filter(None, (_widened("key", where.key, where), _widened("value", where.value, where)))),
         methods=methods,
@@ -174,7 +176,7 @@ def _widened(name: str, stored: Stored, where: Address) -> str:
         return ""
     n = stored.numbers
     call = f"apart<{n}>({{}}, count, tile.{name}_numbers);"
-    if where.part.layout == "paged":
+    if not where.contiguous:
         call = call.format(f"{name}s")
         return fill(GATHER, name=name, n=n, page=where.part.page, entry=where.entry("t"), call=call)
     return call.format(f"row.{name}_scales + {where.entry('0')} * {n}")

@@ -8,14 +8,13 @@ queries and weights: KIVI, arXiv 2402.02750.
 
 from __future__ import annotations
 
-from kvcompile.kernels.cpp.address import Address
+from kvcompile.kernels.cpp.address import TILE, Address, aligned
 from kvcompile.kernels.cpp.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
 from kvcompile.kernels.cpp.step_keys import logits
 from kvcompile.kernels.cpp.step_values import values
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
-TILE = 64
 LONGEST_PIECE = 512
 SMALL = 1 << 18  # products below which one thread is faster than two
 
@@ -97,9 +96,10 @@ ATTEND = """
       float top[G];
       F total[G];
       for (int g = 0; g < G; g++) top[g] = MASKED, total[g] = zero();
-      for (int from = piece.from; from < piece.to; from += TILE) {
+      for (int from = piece.from, count; from < piece.to; from += count) {
+        count = $count;
         typename P::Tile tile;
-        P::open(tile, row, from, least(TILE, piece.to - from));
+        P::open(tile, row, from, count);
         P::logits(row, tile, q, s);
         $cap
         $keep
@@ -204,13 +204,35 @@ LAUNCH = """
       int64_t count = (int64_t)cuts.size(), work = 0;
       for (int i = 0; i < count; i++) work += pieces[i].to - pieces[i].from;
       int threads = work * (D + DV) * G < $small ? 1 : (int)a.threads;
+      $run
+    }
+    """
+
+RUN = """
     #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) {
+      $dispatch
+    }
+    for (int64_t r = 0; r < a.rows; r++)  // little work: to wake threads for it would take longer
+      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV);
+    """
+
+RUN_SCORES = """
+    #pragma omp parallel num_threads(threads)
+    {
+    #pragma omp for schedule(dynamic, 1)
       for (int64_t i = 0; i < count; i++) {
         $dispatch
       }
-      for (int64_t r = 0; r < a.rows; r++)  // little work: to wake threads for it would take longer
-        merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV$shares);
-      $columns
+    #pragma omp single
+      for (int64_t r = 0; r < a.rows; r++)
+        merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
+    #pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; i++) {
+        const Piece& piece = pieces[i];
+        float* sums = a.sums + piece.row * a.sums_row + piece.column;
+        add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
+      }
     }
     """
 
@@ -231,15 +253,6 @@ ROOM = """
     if (finals.size() < (size_t)a.rows * G * 2) finals.resize(a.rows * G * 2);
     float* logits = kept.data();
     float(*shares)[2] = (float(*)[2])finals.data();
-    """
-
-ALL_COLUMNS = """
-    #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++) {
-      const Piece& piece = pieces[i];
-      float* sums = a.sums + piece.row * a.sums_row + piece.column;
-      add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
-    }
     """
 
 
@@ -280,8 +293,10 @@ def _methods(where: Address, spec: KernelSpec) -> str:
 
 def _attend(spec: KernelSpec) -> str:
     cap = spec.softcap
+    count = "least(TILE, piece.to - from)"
     return fill(
         ATTEND,
+        count=f"P::together(from, {count})" if any(map(aligned, spec.parts)) else count,
         logits_in=", float* logits" if spec.scores else "",
         cap=fill(CAP, cap=decimal(cap * LOG2E)) if cap else "",
         keep=fill(KEEP) if spec.scores else "",
@@ -330,7 +345,8 @@ def _launch(spec: KernelSpec) -> str:
         cuts="\n".join(_cut_part(spec, i) for i in range(count)),
         room=fill(ROOM) if spec.scores else "",
         small=SMALL,
-        dispatch=calls[0] if count == 1 else f"switch (pieces[i].part) {{\n{cases}\n}}",
-        shares=", shares + r * G" if spec.scores else "",
-        columns=fill(ALL_COLUMNS) if spec.scores else "",
+        run=fill(
+            RUN_SCORES if spec.scores else RUN,
+            dispatch=calls[0] if count == 1 else f"switch (pieces[i].part) {{\n{cases}\n}}",
+        ),
     )

@@ -60,6 +60,10 @@ SPECS = [
     spec(("ragged", Codec("int4", "token", 16), Codec("int2", "channel", 32)), ("paged", FLOAT, FLOAT, 4), dim=80),
     spec(("ragged", Codec("float8", "channel", 16), Codec("float8", "token", 16)), ("ragged", FLOAT, FLOAT), group=1),
     spec(("ragged", Codec("int8", "channel", 32), KIVI4[1]), ("ragged", *KIVI4), ("dense", FLOAT, FLOAT), group=7),
+    # pages of whole tiles: a tile ends where its page does, wherever a window begins
+    spec(("paged", FLOAT, FLOAT, 64), sliding_window=50, sinks=4, scores=True),
+    spec(("paged", *KIVI4, 128), ("dense", FLOAT, FLOAT), sliding_window=300, scores=True),
+    spec(("paged", Codec("int8", "token"), Codec("int4", "token", 16), 64), ("paged", HALF, HALF, 16), group=4),
     spec(("dense", FLOAT, FLOAT), group=33, dim=5, value_dim=16, sliding_window=20, sinks=3, softcap=1.5, scores=True),
 ]
 
