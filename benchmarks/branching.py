@@ -22,12 +22,15 @@ from kvcompile.calibrator import Everything, shared
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import Plan
+from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.selection import Schedule, Score, Selection
 
 
 @dataclass(frozen=True)
 class Recorder(Score):
-    """Remembers all queries and their moments, keeps everything."""
+    """Remembers all queries and the moments of every `stride`-th, keeps everything."""
+
+    stride: int
 
     @property
     def queries(self) -> int:
@@ -35,9 +38,9 @@ class Recorder(Score):
         return 1 << 30
 
     @property
-    def moments(self) -> bool:
+    def moments(self) -> int:
         """Before rotation too."""
-        return True
+        return self.stride
 
     def score(self, seen: Any) -> Tensor:
         """Zeros."""
@@ -45,12 +48,15 @@ class Recorder(Score):
 
 
 class Branching:
-    """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left."""
+    """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left.
 
-    def __init__(self, model: Any) -> None:
+    stride: of the moments of queries, alike in all stacks that look at them.
+    """
+
+    def __init__(self, model: Any, stride: int = ExpectedAttention().stride) -> None:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
-        recorder = Selection("recorder", Recorder(), None, Everything(), Schedule(True, 1 << 30))
-        self.identity = identity
+        recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
+        self.identity, self.stride = identity, stride
         self.model = build(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
@@ -64,10 +70,13 @@ class Branching:
     def branch(self, plan: Plan) -> KVCache:
         """A copy of the cache after the selection and encoding of `plan`.
 
-        Raises KvcompileError for a plan that changes weights, whose prefill would be another one.
+        Raises KvcompileError for a plan whose prefill would be another one: it changes weights or the moments' stride.
         """
         if any(p.storage.rotated or p.heads or p.owner != p.index for p in plan.layers):
             raise KvcompileError("one prefill serves only stacks that leave the weights alone", str(plan.applied))
+        strides = {p.selection.score.moments for p in plan.selected if p.selection} - {0, self.stride}
+        if strides:
+            raise KvcompileError(f"one prefill has moments of every {self.stride}th query", f"stride {strides}")
         if self.cache is None:
             raise RuntimeError("prefill first")
         branch = KVCache(plan, self.cache.rotaries, self.cache.route)
