@@ -218,18 +218,21 @@ RUN = """
     """
 
 RUN_SCORES = """
-    // Who ends the last piece of a row merges it and adds its columns, while its logits still lie in a cache.
-    auto end = [&](int64_t r) {
-      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
-      for (int i = first[r]; i < first[r + 1]; i++)
-        add_columns(pieces[i], logits + pieces[i].logits, shares + r * G, a.sums + r * a.sums_row + pieces[i].column);
-    };
-    for (int64_t r = 0; r < a.rows; r++)
-      if (!(left[r] = first[r + 1] - first[r])) end(r);
-    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) {
-      $dispatch
-      if (!__atomic_sub_fetch(left + pieces[i].row, 1, __ATOMIC_ACQ_REL)) end(pieces[i].row);
+    #pragma omp parallel num_threads(threads)
+    {
+    #pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < count; i++) {
+        $dispatch
+      }
+    #pragma omp single
+      for (int64_t r = 0; r < a.rows; r++)
+        merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
+    #pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; i++) {
+        const Piece& piece = pieces[i];
+        float* sums = a.sums + piece.row * a.sums_row + piece.column;
+        add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
+      }
     }
     """
 
@@ -242,7 +245,6 @@ PLACE = """
 
 SCRATCH = """
     static thread_local std::vector<float> kept, finals;
-    static thread_local std::vector<int> lefts;  // pieces of each row that are to come
     int64_t room = 0;
     """
 
@@ -251,8 +253,6 @@ ROOM = """
     if (finals.size() < (size_t)a.rows * G * 2) finals.resize(a.rows * G * 2);
     float* logits = kept.data();
     float(*shares)[2] = (float(*)[2])finals.data();
-    if (lefts.size() < (size_t)a.rows) lefts.resize(a.rows);
-    int* left = lefts.data();
     """
 
 
