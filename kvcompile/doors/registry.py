@@ -16,9 +16,9 @@ DOORS = {  # in the order in which an error recommends them
     "hf": "kvcompile.doors.hf:HF",
     "gguf": "kvcompile.doors.gguf:GGUF",
     "onnx": "kvcompile.doors.onnx:ONNX",
+    "deepseek": "kvcompile.doors.deepseek:Deepseek",
     "torch": "kvcompile.doors.torch_program:TorchProgram",
     "aoti": "kvcompile.doors.aoti:AOTI",
-    "deepseek": "kvcompile.doors.deepseek:Deepseek",
 }
 
 
