@@ -358,11 +358,15 @@ def test_bytes_on_device_and_host_are_the_planned_ones(name: str) -> None:
         verify([replace(rows[0], host_bytes=rows[0].bytes), *rows[1:]])
 
 
-def test_a_pool_is_on_the_device_while_any_guest_needs_it(host: Pretended) -> None:
-    """Forks in two threads: the first to park leaves the pages to the other, and what both wrote comes home."""
+@pytest.mark.parametrize("room", [4, 16])
+def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int, host: Pretended) -> None:
+    """Forks in two threads: the first to park leaves the pages to the other, and what both wrote comes home.
+
+    Where there is room, as single pages; else the pool is made anew.
+    """
     keys = torch.randn(1, 1, 6, 4)
     store = PagedStore.empty(keys, keys, 4)
-    store.append(keys, keys, torch.arange(6)[None], 4)
+    store.append(keys, keys, torch.arange(6)[None], room)
     first, second = Shuttle(), Shuttle()
     first.park(store, plain.added)
     fork = store.fork()
@@ -379,6 +383,18 @@ def test_a_pool_is_on_the_device_while_any_guest_needs_it(host: Pretended) -> No
     assert host.holds(fork.keys)
     for mine, x in new.items():
         assert torch.equal(mine.rows()[0][0], torch.cat((keys[0, 0], x[0, 0])))
+
+
+def test_pages_on_their_way_are_not_used_where_the_pool_was_made_anew_meanwhile() -> None:
+    keys = torch.randn(1, 1, 6, 4)
+    store, shuttle = PagedStore.empty(keys, keys, 4), Shuttle()
+    store.append(keys, keys, torch.arange(6)[None], 4)
+    shuttle.park(store, plain.added)
+    shuttle.prefetch(store)
+    store.pages.pool.grow(3)
+    shuttle.fetch(store)
+    assert store.pages.pool.buffers["keys"].shape[0] == store.pages.pool.capacity * 4
+    assert torch.equal(store.rows()[0][0], keys[0, 0])
 
 
 @pytest.mark.parametrize(

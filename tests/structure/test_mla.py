@@ -20,6 +20,7 @@ from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
 from kvcompile.progress import silent
 from kvcompile.prove import prove
+from kvcompile.structure import absorb
 from kvcompile.structure.activations import attention_inputs
 from kvcompile.structure.convert import convert, layout_of
 from kvcompile.structure.data import Latent
@@ -320,14 +321,22 @@ def calibrated(model: Any, **options: Any) -> Any:
     return build_stack(["mla"], {"mla": options})[0].calibrated(ModelCalibrator(model, tiny_tokenizer(), silent))
 
 
-def test_calibration_fills_in_ranks_and_frequencies() -> None:
+def test_calibration_fills_in_ranks_and_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+
+    def noted(weights: Any, p: Any, how: Latent, *more: Any) -> Any:
+        asked.append(list(how.frequencies))
+        return decompose(weights, p, how, *more)
+
     model = tiny_model()
+    monkeypatch.setattr(absorb, "decompose", noted)
     low, high = (calibrated(model, energy=e, rope=12, tokens=64) for e in (0.8, 0.99))
     assert all(1 <= a < b <= 52 for a, b in zip(low.ranks, high.ranks, strict=True))
     for found in low.frequencies:
         assert len(found) == 6
         assert found == sorted(found)
         assert max(found.count(f) for f in found) <= 2, "two KV heads have two components of a frequency"
+    assert asked == low.frequencies + high.frequencies, "a rank is that of what these frequencies leave"
     norm = calibrated(model, select="norm", rope=12, tokens=64)
     assert norm.frequencies != low.frequencies
     assert norm.ranks == []
