@@ -87,6 +87,27 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
+class TracedScores:
+    """`LayerScores` in a trace, after a prompt: what the layer may keep are tensors of one number, `[1]`."""
+
+    scores: Tensor
+    mass: Tensor | None
+    lengths: Tensor
+    budget: Tensor
+    floor: Tensor
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a layer may keep of the `tokens` that its `heads` hold: `budget` a head on average, `floor` at least."""
+
+    heads: int
+    budget: int
+    floor: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Allocation:
     """Splits a budget over the rows (layers x KV heads) of one sequence.
 
@@ -120,8 +141,17 @@ class Allocation:
         """Whether there is a `traced`."""
         return False
 
-    def traced(self, scores: Tensor, lengths: Tensor, total: Tensor, floor: Tensor) -> Tensor:
-        """`allot` of one layer as tensor operations, with nothing read back: `total` entries of all heads together."""
+    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
+        """`allot` as tensor operations, with nothing read back; a layer whose budget is all it holds keeps that."""
+        raise NotImplementedError
+
+    @property
+    def competing(self) -> bool:
+        """Whether the heads of a layer compete for what it gets, so that one of them may take nearly all."""
+        return False
+
+    def most(self, layers: Sequence[Demand]) -> list[int]:
+        """The most entries that a head (where they compete, a mean head) of each layer may get, whatever the scores."""
         raise NotImplementedError
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvcompile.policies.allocation import water_fill, water_fill_traced
 from kvcompile.policies.base import AllocationPolicy
-from kvcompile.selection import Allocation, LayerScores, Scope
+from kvcompile.selection import Allocation, Demand, LayerScores, Scope, TracedScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,16 +49,31 @@ class AdaptiveHeads(Allocation):
         """The number of entries is known, whose they are is found in a trace."""
         return True
 
-    def traced(self, scores: Tensor, lengths: Tensor, total: Tensor, floor: Tensor) -> Tensor:
-        """Tokens per head, int64 `[H_kv]`, of `scores [H_kv, n]`."""
+    @property
+    def competing(self) -> bool:
+        """By score."""
+        return True
+
+    def most(self, layers: Sequence[Demand]) -> list[int]:
+        """The budget."""
+        return [min(layer.budget, layer.tokens) for layer in layers]
+
+    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
+        """Tokens per head, one int64 `[H_kv]` for each layer."""
+        return [self._split_traced(layer) for layer in layers]
+
+    def _split_traced(self, layer: TracedScores) -> Tensor:
         import torch
 
+        scores, lengths = layer.scores, layer.lengths
+        total = torch.minimum(len(scores) * layer.budget, lengths.sum())
         ranked = scores.flatten().sort(descending=True).values
         cut = ranked.gather(0, (total - 1).clamp(min=0).view(1))
         above, level = (scores > cut).sum(1).double(), (scores == cut).sum(1).double()
         won = above + level * (total - above.sum()) / level.sum()
-        share = (1 - self.safeguard) * won + self.safeguard * total / scores.shape[0]
-        return water_fill_traced(share, torch.minimum(lengths, floor), lengths, total)
+        share = (1 - self.safeguard) * won + self.safeguard * total / len(scores)
+        low = torch.minimum(lengths, layer.floor)
+        return water_fill_traced(share, torch.ones_like(share), low, lengths, total)
 
 
 def hits(scores: Tensor, places: int) -> Tensor:

@@ -49,16 +49,17 @@ def water_fill(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: 
     return torch.tensor(largest_remainder(shares, total), device=base.device)
 
 
-def water_fill_traced(base: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
-    """`water_fill` with weights of 1 as tensor operations, for a `total` within `[sum(low), sum(high)]`."""
+def water_fill_traced(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """`water_fill` as tensor operations, with nothing read back; `total` is a tensor of one number."""
     import torch
 
-    bends = torch.cat((low - base, high - base)).sort().values
-    filled = (base + bends.unsqueeze(1)).clamp(low, high).sum(1)
+    total = torch.minimum(total, high.sum()).maximum(low.sum())
+    bends = torch.cat(((low - base) / weights, (high - base) / weights)).sort().values
+    filled = (base + bends.unsqueeze(1) * weights).clamp(low, high).sum(1)
     right = (filled < total).sum().clamp(1, len(bends) - 1).view(1)
     (before, after), (first, last) = ((x.gather(0, right - 1), x.gather(0, right)) for x in (filled, bends))
     along = torch.where(after > before, (total - before) / (after - before), 0.0)
-    shares = (base + first + along * (last - first)).clamp(low, high)
+    shares = (base + (first + along * (last - first)) * weights).clamp(low, high)
     whole = (shares + ROUNDING).floor()
     rank = ((whole - shares) / ROUNDING).round().argsort(stable=True).argsort()
     return whole.long() + (rank < total - whole.sum())

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvcompile.policies.adakv import AdaptiveHeads
-from kvcompile.policies.allocation import water_fill
+from kvcompile.policies.allocation import water_fill, water_fill_traced
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.policies.snapkv import WindowAttention
-from kvcompile.selection import Allocation, LayerScores, Scope, Selection
+from kvcompile.selection import Allocation, Demand, LayerScores, Scope, Selection, TracedScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,24 +63,74 @@ class Uncertainty(Allocation):
         """Tokens per head, one int64 `[H_kv]` for each layer."""
         import torch
 
-        heads = [layer.lengths.numel() for layer in layers]
-        sizes = heads if self.per == "head" else [1] * len(layers)
-        needs, lengths = zip(*map(self._rows, layers, self._needs(layers)), strict=True)
-        need, held = torch.cat(needs).cpu(), torch.cat(lengths).cpu()
-        budget = torch.tensor([layer.budget for layer in layers]).repeat_interleave(torch.tensor(sizes))
-        always = torch.tensor([layer.floor for layer in layers]).repeat_interleave(torch.tensor(sizes))
-        total = min(int(budget.sum()), int(held.sum()))
-        low = held.minimum(always)
-        high = held.minimum(budget.clamp(min=int(self.share_cap * total))).maximum(low)
-        if int(high.sum()) < total:
-            high = held
-        rows = torch.split(water_fill(self.floor * budget.double(), need, low, high, total), sizes)
+        budgets, floors = torch.tensor([[layer.budget, layer.floor] for layer in layers]).unbind(1)
+        split = self._rows(layers, budgets.unbind(), floors.unbind())
+        base, need, low, high, total = self._bounds(*(x.cpu() for x in split))
+        rows = self._by_layer(water_fill(base, need, low, high, int(total)), layers)
         if self.per == "adaptive":
             shares = [replace(layer, budget=int(row)) for row, layer in zip(rows, layers, strict=True)]
             return AdaptiveHeads(self.safeguard).allot(shares)
-        return [row.expand(n).to(layer.lengths.device) for row, n, layer in zip(rows, heads, layers, strict=True)]
+        return [row.expand_as(layer.lengths).to(layer.lengths.device) for row, layer in zip(rows, layers, strict=True)]
 
-    def _needs(self, layers: Sequence[LayerScores]) -> Sequence[Tensor]:
+    @property
+    def traceable(self) -> bool:
+        """All layers at once."""
+        return True
+
+    @property
+    def competing(self) -> bool:
+        """Where they are adaptive."""
+        return self.per == "adaptive"
+
+    def most(self, layers: Sequence[Demand]) -> list[int]:
+        """The cap; of layers that get less than they hold, which alone share the total."""
+        short = [x for x in layers if x.budget < x.tokens]
+        total = sum(x.budget * (x.heads if self.per == "head" else 1) for x in short)
+        cap = int(self.share_cap * total)
+        return [min(x.tokens, max(x.budget, cap)) for x in layers]
+
+    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
+        """Tokens per head, one int64 `[H_kv]` for each layer."""
+        import torch
+
+        whole = [layer.budget >= layer.lengths.amax() for layer in layers]
+        short = [
+            replace(layer, budget=layer.budget.where(~full, 0), lengths=layer.lengths.where(~full, 0))
+            for full, layer in zip(whole, layers, strict=True)
+        ]
+        split = self._rows(short, [layer.budget for layer in short], [layer.floor for layer in short])
+        rows: Sequence[Tensor] = self._by_layer(water_fill_traced(*self._bounds(*split)), layers)
+        if self.per == "adaptive":
+            shares = [replace(layer, budget=row) for row, layer in zip(rows, short, strict=True)]
+            rows = AdaptiveHeads(self.safeguard).traced(shares)
+        return [torch.where(full, x.lengths, row) for full, x, row in zip(whole, layers, rows, strict=True)]
+
+    def _rows(
+        self, layers: Sequence[LayerScores | TracedScores], budgets: Sequence[Tensor], floors: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Of every row, `[R]`: need, entries held, budget, what always stays."""
+        import torch
+
+        needs, held = zip(*map(self._row, layers, self._needs(layers)), strict=True)
+        given = ([x.expand_as(n) for x, n in zip(each, held, strict=True)] for each in (budgets, floors))
+        return tuple(torch.cat(tuple(each)) for each in (needs, held, *given))
+
+    def _bounds(self, need: Tensor, held: Tensor, budget: Tensor, always: Tensor) -> tuple[Tensor, ...]:
+        """What `water_fill` wants: base, weights, low, high, total."""
+        import torch
+
+        total = torch.minimum(budget.sum(), held.sum())
+        low = held.minimum(always)
+        high = held.minimum(budget.maximum((self.share_cap * total.double()).long())).maximum(low)
+        high = torch.where(high.sum() < total, held, high)
+        return self.floor * budget.double(), need, low, high, total
+
+    def _by_layer(self, rows: Tensor, layers: Sequence[LayerScores | TracedScores]) -> tuple[Tensor, ...]:
+        import torch
+
+        return torch.split(rows, [layer.lengths.numel() if self.per == "head" else 1 for layer in layers])
+
+    def _needs(self, layers: Sequence[LayerScores | TracedScores]) -> Sequence[Tensor]:
         """MBA of every head, float64 `[H_kv]` for each layer, all at once."""
         import torch
         from torch.nn.functional import pad
@@ -92,7 +142,7 @@ class Uncertainty(Allocation):
         together = torch.cat([pad(mass, (0, longest - mass.shape[1])) for mass in masses])
         return torch.split(minimal_budget(together, self.mass).double(), [len(mass) for mass in masses])
 
-    def _rows(self, layer: LayerScores, need: Tensor) -> tuple[Tensor, Tensor]:
+    def _row(self, layer: LayerScores | TracedScores, need: Tensor) -> tuple[Tensor, Tensor]:
         if self.per == "head":
             return need, layer.lengths
         # heads of one length share a row; adaptive heads may differ, and spend what a mean head holds

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 FACTS = "program.json"
 SHAPES = """\
 `program.json` tells the limits (sequences at once, tokens of a prompt, tokens after it), each cache tensor, and how
-many entries each layer has room for. Prompts are not padded: all sequences of a batch have one length. A token too
-many is an error, never a wrong answer."""
+many entries each layer has room for. Where layers or heads split a budget by the scores of each prompt, `mean` is what
+a head gets on average, and `capacity` has room for the most that the recipe allows (zigzag: its `share_cap`). Prompts
+are not padded: all sequences of a batch have one length. A token too many is an error, never a wrong answer."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,12 @@ from kvcompile.program import shared
 from kvcompile.program.attention import causal, masked
 from kvcompile.program.coded import body_of, encoded, entries_of, format_of, settle, split
 from kvcompile.program.room import Room
-from kvcompile.program.select import Asked, Entries, highest, moments, scores
+from kvcompile.program.select import Asked, Entries, Look, allotted, highest, masses, moments, scores
 from kvcompile.rotation import turn_basis
 from kvcompile.storage import FLUSH
 
 State = dict[str, Tensor]
 Tables = Mapping[str, Tensor]
-Look = tuple[Tensor, Tensor | None]  # scores, and what the score carries on
 
 
 def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | str = "cpu") -> State:
@@ -96,27 +95,32 @@ class PrefillCache:
         return causal(p, *heads, self.positions)[..., : p.head_dim]
 
     def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
-        """Scores `[B, H_kv, T]` for the queries `[B, H_q, T, D]` of all readers."""
+        """Scores of every entry for the queries `[B, H_q, T, D]` of all readers."""
         room, s = kv.room, kv.room.score
-        if s.queries is None:
-            last, asked = queries, self.positions
-        else:  # prompts shorter than this keep everything, so that what stands before them is never asked
-            last = F.pad(queries, (0, 0, s.queries, 0))[:, :, self.count :]
-            asked = F.pad(self.positions, (s.queries, 0), value=-1)[self.count :]
+        last, at = self._last(queries, s.queries)
         if room.window > 1:
             self.state[f"queries_{room.plan.index}"] = last
-        return scores(
-            room.plan,
-            kv.held,
-            Asked(
-                last,
-                asked,
-                self.seen,
-                self.tables[f"recent_{room.plan.index}"][self.seen],
-                moments(room.plan, unrotated, self.positions, s.moments) if s.moments else None,
-                lambda horizon: self._mean_rotation(room.plan, horizon),
-            ),
+        asked = Asked(
+            last,
+            at,
+            self.seen,
+            self.tables[f"recent_{room.plan.index}"][self.seen],
+            moments(room.plan, unrotated, self.positions, s.moments) if s.moments else None,
+            lambda horizon: self._mean_rotation(room.plan, horizon),
         )
+        look = scores(room.plan, kv.held, asked)
+        if room.measure is None:
+            return look
+        last, at = self._last(queries, room.measure.queries)
+        asked = replace(asked, queries=last, positions=at)
+        return replace(look, mass=masses(room.plan, kv.held, asked, room.measure))
+
+    def _last(self, queries: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """The prompt's last queries, and their positions; before its start stand queries at -1, which see nothing."""
+        if window is None:
+            return queries, self.positions
+        last = F.pad(queries, (0, 0, window, 0))[:, :, self.count :]
+        return last, F.pad(self.positions, (window, 0), value=-1)[self.count :]
 
     def _mean_rotation(self, p: LayerPlan, horizon: int) -> Tensor:
         """The rotation `[D, D]` of row vectors, averaged over the next `horizon` positions."""
@@ -127,26 +131,34 @@ class PrefillCache:
         return turn_basis(rotation) if p.storage.rotated else rotation
 
     def keep(self, looks: Mapping[int, tuple[Layer, Look]]) -> None:
-        """What the selections of these layers leave of the prompt."""
-        for layer, (kv, (ranked, carried)) in looks.items():
+        """What the selections of these layers leave of the prompt; those given together share one budget."""
+        counts = self._counts(looks)
+        for layer, (kv, look) in looks.items():
             if kv.room.shared:
-                self._split(kv, ranked)
+                self._split(kv, look.ranked, counts[layer])
                 continue
-            counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
-            order = highest(ranked, counts, kv.room.places)
-            self._store(kv, order, counts)
-            if carried is not None and kv.room.every:
-                self.state[f"carried_{layer}"] = F.pad(carried, (0, 1)).gather(2, order)
+            order = highest(look.ranked, counts[layer], kv.room.places)
+            self._store(kv, order, counts[layer])
+            if look.carried is not None and kv.room.every:
+                self.state[f"carried_{layer}"] = F.pad(look.carried, (0, 1)).gather(2, order)
 
-    def _split(self, kv: Layer, ranked: Tensor) -> None:
-        i = kv.room.plan.index
-        total, floor = self.tables[f"kept_{i}"][self.seen].squeeze(0), self.tables[f"floor_{i}"][self.seen]
-        kept, heads = shared.split(kv.room, kv.held, ranked, total, floor)
+    def _counts(self, looks: Mapping[int, tuple[Layer, Look]]) -> dict[int, Tensor]:
+        """Entries of every head, `[H_kv]` or `[B, H_kv]`, for each layer."""
+        known = {i: kv.room for i, (kv, _) in looks.items() if kv.room.kept}
+        counts = {i: self.tables[f"kept_{i}"][self.seen].squeeze(0) for i in known}
+        rest = {i: look for i, (_, look) in looks.items() if i not in known}
+        if rest:
+            budgets = {i: tuple(self.tables[f"{name}_{i}"][self.seen] for name in ("budget", "floor")) for i in rest}
+            counts |= allotted(looks[next(iter(rest))][0].room.allocation, budgets, rest)
+        return counts
+
+    def _split(self, kv: Layer, ranked: Tensor, counts: Tensor) -> None:
+        kept, heads = shared.split(kv.room, kv.held, ranked, counts)
         made = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
         if kv.room.plan.latent is None:
             made["values"] = kept.values
-        made["entries"] = total.expand(self.batch, 1).clone()
-        self.state.update({f"{name}_{i}": x for name, x in made.items()})
+        made["entries"] = counts.sum(1, keepdim=True)
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
 
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
@@ -244,7 +256,7 @@ class DecodeCache:
         for layer, (kv, look) in looks.items():
             if look is None:
                 continue
-            ranked, carried = look
+            ranked, carried = look.ranked, look.carried
             mine, room = self._of(layer), kv.room
             due = self.tick % room.every == 0
             counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)

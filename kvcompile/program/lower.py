@@ -90,9 +90,8 @@ class Program(nn.Module):
         _require_lowered(self.traced.graph)
         self.rooms: list[Room] = rooms(self.plan, limits)
         for room in self.rooms:
-            if room.kept:
-                for name, table in (("kept", room.kept), ("recent", room.recent), ("floor", room.floors)):
-                    self.register_buffer(f"{name}_{room.plan.index}", torch.tensor(table, device=self.device))
+            for name, table in room.tables.items():
+                self.register_buffer(f"{name}_{room.plan.index}", torch.tensor(table, device=self.device))
 
     @property
     def device(self) -> torch.device:

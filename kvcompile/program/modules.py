@@ -151,6 +151,8 @@ def described(program: Program) -> dict[str, Any]:
                 "layer": room.plan.index,
                 "capacity": room.capacity,
                 "kept": list(room.kept[limits.prompt]) if room.kept else None,
+                "mean": room.budgets[limits.prompt] if room.budgets else None,
+                "shared": room.shared,
                 "every": room.every,
                 "ring": room.ring,
                 "readers": [p.index for p in program.plan.layers if p.owner == room.plan.index],

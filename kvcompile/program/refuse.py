@@ -56,7 +56,7 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
     if not s.score.traceable:
         raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__)
     if s.allocation.traceable:
-        _refuse_shared(p, s, where)
+        _refuse_allotted(p, s, where)
     elif s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
         raise KvcompileError(
             f"{where}: what a head keeps must follow from the length of the prompt alone",
@@ -70,20 +70,21 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
         )
 
 
-def _refuse_shared(p: LayerPlan, s: Selection, where: str) -> None:
-    """Heads that split a known number of entries share one row, which is written once and then appended to."""
-    split = f"heads of different lengths, {type(s.allocation).__name__}"
-    if s.budget is None or s.uncertainty is not None:
-        raise KvcompileError(f"{where}: how many tokens stay must follow from the length of the prompt alone", split)
+def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
+    """Layers or heads that split a known number of entries do so once; heads that compete share one plain row."""
+    if s.budget is None:
+        raise KvcompileError(
+            f"{where}: how many tokens stay must follow from the length of the prompt alone", "a threshold, no budget"
+        )
     if s.schedule.decode_every:
         raise KvcompileError(
             f"{where}: what a head keeps is decided once, after the prompt",
             f"decode_every={s.schedule.decode_every}",
             f"stack.{s.policy}.decode_every=0",
         )
-    if p.storage.coded:
+    if s.allocation.competing and p.storage.coded:
         raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
-    if p.softcap:
+    if s.allocation.competing and p.softcap:
         raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvcompile.plan import LayerPlan, Plan
+from kvcompile.selection import Demand
 from kvcompile.storage import FLUSH
 
 if TYPE_CHECKING:
-    from kvcompile.selection import Score, Selection
+    from kvcompile.selection import Allocation, Score, Selection
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,30 @@ class Limits:
 class Room:
     """The cache of one owner layer: `capacity` entries a row.
 
-    kept `[t][h]`, recent `[t]`: entries per head, and newest tokens among them, that stay of `t` tokens (a selection
-    only). ring: entry of position p lies at p % capacity, so that a new token replaces the one that left the window.
+    kept `[t][h]`: entries per head that stay of `t` tokens, where that follows from `t`; else budgets and floors `[t]`:
+    what a head keeps on average, and at least. recent `[t]`: newest tokens among them (all of a selection only).
+    ring: entry of position p lies at p % capacity, so that a new token replaces the one that left the window.
     window: newest queries that the selection looks at again while decoding (0: none, or the last one alone).
     body: encoded entries a row, which come before the others; a multiple of the storage's block.
-    floors `[t]`: the scores say how the heads split `kept [t][0]` entries, of which each has at least so many; then all
-    heads share one row (empty: every head has a row).
+    shared: all heads share one row, which says of every entry whose it is.
     """
 
     plan: LayerPlan
     capacity: int
     kept: tuple[tuple[int, ...], ...] = ()
+    budgets: tuple[int, ...] = ()
+    floors: tuple[int, ...] = ()
     recent: tuple[int, ...] = ()
     ring: bool = False
     window: int = 0
     body: int = 0
-    floors: tuple[int, ...] = ()
+    shared: bool = False
 
     @property
-    def shared(self) -> bool:
-        """Whether all heads share one row, which says of every entry whose it is."""
-        return bool(self.floors)
+    def tables(self) -> dict[str, tuple[object, ...]]:
+        """What a program looks up by tokens seen."""
+        named = {"kept": self.kept, "budget": self.budgets, "floor": self.floors, "recent": self.recent}
+        return {name: table for name, table in named.items() if table}
 
     @property
     def rows(self) -> int:
@@ -68,6 +72,18 @@ class Room:
         if self.plan.selection is None:
             raise RuntimeError(f"layer {self.plan.index} selects nothing")
         return self.plan.selection.score
+
+    @property
+    def allocation(self) -> Allocation:
+        """How the selection splits a budget."""
+        if self.plan.selection is None:
+            raise RuntimeError(f"layer {self.plan.index} selects nothing")
+        return self.plan.selection.allocation
+
+    @property
+    def measure(self) -> Score | None:
+        """How the selection measures uncertainty (None: it does not)."""
+        return self.plan.selection.uncertainty if self.plan.selection else None
 
     @property
     def places(self) -> int:
@@ -101,23 +117,36 @@ def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
             return Room(p, p.sliding_window, ring=True)
         return Room(p, limits.tokens)
     if s.allocation.traceable:
-        return _shared(p, s, limits)
+        return _allotted(plan, p, s, limits)
     every = s.schedule.decode_every
     longest = limits.tokens if every else limits.prompt
     kept = tuple(kept_of(plan, p, t) for t in range(longest + 1))
     capacity = max(map(max, kept)) + (every or limits.new)
     window = queries_needed(s) if every else 0
+    recent = tuple(_recent(p, s, t) for t in range(longest + 1))
+    return Room(p, min(capacity, limits.tokens), kept, recent=recent, window=window)
+
+
+def _allotted(plan: Plan, p: LayerPlan, s: Selection, limits: Limits) -> Room:
+    mates = [q for q in plan.selected if q.selection == s] if s.allocation.cross_layer else [p]
+    given = [[_demand(q, t) for q in mates] for t in range(limits.prompt + 1)]
+    place = mates.index(p)
+    most = max(s.allocation.most(layers)[place] for layers in given)
+    shared = s.allocation.competing and most < p.span(limits.prompt)  # else any head has room for everything
     return Room(
-        p, min(capacity, limits.tokens), kept, tuple(_recent(p, s, t) for t in range(longest + 1)), False, window
+        p,
+        (most + limits.new) * (p.kv_heads if shared else 1),
+        budgets=tuple(layers[place].budget for layers in given),
+        floors=tuple(layers[place].floor for layers in given),
+        recent=tuple(_recent(p, s, t) for t in range(limits.prompt + 1)),
+        shared=shared,
     )
 
 
-def _shared(p: LayerPlan, s: Selection, limits: Limits) -> Room:
-    spans = [p.span(t) for t in range(limits.prompt + 1)]
-    budgets, floors = zip(*(s.resolve(n) if n else (0, 0) for n in spans), strict=True)
-    kept = tuple((p.kv_heads * min(budget, n),) for budget, n in zip(budgets, spans, strict=True))
-    recent = tuple(_recent(p, s, t) for t in range(limits.prompt + 1))
-    return Room(p, max(n for (n,) in kept) + p.kv_heads * limits.new, kept, recent, floors=floors)
+def _demand(p: LayerPlan, tokens: int) -> Demand:
+    span, s = p.span(tokens), p.selection
+    budget, floor = s.resolve(span) if s is not None and span else (0, 0)
+    return Demand(p.kv_heads, min(budget, span), floor, span)
 
 
 def kept_of(plan: Plan, p: LayerPlan, tokens: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompile.cache.watch import in_moments
 from kvcompile.observe import Moments, Observation
 from kvcompile.plan import LayerPlan
+from kvcompile.selection import Allocation, Score, TracedScores
 
 INFINITY = float("inf")
 
@@ -69,8 +70,41 @@ class _Seen(Observation):
         yield self.query_positions, self.attention()
 
 
-def scores(p: LayerPlan, held: Entries, asked: Asked) -> tuple[Tensor, Tensor | None]:
-    """Scores `[B, H_kv, n]`, protected entries +inf, dead and empty ones -inf; and what the score carries on."""
+@dataclass(frozen=True)
+class Look:
+    """What a selection saw of one layer: scores, what the score carries on, and attention mass, each `[B, H_kv, n]`."""
+
+    ranked: Tensor
+    carried: Tensor | None = None
+    mass: Tensor | None = None
+
+
+def masses(p: LayerPlan, held: Entries, asked: Asked, measure: Score) -> Tensor:
+    """Attention mass `[B, H_kv, n]`, as `measure` sees it."""
+    rows = range(held.keys.shape[0])
+    return torch.stack([measure.score(_observation(p, held, asked, b)).float() for b in rows])
+
+
+def allotted(
+    allocation: Allocation, budgets: Mapping[int, tuple[Tensor, ...]], looks: Mapping[int, Look]
+) -> dict[int, Tensor]:
+    """Entries of every head, int64 `[B, H_kv]` for each layer, where the scores of these layers decide.
+
+    budgets: what a head of a layer keeps on average, and at least, each `[1]`.
+    """
+    found = []
+    for b in range(next(iter(looks.values())).ranked.shape[0]):
+        layers = []
+        for i, look in looks.items():
+            scores, mass = look.ranked[b], None if look.mass is None else look.mass[b]
+            budget, floor = budgets[i]
+            layers.append(TracedScores(scores, mass, (scores > -INFINITY).sum(-1), budget, floor))
+        found.append(allocation.traced(layers))
+    return dict(zip(looks, map(torch.stack, zip(*found, strict=True)), strict=True))
+
+
+def scores(p: LayerPlan, held: Entries, asked: Asked) -> Look:
+    """Scores, protected entries at +inf, dead and empty ones at -inf; and what the score carries on."""
     s = p.selection
     if s is None:
         raise RuntimeError(f"layer {p.index} selects nothing")
@@ -85,7 +119,7 @@ def scores(p: LayerPlan, held: Entries, asked: Asked) -> tuple[Tensor, Tensor | 
     protected = (at < s.sinks) | (at >= asked.tokens - asked.recent)
     ranked = torch.stack(found).masked_fill(protected, INFINITY)
     oldest = (asked.tokens - p.sliding_window).clamp(min=0) if p.sliding_window else 0
-    return ranked.masked_fill(at < oldest, -INFINITY), torch.stack(carried) if carried else None
+    return Look(ranked.masked_fill(at < oldest, -INFINITY), torch.stack(carried) if carried else None)
 
 
 def _observation(p: LayerPlan, held: Entries, asked: Asked, b: int) -> _Seen:

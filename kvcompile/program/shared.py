@@ -9,16 +9,11 @@ from kvcompile.program.room import Room
 from kvcompile.program.select import Entries, highest
 
 
-def split(room: Room, held: Entries, ranked: Tensor, total: Tensor, floor: Tensor) -> tuple[Entries, Tensor]:
+def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
     """What stays of the entries `[B, H_kv, n]` with scores `ranked`: one row `[B, 1, C]`, and whose each entry is.
 
-    total `[1]`: entries of all heads together, floor `[1]`: what each has at least.
+    counts `[B, H_kv]`: entries of each head.
     """
-    s = room.plan.selection
-    if s is None:
-        raise RuntimeError(f"layer {room.plan.index} selects nothing")
-    lengths = (ranked > -torch.inf).sum(-1)
-    counts = torch.stack([s.allocation.traced(r, n, total, floor) for r, n in zip(ranked, lengths, strict=True)])
     heads, n = ranked.shape[1:]
     order = highest(ranked, counts, room.capacity)
     first = torch.arange(heads, device=order.device).unsqueeze(-1) * n

@@ -70,8 +70,10 @@ def test_another_process_without_us_decodes_alike(model: Any, folder: Path) -> N
             "budget=16",
         ],
         ["policy=[cla,adakv]"],
+        ["recipe=zigzag", "stack.zigzag.share_cap=0.6"],
+        ["policy=zigzag", "stack.zigzag.scope=head", "stack.zigzag.score=knorm"],
     ],
-    ids=["latents", "heads that share a row"],
+    ids=["latents", "heads that share a row", "layers that share a budget", "all heads share a budget"],
 )
 def test_rows_of_other_kinds_are_traced(stack: list[str], tmp_path: Path) -> None:
     model, ids = compiled("llama", [*stack, "budget=16"], num_hidden_layers=2), tiny_ids(2, 48)

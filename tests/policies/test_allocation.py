@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompile.policies.adakv import AdaptiveHeads, hits
-from kvcompile.policies.allocation import largest_remainder, water_fill
+from kvcompile.policies.allocation import largest_remainder, water_fill, water_fill_traced
 from kvcompile.policies.pyramidkv import Pyramid
 from kvcompile.policies.zigzag import Uncertainty, minimal_budget
-from kvcompile.selection import LayerScores, Uniform
+from kvcompile.selection import Demand, LayerScores, TracedScores, Uniform
 
 INF = float("inf")
 sizes = st.integers(1, 60)
@@ -36,6 +36,12 @@ def test_water_fill_spends_the_total_within_the_bounds(given_rows: tuple[torch.T
     assert int(filled.sum()) == max(int(low.sum()), min(total, int(high.sum())))
     assert (filled >= low).all()
     assert (filled <= high).all()
+
+
+@given(rows(), st.integers(0, 300))
+def test_water_fill_in_a_trace_is_water_fill(given_rows: tuple[torch.Tensor, ...], total: int) -> None:
+    expected = water_fill(*given_rows, total)
+    assert water_fill_traced(*given_rows, torch.tensor([total])).tolist() == expected.tolist()
 
 
 def test_water_fill_gives_what_a_bound_cuts_to_the_others_by_weight() -> None:
@@ -132,8 +138,8 @@ def test_adakv_splits_alike_in_a_trace(safeguard: float) -> None:
         budget = int(torch.randint(max(recent, 1), n + 1, (), generator=random))
         how = AdaptiveHeads(safeguard)
         (expected,) = how.allot([LayerScores(scores, None, lengths, budget, recent)])
-        total = torch.tensor([heads * min(budget, n - dead)])
-        assert torch.equal(how.traced(scores, lengths, total, torch.tensor([recent])), expected)
+        (got,) = how.traced([TracedScores(scores, None, lengths, torch.tensor([budget]), torch.tensor([recent]))])
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 33, 100, 1000])
@@ -225,3 +231,39 @@ def test_zigzag_cap_limits_the_largest_layer() -> None:
     masses = [torch.stack([diffuse(1000, need)] * 2) for need in (900, 10, 10, 10)]
     kept = Uncertainty(0.9, 0.2, "layer", 0.4).allot(looks(masses, 100, 4))
     assert [int(k[0]) for k in kept] == [160, 80, 80, 80]
+
+
+@st.composite
+def layers_of_a_prompt(draw: st.DrawFn) -> tuple[list[LayerScores], Uncertainty]:
+    """What `compress` hands to a cross-layer allocation, and one; some layers may hold no more than their budget."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    heads, n, always = draw(st.integers(1, 4)), draw(st.integers(2, 60)), draw(st.integers(0, 6))
+    made = []
+    for _ in range(draw(st.integers(1, 6))):
+        held = draw(st.sampled_from((n, max(1, n // 2))))  # of layers that slide
+        floor = min(held, always)
+        budget = max(min(draw(st.integers(1, 60)), held), floor)
+        scores = torch.rand(heads, n, generator=random)
+        scores[:, : n - held], scores[:, n - floor :] = -INF, INF
+        mass = (torch.rand(heads, n, generator=random) * draw(st.integers(1, 30))).softmax(-1)
+        made.append(LayerScores(scores, mass, torch.full((heads,), held), budget, floor))
+    per = draw(st.sampled_from(("layer", "head", "adaptive")))
+    return made, Uncertainty(0.9, draw(st.floats(0, 1)), per, draw(st.floats(0.01, 1)), draw(st.floats(0, 1)))
+
+
+@given(layers_of_a_prompt())
+@settings(max_examples=300)
+def test_zigzag_splits_alike_in_a_trace(drawn: tuple[list[LayerScores], Uncertainty]) -> None:
+    """Without a number read back, and within the room that is made for it."""
+    layers, how = drawn
+    short = [x for x in layers if x.budget < int(x.lengths[0])]  # the others keep everything: `compress` never asks
+    allotted = iter(how.allot(short)) if short else iter(())
+    expected = [next(allotted) if any(x is y for y in short) else x.lengths for x in layers]
+    tensors = [
+        TracedScores(x.scores, x.mass, x.lengths, torch.tensor([x.budget]), torch.tensor([x.floor])) for x in layers
+    ]
+    got = how.traced(tensors)
+    assert [k.tolist() for k in got] == [k.tolist() for k in expected]
+    most = how.most([Demand(len(x.lengths), x.budget, x.floor, int(x.lengths[0])) for x in layers])
+    spent = [k.double().mean() if how.competing else k.max() for k in got]
+    assert all(k <= limit for k, limit in zip(spent, most, strict=True))

@@ -21,6 +21,10 @@ NEW = 34  # old tokens are encoded every 32
 SNAPKV = ["stack.snapkv.window=8", "stack.snapkv.budget=0.3"]
 KIVI = ["stack.kivi.group=4", "stack.kivi.residual=8"]
 MLA = ["stack.mla.factor=weights", "stack.mla.select=high", "stack.mla.rope=8", "stack.mla.rank=20"]
+ZIGZAG = [  # layers of the tiny models differ most like this
+    "policy=zigzag",
+    *(f"stack.zigzag.{x}" for x in ("score=expected_attention", "budget=0.4", "mass=0.3", "floor=0", "window=8")),
+]
 RETRIEVAL = [f"stack.retrieval_heads.{x}" for x in ("heads=[[0,1],[2,0]]", "recent=8", "budget=12", "decode_every=5")]
 STACKS: dict[str, tuple[str, list[str]]] = {
     "dense": ("llama", []),
@@ -48,6 +52,17 @@ STACKS: dict[str, tuple[str, list[str]]] = {
     "heads that compete": ("llama", ["policy=[snapkv,adakv]", "stack.snapkv.window=8", "budget=0.3"]),
     "heads that compete, by expectation": ("qwen3", ["policy=[cla,adakv,rotate]", "stack.adakv.budget=16"]),
     "heads that compete under windows": ("mistral", ["policy=[adakv]", "stack.adakv.budget=9"]),
+    "layers by uncertainty": ("llama", [*ZIGZAG, "stack.zigzag.scope=layer"]),
+    "layers by uncertainty, capped": ("qwen3", [*ZIGZAG, "stack.zigzag.scope=layer", "stack.zigzag.share_cap=0.27"]),
+    "heads by uncertainty": ("llama", [*ZIGZAG, "stack.zigzag.scope=head", "stack.zigzag.share_cap=0.15"]),
+    "layers by uncertainty, their heads compete": (
+        "llama",
+        [*ZIGZAG, "stack.zigzag.scope=adaptive", "stack.zigzag.share_cap=0.3"],
+    ),
+    "layers by uncertainty, their heads compete for all": ("qwen3", [*ZIGZAG, "stack.zigzag.scope=adaptive"]),
+    "layers by uncertainty, shared and rotated": ("llama", ["policy=[cla,zigzag,rotate]", *ZIGZAG[1:]]),
+    "layers by uncertainty, some under windows": ("gemma3_text", [*ZIGZAG, "stack.zigzag.budget=0.5"]),
+    "layers by uncertainty, in 4 bits": ("llama", ["policy=[zigzag,kivi]", *ZIGZAG[1:], *KIVI]),
     "selection under windows": ("gemma2", ["policy=snapkv", *SNAPKV, "stack.snapkv.decode_every=4"]),
     "8 bits": ("llama", ["policy=int8", "stack.int8.residual=5"]),
     "8 bits per channel, rotated": ("llama", ["policy=[rotate,kivi]", *KIVI, "stack.kivi.bits=8"]),
@@ -161,3 +176,12 @@ def test_capacity_follows_the_budget() -> None:
     over = ["policy=snapkv", "stack.snapkv.budget=0.25", "stack.snapkv.window=8"]
     program = Program(compiled("llama", over), Limits(batch=1, prompt=64, new=10))
     assert [r.capacity for r in program.rooms] == [26] * 4
+
+
+@pytest.mark.parametrize(("scope", "cap"), [("layer", 25 / 80), ("head", 25 / 160), ("adaptive", 25 / 80)])
+def test_room_is_what_the_cap_lets_a_layer_have(scope: str, cap: float) -> None:
+    over = [*ZIGZAG, f"stack.zigzag.scope={scope}", "stack.zigzag.budget=20", f"stack.zigzag.share_cap={cap}"]
+    program = Program(compiled("llama", over), Limits(batch=1, prompt=64, new=10))
+    assert [r.shared for r in program.rooms] == [scope == "adaptive"] * 4
+    assert [r.capacity // (2 if r.shared else 1) for r in program.rooms] == [25 + 10] * 4
+    assert [r.budgets[64] for r in program.rooms] == [20] * 4

@@ -14,7 +14,11 @@ REFUSED = {
         "of the prompt alone",
     ),
     "a seeded generator": (["policy=random"], "tensor operations"),
-    "budgets from scores, by layer": (["policy=zigzag"], "length of the prompt"),
+    "budgets of layers, while decoding": (
+        ["policy=[snapkv,zigzag]", "stack.zigzag.decode_every=8"],
+        "decided once",
+    ),
+    "budgets of layers and heads, encoded": (["policy=[zigzag,kivi]", "stack.zigzag.scope=adaptive"], "plain numbers"),
     "budgets from scores, while decoding": (["policy=[snapkv,adakv]", "stack.adakv.decode_every=8"], "decided once"),
     "budgets from scores, encoded": (["policy=[snapkv,adakv,kivi]"], "plain numbers"),
     "a threshold": (["policy=corm"], "length of the prompt"),
@@ -31,6 +35,9 @@ TAKEN = {
     "rotated": ["policy=[pyramidkv,rotate]"],
     "latents": ["policy=[mla,snapkv]"],
     "budgets from scores, by head": ["policy=[snapkv,adakv]"],
+    "budgets from scores, by layer": ["policy=zigzag"],
+    "budgets from scores, by layer, encoded": ["policy=[zigzag,kivi]"],
+    "a recipe": ["recipe=zigzag"],
 }
 
 
