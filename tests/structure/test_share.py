@@ -226,6 +226,17 @@ def test_pairs_are_chosen_by_what_layers_compute() -> None:
     assert matched(sliding, torch.zeros(4, 4), 2) == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("best", [(0, 1, 0, 1), (0, 0, 2, 2)], ids=["similar", "dissimilar"])
+def test_the_pattern_that_hurts_less_is_chosen(best: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvcompile.structure import pairing
+
+    table = torch.zeros(4, 4, dtype=torch.float64)
+    table[1, 3] = table[3, 1] = 1
+    monkeypatch.setattr(pairing, "layer_similarity", lambda *_: table)
+    monkeypatch.setattr(pairing, "divergence", lambda *a: float(tuple(p.owner for p in a[2].layers) != best))
+    assert pairing.best_pattern(tiny_model("llama"), tiny_ids(1, 8), 2, "kv", "owner") == list(best)
+
+
 @pytest.mark.parametrize("pairs", ["kv", "activations"])
 def test_calibrated_pairs_are_kept_in_the_recipe(pairs: str) -> None:
     from kvcompile.structure.activations import calibration_ids
