@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def branching(model: Any) -> Any:
     spec = importlib.util.spec_from_file_location("branching", SOURCE)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(SOURCE)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look annotations up
     spec.loader.exec_module(module)
     return module.Branching(model)
 
