@@ -43,8 +43,8 @@ def repair(
     be read or are too short, and for budgets below one step.
     """
     if not converts(plan):
-        given = "a stack that converts none"
-        raise KvcompileError("healing repairs converted weights", given, "add gqa, mqa, cla or mlkv, or heal.tokens=0")
+        fix = "add gqa, mqa, cla, mlkv or mla, or heal.tokens=0"
+        raise KvcompileError("healing repairs converted weights", "a stack that converts none", fix)
     if tokenizer is None:
         raise KvcompileError("healing needs a tokenizer", "none", "pass tokenizer=")
     needed("accelerate", "healing")
@@ -77,7 +77,7 @@ class Training:
         self.device = model.device
         self.lora = self.heal.weights == "lora"
         every = self.heal.scope == "all" and not self.lora
-        names = None if every else projections(model, self.heal.scope)
+        names = None if every else projections(model, self.heal.scope, self.lora)
         own(model, names)
         base = shared(model)
         if self.lora:

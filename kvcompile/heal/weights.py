@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
-def projections(model: Any, scope: str) -> list[str]:
-    """Names of the Linear modules of the attentions, or of all but the output embedding (`scope="all"`)."""
+def projections(model: Any, scope: str, lora: bool) -> list[str]:
+    """Names of matrices of the attentions, or of all but the output embedding (`scope="all"`); `lora`: Linear ones."""
+    from kvcompile.adapters.latent import PerHead
     from kvcompile.adapters.registry import attentions
 
+    kinds = nn.Linear if lora else (nn.Linear, PerHead)
     inside = {id(m) for attention in attentions(model) for m in attention.modules()}
     head = model.get_output_embeddings()
-    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
     return [name for name, module in linear if scope == "all" or id(module) in inside]
 
 

@@ -29,10 +29,9 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
     """A cache that holds nothing, in the order of a program's arguments.
 
     clock `[2]`: tokens seen, and decoded since the prompt. Per owner layer: keys and values `[B, H_kv, C, D]` (of a
-    latent, keys alone: its rows), true
-    positions `[B, H_kv, C]` (-1 where empty), entries `[B, H_kv]` and, where a selection wants them, newest queries;
-    where older entries are encoded, codes, scales, positions and number of those; what a score carries. Where heads
-    share a row, whose each entry `[B, 1, C]` is.
+    latent, keys alone: its rows), true positions `[B, H_kv, C]` (-1 where empty), entries `[B, H_kv]` and, where a
+    selection wants them, newest queries; where older entries are encoded, codes, scales, positions and number of those;
+    what a score carries. Where heads share a row, whose each entry `[B, 1, C]` is.
     """
     dtype = getattr(torch, plan.dtype)
     state = {"clock": torch.zeros(2, dtype=torch.int64, device=device)}

@@ -97,6 +97,17 @@ def test_only_attention_is_trained_unless_all_is_asked_for(data: Path) -> None:
         assert ("model.embed_tokens.weight" in changed) == (scope == "all")
 
 
+@pytest.mark.parametrize("how", ["full", "lora"])
+def test_of_latents_every_matrix_is_trained_and_by_lora_those_of_linear_layers(data: Path, how: str) -> None:
+    fitted = weights(healed(data, "policy=[mla]", "heal.tokens=0"))
+    trained = weights(healed(data, "policy=[mla]", f"heal.tokens={8 * STEP}", f"heal.weights={how}"))
+    changed = {name.split(".", 4)[-1] for name, x in trained.items() if not torch.equal(x, fitted[name])}
+    per_head = {name.split(".", 4)[-1] for name in fitted if "absorb.weight" in name or "up.weight" in name}
+    assert len(per_head) == 2
+    assert per_head & changed == (per_head if how == "full" else set())
+    assert any("down.weight" in name for name in changed)
+
+
 def test_nothing_is_trained_without_tokens(data: Path) -> None:
     model = healed(data, "policy=[mqa]")
     assert model.kvcompile.healed is None
