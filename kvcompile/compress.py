@@ -235,13 +235,7 @@ def _counts(step: Step, scored: dict[int, LayerScores]) -> dict[int, Tensor]:
     """Tokens per head `[H_kv]` for each scored layer of one sequence."""
     plan, counts, dynamic = step.cache.plan, {}, []
     for i, look in scored.items():
-        s = plan.layers[i].selection
-        if s is None:
-            continue
-        place, mates = plan.rank(i)
-        heads = look.scores.shape[0]
-        full = plan.layers[i].span(look.newest + 1)
-        fixed = s.allocation.static(place, mates, heads, look.budget, full, look.floor) if s.budget else None
+        fixed = plan.kept(i, look.newest + 1)
         if fixed is None:
             dynamic.append(i)
         else:

@@ -76,25 +76,17 @@ class Score:
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What an allocation sees of one layer of one sequence: scores, row lengths, and what the layer may keep."""
+    """What an allocation sees of one layer of one sequence: scores, row lengths, and what the layer may keep.
+
+    In a trace `budget` and `floor` are tensors of one number, `[1]`.
+    """
 
     scores: Tensor  # [H_kv, n] float32; protected entries +inf, entries past a row's end -inf
     mass: Tensor | None  # [H_kv, n] attention mass of the last queries, where the selection asks for `uncertainty`
     lengths: Tensor  # [H_kv] int64, entries held
-    budget: int  # tokens a head keeps on average
-    floor: int  # protected tokens (sinks and recent ones) that every head keeps
+    budget: int | Tensor  # tokens a head keeps on average
+    floor: int | Tensor  # protected tokens (sinks and recent ones) that every head keeps
     newest: int = 0  # true position of the newest token
-
-
-@dataclass(frozen=True)
-class TracedScores:
-    """`LayerScores` in a trace, after a prompt: what the layer may keep are tensors of one number, `[1]`."""
-
-    scores: Tensor
-    mass: Tensor | None
-    lengths: Tensor
-    budget: Tensor
-    floor: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,12 +130,8 @@ class Allocation:
 
     @property
     def traceable(self) -> bool:
-        """Whether there is a `traced`."""
+        """Whether `allot` is made of tensor operations alone, with nothing read back; there must be a `most` then."""
         return False
-
-    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
-        """`allot` as tensor operations, with nothing read back; a layer whose budget is all it holds keeps that."""
-        raise NotImplementedError
 
     @property
     def competing(self) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.policies.allocation import water_fill, water_fill_traced
+from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
-from kvcompile.selection import Allocation, Demand, LayerScores, Scope, TracedScores
+from kvcompile.selection import Allocation, Demand, LayerScores, Scope
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class AdaptiveHeads(Allocation):
         import torch
 
         heads = layer.scores.shape[0]
-        total = min(heads * layer.budget, int(layer.lengths.sum()))
+        total = layer.lengths.sum().clamp(max=heads * layer.budget).view(1)
         share = (1 - self.safeguard) * hits(layer.scores, total) + self.safeguard * total / heads
         low = layer.lengths.clamp(max=layer.floor)
         return water_fill(share, torch.ones_like(share), low, layer.lengths, total)
@@ -58,27 +58,16 @@ class AdaptiveHeads(Allocation):
         """The budget."""
         return [min(layer.budget, layer.tokens) for layer in layers]
 
-    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
-        """Tokens per head, one int64 `[H_kv]` for each layer."""
-        return [self._split_traced(layer) for layer in layers]
 
-    def _split_traced(self, layer: TracedScores) -> Tensor:
-        import torch
+def hits(scores: Tensor, places: Tensor) -> Tensor:
+    """How many of the `places [1]` highest `scores [H_kv, n]` each row has, float64 `[H_kv]`; ties share the last."""
+    import torch
 
-        scores, lengths = layer.scores, layer.lengths
-        total = torch.minimum(len(scores) * layer.budget, lengths.sum())
-        ranked = scores.flatten().sort(descending=True).values
-        cut = ranked.gather(0, (total - 1).clamp(min=0).view(1))
-        above, level = (scores > cut).sum(1).double(), (scores == cut).sum(1).double()
-        won = above + level * (total - above.sum()) / level.sum()
-        share = (1 - self.safeguard) * won + self.safeguard * total / len(scores)
-        low = torch.minimum(lengths, layer.floor)
-        return water_fill_traced(share, torch.ones_like(share), low, lengths, total)
-
-
-def hits(scores: Tensor, places: int) -> Tensor:
-    """How many of the `places` highest of `scores [H_kv, n]` each row has, float64 `[H_kv]`; ties share the last."""
-    cut = scores.flatten().kthvalue(scores.numel() - places + 1).values
+    flat = scores.flatten()
+    if torch.compiler.is_compiling():  # a trace cannot read `places` back; a sort takes ten times as long
+        cut = flat.sort(descending=True).values.gather(0, (places - 1).clamp(min=0))
+    else:
+        cut = flat.kthvalue(flat.numel() - max(int(places), 1) + 1).values
     above, level = (scores > cut).sum(1).double(), (scores == cut).sum(1).double()
     return above + level * (places - above.sum()) / level.sum()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from math import fsum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,32 +23,13 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     return whole
 
 
-def water_fill(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: int) -> Tensor:
-    """Tokens `[R]`, int64, that sum to `total` clamped to `[sum(low), sum(high)]`.
+def water_fill(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """Tokens `[R]`, int64, that sum to `total` (one number) clamped to `[sum(low), sum(high)]`.
 
     x = clamp(base + level * weights, low, high), with the one `level` that gives the sum, then largest remainders:
     what the bounds take from one row goes to the others in proportion to their weights.
-    base, weights: float64 `[R]`, weights > 0. low <= high: int64 `[R]`.
+    base, weights: float64 `[R]`, weights > 0. low <= high: int64 `[R]`. Nothing is read back, so it can be traced.
     """
-    import torch
-
-    rows = list(zip(base.tolist(), weights.tolist(), low.tolist(), high.tolist(), strict=True))
-    total = max(sum(least for *_, least, _ in rows), min(total, sum(most for *_, most in rows)))
-
-    def filled(level: float) -> list[float]:
-        return [min(max(start + level * weight, least), most) for start, weight, least, most in rows]
-
-    bends = sorted((bound - start) / weight for start, weight, *bounds in rows for bound in bounds)
-    right = bisect_left(bends, float(total), key=lambda level: fsum(filled(level)))
-    right = min(max(right, 1), len(bends) - 1)
-    before, after = fsum(filled(bends[right - 1])), fsum(filled(bends[right]))
-    along = (total - before) / (after - before) if after > before else 0.0
-    shares = filled(bends[right - 1] + along * (bends[right] - bends[right - 1]))
-    return torch.tensor(largest_remainder(shares, total), device=base.device)
-
-
-def water_fill_traced(base: Tensor, weights: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
-    """`water_fill` as tensor operations, with nothing read back; `total` is a tensor of one number."""
     import torch
 
     total = torch.minimum(total, high.sum()).maximum(low.sum())

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvcompile.policies.adakv import AdaptiveHeads
-from kvcompile.policies.allocation import water_fill, water_fill_traced
+from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.policies.snapkv import WindowAttention
-from kvcompile.selection import Allocation, Demand, LayerScores, Scope, Selection, TracedScores
+from kvcompile.selection import Allocation, Demand, LayerScores, Scope, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,16 +61,11 @@ class Uncertainty(Allocation):
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         """Tokens per head, one int64 `[H_kv]` for each layer."""
-        import torch
-
-        budgets, floors = torch.tensor([[layer.budget, layer.floor] for layer in layers]).unbind(1)
-        split = self._rows(layers, budgets.unbind(), floors.unbind())
-        base, need, low, high, total = self._bounds(*(x.cpu() for x in split))
-        rows = self._by_layer(water_fill(base, need, low, high, int(total)), layers)
+        rows = self._by_layer(water_fill(*self._bounds(*self._rows(layers))), layers)
         if self.per == "adaptive":
-            shares = [replace(layer, budget=int(row)) for row, layer in zip(rows, layers, strict=True)]
+            shares = [replace(layer, budget=row) for row, layer in zip(rows, layers, strict=True)]
             return AdaptiveHeads(self.safeguard).allot(shares)
-        return [row.expand_as(layer.lengths).to(layer.lengths.device) for row, layer in zip(rows, layers, strict=True)]
+        return [row.expand_as(layer.lengths) for row, layer in zip(rows, layers, strict=True)]
 
     @property
     def traceable(self) -> bool:
@@ -89,31 +84,16 @@ class Uncertainty(Allocation):
         cap = int(self.share_cap * total)
         return [min(x.tokens, max(x.budget, cap)) for x in layers]
 
-    def traced(self, layers: Sequence[TracedScores]) -> list[Tensor]:
-        """Tokens per head, one int64 `[H_kv]` for each layer."""
-        import torch
-
-        whole = [layer.budget >= layer.lengths.amax() for layer in layers]
-        short = [
-            replace(layer, budget=layer.budget.where(~full, 0), lengths=layer.lengths.where(~full, 0))
-            for full, layer in zip(whole, layers, strict=True)
-        ]
-        split = self._rows(short, [layer.budget for layer in short], [layer.floor for layer in short])
-        rows: Sequence[Tensor] = self._by_layer(water_fill_traced(*self._bounds(*split)), layers)
-        if self.per == "adaptive":
-            shares = [replace(layer, budget=row) for row, layer in zip(rows, short, strict=True)]
-            rows = AdaptiveHeads(self.safeguard).traced(shares)
-        return [torch.where(full, x.lengths, row) for full, x, row in zip(whole, layers, rows, strict=True)]
-
-    def _rows(
-        self, layers: Sequence[LayerScores | TracedScores], budgets: Sequence[Tensor], floors: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _rows(self, layers: Sequence[LayerScores]) -> tuple[Tensor, ...]:
         """Of every row, `[R]`: need, entries held, budget, what always stays."""
         import torch
 
-        needs, held = zip(*map(self._row, layers, self._needs(layers)), strict=True)
-        given = ([x.expand_as(n) for x, n in zip(each, held, strict=True)] for each in (budgets, floors))
-        return tuple(torch.cat(tuple(each)) for each in (needs, held, *given))
+        rows = []
+        for layer, needs in zip(layers, self._needs(layers), strict=True):
+            need, held = self._row(layer, needs)
+            none = torch.zeros_like(held)
+            rows.append((need, held, none + layer.budget, none + layer.floor))
+        return tuple(map(torch.cat, zip(*rows, strict=True)))
 
     def _bounds(self, need: Tensor, held: Tensor, budget: Tensor, always: Tensor) -> tuple[Tensor, ...]:
         """What `water_fill` wants: base, weights, low, high, total."""
@@ -125,12 +105,12 @@ class Uncertainty(Allocation):
         high = torch.where(high.sum() < total, held, high)
         return self.floor * budget.double(), need, low, high, total
 
-    def _by_layer(self, rows: Tensor, layers: Sequence[LayerScores | TracedScores]) -> tuple[Tensor, ...]:
+    def _by_layer(self, rows: Tensor, layers: Sequence[LayerScores]) -> tuple[Tensor, ...]:
         import torch
 
         return torch.split(rows, [layer.lengths.numel() if self.per == "head" else 1 for layer in layers])
 
-    def _needs(self, layers: Sequence[LayerScores | TracedScores]) -> Sequence[Tensor]:
+    def _needs(self, layers: Sequence[LayerScores]) -> Sequence[Tensor]:
         """MBA of every head, float64 `[H_kv]` for each layer, all at once."""
         import torch
         from torch.nn.functional import pad
@@ -142,7 +122,7 @@ class Uncertainty(Allocation):
         together = torch.cat([pad(mass, (0, longest - mass.shape[1])) for mass in masses])
         return torch.split(minimal_budget(together, self.mass).double(), [len(mass) for mass in masses])
 
-    def _row(self, layer: LayerScores | TracedScores, need: Tensor) -> tuple[Tensor, Tensor]:
+    def _row(self, layer: LayerScores, need: Tensor) -> tuple[Tensor, Tensor]:
         if self.per == "head":
             return need, layer.lengths
         # heads of one length share a row; adaptive heads may differ, and spend what a mean head holds

@@ -102,7 +102,7 @@ class PerHead(Allocation):
         return self.across
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
-        total = sum(min(x.budget, int(n)) for x in layers for n in x.lengths)
+        total = sum(min(int(x.budget), int(n)) for x in layers for n in x.lengths)
         flat = torch.cat([x.scores.flatten() for x in layers])
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen[flat.argsort(descending=True, stable=True)[:total]] = True

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompile.cache.watch import in_moments
 from kvcompile.observe import Moments, Observation
 from kvcompile.plan import LayerPlan
-from kvcompile.selection import Allocation, Score, TracedScores
+from kvcompile.selection import Allocation, LayerScores, Score
 
 INFINITY = float("inf")
 
@@ -90,16 +90,20 @@ def allotted(
 ) -> dict[int, Tensor]:
     """Entries of every head, int64 `[B, H_kv]` for each layer, where the scores of these layers decide.
 
-    budgets: what a head of a layer keeps on average, and at least, each `[1]`.
+    budgets: what a head of a layer keeps on average, and at least, each `[1]`. A layer whose budget is all it holds
+    keeps that and takes no part.
     """
     found = []
     for b in range(next(iter(looks.values())).ranked.shape[0]):
+        held = {i: (look.ranked[b] > -INFINITY).sum(-1) for i, look in looks.items()}
+        full = {i: budgets[i][0] >= n.amax() for i, n in held.items()}
         layers = []
         for i, look in looks.items():
-            scores, mass = look.ranked[b], None if look.mass is None else look.mass[b]
-            budget, floor = budgets[i]
-            layers.append(TracedScores(scores, mass, (scores > -INFINITY).sum(-1), budget, floor))
-        found.append(allocation.traced(layers))
+            mass = None if look.mass is None else look.mass[b]
+            budget, lengths = (torch.where(full[i], 0, x) for x in (budgets[i][0], held[i]))
+            layers.append(LayerScores(look.ranked[b], mass, lengths, budget, budgets[i][1]))
+        rows = zip(looks, allocation.allot(layers), strict=True)
+        found.append([torch.where(full[i], held[i], row) for i, row in rows])
     return dict(zip(looks, map(torch.stack, zip(*found, strict=True)), strict=True))
 
 

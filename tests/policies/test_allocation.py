@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from kvcompile.policies.adakv import AdaptiveHeads, hits
-from kvcompile.policies.allocation import largest_remainder, water_fill, water_fill_traced
+from kvcompile.policies.allocation import largest_remainder, water_fill
 from kvcompile.policies.pyramidkv import Pyramid
 from kvcompile.policies.zigzag import Uncertainty, minimal_budget
-from kvcompile.selection import Demand, LayerScores, TracedScores, Uniform
+from kvcompile.program.select import Look, allotted
+from kvcompile.selection import Allocation, Demand, LayerScores, Uniform
 
 INF = float("inf")
 sizes = st.integers(1, 60)
@@ -32,16 +34,10 @@ def rows(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
 @given(rows(), st.integers(0, 300))
 def test_water_fill_spends_the_total_within_the_bounds(given_rows: tuple[torch.Tensor, ...], total: int) -> None:
     base, weights, low, high = given_rows
-    filled = water_fill(base, weights, low, high, total)
+    filled = water_fill(base, weights, low, high, torch.tensor([total]))
     assert int(filled.sum()) == max(int(low.sum()), min(total, int(high.sum())))
     assert (filled >= low).all()
     assert (filled <= high).all()
-
-
-@given(rows(), st.integers(0, 300))
-def test_water_fill_in_a_trace_is_water_fill(given_rows: tuple[torch.Tensor, ...], total: int) -> None:
-    expected = water_fill(*given_rows, total)
-    assert water_fill_traced(*given_rows, torch.tensor([total])).tolist() == expected.tolist()
 
 
 def test_water_fill_gives_what_a_bound_cuts_to_the_others_by_weight() -> None:
@@ -50,7 +46,7 @@ def test_water_fill_gives_what_a_bound_cuts_to_the_others_by_weight() -> None:
         torch.tensor([6.0, 1.0, 2.0]).double(),
         torch.tensor([0, 0, 0]),
         torch.tensor([30, 90, 90]),
-        90,
+        torch.tensor([90]),
     )
     assert filled.tolist() == [30, 20, 40]  # by weight alone: 60, 10, 20
 
@@ -120,26 +116,40 @@ def test_adakv_splits_by_the_common_top() -> None:
 
 
 def test_adakv_shares_ties_evenly() -> None:
-    assert hits(torch.ones(3, 10), 15).tolist() == [5, 5, 5]
+    assert hits(torch.ones(3, 10), torch.tensor([15])).tolist() == [5, 5, 5]
     look = LayerScores(torch.ones(3, 10), None, torch.tensor([10] * 3), 5, 0)
     assert AdaptiveHeads(0.2).allot([look])[0].tolist() == [5, 5, 5]
 
 
-@pytest.mark.parametrize("safeguard", [0.0, 0.2, 1.0])
-def test_adakv_splits_alike_in_a_trace(safeguard: float) -> None:
-    """Without a number read back: ties, protected and dead entries, budgets of nothing and of everything."""
-    random = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        heads, n = (int(torch.randint(1, most, (), generator=random)) for most in (7, 40))
-        scores = torch.randint(0, 9, (heads, n), generator=random).float()
-        dead, recent = (int(torch.randint(0, n // 2 + 1, (), generator=random)) for _ in range(2))
-        scores[:, :dead], scores[:, n - recent :] = -INF, INF
-        lengths = torch.full((heads,), n - dead)
-        budget = int(torch.randint(max(recent, 1), n + 1, (), generator=random))
-        how = AdaptiveHeads(safeguard)
-        (expected,) = how.allot([LayerScores(scores, None, lengths, budget, recent)])
-        (got,) = how.traced([TracedScores(scores, None, lengths, torch.tensor([budget]), torch.tensor([recent]))])
-        assert torch.equal(got, expected)
+@pytest.mark.parametrize(
+    "how", [AdaptiveHeads(0.2), *(Uncertainty(0.9, 0.2, per, 0.5) for per in ("layer", "head", "adaptive"))], ids=str
+)
+def test_a_split_reads_no_number_back_in_a_trace(how: Allocation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        one = torch.ones(1, dtype=torch.int64)
+        layers = [LayerScores(torch.rand(3, 9), torch.rand(3, 9), (9 * one).expand(3), 4 * one, one) for _ in range(2)]
+        kept = how.allot(layers)
+    assert [k.shape for k in kept] == [(3,)] * 2
+    assert how.traceable
+
+
+@given(layer_shapes)
+def test_the_top_of_all_heads_is_the_same_in_a_trace(shape: tuple[list[int], int, int, int, bool]) -> None:
+    lengths, places, *rest = shape
+    scores = scores_of(lengths, *rest)
+    given_places = torch.tensor([min(places, sum(lengths))])
+    expected = hits(scores, given_places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert torch.equal(hits(scores, given_places), expected)
+
+
+def test_a_head_may_get_nothing() -> None:
+    """Where neither a floor nor protected tokens keep a layer's share above it."""
+    masses = [torch.stack([diffuse(60, 60)] * 2), torch.stack([diffuse(60, 1)] * 2)]
+    kept = Uncertainty(0.9, 0.0, "adaptive", 1.0).allot(looks(masses, 1, 0))
+    assert [k.tolist() for k in kept] == [[2, 2], [0, 0]]
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 33, 100, 1000])
@@ -253,17 +263,19 @@ def layers_of_a_prompt(draw: st.DrawFn) -> tuple[list[LayerScores], Uncertainty]
 
 @given(layers_of_a_prompt())
 @settings(max_examples=300)
-def test_zigzag_splits_alike_in_a_trace(drawn: tuple[list[LayerScores], Uncertainty]) -> None:
-    """Without a number read back, and within the room that is made for it."""
+def test_zigzag_in_a_program_is_zigzag(drawn: tuple[list[LayerScores], Uncertainty]) -> None:
+    """Layers that keep everything take no part, and nobody gets more than the room that is made for it."""
     layers, how = drawn
     short = [x for x in layers if x.budget < int(x.lengths[0])]  # the others keep everything: `compress` never asks
-    allotted = iter(how.allot(short)) if short else iter(())
-    expected = [next(allotted) if any(x is y for y in short) else x.lengths for x in layers]
-    tensors = [
-        TracedScores(x.scores, x.mass, x.lengths, torch.tensor([x.budget]), torch.tensor([x.floor])) for x in layers
-    ]
-    got = how.traced(tensors)
+    asked = iter(how.allot(short)) if short else iter(())
+    expected = [next(asked) if any(x is y for y in short) else x.lengths for x in layers]
+    seen = {
+        i: Look(x.scores.unsqueeze(0), mass=None if x.mass is None else x.mass.unsqueeze(0))
+        for i, x in enumerate(layers)
+    }
+    budgets = {i: (torch.tensor([x.budget]), torch.tensor([x.floor])) for i, x in enumerate(layers)}
+    got = [k[0] for k in allotted(how, budgets, seen).values()]
     assert [k.tolist() for k in got] == [k.tolist() for k in expected]
-    most = how.most([Demand(len(x.lengths), x.budget, x.floor, int(x.lengths[0])) for x in layers])
+    most = how.most([Demand(len(x.lengths), int(x.budget), int(x.floor), int(x.lengths[0])) for x in layers])
     spent = [k.double().mean() if how.competing else k.max() for k in got]
     assert all(k <= limit for k, limit in zip(spent, most, strict=True))
