@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,21 +182,13 @@ class NeedleResult:
     @property
     def by_depth(self) -> dict[float, float]:
         """Share answered at each depth."""
-        return self._by(lambda r: r.depth)
-
-    @property
-    def by_length(self) -> dict[int, float]:
-        """Share answered at each prompt length."""
-        return self._by(lambda r: r.length)
+        groups: dict[float, list[bool]] = {}
+        for record in self.records:
+            groups.setdefault(record.depth, []).append(record.right)
+        return {depth: sum(groups[depth]) / len(groups[depth]) for depth in sorted(groups)}
 
     def __add__(self, other: NeedleResult) -> NeedleResult:
         return NeedleResult(self.records + other.records)
-
-    def _by(self, key: Callable[[NeedleRecord], Any]) -> dict[Any, float]:
-        groups: dict[Any, list[bool]] = {}
-        for record in self.records:
-            groups.setdefault(key(record), []).append(record.right)
-        return {k: sum(groups[k]) / len(groups[k]) for k in sorted(groups)}
 
 
 def score(

@@ -45,11 +45,6 @@ class Speed:
         """Tokens decoded a second, at the median step."""
         return self.batch / self.step_s
 
-    @property
-    def prefill_tokens_s(self) -> float:
-        """Prompt tokens a second."""
-        return self.batch * self.context / self.prefill_s
-
 
 @dataclass(frozen=True)
 class Round:

@@ -45,7 +45,6 @@ def test_models_take_turns_and_ratios_are_against_the_first() -> None:
     assert speed.step_s >= speed.step_min_s >= 0.02
     assert speed.prefill_s >= 0.06
     assert speed.decode_tokens_s == pytest.approx(1 / speed.step_s)
-    assert speed.prefill_tokens_s == pytest.approx(3 / speed.prefill_s)
 
 
 def test_a_transformers_cache_is_counted_by_its_tensors() -> None:
