@@ -90,8 +90,8 @@ def foreign(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def main() -> None:
-    """Parse, run, print and write Markdown and JSON."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", default=str(HERE / "stacks" / "peers.txt"))
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("--llama", help="python of an environment with llama-cpp-python")
     parser.add_argument("--gguf", help="the GGUF file for llama.cpp")
     parser.add_argument("--out")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measured(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """(timings by context and row, needle scores by row) of everything that was asked for."""
     model, tokenizer = load(ModelConfig())
     ids = tokenizer(" ".join(sentences()), return_tensors="pt")["input_ids"][0]
     asked = NeedleTask(tokens=1024, samples=args.samples).prompts(tokenizer)
@@ -130,17 +134,27 @@ def main() -> None:
             scores |= theirs.get("needle", {})
             for n, found_rows in theirs["timed"].items():
                 timed[n] |= found_rows
-    text = []
-    for n, found_rows in timed.items():
-        table = [
-            {
-                "row": name,
-                **{k: round(v, 2) for k, v in row.items()},
-                "needle %": round(100 * scores[name]) if name in scores else None,
-            }
-            for name, row in found_rows.items()
-        ]
-        text.append(f"### context {n}\n\n{tabulate(table, headers='keys', tablefmt='github')}\n")
+    return timed, scores
+
+
+def section(context: str, rows: dict[str, Any], scores: dict[str, float]) -> str:
+    """One context as Markdown."""
+    table = [
+        {
+            "row": name,
+            **{k: round(v, 2) for k, v in row.items()},
+            "needle %": round(100 * scores[name]) if name in scores else None,
+        }
+        for name, row in rows.items()
+    ]
+    return f"### context {context}\n\n{tabulate(table, headers='keys', tablefmt='github')}\n"
+
+
+def main() -> None:
+    """Parse, run, print and write Markdown and JSON."""
+    args = arguments()
+    timed, scores = measured(args)
+    text = [section(context, rows, scores) for context, rows in timed.items()]
     print("\n".join(text))
     if args.out:
         machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
