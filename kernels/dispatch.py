@@ -24,12 +24,21 @@ class Route(Protocol):
         ...
 
 
+class Adder(Protocol):
+    """A way to add up what entries receive from the last queries of a prefill, with no values read."""
+
+    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
+        """Column sums of all `queries`, causal by true positions, are added to `sums [R, longest row]`."""
+        ...
+
+
 ROUTES: dict[str, Route] = {
     "cpp": cpp.attend,
     "triton": triton.attend,
     "sdpa": sdpa.attend,
     "reference": reference.attend,
 }
+WINDOWS: dict[str, Adder] = {"cpp": cpp.window_sums, "triton": triton.window_sums}
 ENCODERS: dict[str, codecs.Encoder] = {"cpp": encode.encode}  # the other routes encode with torch
 GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
@@ -71,6 +80,14 @@ def why(device: torch.device | str = "cpu") -> str:
 def scores(route: str, parts: tuple[Part, ...], dtype: object) -> bool:
     """Whether a route computes column sums over these parts for queries of a dtype (or its name)."""
     return cpp.generated(parts, str(dtype).removeprefix("torch.")) if route == "cpp" else route != "sdpa"
+
+
+def window_sums(route: str, parts: tuple[Part, ...], dtype: object) -> Adder | None:
+    """What adds up, on a route, the attention that entries in these parts receive from the last queries of a prefill.
+
+    None: no kernel does; a score looks at queries and keys itself.
+    """
+    return WINDOWS.get(route) if scores(route, parts, dtype) else None
 
 
 def describe(route: str, spec: KernelSpec, dtype: torch.dtype) -> str:

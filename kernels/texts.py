@@ -11,6 +11,7 @@ from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.storage import Codec
 
 VECTORS = "simd.h"
+SPLIT = (("", 1), ("-split", 2))  # ends of names of kernels whose rows one program reads, or several
 
 
 def texts(route: str, spec: KernelSpec, dtype: str, device: str = "") -> dict[str, str]:
@@ -22,6 +23,16 @@ def texts(route: str, spec: KernelSpec, dtype: str, device: str = "") -> dict[st
         return _cpp(spec, getattr(torch, dtype))
     if route == "triton":
         return _triton(spec, device)
+    return {}
+
+
+def window(route: str, spec: KernelSpec, dtype: str, device: str = "") -> dict[str, str]:
+    """Kernels that add up attention of the last queries over a spec with scores on a route, named as in `texts`."""
+    if route == "cpp" and attention.describe(spec, getattr(torch, dtype)) == "cpp":
+        return {"window.cpp": _including(attention.source(spec, getattr(torch, dtype), many=True, values=False))}
+    if route == "triton":
+        choice = tuning.choose(device, spec, "many")
+        return {f"window{end}.py": Kernels(spec, tuning.form(choice, "many", n, "lse")).text for end, n in SPLIT}
     return {}
 
 
@@ -53,6 +64,6 @@ def _triton(spec: KernelSpec, device: str) -> dict[str, str]:
     found = {}
     for tokens in ("one", "many"):
         choice = tuning.choose(device, spec, tokens)
-        for end, count in (("", 1), ("-split", 2)):
+        for end, count in SPLIT:
             found[f"{tokens}{end}.py"] = Kernels(spec, tuning.form(choice, tokens, count)).text
     return found

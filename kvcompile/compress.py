@@ -6,13 +6,14 @@ Everything happens per sequence and per KV head, so that a batch of N is N batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvcompile.cache.cache import TRIM_EVERY, Rotary, Step
 from kvcompile.cache.layer import LayerCache
+from kvcompile.kernels.layout import Queries
 from kvcompile.observe import Observation
 from kvcompile.plan import LayerPlan
 from kvcompile.rotation import turn_basis
@@ -30,6 +31,7 @@ class _Layer:
     plan: LayerPlan
     selection: Selection
     step: Step
+    paid: dict[int, Tensor | None] = field(default_factory=dict)  # by how many queries: what a kernel has added up
 
 
 @torch.no_grad()
@@ -124,17 +126,38 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
         carried=kv.watch.carry(b, keys.shape[1]),
-        received=kv.watch.gained(b, keys.shape[1], _group(layer)) if score.sums else None,
+        received=kv.watch.gained(b, keys.shape[1], step.cache.group(plan.index)) if score.sums else None,
+        paid=_paid(layer, b, score, keys.shape[1]),
         moments=kv.watch.moments(b, keys.shape[0]) if score.moments else None,
         mean_rotation=_mean_rotation(layer, b, keys),
         layer=plan.index,
     )
 
 
-def _group(layer: _Layer) -> int:
-    """Query heads per KV head, those of all layers that read it."""
-    readers = [p for p in layer.step.cache.plan.layers if p.owner == layer.plan.index]
-    return sum(p.query_heads for p in readers) // layer.plan.kv_heads
+def _paid(layer: _Layer, b: int, score: Score, entries: int) -> Tensor | None:
+    """Mean attention of the newest queries of one sequence, `[H_kv, entries]`; None where no kernel has added it up."""
+    if not score.averages or not score.queries:
+        return None
+    if score.queries not in layer.paid:
+        layer.paid[score.queries] = _added_up(layer, score.queries)
+    found = layer.paid[score.queries]
+    return None if found is None else found[b, :, :entries]
+
+
+def _added_up(layer: _Layer, window: int) -> Tensor | None:
+    """The same of all sequences in one pass, `[B, H_kv, longest row]`: no queries x entries are ever held.
+
+    None where padding lies between the queries, or the route has no kernel for it.
+    """
+    kv, cache = layer.kv, layer.step.cache
+    store, newest = kv.held, kv.watch.newest(window)
+    add = cache.window_sums(store.parts, newest[0].dtype) if newest is not None else None
+    if newest is None or add is None:
+        return None
+    spec = cache.window_spec(layer.plan.index, store.parts)
+    sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device)
+    add(Queries(*newest), store.view(), spec, sums)
+    return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
 
 def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +217,8 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
     mass = None
     if s.uncertainty:
         queries, asked = _asked(layer, b, s.uncertainty, seen.keys, seen.positions)
-        mass = s.uncertainty.score(replace(seen, queries=queries, query_positions=asked)).float()
+        paid = _paid(layer, b, s.uncertainty, seen.keys.shape[1])
+        mass = s.uncertainty.score(replace(seen, queries=queries, query_positions=asked, paid=paid)).float()
     at = seen.positions
     dead = at < max(0, tokens - span)
     scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))

@@ -32,6 +32,7 @@ class Observation:
     `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
     `received [H_kv, n]`: attention to each entry, mean over the group and summed over the queries that only the kernel
     has seen, which are not among `queries` unless the score looks at one query (None: there are none).
+    `paid [H_kv, n]`: attention of `queries` to each entry, mean over them and the group, where a kernel added it up.
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
     `layer` is the index in the model.
     """
@@ -48,6 +49,7 @@ class Observation:
     sliding_window: int | None = None
     carried: Tensor | None = None
     received: Tensor | None = None
+    paid: Tensor | None = None
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
     layer: int = 0
@@ -78,6 +80,10 @@ class Observation:
         logits[..., plain:].masked_fill_(hidden, float("-inf"))
         weights = logits.softmax(-1)
         return weights if plain else weights.nan_to_num_(0.0)
+
+    def mean_attention(self) -> Tensor:
+        """Attention of all `queries` to every entry, mean over them and the group, `[H_kv, n]`, float32."""
+        return self.attention().mean(dim=(1, 2)) if self.paid is None else self.paid
 
     def _seen_by_all(self, asked: Tensor) -> int:
         """How many entries, from the oldest on, every query at positions `asked` surely sees in every row."""

@@ -175,14 +175,22 @@ def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progres
 
 
 def _kernels(model: Any) -> list[str]:
-    """Which kernel decodes in which layer, and why it is not a generated one where `auto` could take none."""
+    """Which kernel decodes in which layer, and why it is not a generated one where `auto` could take none.
+
+    `column sums` stand beside it where a kernel adds up for the scores what the last queries pay.
+    """
     from kvcompile.kernels.dispatch import describe, why
 
     cache = model.new_cache()
     specs = [cache.expected(p.index)[0] for p in model.kvcompile.plan.layers]
     reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
     note = f" ({reason})" if reason else ""
-    return [f"{spec.name}: {describe(cache.route, spec, model.dtype)}{note}" for spec in specs]
+    found = []
+    for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
+        asked = p.selection is not None and p.selection.averages
+        summed = " and column sums" if asked and cache.window_sums(spec.parts, model.dtype) is not None else ""
+        found.append(f"{spec.name}: {describe(cache.route, spec, model.dtype)}{summed}{note}")
+    return found
 
 
 def warnings(model: Any, made: Report) -> list[str]:

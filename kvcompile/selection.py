@@ -65,6 +65,14 @@ class Score:
         """
         return False
 
+    @property
+    def averages(self) -> bool:
+        """Whether `Observation.mean_attention` of its `queries` is all that it sees of them.
+
+        Where a kernel adds that up without holding the attention itself, it does.
+        """
+        return False
+
     def observe(self, seen: Observation) -> Tensor:
         """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
         raise NotImplementedError
@@ -179,6 +187,11 @@ class Selection:
     recent: int | float = 0
     uncertainty: Score | None = None
     positions: Literal["original", "compact"] = "original"
+
+    @property
+    def averages(self) -> bool:
+        """Whether a score of it averages the attention of the newest queries."""
+        return self.score.averages or (self.uncertainty is not None and self.uncertainty.averages)
 
     def protected(self, budget: int) -> tuple[int, int]:
         """(first tokens, last tokens) that always stay, where a head may keep `budget` tokens.

@@ -31,9 +31,10 @@ def files(plan: Plan, route: str, device: str = "") -> dict[str, str]:
     cache = KVCache(plan, route=route)
     index: dict[str, list[int]] = {}
     found: dict[str, str] = {}
-    for name, (spec, layers) in _named(cache).items():
-        for end, text in texts.texts(route, spec, plan.dtype, device).items():
-            index[f"{name}-{end}"], found[f"{FOLDER}/{name}-{end}"] = layers, text
+    for specs, written in ((_attending(cache), texts.texts), (_scoring(cache), texts.window)):
+        for name, (spec, layers) in _named(specs).items():
+            for end, text in written(route, spec, plan.dtype, device).items():
+                index[f"{name}-{end}"], found[f"{FOLDER}/{name}-{end}"] = layers, text
     for name, (text, layers) in _encoders(plan, route).items():
         index[name], found[f"{FOLDER}/{name}"] = layers, text
     if found:
@@ -97,12 +98,31 @@ def _written_for(path: Path) -> tuple[str, str]:
     return route, device
 
 
-def _named(cache: KVCache) -> dict[str, tuple[KernelSpec, list[int]]]:
-    """Every spec that the layers may need and who needs it, under a name that is the spec's alone."""
+def _attending(cache: KVCache) -> dict[KernelSpec, list[int]]:
+    """Every spec that the layers may need to attend, and who needs it."""
     users: dict[KernelSpec, list[int]] = {}
     for p in cache.plan.layers:
-        for spec in dict.fromkeys([*cache.first(p.index), *cache.expected(p.index)]):
+        for spec in _once(cache, p.index):
             users.setdefault(spec, []).append(p.index)
+    return users
+
+
+def _scoring(cache: KVCache) -> dict[KernelSpec, list[int]]:
+    """The same to add up what the last queries pay, where a selection asks for that."""
+    users: dict[KernelSpec, list[int]] = {}
+    for p in cache.plan.selected:
+        for spec in _once(cache, p.index):
+            if p.selection is not None and p.selection.averages:
+                users.setdefault(cache.window_spec(p.index, spec.parts), []).append(p.index)
+    return users
+
+
+def _once(cache: KVCache, index: int) -> list[KernelSpec]:
+    return list(dict.fromkeys([*cache.first(index), *cache.expected(index)]))
+
+
+def _named(users: dict[KernelSpec, list[int]]) -> dict[str, tuple[KernelSpec, list[int]]]:
+    """Specs and who needs them, under a name that is the spec's alone."""
     named: dict[str, tuple[KernelSpec, list[int]]] = {}
     for spec, layers in users.items():
         name = spec.name if spec.name not in named else f"{spec.name}-x{spec.scale:.9g}"  # only scales differ

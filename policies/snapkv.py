@@ -33,12 +33,16 @@ class WindowAttention(Score):
         """The observation window."""
         return self.window
 
+    @property
+    def averages(self) -> bool:
+        """Where it takes the mean over queries."""
+        return self.reduce == "mean"
+
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`."""
         from kvcompile.observe import pool
 
-        rows = seen.attention()  # [H_kv, g, w, n]
-        votes = rows.amax(dim=(1, 2)) if self.reduce == "max" else rows.mean(dim=(1, 2))
+        votes = seen.mean_attention() if self.averages else seen.attention().amax(dim=(1, 2))
         if self.kernel == 1:
             return votes
         before = (seen.positions >= 0) & (seen.positions < seen.query_positions[0])

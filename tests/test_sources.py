@@ -105,6 +105,21 @@ def test_the_texts_that_run_are_among_those_that_are_shown(model: Any, monkeypat
     assert texts <= written
 
 
+@needs_compiler
+def test_kernels_that_add_up_for_a_score_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kvcompile.compile(tiny_model(), overrides=("policy=snapkv", "budget=0.5", "stack.snapkv.window=8"))
+    name = "kernels/dense-float32-g2-d16-scores-window"
+    shown = sources.of_model(model)
+    assert {f"{name}.py", f"{name}-split.py"} <= set(sources.files(model.kvcompile.plan, "triton"))
+    assert json.loads(shown["kernels/kernels.json"])["layers_by_kernel"][f"{name[8:]}.cpp"] == [0, 1, 2, 3]
+    ran: list[str] = []
+    loaded = build.load
+    monkeypatch.setattr(attention, "_kernels", {})
+    monkeypatch.setattr(build, "load", lambda text, kind, *rest: ran.append(text) or loaded(text, kind, *rest))
+    model(tiny_ids(1, 40))
+    assert [simd.prelude() + shown[f"{name}.cpp"].removeprefix('#include "simd.h"\n\n')] == ran
+
+
 def test_a_route_of_a_library_shows_no_kernels(tmp_path: Path) -> None:
     model = kvcompile.compile(tiny_model(), overrides=(*STACK, "kernels=sdpa"))
     path = artifact.save(model, tmp_path / "a")

@@ -1,5 +1,8 @@
 """Source of a kernel for several new tokens of each sequence: prefill over a history, coded, ragged or paged.
 
+The same without values gives column sums alone: what entries received from the last tokens of a prompt, whose
+attention was computed elsewhere.
+
 Lanes are queries: 64 of them, of all heads of a group, go through a row's entries together. Keys and values are decoded
 once a tile for all of them, logits and weights lie `[entry][query]`, so that neither side is ever transposed and the
 softmax needs no sums across lanes. What a query sees of a part are two ranges of entries, since positions ascend:
@@ -17,8 +20,7 @@ from kvcompile.kernels.spec import KernelSpec
 
 HEAD = """
     // $name, several new tokens
-    // Attention of the new tokens of each sequence. For each query i, of any head of the group:
-    //   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp($logit),   over the entries j that it sees.
+    $what
     // Logits are kept times log2(e): exp is then 2^x.
     #include <vector>
 
@@ -38,8 +40,7 @@ HEAD = """
     struct Arguments {
       const Query* q;
       int64_t q_sequence, q_head, q_token;
-      Query* out;
-      int64_t out_sequence, out_head, out_token;
+      $out
       int64_t rows, heads, count;  // rows = sequences * KV heads; new tokens of a sequence
       const int64_t* positions;    // true positions of the new tokens [sequences, count]
       int64_t position_sequence;
@@ -91,14 +92,14 @@ BLOCK = """
       int row, across;    // vectors of queries in use
       int token[LANES];   // new token of each lane, -1 for none
       int head[LANES];    // head in the group
-      alignas(64) float q[D * LANES], sum[DV * LANES], top[LANES], total[LANES];
+      alignas(64) float q[D * LANES]$sum, top[LANES], total[LANES];
       alignas(64) float to[LANES];  // the entries of the part that each lane sees end here
       $from_field
       int low, high;      // those that any sees
       int most_low, least_high;  // those that all see
       $sinks
       $kept
-      alignas(64) float s[TILE * LANES], keys[TILE * D], values[TILE * DV];
+      alignas(64) float s[TILE * LANES], keys[TILE * D]$values;
     };
 
     // Queries `first` and after of a row, numbered token by token; false where none of them is real
@@ -120,7 +121,7 @@ BLOCK = """
           for (int k = 0; k < least(16, D - c); k++) b.q[(c + k) * LANES + i] = x[k];
         }
       }
-      memset(b.sum, 0, sizeof b.sum);
+      $clear
       return any;
     }
 
@@ -163,9 +164,9 @@ BLOCK = """
         for (int t = 0; t < count; t++) {
           F p = exp2_negative(load(b.s + t * LANES + v) - most);
           total += p;
-          store(b.s + t * LANES + v, p);
+          $weight
         }
-        for (int c = 0; c < DV; c++) store(b.sum + c * LANES + v, load(b.sum + c * LANES + v) * shrink);
+        $shrink
         store(b.top + v, most);
         store(b.total + v, total);
       }
@@ -185,7 +186,7 @@ ATTEND = """
         if (from < b.most_low || from + count > b.least_high) mask(b, from, count);
         $keep
         softmax(b, count);
-        multiply<true>(P::decoded_values(row, tile, b.values), 1, DV, b.s, b.sum, DV, count, b.across);
+        $accumulate
       }
       $range
     }
@@ -197,7 +198,27 @@ ATTEND = """
       read<P>(b, row, b.low, b.high);
       $offset
     }
+    """
 
+WHAT = """
+    // Attention of the new tokens of each sequence. For each query i, of any head of the group:
+    //   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp($logit),   over the entries j that it sees.
+    """
+
+WHAT_WITHOUT_VALUES = """
+    // What each entry j receives from the new tokens of each sequence, i being their queries of any head of the group:
+    //   sums[j] += sum_i p_ij / sum_k p_ik,   p_ij = exp($logit),   over the entries that i sees.
+    """
+
+OUT = """
+    Query* out;
+    int64_t out_sequence, out_head, out_token;
+    """
+
+SHRINK = "for (int c = 0; c < DV; c++) store(b.sum + c * LANES + v, load(b.sum + c * LANES + v) * shrink);"
+ACCUMULATE = "multiply<true>(P::decoded_values(row, tile, b.values), 1, DV, b.s, b.sum, DV, count, b.across);"
+
+FINISH = """
     KV_INLINE void finish(const Arguments& a, const Block& b) {
       for (int i = 0; i < b.across * 16; i++) {
         if (b.token[i] < 0) continue;
@@ -244,7 +265,7 @@ ONE = """
     if (arrange(a, b, (int)(i % a.rows), (blocks - 1 - i / a.rows) * LANES)) {
       $start
       $attend
-      finish(a, b);
+      $finish
       $columns
     }
     """
@@ -256,7 +277,7 @@ START = """
     """
 
 LAUNCH = """
-    extern "C" void attend_chunk(const Arguments* arguments) {
+    extern "C" void $function(const Arguments* arguments) {
       const Arguments& a = *arguments;
       int64_t blocks = (a.count * G + LANES - 1) / LANES, tasks = blocks * a.rows;
       int threads = (int)(tasks < a.threads ? tasks : a.threads);
@@ -274,7 +295,7 @@ LAUNCH = """
     """
 
 LAUNCH_SCORES = """
-    extern "C" void attend_chunk(const Arguments* arguments) {
+    extern "C" void $function(const Arguments* arguments) {
       const Arguments& a = *arguments;
       int64_t blocks = (a.count * G + LANES - 1) / LANES, tasks = blocks * a.rows;
       int threads = (int)(tasks < a.threads ? tasks : a.threads);
@@ -305,34 +326,44 @@ def arguments(spec: KernelSpec) -> list[Address]:
     return [address(spec, i, True) for i in range(len(spec.parts))]
 
 
-def source(spec: KernelSpec, query: str) -> str:
-    """C++ text of the kernel for queries of dtype `query` (`float32`, `float16`, `bfloat16`), prelude excluded."""
+def source(spec: KernelSpec, query: str, values: bool = True) -> str:
+    """C++ text of the kernel for queries of dtype `query` (`float32`, `float16`, `bfloat16`), prelude excluded.
+
+    Without `values`: of the one that gives column sums alone; the spec has `scores` then.
+    """
     places = arguments(spec)
     head = fill(
         HEAD,
         name=spec.name,
-        logit=logit(spec),
+        what=fill(WHAT if values else WHAT_WITHOUT_VALUES, logit=logit(spec)),
         constants=constants(spec, query),
         tile=TILE,
         helpers=helpers(spec),
-        parts="\n\n".join(struct(i, where, _methods(where)) for i, where in enumerate(places)),
+        parts="\n\n".join(struct(i, where, _methods(where, values), values) for i, where in enumerate(places)),
+        out=fill(OUT) if values else "",
         sums=fill(SUMS) if spec.scores else "",
         arguments="\n".join(f"Part{i} part{i};" for i in range(len(places))),
     )
-    return "\n".join((head, fill(MULTIPLY), _block(spec), _attend(spec), _launch(spec)))
+    return "\n".join((head, fill(MULTIPLY), _block(spec, values), _attend(spec, values), _launch(spec, values)))
 
 
-def _methods(where: Address) -> str:
+def _methods(where: Address, values: bool) -> str:
     first = fill(FIRST, position=where.position("middle"))
-    return "\n".join((first, decoder("key", where.key, where), decoder("value", where.value, where)))
+    read = [("key", where.key), ("value", where.value)][: 1 + values]
+    return "\n".join((first, *(decoder(name, stored, where) for name, stored in read)))
 
 
-def _block(spec: KernelSpec) -> str:
+def _block(spec: KernelSpec, values: bool) -> str:
     window, sinks = spec.sliding_window, spec.sinks
     hide = "x = if_less(at, load(b.from + v), set(MASKED), x);"
     return fill(
         BLOCK,
         d_count="" if spec.head_dim % 16 == 0 else ", least(16, D - c)",
+        sum=", sum[DV * LANES]" if values else "",
+        values=", values[TILE * DV]" if values else "",
+        clear="memset(b.sum, 0, sizeof b.sum);" if values else "",
+        weight="store(b.s + t * LANES + v, p);" if values else "",
+        shrink=SHRINK if values else "",
         from_field="alignas(64) float from[LANES];  // and start here" if window else "",
         from_keep="b.from[i] = (float)from;" if window else "",
         sinks="int sinks;  // entries before this one are seen whatever the window" if sinks else "",
@@ -344,7 +375,7 @@ def _block(spec: KernelSpec) -> str:
     )
 
 
-def _attend(spec: KernelSpec) -> str:
+def _attend(spec: KernelSpec, values: bool) -> str:
     cap = fill(CAP, cap=decimal(spec.softcap * LOG2E)) if spec.softcap else ""
     count = "least(TILE, last - from)"
     text = fill(
@@ -352,14 +383,15 @@ def _attend(spec: KernelSpec) -> str:
         count=f"P::together(from, {count})" if any(map(aligned, spec.parts)) else count,
         cap=cap,
         keep=KEEP if spec.scores else "",
+        accumulate=ACCUMULATE if values else "",
         range=RANGE if spec.scores else "",
         read_sinks="read<P>(b, row, 0, least(b.sinks, b.low));" if spec.sinks else "",
         offset="b.offset += row.count;" if spec.scores else "",
     )
-    return text + ("\n" + fill(COLUMNS) if spec.scores else "")
+    return "\n".join((text, *([fill(FINISH)] if values else []), *([fill(COLUMNS)] if spec.scores else [])))
 
 
-def _launch(spec: KernelSpec) -> str:
+def _launch(spec: KernelSpec, values: bool) -> str:
     parts = range(len(spec.parts))
 
     def held(row: str) -> str:
@@ -369,6 +401,10 @@ def _launch(spec: KernelSpec) -> str:
         ONE,
         start=fill(START, held=held("b.row")) if spec.scores else "",
         attend="\n".join(f"attend(a, a.part{i}, b);" for i in parts),
+        finish="finish(a, b);" if values else "",
         columns="add_columns(b, mine + (int64_t)b.row * a.sums_row);" if spec.scores else "",
     )
-    return fill(LAUNCH_SCORES, one=one, held=held("r")) if spec.scores else fill(LAUNCH, one=one)
+    function = "attend_chunk" if values else "window_sums"
+    if spec.scores:
+        return fill(LAUNCH_SCORES, function=function, one=one, held=held("r"))
+    return fill(LAUNCH, function=function, one=one)

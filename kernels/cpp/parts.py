@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from kvcompile.kernels.cpp.address import LAYOUTS, Address
 from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
@@ -113,10 +114,13 @@ def address(spec: KernelSpec, index: int, positions: bool) -> Address:
     return LAYOUTS[part.layout](part, spec, positions)
 
 
-def struct(index: int, where: Address, methods: str) -> str:
-    """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`."""
-    fields = "struct Tile {\n  int from, count;\n  $places\n  $key\n  $value\n};"
-    numbers = [_numbers(name, stored) for name, stored in (("key", where.key), ("value", where.value))]
+def struct(index: int, where: Address, methods: str, values: bool = True) -> str:
+    """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`.
+
+    Without `values` nothing is read of them.
+    """
+    fields = "struct Tile {\n  int from, count;\n  $places\n  $numbers\n};"
+    sides = (("key", where.key), ("value", where.value))[: 1 + values]
     return fill(
         """
         struct $name {  // $title
@@ -147,12 +151,16 @@ def struct(index: int, where: Address, methods: str) -> str:
         pointers=where.pointers(),
         table="const int32_t* table;" if where.part.layout == "paged" else "",
         row=where.row,
-        tile=fill(fields + "\n", places=where.fields, key=numbers[0], value=numbers[1]),
+        tile=fill(fields + "\n", places=where.fields, numbers=_lines(_numbers(*side) for side in sides)),
         together=where.together,
         entries=where.entries,
-        widen="\n".join(filter(None, (_widened("key", where.key, where), _widened("value", where.value, where)))),
+        widen=_lines(_widened(*side, where) for side in sides),
         methods=methods,
     )
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _the(where: Address) -> str:

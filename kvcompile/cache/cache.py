@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kvcompile.cache.coded import expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, Route, encoder, scores
+from kvcompile.kernels.dispatch import ROUTES, Adder, Route, encoder, scores, window_sums
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan import Plan
 from kvcompile.storage import PLAIN, Storage
@@ -130,6 +130,19 @@ class KVCache(Cache):  # type: ignore[misc]
     def scores(self, parts: tuple[Part, ...], dtype: object) -> bool:
         """Whether the kernels over these parts compute column sums for queries of a dtype."""
         return scores(self.route, parts, dtype)
+
+    def window_sums(self, parts: tuple[Part, ...], dtype: object) -> Adder | None:
+        """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
+        return window_sums(self.route, parts, dtype)
+
+    def group(self, index: int) -> int:
+        """Query heads per KV head of layer `index`, those of all layers that read it."""
+        readers = [p for p in self.plan.layers if p.owner == index]
+        return sum(p.query_heads for p in readers) // self.plan.layers[index].kv_heads
+
+    def window_spec(self, index: int, parts: tuple[Part, ...]) -> KernelSpec:
+        """What `window_sums` needs to know of layer `index`."""
+        return replace(self.spec(index, parts), group=self.group(index), scores=True)
 
     def expected(self, index: int) -> list[KernelSpec]:
         """The kernels that layer `index` will need to decode: over rows of one length, and of any length."""

@@ -113,6 +113,17 @@ class Watch:
             joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
         return joined.view(heads, joined.shape[0] // heads, *joined.shape[1:]), at
 
+    def newest(self, keep: int) -> tuple[Tensor, Tensor] | None:
+        """Newest queries of all sequences together, `[B, H_q, W, D]`, and true positions `[B, W]`, W <= keep.
+
+        None where padding lies between them: sequences have them at different places then.
+        """
+        if not self.segments or any(s.valid is not None for s in self.segments):
+            return None
+        queries = torch.cat([s.queries for s in self.segments], 2)
+        positions = torch.cat([s.positions for s in self.segments], 1)
+        return queries[:, :, -keep:], positions[:, -keep:]
+
     def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int = 1) -> None:
         """Add the queries before rotation `[B, H_q, Q, D]` whose position `stride` divides to the running sums."""
         real = [None] * queries.shape[0] if valid is None else valid

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels import layout, reference, sdpa
 from kvcompile.kernels.cpp import attention, build, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.storage import Codec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from coded import case
+from coded import Coded, case, poison
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
 
@@ -166,6 +166,37 @@ def test_a_chunk_over_codes_under_a_window_and_a_soft_cap(one: KernelSpec) -> No
             check(one, lengths, 2, 2, seed=new, count=new)
             padded = torch.arange(new).expand(2, -1) >= torch.tensor([[0], [new // 2]])
             check(one, lengths, 2, 2, seed=new, count=new, valid=padded)
+
+
+def added(one: KernelSpec, made: Coded, width: int) -> list[Tensor]:
+    """Column sums of a case by the kernel that reads no values, and by the reference."""
+    sums = [torch.full((4, width), 0.5) for _ in range(2)]
+    reference.attend(made.queries, made.view, one, sums[1])
+    for segment in layout.parts(made.view):
+        for unread in (segment.values, segment.value_scales):
+            if unread is not None:
+                poison(unread)
+    attention.window_sums(made.queries, made.view, one, sums[0])
+    return sums
+
+
+@pytest.mark.parametrize("place", [1, 4, 6, 15, 17])
+def test_column_sums_without_values(place: int) -> None:
+    """Causal inside the window of queries, over several blocks of them, with padding and without; values are NaN."""
+    one = replace(SPECS[place], scores=True)
+    dense = any(p.layout == "dense" for p in one.parts)
+    for count, lengths in ((1, [64, 70, 3, 0]), (7, [300, 41, 640, 65]), (33, [128] * 4)):
+        rows = [[lengths[0]] * 4 if p.layout == "dense" else lengths for p in one.parts]
+        for valid in (None, torch.arange(count).expand(2, -1) >= torch.tensor([[0], [count // 2]])):
+            if dense and valid is not None:
+                continue
+            made = case(one, rows, 2, 2, seed=count, count=count, valid=valid)
+            coded = any(p.key.scaled for p in one.parts)
+            assert error(*added(one, made, sum(map(max, rows)) + 80)) < (CODED if coded else 3e-6)
+    text = attention.source(one, torch.float32, True, False)
+    assert text == attention.source(replace(one), torch.float32, True, False)
+    for absent in ("decoded_values", "tile.value_", "value_numbers", "out_token", "attend_chunk", "b.sum", "finish"):
+        assert absent not in text, absent
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")

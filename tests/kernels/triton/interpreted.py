@@ -294,6 +294,40 @@ def test_scores_need_a_place() -> None:
         route.attend(made.queries, made.view, spec)
 
 
+def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a layer and chunk, for both scores of zigzag; soft-cap and sliding layers; codes and their residual."""
+    from tiny import tiny_ids, tiny_model
+
+    from kvcompile.adapters.registry import describe
+    from kvcompile.compiler import build
+    from kvcompile.kernels.triton import launch
+    from kvcompile.stack import apply_stack, build_stack
+
+    stack = {"snapkv": {"window": 6, "kernel": 3, "budget": 0.9}, "zigzag": {"window": 6, "scope": "head"}}
+    stack |= {"kivi": {"bits": 8, "group": 8, "residual": 8}}
+    launches: list[str] = []
+    columns = launch.columns
+
+    def counted(call: launch.Call, *rest: Tensor | None) -> None:
+        launches.append(call.spec.name)
+        columns(call, *rest)
+
+    monkeypatch.setattr(launch, "columns", counted)
+    kept = []
+    for kernels in ("reference", "triton"):
+        model = tiny_model("gemma2")
+        plan = replace(describe(model.config), prefill_chunk=20)
+        built = build(model, apply_stack(plan, build_stack(list(stack), stack)), kernels)
+        assert not launches
+        with torch.no_grad():
+            cache = built(tiny_ids(2, 37)).past_key_values
+        kept.append([at.tolist() for layer in cache.layers for _, _, at in layer.held.rows()])
+    assert len(launches) == 2 * 4
+    assert all("-cap" in name for name in launches)
+    assert {"+" in name for name in launches} == {True, False}
+    assert kept[0] == kept[1]
+
+
 def test_a_whole_model_runs_on_it() -> None:
     """Soft-cap, sliding layers, left padding and a quantised cache with its residual, through prefill and decoding."""
     from tiny import tiny_ids, tiny_model
