@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvcompile.doors.programs import SHAPES, ProgramDoor
 from kvcompile.errors import KvcompileError
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from kvcompile.plan import Plan
-    from kvcompile.program.lower import Program
-    from kvcompile.program.modules import HandedDecode, HandedPrefill
 
 USAGE = f"""\
 `prefill.pt2` and `decode.pt2` are native code with the weights inside. The caller holds the cache: a prefill gives it
@@ -79,6 +77,7 @@ class AOTI(ProgramDoor):
     name: ClassVar[str] = "aoti"
     summary: ClassVar[str] = "native code of prefill and decode (AOTInductor), run from Python or C++"
     usage: ClassVar[str] = USAGE
+    cache: ClassVar[Literal["resident", "handed"]] = "handed"
 
     def refuse(self, plan: Plan, model_config: Any) -> None:
         """As the base, and where there is no C++ compiler."""
@@ -86,12 +85,6 @@ class AOTI(ProgramDoor):
         compiler = os.environ.get("CXX", "g++")  # as AOTInductor looks for it
         if shutil.which(compiler) is None:
             raise KvcompileError("AOTInductor needs a C++ compiler", f"no {compiler}", "install g++, or set CXX")
-
-    def modules(self, program: Program) -> tuple[HandedPrefill, HandedDecode]:
-        """Modules whose cache is handed out and in."""
-        from kvcompile.program.modules import HandedDecode, HandedPrefill
-
-        return HandedPrefill(program), HandedDecode(program)
 
     def save(self, traced: ExportedProgram, path: Path) -> None:
         """Compile it. Raises KvcompileError where Inductor cannot."""

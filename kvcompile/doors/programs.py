@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvcompile.doors.door import Door
 from kvcompile.program.room import Limits
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.export import ExportedProgram
 
     from kvcompile.plan import Plan
-    from kvcompile.program.lower import Program
 
 FACTS = "program.json"
 SHAPES = """\
@@ -33,6 +31,7 @@ class ProgramDoor(Door):
     """
 
     programs: ClassVar[tuple[str, ...]] = ("prefill.pt2", "decode.pt2")
+    cache: ClassVar[Literal["resident", "handed"]]  # who holds it: the programs or their caller
     batch: int = 1
     prompt: int = 1024
     new: int = 256
@@ -48,10 +47,6 @@ class ProgramDoor(Door):
 
         refuse(plan, model_config)
 
-    def modules(self, program: Program) -> tuple[nn.Module, nn.Module]:
-        """Prefill and decode, with the cache held in this door's way."""
-        raise NotImplementedError
-
     def save(self, traced: ExportedProgram, path: Path) -> None:
         """Write one traced module."""
         raise NotImplementedError
@@ -59,9 +54,9 @@ class ProgramDoor(Door):
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Both programs, and the facts that a caller needs. Raises KvcompileError where a layer cannot be traced."""
         from kvcompile.program.lower import Program
-        from kvcompile.program.modules import described, exported
+        from kvcompile.program.modules import MODULES, described, exported
 
         program = Program(model, Limits(self.batch, self.prompt, self.new))
-        for name, module in zip(self.programs, self.modules(program), strict=True):
-            self.save(exported(module, program), folder / name)
+        for name, module in zip(self.programs, MODULES[self.cache], strict=True):
+            self.save(exported(module(program), program), folder / name)
         (folder / FACTS).write_text(json.dumps(described(program), indent=2) + "\n", encoding="utf-8")

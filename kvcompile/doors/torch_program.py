@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvcompile.doors.programs import SHAPES, ProgramDoor
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-
-    from kvcompile.program.lower import Program
-    from kvcompile.program.modules import ResidentDecode, ResidentPrefill
 
 USAGE = f"""\
 `prefill.pt2` reads a prompt, `decode.pt2` one token; both give the logits of the next token and hold the compressed
@@ -49,12 +46,7 @@ class TorchProgram(ProgramDoor):
     name: ClassVar[str] = "torch"
     summary: ClassVar[str] = "torch.export programs of prefill and decode, with the compressed cache as buffers"
     usage: ClassVar[str] = USAGE
-
-    def modules(self, program: Program) -> tuple[ResidentPrefill, ResidentDecode]:
-        """Modules with a cache of their own."""
-        from kvcompile.program.modules import ResidentDecode, ResidentPrefill
-
-        return ResidentPrefill(program), ResidentDecode(program)
+    cache: ClassVar[Literal["resident", "handed"]] = "resident"
 
     def save(self, traced: ExportedProgram, path: Path) -> None:
         """As `torch.export.load` reads it."""

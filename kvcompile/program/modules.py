@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,6 +92,13 @@ class HandedDecode(Handed):
     def forward(self, input_ids: Tensor, *cache: Tensor) -> Tensor:
         """Logits after one more token."""
         return self.program.decode(input_ids, dict(zip(self.names, cache, strict=True)))
+
+
+# prefill and decode, by who holds their cache
+MODULES: Mapping[str, tuple[Callable[[Program], nn.Module], Callable[[Program], nn.Module]]] = {
+    "resident": (ResidentPrefill, ResidentDecode),
+    "handed": (HandedPrefill, HandedDecode),
+}
 
 
 def exported(module: nn.Module, program: Program) -> torch.export.ExportedProgram:
