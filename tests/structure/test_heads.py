@@ -20,7 +20,7 @@ from kvcompile.structure.convert import convert
 from kvcompile.structure.data import Heads
 from kvcompile.structure.grouping import by_similarity, partition, similarity
 from kvcompile.structure.heads import merge_heads
-from kvcompile.structure.layout import Weights
+from kvcompile.structure.layout import Projection, Weights
 
 STOCK = [name for name in ARCHITECTURES if name != "gpt_neox"]  # which has no stock class with fewer KV heads
 OWN_KEYS = [name for name in ARCHITECTURES if name not in ("qwen3", "gemma3_text", "olmo2")]
@@ -56,6 +56,16 @@ def test_likeness_finds_equal_heads_wherever_they_are(name: str) -> None:
     torch.testing.assert_close(logits(got), logits(model), atol=1e-4, rtol=1e-4)
     neighbours = converted(model, {"gqa": {"kv_heads": 2}})
     assert (logits(neighbours) - logits(model)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_heads_merge_to_the_bit(dtype: torch.dtype) -> None:
+    """Also three of them, whose sum in their own dtype is rounded."""
+    row = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    heads = Projection(row.expand(6, -1, -1))
+    out = torch.zeros(64, 6, 16, dtype=dtype)
+    got = merge_heads(Weights(heads, heads, heads, out), Heads(((0, 1, 2), (3, 4, 5))))
+    assert torch.equal(got.key.weight, row.expand(2, -1, -1))
 
 
 def rotated(model: Any, keys: bool) -> Any:
