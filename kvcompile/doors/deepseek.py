@@ -163,12 +163,8 @@ def _attention(
     # [c, zeros up to the common rank, C; k_R]
     rows = down.new_zeros(rank + wide, hidden)
     rows[: how.rank], rows[[rank + i for i in at]] = down[how.rope :], down[: how.rope]
-    bias = down.new_zeros(rank + wide)
-    if latent.down.bias is not None:
-        own = precise(latent.down.bias)
-        bias[: how.rank], bias[[rank + i for i in at]] = own[how.rope :], own[: how.rope]
-    longest = (down[how.rope :] * precise(norm)).norm() * hidden**0.5 + bias[: how.rank].norm()
-    constant = SHARPNESS * float(longest)
+    constant = SHARPNESS * float((down[how.rope :] * precise(norm)).norm()) * hidden**0.5
+    bias = down.new_zeros(rank + wide)  # that of the latent's own projection was refused
     bias[rank - 1] = constant
 
     query = precise(attention.q_proj.weight).view(heads, p.head_dim, hidden)
