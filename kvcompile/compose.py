@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,9 +67,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     Raises KvcompileError for whatever the command line would refuse, and for a sweep.
     """
-    overrides = list(overrides)
+    if isinstance(overrides, str):
+        raise KvcompileError("overrides are a list", repr(overrides), f"[{overrides!r}]")
     with _own_hydra():
-        return _compose(overrides)
+        return _compose(list(overrides))
 
 
 def check(overrides: Sequence[str], multirun: bool) -> None:
@@ -109,6 +111,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     for name in stack:
         if name not in chosen:
             raise orphan(str(name), chosen)
+    _require_known(cfg, Config)
     try:
         config = cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
@@ -116,6 +119,17 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export")}
     recipe = choices.get("recipe")
     return finish(Config(**{**vars(config), **plain, "recipe": recipe or config.recipe}))
+
+
+def _require_known(given: DictConfig, kind: Any, where: str = "") -> None:
+    """Raise KvcompileError for what no config has: `+` and `++` add whatever they are given."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in map(str, given):
+        if name not in known:
+            raise KvcompileError("unknown setting", repr(where + name), suggest(name, known))
+        inner = OmegaConf.get_type(given, name)
+        if dataclasses.is_dataclass(inner):
+            _require_known(given[name], inner, f"{where}{name}.")
 
 
 def _one_budget(overrides: Sequence[Override]) -> None:
@@ -168,6 +182,11 @@ def _one_line(error: BaseException) -> KvcompileError:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.DOORS}
         known = ours.get(group) or error.options or []
+        kind, _, folder = group.partition("/")
+        if kind == "model" and folder:
+            return KvcompileError(
+                "model names a group of settings", f"{folder}/{name}", f"model.pretrained={folder}/{name}"
+            )
         return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
     cause: Any = error.__cause__ if isinstance(error, ConfigCompositionException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
@@ -180,8 +199,11 @@ def _one_line(error: BaseException) -> KvcompileError:
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
         return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))
-    sweep = "Ambiguous value" in str(error)
-    return KvcompileError(first_line(error), fix="put -m first to sweep, or [a,b] for a list" if sweep else None)
+    fixes = {
+        "Ambiguous value": "put -m first to sweep, or [a,b] for a list",
+        "missing EQUAL": "write it as <setting>=<value>",
+    }
+    return KvcompileError(first_line(error), fix=next((fix for part, fix in fixes.items() if part in str(error)), None))
 
 
 @contextmanager

@@ -276,7 +276,9 @@ def _device(model: ModelConfig) -> Any:
     try:
         device = torch.device(model.device)
     except RuntimeError as error:
-        raise KvcompileError("model.device must be auto, cpu, cuda, cuda:0, mps, ...", model.device) from error
+        raise KvcompileError(
+            "model.device must be auto, or what PyTorch calls a device: cpu, cuda, cuda:0, mps", model.device
+        ) from error
     if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise KvcompileError("model.device must be a device of this machine", model.device, "model.device=auto")
     return device

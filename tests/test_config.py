@@ -114,6 +114,10 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["+stack.snpkv.budget=1"], "unknown policy, got 'snpkv'. Fix: did you mean 'snapkv'"),
         (["budget=0.5"], "budget needs a policy that has one"),
         (["modle=llama"], "unknown setting, got 'modle'. Fix: did you mean 'model'"),
+        (["++modle=llama"], "unknown setting, got 'modle'. Fix: did you mean 'model'"),
+        (["++needle.sample=9"], "unknown setting, got 'needle.sample'. Fix: did you mean 'samples'"),
+        (["model=org/name"], "names a group of settings, got org/name. Fix: model.pretrained=org/name"),
+        ("policy=[snapkv]", r"overrides are a list, got 'policy=\[snapkv\]'"),
         (["model.dtype=float8"], "unknown model.dtype, got 'float8'"),
         (["kernels=trition"], "unknown kernels, got 'trition'"),
         (["prefill_chunk=-1"], "prefill_chunk must be"),
@@ -130,10 +134,11 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["policy=[snapkv,adakv]", "++stack.adakv.budget=0.1", "budget=0.5"], "got budget=0.5 and stack.adakv.budget"),
         (["recipe=snapkv", "stack.snapkv={budget:0.1}", "budget=0.5"], "got budget=0.5 and stack.snapkv.budget=0.1"),
         (["x=]["], "x="),
+        (["recipe", "zigzag"], "Error parsing override 'recipe'. Fix: write it as <setting>=<value>"),
         (["output=${oops}"], "oops"),
     ],
 )
-def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
+def test_mistakes_are_one_line(overrides: list[str] | str, message: str) -> None:
     with pytest.raises(KvcompileError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
