@@ -40,8 +40,7 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
     a folder that holds something else than an artifact, and where writing fails.
     """
     _require_saveable(model)
-    folder = Path(folder).expanduser().resolve()
-    _require_ours(folder)
+    folder = place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
@@ -112,13 +111,19 @@ def _require_saveable(model: Any) -> None:
             )
 
 
-def _require_ours(folder: Path) -> None:
+def place(folder: str | Path) -> Path:
+    """Where an artifact goes, absolute. Raises KvcompileError where something else is, or nothing can be written."""
+    folder = Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise KvcompileError("an artifact is a folder", f"{folder}: a file", "save elsewhere")
     # a broken artifact may be replaced too, so its manifest is not read
     ours = all((folder / name).is_file() for name in (manifest.MANIFEST, RECIPE))
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise KvcompileError("only an artifact is replaced by an artifact", f"{folder}: other files", "save elsewhere")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise KvcompileError("an artifact needs a folder that can be written to", above, "save elsewhere")
+    return folder
 
 
 def write_checkpoint(model: Any, folder: Path, tokenizer: Any = None) -> None:

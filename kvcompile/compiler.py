@@ -77,6 +77,7 @@ def assemble(
 
     Structural policies calibrate on the original model and convert it, then it is healed if the config says so; the
     others calibrate on what came out. workspace: folder for the checkpoints of a healing (None: it keeps none).
+    Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
     from kvcompile.calibrator import ModelCalibrator, shared
     from kvcompile.heal.repair import repair
@@ -85,6 +86,7 @@ def assemble(
     from kvcompile.structure.convert import convert, text_wanted
     from kvcompile.structure.rotate import fold_rotation
 
+    _require_causal_lm(model)
     teacher = shared(model) if config.heal.tokens else None
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
@@ -103,6 +105,17 @@ def assemble(
     built = build(model, plan, config.kernels, to_recipe(config), converted=True)
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built
+
+
+def _require_causal_lm(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise KvcompileError(
+            "a causal LM of transformers is compiled",
+            type(model).__name__,
+            "AutoModelForCausalLM.from_pretrained(...), adapters merged into it",
+        )
 
 
 def compile(
@@ -134,7 +147,8 @@ def compile_config(config: Config) -> Outcome:
     from kvcompile.models import load
     from kvcompile.prove import compile_and_report
 
-    planning.plan_of(config)  # a stack that cannot work fails before weights are read
+    target(config)  # what cannot work, or cannot be written, fails before weights are read
+    planning.plan_of(config)
     with progress_bar() as progress:
         model, tokenizer = load(config.model, progress)
         return compile_and_report(model, tokenizer, config, progress)
@@ -142,6 +156,8 @@ def compile_config(config: Config) -> Outcome:
 
 def target(config: Config) -> Path:
     """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours."""
+    from kvcompile.artifact import place
+
     if config.output is None:
         raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")
-    return Path(config.output)
+    return place(config.output)

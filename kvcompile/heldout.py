@@ -29,6 +29,18 @@ def held_out(config: Config, tokenizer: Any) -> Tensor:
     return torch.as_tensor(tokenizer(" ".join(text), return_tensors="pt")["input_ids"])[0]
 
 
+def windows(model: Any, tokenizer: Any, config: Config) -> Tensor:
+    """What perplexity is measured on, `[windows, context + tokens + 1]`, no longer than the model knows.
+
+    Raises KvcompileError for a text that cannot be read or is too short.
+    """
+    from kvcompile.perplexity import spread
+
+    given = config.perplexity
+    context = min(given.context, longest(model) - given.tokens - 1)
+    return spread(held_out(config, tokenizer), context, given.tokens, given.windows)
+
+
 def longest(model: Any) -> int:
     """Positions that the model knows; where it does not say, more than anything here needs."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

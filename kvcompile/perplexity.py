@@ -25,8 +25,12 @@ def cached_perplexity(
     ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it: one batch.
     Raises KvcompileError if the text is too short for one window.
     """
-    rows = spread(ids, context, tokens, windows).to(model.device)
-    return math.exp(_losses(model, rows, context, progress).mean().item())
+    return of_windows(model, spread(ids, context, tokens, windows), context, progress)
+
+
+def of_windows(model: Any, rows: Tensor, context: int, progress: Progress = silent) -> float:
+    """`cached_perplexity` of windows `[windows, context + tokens + 1]` (see `spread`)."""
+    return math.exp(_losses(model, rows.to(model.device), context, progress).mean().item())
 
 
 def spread(ids: Tensor, context: int, tokens: int, windows: int) -> Tensor:

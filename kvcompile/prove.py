@@ -17,9 +17,9 @@ from kvcompile.calibrator import shared
 from kvcompile.config import Config
 from kvcompile.doors.export import FOLDER, write_into
 from kvcompile.errors import KvcompileError
-from kvcompile.heldout import held_out, longest
+from kvcompile.heldout import longest, windows
 from kvcompile.needle import NeedleResult, NeedleTask, score
-from kvcompile.perplexity import cached_perplexity
+from kvcompile.perplexity import of_windows
 from kvcompile.plan import Plan
 from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
@@ -39,6 +39,8 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     folder = compiler.target(config)
     for door in config.doors():
         door.refuse_tokenizer(tokenizer)
+    # a text that cannot be read fails before the work
+    text = windows(model, tokenizer, config) if config.perplexity.enabled else None
     original = shared(model)
     workspace = folder.parent / f"{folder.name}-heal"
     compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
@@ -57,7 +59,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
         parameters=(original.num_parameters(), compiled.num_parameters()),
-        perplexity=_perplexity(original, compiled, tokenizer, config, progress),
+        perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
         healed=compiled.kvcompile.healed,
         needle=_needle(original, compiled, tokenizer, config, progress),
         speed=_speed(original, compiled, tokenizer, config, progress),
@@ -148,20 +150,14 @@ def _needle(
     return measured(original, "before"), measured(compiled, "after")
 
 
-def _perplexity(
-    original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
-) -> tuple[float, float] | None:
-    given = config.perplexity
-    if not given.enabled:
-        return None
-    ids = held_out(config, tokenizer)
-    context = min(given.context, longest(original) - given.tokens - 1)
+def _perplexity(original: Any, compiled: Any, rows: Tensor, config: Config, progress: Progress) -> tuple[float, float]:
+    context = rows.shape[1] - config.perplexity.tokens - 1
 
     def measured(model: Any, when: str) -> float:
         def show(what: str, done: int, total: int) -> None:
             progress(f"{what}, {when}", done, total)
 
-        return cached_perplexity(model, ids, context, given.tokens, given.windows, show)
+        return of_windows(model, rows, context, show)
 
     return measured(original, "before"), measured(compiled, "after")
 

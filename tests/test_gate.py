@@ -15,7 +15,7 @@ from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import gate, prove, report
+from kvcompile import compiler, gate, prove, report
 from kvcompile.compiler import plan_of
 from kvcompile.compose import compose
 from kvcompile.config import GateConfig
@@ -133,13 +133,21 @@ def test_a_failed_compile_leaves_no_artifact_and_an_earlier_one_alone(tmp_path: 
         kvcompile.load(tmp_path / "out-failed")
 
 
-def test_a_text_of_the_users_is_measured(tmp_path: Path) -> None:
+def test_a_text_of_the_users_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "long.txt").write_text(" ".join(f"W{i} is followed by w5 and then by w6 here." for i in range(40)))
     (tmp_path / "short.txt").write_text("One sentence is far too little.")
     own = compiled(tmp_path / "own", f"perplexity.source={tmp_path / 'long.txt'}").summary["perplexity_before"]
     assert own != compiled(tmp_path / "offline").summary["perplexity_before"]
+    monkeypatch.setattr(compiler, "assemble", pytest.fail)  # before any work
     with pytest.raises(KvcompileError, match="the text must hold"):
         compiled(tmp_path / "out", f"perplexity.source={tmp_path / 'short.txt'}")
+
+
+def test_a_place_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for output, said in (("thesis.tex", "a file"), ("thesis.tex/out", "can be written to"), (".", "other files")):
+        with pytest.raises(KvcompileError, match=said):
+            compiler.compile_config(compose(["model.pretrained=/nowhere", f"output={tmp_path / output}"]))
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from kvcompile.heal.losses import next_token
 from kvcompile.heal.pace import Pace
 from kvcompile.heal.record import HealRecord
 from kvcompile.heal.weights import fill, flags_kept, own, projections, train_only
-from kvcompile.heldout import held_out, longest
-from kvcompile.perplexity import spread
+from kvcompile.heldout import windows
 from kvcompile.plan import Plan
 from kvcompile.progress import Progress, no_foreign_bars
 from kvcompile.structure.convert import converts
@@ -88,10 +87,7 @@ class Training:
         self.trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.teacher = Teacher(original, describe(original.config, plan.dtype))
         self.text = corpus(self.heal, tokenizer)
-        given = config.perplexity
-        context = min(given.context, longest(model) - given.tokens - 1)
-        rows = spread(held_out(config, tokenizer), context, given.tokens, given.windows)
-        self.windows = Windows(rows, given.tokens)
+        self.windows = Windows(windows(model, tokenizer, config), config.perplexity.tokens)
 
     def trainer(self, args: TrainingArguments, progress: Progress, saves: bool) -> HealTrainer:
         """The trainer, its budget in steps. Raises KvcompileError for texts too short and budgets below one step."""
