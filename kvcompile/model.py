@@ -63,11 +63,22 @@ class CompiledMixin:
         _refuse(kwargs)
         if input_ids is None:
             raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise KvcompileError(
+                "a pass needs new tokens, input_ids [B, Q]",
+                list(input_ids.shape),
+                "with the cache of a first turn, give generate the whole conversation",
+            )
         cache = self._own(past_key_values)
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.any(1).all()):
             raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, cache.seen)
+        elif position_ids.shape[-1] != input_ids.shape[1]:
+            raise KvcompileError(
+                "every new token has a position, and a place in the attention mask",
+                f"position_ids {list(position_ids.shape)} of input_ids {list(input_ids.shape)}",
+            )
         logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep, use_cache is not False)
         loss = None
         if labels is not None:
@@ -75,6 +86,10 @@ class CompiledMixin:
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
         )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as the graph would go on with the old ones. Raises KvcompileError."""
+        raise KvcompileError("embeddings are part of the compiled graph", "resize_token_embeddings", "resize first")
 
     def _own(self, cache: Any) -> KVCache:
         if cache is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+import kvcompile
 from kvcompile.adapters.registry import describe
 from kvcompile.cache import KVCache
 from kvcompile.compiler import build
@@ -260,6 +261,12 @@ def refusals() -> dict[str, tuple[Any, str]]:
         ),
         "hidden-states": (lambda m: m(ids, output_hidden_states=True), "output_hidden_states"),
         "nothing": (lambda m: m(), "reads input_ids"),
+        "one-dimension": (lambda m: m(ids[0]), r"input_ids \[B, Q\], got \[8\]"),
+        "no-token": (lambda m: m(ids[:, :0]), r"new tokens, .*got \[1, 0\]"),
+        "second-turn-alone": (
+            lambda m: generate(m, ids[:, :4], past_key_values=m(ids).past_key_values),
+            "the whole conversation",
+        ),
         "foreign-cache": (lambda m: m(ids, past_key_values=DynamicCache()), "its own cache, got DynamicCache"),
         "generate-foreign-cache": (lambda m: generate(m, ids, past_key_values=DynamicCache()), "its own cache"),
         "another-models-cache": (
@@ -275,11 +282,13 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "generate-only-padding": (lambda m: generate(m, two, padding), "a row of padding only"),
         "4d-mask": (lambda m: m(ids, attention_mask=torch.ones(1, 1, 8, 8)), "padding mask"),
         "short-mask": (lambda m: m(ids, attention_mask=torch.ones(1, 7)), "padding mask"),
+        "generate-short-mask": (lambda m: generate(m, ids, torch.ones(1, 5)), "every new token has a position"),
         "long-mask": (lambda m: m(ids, attention_mask=torch.ones(1, 9)), "padding mask"),
         "mask-of-new-tokens": (
             lambda m: m(ids, attention_mask=torch.ones(1, 8), past_key_values=m(ids).past_key_values),
             "padding mask",
         ),
+        "resize": (lambda m: m.resize_token_embeddings(140), "resize first"),
         "another-batch": (lambda m: m(two, past_key_values=m(ids).past_key_values), "one batch, got 2 sequences"),
     }
 
@@ -290,3 +299,9 @@ def test_refusals(what: str, chunked: Any) -> None:
     with pytest.raises(KvcompileError, match=message) as error, torch.no_grad():
         call(chunked)
     assert "\n" not in str(error.value)
+
+
+def test_only_a_causal_lm_is_compiled() -> None:
+    for model, kind in ((torch.nn.Linear(3, 3), "Linear"), (tiny_model().model, "LlamaModel"), (None, "NoneType")):
+        with pytest.raises(KvcompileError, match=f"causal LM of transformers is compiled, got {kind}"):
+            kvcompile.compile(model, "zigzag")

@@ -16,6 +16,7 @@ from kvcompile.cache.coded import CodedStore
 from kvcompile.cache.offload import Shuttle, Store, pools, travelling
 from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.watch import Watch
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.plan import LayerPlan
 
@@ -183,8 +184,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Nothing to do: `append` makes the store."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Refused: the compiled graph calls `append`."""
-        raise NotImplementedError("a kvcompile cache is written by a compiled model only")
+        """Refused: the compiled graph calls `append`. Raises KvcompileError."""
+        raise KvcompileError(
+            "a kvcompile cache is written by a compiled model only", "an ordinary model", "give it a DynamicCache()"
+        )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search picks sequences."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompile.cache.dense import DenseStore
 from kvcompile.cache.layer import LayerCache
 from kvcompile.cache.ragged import RaggedStore
+from kvcompile.errors import KvcompileError
 from kvcompile.plan import LayerPlan
 
 HEADS, DIM, VALUE_DIM = 2, 4, 6
@@ -204,5 +205,5 @@ def test_half_precision_is_stored_as_such() -> None:
 
 
 def test_transformers_may_not_write() -> None:
-    with pytest.raises(NotImplementedError, match="compiled model only"):
+    with pytest.raises(KvcompileError, match="compiled model only, got an ordinary model"):
         layer_cache().update(torch.zeros(1), torch.zeros(1))
