@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,14 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": row, "labels": labels}
 
 
-def _texts(rows: Any, column: str) -> Iterable[str]:
-    return (str(row[column]) for row in rows)
+def _texts(rows: Any, column: str) -> Iterator[str]:
+    """The rows that have a text. Raises KvcompileError for a column of something else."""
+    for row in rows:
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise KvcompileError("heal.column must hold text", f"{column!r} with a {type(text).__name__}")
+        if text is not None:
+            yield text
 
 
 def _read(heal: HealConfig) -> Any:

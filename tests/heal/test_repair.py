@@ -267,6 +267,17 @@ def test_texts_of_any_format_are_read_and_their_end_is_held_out(kind: str, tmp_p
     assert sorted(found.train) == sorted(rows[:35])
 
 
+def test_rows_without_a_text_are_skipped_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    heal = compose([f"heal.dataset={path}"]).heal
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("w5 w6", None, "w7", "w8")))
+    found = corpus(heal, tiny_tokenizer())
+    assert (sorted(found.train), list(found.held_out)) == (["w5 w6", "w7"], ["w8"])
+    path.write_text('{"text": [{"role": "user", "content": "w5"}]}\n' * 2)
+    with pytest.raises(KvcompileError, match=r"heal\.column must hold text, got 'text' with a list"):
+        list(corpus(heal, tiny_tokenizer()).train)
+
+
 def test_offline_text_is_split_and_nothing_held_out_is_trained_on() -> None:
     found = corpus(compose().heal, tiny_tokenizer())
     train, held = set(found.train), set(found.held_out)
