@@ -50,13 +50,15 @@ class Recorder(Score):
 class Branching:
     """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left.
 
-    stride: of the moments of queries, alike in all stacks that look at them.
+    stride: of the moments of queries, alike in all stacks that look at them. rotated: keys and values lie in the
+    Hadamard basis, which a stack with `rotate` needs and no other may have.
     """
 
-    def __init__(self, model: Any, stride: int = ExpectedAttention().stride) -> None:
+    def __init__(self, model: Any, stride: int = ExpectedAttention().stride, rotated: bool = False) -> None:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
+        identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
         recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
-        self.identity, self.stride = identity, stride
+        self.identity, self.stride, self.rotated = identity, stride, rotated
         self.model = build(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
@@ -72,7 +74,7 @@ class Branching:
 
         Raises KvcompileError for a plan whose prefill would be another one: it changes weights or the moments' stride.
         """
-        if any(p.storage.rotated or p.heads or p.owner != p.index for p in plan.layers):
+        if any(p.storage.rotated != self.rotated or p.heads or p.owner != p.index for p in plan.layers):
             raise KvcompileError("one prefill serves only stacks that leave the weights alone", str(plan.applied))
         strides = {p.selection.score.moments for p in plan.selected if p.selection} - {0, self.stride}
         if strides:

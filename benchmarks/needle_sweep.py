@@ -22,6 +22,7 @@ import torch
 from branching import Branching
 from tabulate import tabulate
 
+from kvcompile.calibrator import ModelCalibrator
 from kvcompile.compiler import plan_of
 from kvcompile.compose import compose
 from kvcompile.config import ModelConfig
@@ -37,6 +38,21 @@ def stacks(path: str) -> dict[str, list[str]]:
     return {label.strip(): rest.split() for label, _, rest in (x.partition(":") for x in lines if x and x[0] != "#")}
 
 
+class Remembering(ModelCalibrator):
+    """Reads a sample once, however many stacks are calibrated on it."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer, lambda *_: None)
+        self.known: dict[Any, list[torch.Tensor]] = {}
+
+    def attention(self, ids: torch.Tensor, last: int) -> list[torch.Tensor]:
+        """As the calibrator gives it."""
+        key = (*ids[0].tolist(), last)
+        if key not in self.known:
+            self.known[key] = super().attention(ids, last)
+        return self.known[key]
+
+
 def plans(rows: dict[str, list[str]], model: Any, calibrated: Any) -> dict[str, Plan]:
     """label -> plan (calibrating where a policy asks for it)."""
     out = {}
@@ -47,22 +63,37 @@ def plans(rows: dict[str, list[str]], model: Any, calibrated: Any) -> dict[str, 
     return out
 
 
-def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: NeedleTask) -> dict[str, list[Any]]:
+def rotated(plan: Plan | None) -> bool:
+    """Whether a stack holds keys and values in the Hadamard basis; None is the dense model."""
+    return plan is not None and any(p.storage.rotated for p in plan.layers)
+
+
+def bases(model: Any, all_plans: dict[str, Plan]) -> dict[bool, Branching]:
+    """What prefills for the plans that are `rotated`, and for the others and the dense model."""
+    return {basis: Branching(model, rotated=basis) for basis in {False, *map(rotated, all_plans.values())}}
+
+
+def needles(
+    runs: dict[bool, Branching], tokenizer: Any, all_plans: dict[str, Plan], task: NeedleTask
+) -> dict[str, list[Any]]:
     """label -> [found, exact, share of bytes kept] over one task; None is the dense model."""
     found, exact = dict.fromkeys([None, *all_plans], 0), dict.fromkeys([None, *all_plans], 0)
     kept = dict.fromkeys(all_plans, 0.0)
     prompts = task.prompts(tokenizer)
     for done, prompt in enumerate(prompts):
-        runs.prefill(prompt.ids)
+        for run in runs.values():
+            run.prefill(prompt.ids)
         answers = [
             tokenizer(f" {q}{prompt.answer}", add_special_tokens=False)["input_ids"] for q in ("", '"', "**", ":")
         ]
         for label in found:
-            cache = runs.branch(runs.identity if label is None else all_plans[label])
+            plan = None if label is None else all_plans[label]
+            run = runs[rotated(plan)]
+            cache = run.branch(plan or run.identity)
             if label is not None:
-                dense = runs.cache.nbytes() if runs.cache else 1
+                dense = run.cache.nbytes() if run.cache else 1
                 kept[label] += cache.nbytes() / dense / len(prompts)
-            follows = runs.says(cache, answers)
+            follows = run.says(cache, answers)
             found[label] += follows is not None
             exact[label] += follows is not None and not tokenizer.decode([follows])[:1].isdigit()
         print(f"{task.form} {task.tokens}: {done + 1}/{len(prompts)}", file=sys.stderr, flush=True)
@@ -70,16 +101,20 @@ def needles(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], task: N
     return {label or "dense": [found[label] / n, exact[label] / n, kept.get(label, 1.0)] for label in found}
 
 
-def perplexities(runs: Branching, tokenizer: Any, all_plans: dict[str, Plan], windows: int) -> dict[str, float]:
+def perplexities(
+    runs: dict[bool, Branching], tokenizer: Any, all_plans: dict[str, Plan], windows: int
+) -> dict[str, float]:
     """label -> perplexity of the next 128 tokens after 512, over `windows` places of the text."""
     ids = tokenizer(" ".join(sentences()))["input_ids"]
     losses: dict[str, list[float]] = {label: [] for label in ("dense", *all_plans)}
     for w in range(windows):
         start = w * (len(ids) - 700) // windows
-        runs.prefill(ids[start : start + 512])
+        for run in runs.values():
+            run.prefill(ids[start : start + 512])
         for label, found in losses.items():
-            cache = runs.branch(runs.identity if label == "dense" else all_plans[label])
-            found.append(runs.loss(cache, ids[start + 512 : start + 640]))
+            run = runs[rotated(all_plans.get(label))]
+            cache = run.branch(all_plans.get(label, run.identity))
+            found.append(run.loss(cache, ids[start + 512 : start + 640]))
     return {label: math.exp(sum(found) / len(found)) for label, found in losses.items()}
 
 
@@ -94,12 +129,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--out")
     args = parser.parse_args()
-    from kvcompile.calibrator import ModelCalibrator
-
     model, tokenizer = load(ModelConfig())
     rows = stacks(args.stacks)
-    all_plans = plans(rows, model, ModelCalibrator(model, tokenizer, lambda *_: None))
-    runs = Branching(model)
+    all_plans = plans(rows, model, Remembering(model, tokenizer))
+    runs = bases(model, all_plans)
     table: dict[str, dict[str, Any]] = {label: {"stack": " ".join(rows.get(label, []))} for label in ("dense", *rows)}
     for form in args.forms:
         for tokens in args.tokens:

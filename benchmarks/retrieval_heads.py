@@ -18,8 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from branching import Branching
-from needle_sweep import needles, perplexities
+from needle_sweep import bases, needles, perplexities
 from tabulate import tabulate
 
 from kvcompile.calibration import CalibrationResult, retrieval_scores
@@ -81,7 +80,7 @@ def main() -> None:
         name = "retrieval_heads" if count else "streaming"
         options = {"heads": found.top(count), **fields} if count else {"budget": 36}
         plans[label] = plan_of(model.config, "float32", compose([]), (build_policy(name, options),))
-    runs = Branching(model)
+    runs = bases(model, plans)
     table: dict[str, dict[str, Any]] = {label: {} for label in ("dense", *plans)}
     for form, tokens in CASES:
         task = NeedleTask(tokens=tokens, samples=args.samples, form=form, seed=args.seed)
