@@ -23,6 +23,7 @@ from kvcompile.calibrator import ModelCalibrator, shared
 from kvcompile.compiler import build, plan_of
 from kvcompile.compose import compose
 from kvcompile.config import ModelConfig
+from kvcompile.errors import KvcompileError
 from kvcompile.needle import FORMS, NeedleTask
 from kvcompile.plan import Plan
 
@@ -33,16 +34,26 @@ STACKS = {
     "half": ["policy=[adakv]", "stack.adakv.score=expected_attention", "stack.adakv.budget=0.5"],
     "quarter": ["policy=[adakv]", "stack.adakv.score=expected_attention", "stack.adakv.budget=0.25"],
     "heads": ["recipe=retrieval_heads"],
+    "stack": ["recipe=snapkv_kivi"],
 }
 
 
-def branching(model: Any) -> Any:
+def branching(model: Any, rotated: bool = False) -> Any:
     spec = importlib.util.spec_from_file_location("branching", SOURCE)
     if spec is None or spec.loader is None:
         raise FileNotFoundError(SOURCE)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look annotations up
     spec.loader.exec_module(module)
-    return module.Branching(model)
+    return module.Branching(model, rotated=rotated)
+
+
+def test_a_branch_in_another_basis_than_the_prefill_is_refused() -> None:
+    plan = describe(dense().config, "float32")
+    runs = branching(dense(), rotated=True)
+    runs.prefill(tiny_ids(1, 20)[0].tolist())
+    assert runs.branch(runs.identity).nbytes() == runs.cache.nbytes()
+    with pytest.raises(KvcompileError, match="leave the weights alone"):
+        runs.branch(plan)
 
 
 def generated(model: Any, ids: list[int], count: int) -> tuple[list[int], Any]:
@@ -59,10 +70,10 @@ def generated(model: Any, ids: list[int], count: int) -> tuple[list[int], Any]:
     return out.sequences[0, len(ids) :].tolist(), out.past_key_values
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if "rotate" not in name])  # a branch leaves weights alone
+@pytest.mark.parametrize("name", TABLE)
 def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
     model, ids = compiled(TABLE[name].fields(24)), tiny_ids(1, 60, seed=11)[0].tolist()
-    runs = branching(dense())
+    runs = branching(dense(), model.kvcompile.plan.layers[0].storage.rotated)
     runs.prefill(ids)
     cache = runs.branch(model.kvcompile.plan)
     tokens, expected = generated(model, ids, 6)
@@ -97,6 +108,7 @@ class Real:
     tokenizer: Any
     plans: dict[str, Plan]
     runs: Any
+    turned: Any  # the same in the Hadamard basis
 
     def search(self, form: str, samples: int, stacks: list[str]) -> dict[str, Found]:
         """What the dense model and the given stacks answer to the needle prompts of a form."""
@@ -104,12 +116,14 @@ class Real:
         plans = {"dense": describe(self.model.config, "float32"), **{name: self.plans[name] for name in stacks}}
         found = {name: Found() for name in plans}
         for prompt in task.prompts(self.tokenizer):
-            self.runs.prefill(prompt.ids)
+            used = {name: self.turned if plan.layers[0].storage.rotated else self.runs for name, plan in plans.items()}
+            for runs in {id(runs): runs for runs in used.values()}.values():
+                runs.prefill(prompt.ids)
             whole = self.runs.cache.nbytes()
             for name, plan in plans.items():
-                cache = self.runs.branch(plan)
+                cache = used[name].branch(plan)
                 found[name].kept.append(cache.nbytes() / whole)
-                text = self.tokenizer.decode(self.runs.decode(cache, task.max_new_tokens))
+                text = self.tokenizer.decode(used[name].decode(cache, task.max_new_tokens))
                 found[name].contained.append(prompt.answer in text)
                 found[name].exact.append(prompt.answer in re.findall(r"\d+", text))
         return found
@@ -126,7 +140,7 @@ def real(real_model_dir: Path) -> Real:
         config = compose(overrides)
         policies = tuple(p.calibrated(calibrator) for p in config.policies())
         plans[name] = plan_of(model.config, "float32", config, policies)
-    return Real(model, tokenizer, plans, branching(model))
+    return Real(model, tokenizer, plans, branching(model), branching(model, rotated=True))
 
 
 @pytest.mark.real
@@ -158,3 +172,11 @@ def test_retrieval_heads_find_needles_of_a_form_they_were_not_calibrated_on(real
     assert share(found["dense"].exact) >= 0.9
     assert share(found["heads"].exact) >= 0.95 * share(found["dense"].exact)
     assert max(found["heads"].kept) <= 0.15
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("form", ["passcode", "two_keys"])
+def test_a_twenty_fourth_of_the_bfloat16_bytes_keeps_the_needles(real: Real, form: str) -> None:
+    found = real.search(form, SAMPLES // 5, ["stack"])
+    assert share(found["stack"].contained) >= 0.95 * share(found["dense"].contained)
+    assert max(found["stack"].kept) <= 1 / 24 / 2  # of a float32 cache
