@@ -122,6 +122,7 @@ def main() -> None:
     """Parse, run, write JSON and Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", required=True)
+    parser.add_argument("--rows", nargs="+", default=[""], help="only the rows whose label contains one of these")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--forms", nargs="+", default=["magic"])
@@ -130,7 +131,9 @@ def main() -> None:
     parser.add_argument("--out")
     args = parser.parse_args()
     model, tokenizer = load(ModelConfig())
-    rows = stacks(args.stacks)
+    rows = {
+        label: overrides for label, overrides in stacks(args.stacks).items() if any(part in label for part in args.rows)
+    }
     all_plans = plans(rows, model, Remembering(model, tokenizer))
     runs = bases(model, all_plans)
     table: dict[str, dict[str, Any]] = {label: {"stack": " ".join(rows.get(label, []))} for label in ("dense", *rows)}
@@ -140,7 +143,7 @@ def main() -> None:
             for label, (found, exact, kept) in needles(runs, tokenizer, all_plans, task).items():
                 table[label][f"{form} {tokens}"] = round(100 * found, 1)
                 table[label][f"exact {tokens}"] = round(100 * exact, 1)
-                table[label][f"kept % {tokens}"] = round(100 * kept, 1)
+                table[label][f"kept % {tokens}"] = round(100 * kept, 2)
             print(tabulate([{"row": k, **v} for k, v in table.items()], headers="keys"), file=sys.stderr, flush=True)
     if args.windows:
         for label, value in perplexities(runs, tokenizer, all_plans, args.windows).items():
