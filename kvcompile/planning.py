@@ -158,14 +158,12 @@ def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
     return str(p.kv_heads), kept, numbers, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
 
 
-def size(number: int) -> str:
-    """Bytes in binary units, three digits."""
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}" if unit != "B" else f"{number} B"
-        value /= 1024
-    return f"{value:,.3g} TiB"
+def size(count: float) -> str:
+    """Bytes in binary units: three digits, and all before the point (`1.5 KiB`, `1,000 KiB`)."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(count) >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:,.0f} {units[0]}" if abs(count) >= 999.5 else f"{count:.3g} {units[0]}"
 
 
 def _count(tokens: int | None) -> str:

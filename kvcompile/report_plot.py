@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.heal.record import HealRecord
 from kvcompile.needle import NeedleResult
-from kvcompile.report_view import size
+from kvcompile.planning import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

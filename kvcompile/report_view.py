@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from kvcompile.heal.record import HealRecord
 from kvcompile.needle import NeedleResult
+from kvcompile.planning import size
 from kvcompile.speed import Comparison
 
 if TYPE_CHECKING:
@@ -274,14 +275,6 @@ def _verdict(old: float, new: float, sign: int, noise: float = 0.0) -> Verdict:
 def perplexity(value: float) -> str:
     """Three decimals, or none where it is large."""
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people: B, KiB, MiB, GiB."""
-    units = ["B", "KiB", "MiB", "GiB"]
-    while abs(count) >= 1024 and len(units) > 1:
-        count, units = count / 1024, units[1:]
-    return f"{count:.0f} B" if units[0] == "B" else f"{count:.2f} {units[0]}"
 
 
 def _facts(report: Report, text: Callable[[str], str]) -> str:

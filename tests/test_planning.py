@@ -60,7 +60,7 @@ def test_table_groups_layers_alike_and_shows_owners() -> None:
         ["1-2", "2", "250", "float32", "62.5 KiB", "25.0%"],
         ["3", "2", "reads layer 2", "", "0 B", "0.0%"],
     ]
-    assert "total 375 KiB, uncompressed 1e+03 KiB: 37.5%" in text or "total 375 KiB, uncompressed 1000 KiB" in text
+    assert "total 375 KiB, uncompressed 1,000 KiB: 37.5%" in text
     assert "1 GiB hold prompts of" in text
 
 
@@ -79,7 +79,13 @@ def test_summary_row_has_the_totals() -> None:
     assert row["tokens_that_fit"] == planning.tokens_that_fit(plan(0.25), 1, 0.01)
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5 GiB")])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        *((0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (1000 << 10, "1,000 KiB"), (-(1536 << 10), "-1.5 MiB")),
+        *((5 << 30, "5 GiB"), (5000 << 40, "5,000 TiB")),
+    ],
+)
 def test_sizes_read_well(number: int, text: str) -> None:
     assert planning.size(number) == text
 

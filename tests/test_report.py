@@ -11,7 +11,6 @@ from rich.console import Console
 from kvcompile.errors import KvcompileError
 from kvcompile.needle import NeedleRecord, NeedleResult
 from kvcompile.report import LayerRow, Report, read, show, summary, verify, write
-from kvcompile.report_view import size
 from kvcompile.speed import Comparison, Speed
 
 TOKEN = 512  # bytes of one token of one head
@@ -195,13 +194,3 @@ def test_damaged_reports_are_one_error(text: str, tmp_path) -> None:
 def test_a_missing_report_is_one_error(tmp_path) -> None:
     with pytest.raises(KvcompileError, match=r"report\.json"):
         read(tmp_path)
-
-
-def test_sizes_for_people() -> None:
-    assert [size(n) for n in (0, 1023, 1536, 45 * 2**20, 5 * 2**40)] == [
-        "0 B",
-        "1023 B",
-        "1.50 KiB",
-        "45.00 MiB",
-        "5120.00 GiB",
-    ]
