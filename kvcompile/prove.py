@@ -39,8 +39,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     folder = compiler.target(config)
     for door in config.doors():
         door.refuse_tokenizer(tokenizer)
-    # a text that cannot be read fails before the work
-    text = windows(model, tokenizer, config) if config.perplexity.enabled else None
+    text, tasks = _material(model, tokenizer, config)  # what cannot be measured fails before the work
     original = shared(model)
     workspace = folder.parent / f"{folder.name}-heal"
     compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
@@ -61,7 +60,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         parameters=(original.num_parameters(), compiled.num_parameters()),
         perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
         healed=compiled.kvcompile.healed,
-        needle=_needle(original, compiled, tokenizer, config, progress),
+        needle=_needle(original, compiled, tokenizer, tasks, progress) if tasks else None,
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
     del original
@@ -132,18 +131,26 @@ def _text(tokenizer: Any, tokens: int) -> Tensor:
     return torch.as_tensor(ids)
 
 
-def _needle(
-    original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress
-) -> tuple[NeedleResult, NeedleResult] | None:
-    if not config.needle.enabled or not config.needle.tokens:
-        return None
+def _material(model: Any, tokenizer: Any, config: Config) -> tuple[Tensor | None, list[NeedleTask]]:
+    """What quality is measured on, as far as that is asked for: windows of text, and needle tasks.
 
+    Raises KvcompileError for a text that cannot be read or is too short, and prompts too short to hide anything in.
+    """
+    given = config.needle
+    lengths = given.tokens if given.enabled else []
+    tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in lengths]
+    for task in tasks:
+        replace(task, samples=1).prompts(tokenizer)
+    return windows(model, tokenizer, config) if config.perplexity.enabled else None, tasks
+
+
+def _needle(
+    original: Any, compiled: Any, tokenizer: Any, tasks: list[NeedleTask], progress: Progress
+) -> tuple[NeedleResult, NeedleResult]:
     def measured(model: Any, when: str) -> NeedleResult:
         def show(what: str, done: int, total: int) -> None:
             progress(f"{what}, {when}", done, total)
 
-        given = config.needle
-        tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in given.tokens]
         first, *more = [score(model, tokenizer, task, show) for task in tasks]
         return sum(more, first)
 

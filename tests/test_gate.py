@@ -22,7 +22,7 @@ from kvcompile.config import GateConfig
 from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.heal.record import HealRecord
 from kvcompile.multirun import collect, run_job, summary_table
-from kvcompile.needle import NeedleRecord, NeedleResult
+from kvcompile.needle import NeedleRecord, NeedleResult, NeedleTask
 from kvcompile.progress import silent
 from kvcompile.prove import compile_and_report
 from kvcompile.report import LayerRow, Report
@@ -138,9 +138,12 @@ def test_a_text_of_the_users_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "short.txt").write_text("One sentence is far too little.")
     own = compiled(tmp_path / "own", f"perplexity.source={tmp_path / 'long.txt'}").summary["perplexity_before"]
     assert own != compiled(tmp_path / "offline").summary["perplexity_before"]
-    monkeypatch.setattr(compiler, "assemble", pytest.fail)  # before any work
+    monkeypatch.setattr(compiler, "assemble", lambda *_: pytest.fail("told after the work"))
     with pytest.raises(KvcompileError, match="the text must hold"):
         compiled(tmp_path / "out", f"perplexity.source={tmp_path / 'short.txt'}")
+    monkeypatch.setattr(NeedleTask, "prompts", lambda *_: pytest.fail("asked"))
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        compiled(tmp_path / "out", "needle.enabled=true")
 
 
 def test_a_place_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
