@@ -3,7 +3,8 @@
     python benchmarks/triton_aot.py --out benchmarks/results/triton_aot.md
 
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
-(group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many.
+(group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many; and where
+a score averages the attention of the last queries of a prompt, what adds that up (`window`).
 `--sample`: a few of them, for the tests. What was compiled once comes from Triton's own cache. Exits with 1 where a
 kernel spills for an unknown reason, or takes more shared memory than the target has. Nothing is run.
 """
@@ -59,8 +60,11 @@ def paged(dtype: str, page: int = 16) -> tuple[Part, ...]:
     return (replace(plain("paged", dtype)[0], page=page),)
 
 
-def of_recipes() -> dict[tuple[KernelSpec, str], list[str]]:
-    """Specs and dtypes of the queries, and the recipes that lead to them, on the shapes of two models."""
+def of_recipes(window: bool = False) -> dict[tuple[KernelSpec, str], list[str]]:
+    """Specs and dtypes of the queries, and the recipes that lead to them, on the shapes of two models.
+
+    window: those of column sums for scores, in place of those that attend.
+    """
     from transformers import LlamaConfig
 
     from kvcompile.cache import KVCache
@@ -74,7 +78,11 @@ def of_recipes() -> dict[tuple[KernelSpec, str], list[str]]:
             plan = plan_of(LlamaConfig(**shape), dtype, config, config.policies())
             cache = KVCache(plan)
             for p in plan.layers:
-                for one in (*cache.first(p.index), *cache.expected(p.index)):
+                specs = (*cache.first(p.index), *cache.expected(p.index))
+                if window:
+                    asked = p.selection is not None and p.selection.averages
+                    specs = tuple(cache.window_spec(p.index, one.parts) for one in specs) if asked else ()
+                for one in specs:
                     names = found.setdefault((one, dtype), [])
                     names += [recipe] * (recipe not in names)
     return found
@@ -103,19 +111,29 @@ def sample() -> list[Job]:
     return [*jobs, (spec(body("ragged", KIVI4)), "float16", "many", "sm_80")]
 
 
+def jobs_of_all() -> list[Job]:
+    """Every kernel for every target."""
+    jobs = [(one, dtype, tokens, t) for one, dtype in every() for tokens in ("one", "many") for t in TARGETS]
+    return [*jobs, *((one, dtype, "window", t) for one, dtype in of_recipes(window=True) for t in TARGETS)]
+
+
 def compiled(job: Job) -> list[tuple[str, int, int, int]]:
     """Name, registers, spilled bytes, shared bytes of the kernels of one job."""
     from kvcompile.kernels.triton.aot import compile_spec
 
     one, dtype, tokens, target = job
-    works = ("attend", "lse") if tokens == "many" and one.scores else ("attend",)
+    works = ("lse",) if tokens == "window" else ("attend", "lse") if tokens == "many" and one.scores else ("attend",)
     found = []
     for work in works:
-        made = compile_spec(one, tokens, target, dtype, work=work)
+        made = compile_spec(one, _tokens(tokens), target, dtype, work=work)
         found += [
             (name, c.registers, c.spilled, c.shared) for name, c in made.items() if name != "merge" or not found[1:]
         ]
     return found
+
+
+def _tokens(tokens: str) -> str:
+    return "many" if tokens == "window" else tokens
 
 
 def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tuple[str, list[str]]:
@@ -126,7 +144,7 @@ def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tu
     cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
     wrong = []
     for (one, dtype, tokens, target), kernels in zip(jobs, results, strict=True):
-        choice = default(one, tokens)
+        choice = default(one, _tokens(tokens))
         cut = f"{choice.rows} x {choice.tile}, {choice.warps} warps"
         for name, registers, spilled, shared in kernels:
             cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
@@ -143,7 +161,8 @@ def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tu
 
 def reached() -> str:
     """Which recipes lead to which spec."""
-    rows = [[one.name, dtype, ", ".join(names)] for (one, dtype), names in of_recipes().items()]
+    found = [*of_recipes().items(), *of_recipes(window=True).items()]
+    rows = [[one.name, dtype, ", ".join(names)] for (one, dtype), names in found]
     return tabulate(rows, ["spec", "queries", "recipes"], tablefmt="github", disable_numparse=True)
 
 
@@ -154,7 +173,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out")
     args = parser.parse_args()
-    jobs = sample() if args.sample else [(s, d, n, t) for s, d in every() for n in ("one", "many") for t in TARGETS]
+    jobs = sample() if args.sample else jobs_of_all()
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         results = list(pool.map(compiled, jobs))
     text, wrong = table(jobs, results)

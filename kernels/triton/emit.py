@@ -2,6 +2,8 @@
 
 Structure (how many parts, which layout, which codec, what comes out) is decided here, so that the text has no dead
 branch; numbers are constants at its top. The same spec and form give the same text, byte by byte.
+Online softmax: Milakov and Gimelshein, arXiv 1805.02867; tiles of queries and entries: FlashAttention, arXiv
+2205.14135; rows that programs share, merged by their log-sum-exp: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023).
 """
 
 from __future__ import annotations

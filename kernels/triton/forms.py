@@ -11,6 +11,7 @@ from kvcompile.storage import Codec
 
 FLOATS = ("float32", "float16", "bfloat16")
 SMALLEST = 16  # the shortest side of a matrix product on a tensor core
+WIDEST = 256  # channels that go together; of wider vectors (latents) one block after the other is read and multiplied
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,17 @@ def pieces(codec: Codec) -> int:
 
 
 def blocks(dim: int, codecs: list[Codec]) -> Blocks:
-    """The widest blocks such that none crosses a piece of a packed vector or a group of channels, in any part."""
+    """The widest blocks such that none crosses a piece of a packed vector or a group of channels, in any part.
+
+    No wider than WIDEST, where that divides into blocks of 64 channels or more.
+    """
     width = dim
     for codec in codecs:
         width = math.gcd(width, dim // pieces(codec))
         if codec.axis == "token" and codec.group:
             width = math.gcd(width, codec.group)
-    return Blocks(dim, width)
+    narrow = max(n for n in range(1, WIDEST + 1) if width % n == 0)
+    return Blocks(dim, narrow if width > WIDEST and narrow >= 64 else width)
 
 
 def key_blocks(spec: KernelSpec) -> Blocks:

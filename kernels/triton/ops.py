@@ -19,7 +19,7 @@ SCHEMA = "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str
 def read(text: str) -> KernelSpec:
     """The spec that `route.written` wrote."""
     head, *pieces = text.split(";")
-    group, head_dim, value_dim, scale, window, sinks, softcap, scores = head.split()
+    group, head_dim, value_dim, scale, window, sinks, softcap, scores, latent = head.split()
     found = []
     for piece in pieces:
         layout, page, *codecs = piece.split()
@@ -35,6 +35,7 @@ def read(text: str) -> KernelSpec:
         int(sinks),
         float(softcap) or None,
         scores == "True",
+        latent == "True",
     )
 
 

@@ -64,7 +64,7 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
 def written(spec: KernelSpec) -> str:
     """A spec as text, in f-strings alone, which torch.compile can trace; `ops.read` reads it."""
     fields = f"{spec.group} {spec.head_dim} {spec.value_dim} {spec.scale!r} {spec.sliding_window or 0} {spec.sinks} "
-    text = fields + f"{spec.softcap or 0.0!r} {spec.scores}"
+    text = fields + f"{spec.softcap or 0.0!r} {spec.scores} {spec.latent}"
     for p in spec.parts:
         text += f";{p.layout} {p.page} {p.key.kind} {p.key.axis} {p.key.group}"
         text += f" {p.value.kind} {p.value.axis} {p.value.group}"

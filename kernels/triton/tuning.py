@@ -14,6 +14,8 @@ from kvcompile.kernels.triton.forms import Form, key_blocks, power_of_two, rows_
 
 TABLE = Path(__file__).with_name("tuned.yaml")
 TILE_BYTES = 8192  # of one tile of keys: two stages of keys and values stay far below every device's shared memory
+STAGED = 65536  # bytes of all stages of keys and values: the shared memory of the smallest target (gfx942)
+SUMS = 128 * 128  # numbers of a result that 128 threads sum up: more of them, and others, do not fit their registers
 PROGRAMS = 4  # per multiprocessor: what a split aims at
 MOST_SPLITS = 64
 
@@ -46,15 +48,18 @@ def default(spec: KernelSpec, tokens: str) -> Choice:
     widest = max(max(spec.head_dim, spec.value_dim) * max(p.key.bits, p.value.bits, 16) // 8 for p in spec.parts)
     blocks = max(key_blocks(spec).count, value_blocks(spec).count)
     tile = 16 if blocks > 4 else min(64, max(16, power_of_two(TILE_BYTES // widest + 1) // 2))
+    entry = max(spec.head_dim * p.key.bits + spec.value_dim * p.value.bits for p in spec.parts) // 8
+    stages = 2 if 2 * tile * entry <= STAGED else 1
     if tokens == "one":
-        return Choice(tile, rows_for(spec), 4, 2)
+        rows = rows_for(spec)
+        return Choice(tile, rows, 4 if rows * spec.value_dim <= SUMS else 8, stages)
     wide = max(spec.head_dim, spec.value_dim) > 128
     formats = [c for p in spec.parts for c in (p.key, p.value)]
     narrow = all(c.bits == 16 for c in formats)
     # 8-bit codes come in blocks of all channels, and products in float32 take registers, not tensor cores
     whole = any(c.bits == 32 for c in formats) and any(c.scaled and c.bits == 8 for c in formats)
-    rows = 64 if narrow and not wide else 16 if blocks >= 4 or whole else 32
-    return Choice(tile, rows, 8 if wide or whole or blocks == 4 else 4, 2)
+    rows = 64 if narrow and not wide else 16 if (blocks >= 4 and not narrow) or whole else 32
+    return Choice(tile, rows, 8 if wide or whole or blocks == 4 else 4, stages)
 
 
 def choose(device: str, spec: KernelSpec, tokens: str) -> Choice:

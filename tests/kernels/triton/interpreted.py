@@ -145,6 +145,17 @@ def test_window_scores_are_column_sums_of_the_last_queries(
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_latents_go_block_by_block_with_the_default_cut(layout: str, count: int) -> None:
+    """Rows of 512 numbers whose last 384 are the values: blocks of 256 and 192, values read in place."""
+    spec = KernelSpec(plain(layout, "float32"), 20, 512, 384, 0.1, latent=True)
+    made = case(replace(spec, latent=False), [[37, 37] if layout == "dense" else [37, 18]], 2, 1, count=count)
+    view = replace(made.view, values=made.view.keys[..., 128:])
+    want = reference.attend(made.queries, view, spec)
+    close(route.attend(made.queries, view, spec), want, "float32")
+
+
 FORMATS = [*CODED, *FLOATS, Codec("int4", "channel", 48)]
 
 
@@ -274,7 +285,8 @@ def test_torch_compile_does_not_break_at_it() -> None:
 def test_a_spec_survives_as_text(s: Sample) -> None:
     from kvcompile.kernels.triton.ops import read
 
-    assert read(route.written(s.spec)) == s.spec
+    for spec in (s.spec, replace(s.spec, latent=True)):
+        assert read(route.written(spec)) == spec
 
 
 def test_the_operator_keeps_its_contract() -> None:

@@ -83,6 +83,9 @@ def test_blocks_cross_neither_bytes_nor_groups() -> None:
     assert blocks(128, [Codec("int2", "channel", 32)]).width == 32
     assert (blocks(80, [Codec("int4", "token", 16)]).width, blocks(80, [Codec("int4", "token", 16)]).wide) == (8, 16)
     assert (blocks(96, [Codec("float16")]).width, blocks(96, [Codec("float16")]).wide) == (96, 128)
+    assert [blocks(dim, [Codec("float16")]).width for dim in (256, 320, 576, 1024)] == [256, 160, 192, 256]
+    assert blocks(257, [Codec("float16")]).width == 257
+    assert blocks(1024, [Codec("int8", "token")]).count == 4
     assert tile(INT4, 64) == 32
     assert tile(replace(INT4, key=Codec("int4", "channel", 48)), 64) == 16
     assert tile(replace(INT4, key=Codec("int4", "channel", 8)), 64) == 64
@@ -99,6 +102,14 @@ def test_blocks_cross_neither_bytes_nor_groups() -> None:
 def test_what_no_kernel_covers_is_refused(part: Part) -> None:
     with pytest.raises(KvcompileError):
         Kernels(KernelSpec((part,), 1, 64, 64, 1.0), Form())
+
+
+def test_wide_rows_get_more_warps_and_fewer_stages() -> None:
+    """A latent of 1,024 numbers for 32 heads: its sums fit the registers, its tiles the smallest shared memory."""
+    wide = KernelSpec(plain("ragged", "float16"), 32, 1024, 768, 0.1, latent=True)
+    assert tuning.default(wide, "one") == tuning.Choice(16, 32, 8, 1)
+    assert tuning.default(wide, "many") == tuning.Choice(16, 32, 8, 1)
+    assert tuning.default(replace(wide, head_dim=256, value_dim=256), "one") == tuning.Choice(16, 32, 4, 2)
 
 
 def test_splits_fill_the_device_and_never_starve() -> None:
