@@ -6,7 +6,7 @@ One new token over S entries a row. MB: what the kernel reads; GB/s: MB over tim
 of a large array moves (read and written) just before. ragged, paged, scores: time relative to dense without scores,
 over as many bytes (ragged rows hold S/2 to 3S/2 entries, pages are 64 entries in random order).
 Threads that sleep between kernels (OMP_WAIT_POLICY=PASSIVE) wake too late for rows that take 0.1 ms: leave it unset.
-library: the fastest of PyTorch's ways over the same floats, for codes over bfloat16. Minimum of several rounds.
+library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16. Minimum of several rounds.
 Nothing is printed unless every kernel agrees with float64.
 """
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from kvcompile.cache import memory
 from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention, build
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, View
@@ -49,7 +50,7 @@ def stored(name: str, rows: int, tokens: int, dim: int) -> tuple[tuple[Tensor, T
     made = []
     for codec in FORMATS[name]:
         codes, scales = codecs.encode(torch.randn(tokens, dim), codec)
-        made.append(tuple(x if x is None else x.expand(rows, *x.shape).contiguous() for x in (codes, scales)))
+        made.append(tuple(x if x is None else memory.empty(x, rows, *x.shape).copy_(x) for x in (codes, scales)))
     return tuple(made)  # type: ignore[return-value]
 
 

@@ -16,6 +16,7 @@ from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
 LONGEST_PIECE = 512
+LONGEST_RUN = 16  # pieces that one thread takes at a time
 SMALL = 1 << 18  # products below which one thread is faster than two
 
 HEAD = """
@@ -63,7 +64,8 @@ HEAD = """
 SOFTMAX = """
     // A step of the online softmax: logits s[g][t] become weights relative to the largest so far.
     template <int N>
-    KV_INLINE void softmax(float (&s)[G][STRIDE], int count, float (&top)[G], F (&total)[G], float (&sum)[G][N]) {
+    KV_INLINE void softmax(float (&s)[G][STRIDE], int count, float (&top)[G], F (&total)[G],
+                           float (&sum)[G][N]$kept_in) {
       int whole = (count + 15) / 16 * 16;
       for (int g = 0; g < G; g++) {
         for (int t = count; t < whole; t++) s[g][t] = MASKED;
@@ -74,12 +76,14 @@ SOFTMAX = """
           F shrink = exp2_negative(set(top[g] - now));
           total[g] = total[g] * shrink;
           for (int c = 0; c < N; c += 16) store(sum[g] + c, load(sum[g] + c) * shrink);
+          $shrink
           top[g] = now;
         }
         for (int t = 0; t < whole; t += 16) {
           F p = exp2_negative(load(s[g] + t) - set(now));
           total[g] += p;
           store(s[g] + t, p);
+          $keep
         }
       }
     }
@@ -87,7 +91,7 @@ SOFTMAX = """
 
 ATTEND = """
     template <class P>
-    KV_INLINE void attend(const Arguments& a, const P& part, const Piece& piece, float* result$logits_in) {
+    KV_INLINE void attend(const Arguments& a, const P& part, const Piece& piece, float* result$kept_in) {
       typename P::Row row = P::row(part, a.heads, piece.row);
       const Query* states = a.q + piece.row / a.heads * a.q_sequence + piece.row % a.heads * G * a.q_head;
       typename P::Question q;
@@ -102,8 +106,7 @@ ATTEND = """
         P::open(tile, row, from, count);
         P::logits(row, tile, q, s);
         $cap
-        $keep
-        softmax(s, tile.count, top, total, sum);
+        softmax(s, tile.count, top, total, sum$kept);
         P::accumulate(row, tile, s, sum);
       }
       for (int g = 0; g < G; g++) {
@@ -119,9 +122,8 @@ CAP = """
       for (int t = 0; t < tile.count; t += 16) store(s[g] + t, tanh(load(s[g] + t)) * set($cap));
     """
 
-KEEP = """
-    for (int g = 0; g < G; g++)
-      memcpy(logits + g * piece.columns() + from - piece.from, s[g], tile.count * sizeof(float));
+SHRINK = """
+    for (int c = 0; c < done; c += 16) store(kept + g * columns + c, load(kept + g * columns + c) * shrink);
     """
 
 MERGE = """
@@ -146,15 +148,18 @@ MERGE = """
     """
 
 COLUMNS = """
-    // What each entry of a piece received: sum_g p_j / total, once the row's largest logit and total are known.
-    KV_INLINE void add_columns(const Piece& piece, const float* logits, const float (*shares)[2], float* sums) {
-      int count = piece.to - piece.from;
+    // What each entry of a piece received, sum_g p_j / total: kept weights are relative to the largest logit of the
+    // piece, `result` has it, and `shares` the row's largest and 1 / total.
+    KV_INLINE void add_columns(const Piece& piece, const float* kept, const float* result, const float (*shares)[2],
+                               float* sums) {
+      int count = piece.to - piece.from, columns = piece.columns();
+      F share[G];
+      for (int g = 0; g < G; g++) share[g] = set(exp2f(result[G * WIDTH + g] - shares[g][0]) * shares[g][1]);
       for (int t = 0; t < count; t += 16) {
         F x = zero();
-        for (int g = 0; g < G; g++)
-          x += exp2_negative(load(logits + g * piece.columns() + t) - set(shares[g][0])) * set(shares[g][1]);
-        int n = least(16, count - t);
-        store(sums + t, load(sums + t, n) + x, n);
+        UNROLL for (int g = 0; g < G; g++) x = mul_add(load(kept + g * columns + t), share[g], x);
+        if (count - t >= 16) store(sums + t, load(sums + t) + x);
+        else store(sums + t, load(sums + t, count - t) + x, count - t);
       }
     }
     """
@@ -197,19 +202,21 @@ LAUNCH = """
       }
       firsts.push_back((int)cuts.size());
       if (memory.size() < cuts.size() * RESULT) memory.resize(cuts.size() * RESULT);
+      int64_t count = (int64_t)cuts.size(), work = 0;
       $room
       const Piece* pieces = cuts.data();
       const int* first = firsts.data();
       float* results = memory.data();
-      int64_t count = (int64_t)cuts.size(), work = 0;
       for (int i = 0; i < count; i++) work += pieces[i].to - pieces[i].from;
       int threads = work * (D + DV) * G < $small ? 1 : (int)a.threads;
+      // neighbours go to one thread, which then reads memory in long stretches; but to each thread its share
+      int run = most(1, least($longest_run, count / (8 * threads)));
       $run
     }
     """
 
 RUN = """
-    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    #pragma omp parallel for num_threads(threads) schedule(dynamic, run)
     for (int64_t i = 0; i < count; i++) {
       $dispatch
     }
@@ -218,29 +225,48 @@ RUN = """
     """
 
 RUN_SCORES = """
+    auto merge_row = [&](int64_t r) {
+      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
+    };
+    auto add_piece = [&](int64_t i, const float* weights) {
+      const Piece& piece = pieces[i];
+      float* sums = a.sums + piece.row * a.sums_row + piece.column;
+      add_columns(piece, weights + piece.kept, results + i * RESULT, shares + piece.row * G, sums);
+    };
+    if (a.rows >= 4 * threads) {  // a row to a thread: its weights are still near when its sums are made
+    #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+      for (int64_t r = 0; r < a.rows; r++) {
+        static thread_local std::vector<float> own;
+        int64_t begin = pieces[first[r]].kept, room = pieces[first[r + 1]].kept - begin;
+        if ((int64_t)own.size() < room) own.resize(room);
+        float* weights = own.data() - begin;
+        for (int64_t i = first[r]; i < first[r + 1]; i++) {
+          $dispatch
+        }
+        merge_row(r);
+        for (int64_t i = first[r]; i < first[r + 1]; i++) add_piece(i, weights);
+      }
+      return;
+    }
+    if ((int64_t)kept.size() < room) kept.resize(room);
+    float* weights = kept.data();
     #pragma omp parallel num_threads(threads)
     {
-    #pragma omp for schedule(dynamic, 1)
+    #pragma omp for schedule(dynamic, run)
       for (int64_t i = 0; i < count; i++) {
         $dispatch
       }
     #pragma omp single
-      for (int64_t r = 0; r < a.rows; r++)
-        merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
+      for (int64_t r = 0; r < a.rows; r++) merge_row(r);
     #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; i++) {
-        const Piece& piece = pieces[i];
-        float* sums = a.sums + piece.row * a.sums_row + piece.column;
-        add_columns(piece, logits + piece.logits, shares + piece.row * G, sums);
-      }
+      for (int64_t i = 0; i < count; i++) add_piece(i, weights);
     }
     """
 
-
 PLACE = """
-    int column;      // of its first entry in the sums
-    int64_t logits;  // where they are kept, [G][columns()]
-    int columns() const { return (to - from + 15) / 16 * 16; }
+    int column;    // of its first entry in the sums
+    int64_t kept;  // where its weights are kept, [G][columns()]
+    int columns() const { return (to - from + 30) / 16 * 16; }  // whole vectors from any entry on
     """
 
 SCRATCH = """
@@ -249,9 +275,8 @@ SCRATCH = """
     """
 
 ROOM = """
-    if (kept.size() < (size_t)room) kept.resize(room);
-    if (finals.size() < (size_t)a.rows * G * 2) finals.resize(a.rows * G * 2);
-    float* logits = kept.data();
+    cuts.push_back({0, 0, 0, 0, 0, room});  // where the weights of the last one end
+    if ((int64_t)finals.size() < a.rows * G * 2) finals.resize(a.rows * G * 2);
     float(*shares)[2] = (float(*)[2])finals.data();
     """
 
@@ -264,7 +289,7 @@ def arguments(spec: KernelSpec) -> list[Address]:
 def source(spec: KernelSpec, query: str) -> str:
     """C++ text of the kernel for queries of dtype `query` (`float32`, `float16`, `bfloat16`), prelude excluded."""
     return "\n".join(
-        (_head(spec, query, arguments(spec)), fill(SOFTMAX), _attend(spec), _merge(spec), _cut(spec), _launch(spec))
+        (_head(spec, query, arguments(spec)), _softmax(spec), _attend(spec), _merge(spec), _cut(spec), _launch(spec))
     )
 
 
@@ -291,15 +316,24 @@ def _methods(where: Address, spec: KernelSpec) -> str:
     return "\n".join((*first, logits(where), values(where, spec.group)))
 
 
+def _softmax(spec: KernelSpec) -> str:
+    return fill(
+        SOFTMAX,
+        kept_in=", float* kept, int columns, int done" if spec.scores else "",
+        shrink=fill(SHRINK) if spec.scores else "",
+        keep="store(kept + g * columns + done + t, p);" if spec.scores else "",
+    )
+
+
 def _attend(spec: KernelSpec) -> str:
     cap = spec.softcap
     count = "least(TILE, piece.to - from)"
     return fill(
         ATTEND,
         count=f"P::together(from, {count})" if any(map(aligned, spec.parts)) else count,
-        logits_in=", float* logits" if spec.scores else "",
+        kept_in=", float* kept" if spec.scores else "",
         cap=fill(CAP, cap=decimal(cap * LOG2E)) if cap else "",
-        keep=fill(KEEP) if spec.scores else "",
+        kept=", kept, piece.columns(), from - piece.from" if spec.scores else "",
     )
 
 
@@ -335,7 +369,7 @@ def _cut_part(spec: KernelSpec, i: int) -> str:
 
 def _launch(spec: KernelSpec) -> str:
     count = len(spec.parts)
-    end = ", logits + pieces[i].logits" if spec.scores else ""
+    end = ", weights + pieces[i].kept" if spec.scores else ""
     calls = [f"attend(a, a.part{i}, pieces[i], results + i * RESULT{end});" for i in range(count)]
     cases = "\n".join(f"  case {i}: {call} break;" for i, call in enumerate(calls))
     return fill(
@@ -345,6 +379,7 @@ def _launch(spec: KernelSpec) -> str:
         cuts="\n".join(_cut_part(spec, i) for i in range(count)),
         room=fill(ROOM) if spec.scores else "",
         small=SMALL,
+        longest_run=LONGEST_RUN,
         run=fill(
             RUN_SCORES if spec.scores else RUN,
             dispatch=calls[0] if count == 1 else f"switch (pieces[i].part) {{\n{cases}\n}}",

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvcompile.cache import memory
 from kvcompile.cache.ragged import spans
 from kvcompile.kernels.codecs import Encoder, decode, encode
 from kvcompile.kernels.layout import RaggedView, Segment
@@ -76,7 +77,7 @@ class Codes:
     def room(self, tokens: int, format: Format) -> Codes:
         """Uninitialised tensors like these for so many tokens, a multiple of the block."""
         made = [
-            None if x is None else x.new_empty(tokens // n, *x.shape[1:])
+            None if x is None else memory.empty(x, tokens // n, *x.shape[1:])
             for x, n in zip(self._all, format.steps, strict=True)
         ]
         return Codes(*made)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcompile.cache import memory
 from kvcompile.kernels.layout import DenseView
 from kvcompile.kernels.spec import Part, plain
 
@@ -33,8 +34,8 @@ class DenseStore:
         """A store shaped for new tokens like `keys [B, H_kv, Q, D]` with room for `room` of them."""
         batch, heads, _, dim = keys.shape
         return cls(
-            keys.new_empty(batch, heads, room, dim),
-            values.new_empty(batch, heads, room, values.shape[-1]) if latent is None else None,
+            memory.empty(keys, batch, heads, room, dim),
+            memory.empty(values, batch, heads, room, values.shape[-1]) if latent is None else None,
             torch.empty(batch, 1, room, dtype=POSITION_TYPE, device=keys.device),
             0,
             latent,
@@ -78,7 +79,7 @@ class DenseStore:
 
     def _grow(self, capacity: int) -> None:
         def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new = memory.empty(old, *old.shape[:2], capacity, *old.shape[3:])
             new[:, :, : self.length] = old[:, :, : self.length]
             return new
 
@@ -120,7 +121,7 @@ class DenseStore:
         positions = self.positions[:, :, : self.length].expand(-1, self.heads, -1)
 
         def taken(old: Tensor, at: Tensor) -> Tensor:
-            new = old.new_empty(self.batch, self.heads, count + headroom, *old.shape[3:])
+            new = memory.empty(old, self.batch, self.heads, count + headroom, *old.shape[3:])
             new[:, :, :count] = old.take_along_dim(at, 2)
             return new
 

@@ -15,6 +15,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from kvcompile.cache import memory
+
 if TYPE_CHECKING:
     from kvcompile.cache.offload import Residence
 
@@ -207,7 +209,7 @@ class PagePool:
     def _rebuild(self, capacity: int, fill: Callable[[Tensor, Tensor], object]) -> None:
         """New buffers of `capacity` pages, one after the other, so that little is held twice."""
         for name, old in self.buffers.items():
-            new = old.new_empty(capacity * self.page // self.per[name], *old.shape[1:])
+            new = memory.empty(old, capacity * self.page // self.per[name], *old.shape[1:])
             fill(self.paged(name, new), self.paged(name, old))
             self.buffers[name] = new
         self.written, self.edition = None, self.edition + 1

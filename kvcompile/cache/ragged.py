@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcompile.cache import memory
 from kvcompile.cache.dense import POSITION_TYPE
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.kernels.spec import Part, plain
@@ -37,8 +38,8 @@ class RaggedStore:
         for room in rooms[:-1]:
             self.starts.append(self.starts[-1] + room)
         total = sum(rooms)
-        self.keys = like_keys.new_empty(total, like_keys.shape[-1])
-        self._values = like_values.new_empty(total, like_values.shape[-1]) if latent is None else None
+        self.keys = memory.empty(like_keys, total, like_keys.shape[-1])
+        self._values = memory.empty(like_values, total, like_values.shape[-1]) if latent is None else None
         self.positions = torch.empty(total, dtype=POSITION_TYPE, device=like_keys.device)
         self.lengths = [0] * len(rooms)
         self._begins = torch.tensor(self.starts, device=self.keys.device)
