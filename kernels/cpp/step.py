@@ -210,7 +210,7 @@ LAUNCH = """
       for (int i = 0; i < count; i++) work += pieces[i].to - pieces[i].from;
       int threads = work * (D + DV) * G < $small ? 1 : (int)a.threads;
       // neighbours go to one thread, which then reads memory in long stretches; but to each thread its share
-      int run = most(1, least($longest_run, count / (8 * threads)));
+      int run = most(1, least($longest_run, count / (4 * threads)));
       $run
     }
     """

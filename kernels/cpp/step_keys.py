@@ -84,16 +84,25 @@ CHANNEL = """
         const fp16* scales = row.key_scales + $index * $step;
         alignas(64) float folded[G][KEY];
         $bias_out
-        for (int g = 0; g < G; g++) {
-          $total
-          for (int c = 0; c < $runs; c++) {
+        UNROLL for (int c = 0; c < $runs; c++) {
+          $scales
+          UNROLL for (int g = 0; g < G; g++) {
             $pieces
           }
-          $keep
         }
+        $keep
         dots<G>(row, tile, folded[0], start, stop, s[0]$bias);
       }
     }
+    """
+
+BIAS = """
+    float bias[G];  // q . zero
+    F total[G][$pieces] = {};
+    """
+
+KEEP = """
+    UNROLL for (int g = 0; g < G; g++) bias[g] = sum($total);
     """
 
 
@@ -165,23 +174,23 @@ def _dots(where: Address) -> str:
 
 def _channel(where: Address) -> str:
     key = where.key
-    lines = []
+    scales, lines = [], []
     for i in range(key.pieces):
         channel, slot, count = key.channel(i, "c"), key.slot(i, "c"), _count(key.lanes)
-        lines += [
-            f"F x{i} = load(q.q[g] + {slot});",
-            f"store(folded[g] + {slot}, x{i} * load(scales + {channel}{count}));",
-        ]
-        lines += [f"total = mul_add(x{i}, load(scales + D + {channel}{count}), total);"] if key.zeros else []
+        scales.append(f"F scale{i} = load(scales + {channel}{count});")
+        scales += [f"F zero{i} = load(scales + D + {channel}{count});"] if key.zeros else []
+        lines += [f"F x{i} = load(q.q[g] + {slot});", f"store(folded[g] + {slot}, x{i} * scale{i});"]
+        lines += [f"total[g][{i}] = mul_add(x{i}, zero{i}, total[g][{i}]);"] if key.zeros else []
+    total = " + ".join(f"total[g][{i}]" for i in range(key.pieces))
     return fill(
         CHANNEL,
         group=key.codec.group,
         index=where.group(key, "start"),
         step=f"{key.codec.parameters} * D",
-        bias_out="float bias[G];  // q . zero" if key.zeros else "",
+        bias_out=fill(BIAS, pieces=key.pieces) if key.zeros else "",
         bias=", bias" if key.zeros else "",
-        total="F total = zero();" if key.zeros else "",
-        keep="bias[g] = sum(total);" if key.zeros else "",
+        keep=fill(KEEP, total=total) if key.zeros else "",
         runs=key.runs,
+        scales="\n".join(scales),
         pieces="\n".join(lines),
     )

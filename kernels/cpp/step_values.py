@@ -27,6 +27,7 @@ ADD = """
             UNROLL for (int c = 0; c < COLUMNS; c++) {
               $fetch
             }
+          $unroll
           for (int t = start; t < stop; t++) {
             const $element* v = row.values + $entry * $step;
             ahead(row.values + $later * $step$column, $bytes);
@@ -46,14 +47,18 @@ ADD = """
     }
     """
 
-VALUES = """
-    static constexpr int RUNNING = $slots * 16;  // floats of a sum, in the order of the stored codes
-    static constexpr int SUMS = $bias
+COLUMNS = """
     #if defined(KV_AVX512)
     static constexpr int COLUMNS = $columns;
     #else
     static constexpr int COLUMNS = 1;
     #endif
+    """
+
+VALUES = """
+    static constexpr int RUNNING = $slots * 16;  // floats of a sum, in the order of the stored codes
+    static constexpr int SUMS = $bias
+    $columns
     $add
     KV_INLINE void accumulate(const Row& row, const Tile& tile, float (&p)[G][STRIDE], float (&sum)[G][SUMS]) {
       $body
@@ -94,10 +99,12 @@ CHANNEL = """
 
 
 def _columns(stored: Stored, group: int) -> int:
-    """Runs of channels whose sums stay in registers together."""
+    """Runs of channels whose sums stay in registers together: measured, by what a run needs to be decoded."""
+    if stored.pieces > 1:
+        return 1
     rows = ceil(group / ceil(group / ROWS))
-    fit = max(1, ACCUMULATORS // (rows * stored.pieces))
-    return max(n for n in range(1, stored.runs + 1) if stored.runs % n == 0 and n <= fit)
+    most = 2 if stored.element == "float" else ACCUMULATORS // rows
+    return max(n for n in range(1, stored.runs + 1) if stored.runs % n == 0 and n <= max(1, most))
 
 
 def values(where: Address, group: int) -> str:
@@ -116,7 +123,7 @@ def values(where: Address, group: int) -> str:
         body = fill(TOKEN, groups=groups, **(lines if value.zeros else dict.fromkeys(lines, "")))
     elif value.scales == "channel":
         body = _channel(where)
-    count = "" if value.lanes == 16 else f", {value.lanes}"
+    count, columns = "" if value.lanes == 16 else f", {value.lanes}", _columns(value, group)
     stores = []
     for i in range(value.pieces):
         plus = f" + set(::sum(load(sum + RUNNING + {value.group(i, 'c')} * 16)))" if biased else ""
@@ -127,7 +134,7 @@ def values(where: Address, group: int) -> str:
         bias=f"RUNNING + {groups} * 16;  // and then of sum_t p_t zero_t, for each group of channels"
         if biased
         else "RUNNING;",
-        columns=_columns(value, group),
+        columns=fill(COLUMNS, columns=columns) if columns > 1 else "static constexpr int COLUMNS = 1;",
         add=_add(where),
         body=body,
         runs=value.runs,
@@ -151,6 +158,7 @@ def _add(where: Address) -> str:
         runs=value.runs,
         pieces=value.pieces,
         element=value.element,
+        unroll='_Pragma("GCC unroll 4")' if value.pieces > 1 else "",
         entry=where.entry("t"),
         later=where.later("t"),
         column=f" + first * {value.lanes}" if value.runs > 1 else "",
