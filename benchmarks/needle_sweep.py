@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -153,7 +154,7 @@ def main() -> None:
     print(text)
     if args.out:
         head = f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
-        head += f"{args.samples} samples a cell\n\n    python {' '.join(sys.argv)}\n\n"
+        head += f"{args.samples} samples a cell\n\n    python {shlex.join(sys.argv)}\n\n"
         stack_lines = "\n".join(f"- {label}: `{' '.join(rows[label])}`" for label in rows)
         Path(args.out + ".md").write_text(f"{head}{text}\n\n{stack_lines}\n")
         Path(args.out + ".json").write_text(json.dumps(table, indent=1) + "\n")
