@@ -8,7 +8,7 @@ without scores, over as many bytes (ragged rows hold S/2 to 3S/2 entries; pages 
 order).
 library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16.
 Every call reads another copy, of as many as make 128 MB: between two steps of a model its weights pass through the
-caches of the processor, and nothing is left there of what it attends to. Minimum of several rounds.
+caches of the processor, and nothing is left there of what it attends to. Medians over rounds of calls in turns.
 Nothing is printed unless every kernel agrees with float64.
 Threads that sleep between kernels (OMP_WAIT_POLICY=PASSIVE) wake too late for rows that take 0.1 ms: leave it unset.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -171,23 +172,30 @@ def agree() -> None:
                     sys.exit(f"{one.name} is off by {wrong:.1e}: nothing was timed")
 
 
-def turns(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """The least time of each, all in turns, for about so long; who takes very long has fewer turns."""
-    best: dict[str, float] = {}
-    spent: dict[str, float] = dict.fromkeys(calls, 0.0)
+Times = dict[str, dict[int, float]]  # seconds of each contestant, by round
+
+
+def turns(calls: dict[str, Callable], seconds: float) -> Times:
+    """All in turns for about so long; who takes very long sits out some rounds."""
+    taken: Times = {name: {} for name in calls}
     for call in calls.values():
         call()
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    until, round_ = time.perf_counter() + seconds, 0
+    while time.perf_counter() < until or round_ < 3:
         for name, call in calls.items():
-            if spent[name] > seconds / len(calls) and name in best:
+            if round_ > 2 and sum(taken[name].values()) > seconds / len(calls):
                 continue
             start = time.perf_counter()
             call()
-            took = time.perf_counter() - start
-            spent[name] += took
-            best[name] = min(best.get(name, took), took)
-    return best
+            taken[name][round_] = time.perf_counter() - start
+        round_ += 1
+    return taken
+
+
+def ratio(times: Times, one: str, other: str) -> float:
+    """The median over the rounds of one time to another."""
+    a, b = times[one], times[other]
+    return median(a[r] / b[r] for r in a.keys() & b.keys())
 
 
 def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> dict[str, object]:
@@ -196,24 +204,24 @@ def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> d
     ways = library(name, SHAPES[shape], batch, tokens)
     source, target = torch.ones(COLD), torch.empty(COLD)
     copy = {"copy": lambda: target.copy_(source)}
-    best = turns({**{k: c for k, (c, _) in calls.items()}, **ways, **copy}, seconds)
-    dense, size = best["dense"], calls["dense"][1]
-    rate = 2 * source.nbytes / best["copy"]
-    fastest = min(ways, key=lambda way: best[way])
+    times = turns({**{k: c for k, (c, _) in calls.items()}, **ways, **copy}, seconds)
+    typical = {name: median(mine.values()) for name, mine in times.items()}
+    size, fastest = calls["dense"][1], min(ways, key=lambda way: typical[way])
+    moved = 2 * source.nbytes
     return {
         "heads": shape,
         "batch": batch,
         "S": tokens,
         "format": name,
         "MB": round(size / 1e6, 1),
-        "ms": round(1000 * dense, 3),
-        "GB/s": round(size / dense / 1e9, 1),
-        "copy GB/s": round(rate / 1e9, 1),
-        "copy": f"{size / dense / rate:.0%}",
-        "library ms": round(1000 * best[fastest], 3),
+        "ms": round(1000 * typical["dense"], 3),
+        "GB/s": round(size / typical["dense"] / 1e9, 1),
+        "copy GB/s": round(moved / typical["copy"] / 1e9, 1),
+        "copy": f"{size / moved * ratio(times, 'copy', 'dense'):.0%}",
+        "library ms": round(1000 * typical[fastest], 3),
         "library": fastest,
-        "faster": round(best[fastest] / dense, 2),
-        **{other: round(best[other] / dense, 2) for other in ("ragged", *PAGES, "scores")},
+        "faster": round(ratio(times, fastest, "dense"), 2),
+        **{other: round(ratio(times, other, "dense"), 2) for other in ("ragged", *PAGES, "scores")},
     }
 
 
