@@ -105,7 +105,7 @@ def copies(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int
     """As many views as the caches of the processor cannot hold, and the bytes of one."""
     views = [view(name, layout, batch, heads, tokens, dim)]
     size = bytes_of(views[0])
-    views += [view(name, layout, batch, heads, tokens, dim) for _ in range(COLD // size)]
+    views += [view(name, layout, batch, heads, tokens, dim) for _ in range(COLD // size)]  # one is beyond all caches
     return views, size
 
 
@@ -178,13 +178,12 @@ Times = dict[str, dict[int, float]]  # seconds of each contestant, by round
 def turns(calls: dict[str, Callable], seconds: float) -> Times:
     """All in turns for about so long; who takes very long sits out some rounds."""
     taken: Times = {name: {} for name in calls}
-    for call in calls.values():
-        call()
     until, round_ = time.perf_counter() + seconds, 0
     while time.perf_counter() < until or round_ < 3:
         for name, call in calls.items():
             if round_ > 2 and sum(taken[name].values()) > seconds / len(calls):
                 continue
+            call()  # on another copy: what it runs is at hand again, whoever came before
             start = time.perf_counter()
             call()
             taken[name][round_] = time.perf_counter() - start
