@@ -6,7 +6,8 @@ One new token over S entries a row. MB: what the kernel reads; GB/s: MB over tim
 of a large array moves (read and written), in turns with the others. ragged, paged, scores: time relative to dense
 without scores, over as many bytes (ragged rows hold S/2 to 3S/2 entries; pages of 128 entries, and of 16, in random
 order).
-library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16.
+library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16. bf16: the
+time of our kernel over dense bfloat16, relative to this one.
 Every call reads another copy, of as many as make 128 MB: between two steps of a model its weights pass through the
 caches of the processor, and nothing is left there of what it attends to. Medians over rounds of calls in turns.
 Nothing is printed unless every kernel agrees with float64.
@@ -109,13 +110,18 @@ def copies(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int
     return views, size
 
 
-def kernels(name: str, shape: tuple[int, int, int], batch: int, tokens: int) -> dict[str, tuple[Callable, int]]:
+LAYOUTS = ("dense", "ragged", *PAGES)
+
+
+def kernels(
+    name: str, shape: tuple[int, int, int], batch: int, tokens: int, layouts: tuple[str, ...] = LAYOUTS
+) -> dict[str, tuple[Callable, int]]:
     """A call and the bytes it reads, by layout (and dense with scores)."""
     heads, kv_heads, dim = shape
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     queries = Queries(torch.randn(batch, heads, 1, dim).to(dtype), torch.full((batch, 1), tokens))
     found: dict[str, tuple[Callable, int]] = {}
-    for layout in ("dense", "ragged", *PAGES):
+    for layout in layouts:
         views, size = copies(name, layout, batch, kv_heads, tokens, dim)
         one, turn = spec(name, layout, shape), cycle(views)
         found[layout] = (lambda s=one, t=turn: attention.attend(queries, next(t), s)), size
@@ -158,7 +164,7 @@ def agree() -> None:
         heads, kv_heads, dim = shape
         for name in FORMATS:
             dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
-            for layout in ("dense", "ragged", *PAGES):
+            for layout in LAYOUTS:
                 held = view(name, layout, 2, kv_heads, 640, dim)
                 queries = Queries(torch.randn(2, heads, 1, dim).to(dtype), torch.full((2, 1), 2000))
                 one = spec(name, layout, shape, layout == "dense")
@@ -203,7 +209,8 @@ def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> d
     ways = library(name, SHAPES[shape], batch, tokens)
     source, target = torch.ones(COLD), torch.empty(COLD)
     copy = {"copy": lambda: target.copy_(source)}
-    times = turns({**{k: c for k, (c, _) in calls.items()}, **ways, **copy}, seconds)
+    plain = {"bfloat16": kernels("bfloat16", SHAPES[shape], batch, tokens, ("dense",))["dense"][0]}
+    times = turns({**{k: c for k, (c, _) in calls.items()}, **plain, **ways, **copy}, seconds)
     typical = {name: median(mine.values()) for name, mine in times.items()}
     size, fastest = calls["dense"][1], min(ways, key=lambda way: typical[way])
     moved = 2 * source.nbytes
@@ -220,6 +227,7 @@ def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> d
         "library ms": round(1000 * typical[fastest], 3),
         "library": fastest,
         "faster": round(ratio(times, fastest, "dense"), 2),
+        "bf16": round(ratio(times, "bfloat16", "dense"), 2),
         **{other: round(ratio(times, other, "dense"), 2) for other in ("ragged", *PAGES, "scores")},
     }
 
