@@ -9,8 +9,8 @@ order).
 library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16. bf16: the
 time of our kernel over dense bfloat16, relative to this one.
 Every call reads another copy, of as many as make 128 MB: between two steps of a model its weights pass through the
-caches of the processor, and nothing is left there of what it attends to. Medians over rounds of calls in turns.
-Nothing is printed unless every kernel agrees with float64.
+caches of the processor, and nothing is left there of what it attends to. Medians over rounds, each in an order of its
+own. Nothing is printed unless every kernel agrees with float64.
 Threads that sleep between kernels (OMP_WAIT_POLICY=PASSIVE) wake too late for rows that take 0.1 ms: leave it unset.
 """
 
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from statistics import median
 
 import torch
@@ -47,6 +48,7 @@ FORMATS = {
 }
 SHAPES = {"32/8x128": (32, 8, 128), "9/3x64": (9, 3, 64)}
 MOST_BYTES = 2.5e9
+LAYOUTS = ("dense", "ragged", *PAGES)
 GROUP = 32  # of tokens that share scales
 COLD = 1 << 27  # bytes
 # relative RMS: as in tests/kernels/cpp/test_attention.py
@@ -108,9 +110,6 @@ def copies(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int
     size = bytes_of(views[0])
     views += [view(name, layout, batch, heads, tokens, dim) for _ in range(COLD // size)]  # one is beyond all caches
     return views, size
-
-
-LAYOUTS = ("dense", "ragged", *PAGES)
 
 
 def kernels(
@@ -184,9 +183,9 @@ Times = dict[str, dict[int, float]]  # seconds of each contestant, by round
 def turns(calls: dict[str, Callable], seconds: float) -> Times:
     """All in turns for about so long; who takes very long sits out some rounds."""
     taken: Times = {name: {} for name in calls}
-    until, round_ = time.perf_counter() + seconds, 0
+    until, round_, order = time.perf_counter() + seconds, 0, Random(0)
     while time.perf_counter() < until or round_ < 3:
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):  # to come after a copy costs more than others
             if round_ > 2 and sum(taken[name].values()) > seconds / len(calls):
                 continue
             call()  # on another copy: what it runs is at hand again, whoever came before
@@ -207,7 +206,7 @@ def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> d
     """One row of the table."""
     calls = kernels(name, SHAPES[shape], batch, tokens)
     ways = library(name, SHAPES[shape], batch, tokens)
-    source, target = torch.ones(COLD), torch.empty(COLD)
+    source, target = torch.ones(COLD // 4), torch.empty(COLD // 4)
     copy = {"copy": lambda: target.copy_(source)}
     plain = {"bfloat16": kernels("bfloat16", SHAPES[shape], batch, tokens, ("dense",))["dense"][0]}
     times = turns({**{k: c for k, (c, _) in calls.items()}, **plain, **ways, **copy}, seconds)
