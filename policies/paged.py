@@ -16,7 +16,8 @@ class Paged(StoragePolicy):
     A selection hands emptied pages back. Beams, repeated sequences and `KVCache.fork()` share pages, and copy one only
     to write to it. Under a policy that encodes old tokens (kivi) their codes lie in pages, the newest tokens do not.
 
-    page: tokens a page, rounded up to whole groups of tokens that share scales.
+    page: tokens a page, rounded up to whole groups of tokens that share scales. Half a page a row is spare on average;
+    large pages are read faster (`benchmarks/results/cpu_kernels.md`: 128 like one stretch, 16 up to twice as long).
     """
 
     name: ClassVar[str] = "paged"
