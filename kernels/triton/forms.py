@@ -9,7 +9,6 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
 
-FLOATS = ("float32", "float16", "bfloat16")
 SMALLEST = 16  # the shortest side of a matrix product on a tensor core
 WIDEST = 256  # channels that go together; of wider vectors (latents) one block after the other is read and multiplied
 
