@@ -115,10 +115,9 @@ def test_rows_of_a_head_go_from_halves_to_pairs() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_file_holds_the_converted_weights(dtype: str, tmp_path: Path) -> None:
-    model = compiled("llama", "gqa", tie_word_embeddings=True)
+    model = compiled("llama", "gqa", tie_word_embeddings=True, vocab_size=400)
     tokenizer = bpe_tokenizer(byte_level())
     tokenizer.chat_template = "{{ messages[0].content }}"
-    model.resize_token_embeddings(400)
     done = kvcompile.export(model, "gguf", tmp_path / "out", tokenizer, dtype=dtype)
     assert set(done.files) == {"model.gguf", "README.md"}
     read = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
