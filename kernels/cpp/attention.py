@@ -1,9 +1,8 @@
 """The route `cpp`: attention by generated C++, one kernel per spec and dtype of the queries, compiled on first use.
 
 One new token a sequence runs a step kernel, several run a chunk kernel, over any layout and number format; the last of
-a prompt run one that computes column sums alone. What C++
-is not meant for goes to the library route, and `describe` says so: a whole prompt at once over plain dense floats,
-float64, and whatever autograd must follow.
+a prompt run one that computes column sums alone. What C++ is not meant for goes to the library route, and `describe`
+says so: a whole prompt at once over plain dense floats, float64, and whatever autograd must follow.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import cached_property, partial
 from struct import Struct
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,9 +57,8 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) ->
     """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
 
     Causal by true positions, like `attend`; the spec has `scores`, and values are not read. A block of 64 queries keeps
-    its logits, so that each thread holds 64 floats an entry, whatever the number of heads and queries. 8 to 64 queries
-    over 1k to 16k entries, shapes of SmolLM2 and Llama 3 8B, 2 threads of AVX-512: 1.3 to 4.8 times as fast as their
-    softmax in torch.
+    its logits, so that each thread holds 64 floats an entry, whatever the number of heads and queries. Faster than the
+    softmax in torch (`benchmarks/window_sums.py`).
     """
     _kernel(spec, queries.states.dtype, True, False)(queries, view, sums)
 
@@ -118,11 +116,12 @@ def _library(spec: KernelSpec, queries: Queries, view: View, sums: Tensor | None
 class _Compiled:
     """A kernel and what the parts of its view are called with."""
 
-    function = "attend_chunk"
+    function: ClassVar[str]
+    many, values = True, True
 
-    def __init__(self, spec: KernelSpec, dtype: torch.dtype, many: bool, values: bool = True) -> None:
-        self.spec, self.dtype, self.many, self.values = spec, dtype, many, values
-        self.places = chunk.arguments(spec) if many else step.arguments(spec)
+    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.places = chunk.arguments(spec) if self.many else step.arguments(spec)
         self.single = self.places[0] if len(self.places) == 1 else None
 
     @cached_property
@@ -151,9 +150,7 @@ class Step(_Compiled):
     """A decode kernel: one new token of each sequence."""
 
     function = "attend_step"
-
-    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype, False)
+    many = False
 
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
         """Attention `[B, H_q, 1, D_v]`."""
@@ -177,8 +174,10 @@ class Step(_Compiled):
 class Chunk(_Compiled):
     """A kernel for several new tokens of each sequence."""
 
+    function = "attend_chunk"
+
     def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype, True)
+        super().__init__(spec, dtype)
         self.plain = _plain(spec, dtype)
 
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
@@ -203,9 +202,7 @@ class Window(_Compiled):
     """Column sums alone, of several queries of each sequence."""
 
     function = "window_sums"
-
-    def __init__(self, spec: KernelSpec, dtype: torch.dtype) -> None:
-        super().__init__(spec, dtype, True, False)
+    values = False
 
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
         """`sums`, to which what entries received was added. Raises ValueError where there is no such tensor."""
