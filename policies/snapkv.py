@@ -54,8 +54,9 @@ class SnapKV(SelectionPolicy):
     """Keep the tokens that the last `window` queries attend to, after prefill (arXiv 2404.14469).
 
     kernel: how many neighbours share a vote (odd); it decides how much of a sentence stays with the word that is asked
-    for: at a tenth of the tokens, 7 lost all needles of the default model, and 21 with reduce=max hardly any
-    (`recipe=snapkv_kivi`). pooling: of the neighbours. reduce: over the window and the query heads of a KV head.
+    for: at a tenth of the tokens, with reduce=max, 7 lost all needles of the default model and 21 none
+    (`benchmarks/results/snapkv_pool.md`).
+    pooling: of the neighbours. reduce: over the window and the query heads of a KV head.
     """
 
     name: ClassVar[str] = "snapkv"
