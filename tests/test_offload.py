@@ -9,46 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from contract_table import HEADS, KIVI8, LAYERS, Options, compiled, dense, kept_positions, plan_of
-from rich.console import Console
+from contract_table import HEADS, KIVI8, LAYERS, Options, compiled, dense, kept_positions
+from offloading import STACKS, offloaded
 from test_contract import steps
 from tiny import tiny_ids
 from torch import Tensor
 
 from kvcompile import artifact, planning
-from kvcompile.cache import KVCache, plain
-from kvcompile.cache.offload import Host, Shuttle, travelling
-from kvcompile.cache.paged import PagedStore
+from kvcompile.cache import KVCache
+from kvcompile.cache.offload import Host, travelling
 from kvcompile.calibrator import shared
 from kvcompile.compiler import assemble
-from kvcompile.compose import compose
 from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
-from kvcompile.graph import ops
-from kvcompile.graph.offload import InsertOffload
-from kvcompile.graph.wiring import appends
 from kvcompile.prove import prove
 from kvcompile.report import verify
 from kvcompile.storage import FLUSH
 
 TOKENS, NEW = 40, FLUSH + 2  # far enough to encode while decoding
-OFFLOAD: Options = {"offload": {}}
-SNAPKV: Options = {"snapkv": {"budget": 24, "window": 4, "kernel": 1, "decode_every": 8}}
-STACKS: dict[str, Options] = {
-    "plain": {},
-    "kivi": KIVI8,
-    "snapkv": SNAPKV,
-    "adakv": {"adakv": {"budget": 24, "decode_every": 8}},
-    "adakv, kivi": {"adakv": {"budget": 24, "decode_every": 8}, **KIVI8},
-    "streaming, compact": {"streaming": {"budget": 24, "positions": "compact", "decode_every": 8}},
-    "h2o, rotate, int8": {"h2o": {"budget": 24, "decode_every": 8}, "rotate": {}, "int8": {}},
-    "zigzag": {"snapkv": {**SNAPKV["snapkv"]}, "zigzag": {"window": 8}},
-    "zigzag, kivi": {"snapkv": {**SNAPKV["snapkv"]}, "zigzag": {"window": 8}, **KIVI8},
-    "cla": {"cla": {}},
-    "paged": {"paged": {"page": 4}},
-    "adakv, paged": {"adakv": {"budget": 24, "decode_every": 8}, "paged": {"page": 4}},
-    "zigzag, kivi, paged": {"snapkv": {**SNAPKV["snapkv"]}, "zigzag": {"window": 8}, **KIVI8, "paged": {"page": 4}},
-}
 every = pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
 
 
@@ -87,11 +65,6 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     made = Pretended(torch.device("cpu"))
     monkeypatch.setattr("kvcompile.cache.offload.beside", lambda device: made)
     return made
-
-
-def offloaded(stack: Options, architecture: str = "llama", fields: Any = None, **changes: Any) -> Any:
-    """The tiny model compiled with a stack and `offload`."""
-    return compiled({**stack, "offload": fields or {}}, architecture, **changes)
 
 
 def books(cache: Any) -> int:
@@ -275,55 +248,6 @@ def test_a_session_goes_on_in_the_same_parked_cache() -> None:
     assert said[0][1] == said[1][1]
 
 
-@every
-def test_the_moves_stand_in_the_graph_where_they_must(stack: Options) -> None:
-    """Prefetch after the fetch before it, fetch before the append, park after the layer's last use."""
-    model = offloaded(stack, fields={"skip_layers": [1]})
-    graph, plan = model.kvcompile.graph.graph, model.kvcompile.plan
-    graph.lint()
-    mine = [p.index for p in plan.layers if p.storage.offload]
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    at = {(n.target, n.args[1]): i for n, i in place.items() if n.target in (ops.prefetch, ops.fetch, ops.park)}
-    assert mine
-    assert 1 not in mine
-    assert sorted(at.values()) == sorted(at[op, i] for op in (ops.prefetch, ops.fetch, ops.park) for i in mine)
-    begin = next(i for n, i in place.items() if n.target is ops.begin)
-    for before, i in zip([None, *mine], mine, strict=False):
-        assert at[ops.prefetch, i] == (begin if before is None else at[ops.fetch, before]) + 1
-        kv = appends(graph)[i]
-        uses = [n for n in kv.users if n.target is not ops.settle or "zigzag" not in stack]
-        assert at[ops.prefetch, i] < at[ops.fetch, i] < place[kv] < max(map(place.__getitem__, uses)) < at[ops.park, i]
-    assert model.kvcompile.changes["InsertOffload"] == len(mine)
-
-
-@pytest.mark.parametrize("op", [ops.prefetch, ops.fetch, ops.park])
-def test_a_missing_or_misplaced_move_is_noticed(op: Any) -> None:
-    model = offloaded({})
-    module, plan = model.kvcompile.graph, model.kvcompile.plan
-    InsertOffload(plan).ensures(module)
-    node = next(n for n in module.graph.nodes if n.target is op and n.args[1] == 2)
-    fetched = next(n for n in module.graph.nodes if n.target is ops.fetch and n.args[1] == 2)
-    (appends(module.graph)[2] if op is ops.fetch else fetched).append(node)  # too late, too late, too early
-    with pytest.raises(KvcompileError, match="layer 2 must be"):
-        InsertOffload(plan).ensures(module)
-    module.graph.erase_node(node)
-    with pytest.raises(KvcompileError, match="layer 2 must be prefetched, fetched and parked once"):
-        InsertOffload(plan).ensures(module)
-
-
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(KvcompileError, match="some layer must be offloaded, got none of 4"):
-        plan_of({"offload": {"keep": 4}})
-    with pytest.raises(KvcompileError, match=r"layers must be in 0\.\.3"):
-        plan_of({"offload": {"layers": [4]}})
-    with pytest.raises(KvcompileError, match=r"skip_layers must be in 0\.\.3"):
-        plan_of({"offload": {"skip_layers": [9]}})
-    with pytest.raises(KvcompileError, match="keep must be 0 or more"):
-        plan_of({"offload": {"keep": -1}})
-    with pytest.raises(KvcompileError, match="keep must be 0 where layers"):
-        plan_of({"offload": {"keep": 1, "layers": [2]}})
-
-
 def test_an_artifact_comes_back_offloaded(tmp_path: Path) -> None:
     """Plan and logits to the bit."""
     ids, config = tiny_ids(1, TOKENS + NEW), finish(Config(stack={**KIVI8, "offload": {"keep": 1}}))
@@ -356,58 +280,3 @@ def test_bytes_on_device_and_host_are_the_planned_ones(name: str) -> None:
         verify([rows[0], replace(rows[1], host_bytes=0), *rows[2:]])
     with pytest.raises(KvcompileError, match="layer 0 must hold in host memory the bytes that are offloaded"):
         verify([replace(rows[0], host_bytes=rows[0].bytes), *rows[1:]])
-
-
-@pytest.mark.parametrize("room", [4, 16])
-def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int, host: Pretended) -> None:
-    """Forks in two threads: the first to park leaves the pages to the other, and what both wrote comes home.
-
-    Where there is room, as single pages; else the pool is made anew.
-    """
-    keys = torch.randn(1, 1, 6, 4)
-    store = PagedStore.empty(keys, keys, 4)
-    store.append(keys, keys, torch.arange(6)[None], room)
-    first, second = Shuttle(), Shuttle()
-    first.park(store, plain.added)
-    fork = store.fork()
-    second.parked = True
-    for shuttle, mine in ((first, store), (second, fork)):
-        shuttle.fetch(mine)
-        assert not host.holds(mine.keys)
-    new = {store: torch.full((1, 1, 1, 4), 7.0), fork: torch.full((1, 1, 1, 4), 9.0)}
-    for mine, x in new.items():
-        mine.append(x, x, torch.tensor([[6]]), 4)
-    first.park(store, plain.added)
-    assert not host.holds(fork.keys)
-    second.park(fork, plain.added)
-    assert host.holds(fork.keys)
-    for mine, x in new.items():
-        assert torch.equal(mine.rows()[0][0], torch.cat((keys[0, 0], x[0, 0])))
-
-
-def test_pages_on_their_way_are_not_used_where_the_pool_was_made_anew_meanwhile() -> None:
-    keys = torch.randn(1, 1, 6, 4)
-    store, shuttle = PagedStore.empty(keys, keys, 4), Shuttle()
-    store.append(keys, keys, torch.arange(6)[None], 4)
-    shuttle.park(store, plain.added)
-    shuttle.prefetch(store)
-    store.pages.pool.grow(3)
-    shuttle.fetch(store)
-    assert store.pages.pool.buffers["keys"].shape[0] == store.pages.pool.capacity * 4
-    assert torch.equal(store.rows()[0][0], keys[0, 0])
-
-
-@pytest.mark.parametrize(
-    ("fields", "mine"),
-    [({}, [0, 1, 2, 3]), ({"keep": 3}, [3]), ({"layers": [2, 0]}, [0, 2]), ({"keep": 1, "skip_layers": [2]}, [1, 3])],
-)
-def test_the_plan_says_which_layers_are_offloaded(fields: dict[str, Any], mine: list[int]) -> None:
-    plan = plan_of({**KIVI8, "offload": fields})
-    assert [p.index for p in plan.layers if p.storage.offload] == mine
-    assert [x["storage"]["offload"] for x in plan.to_json()["layers"]] == [i in mine for i in range(LAYERS)]
-    without = plan.map(lambda p: replace(p, storage=replace(p.storage, offload=False)))
-    assert without.layers == plan_of(KIVI8).layers
-    assert without.digest() != plan.digest()
-    console = Console(width=160, record=True)
-    planning.show(plan, compose(["policy=[kivi,offload]", "model=llama", "plan=only"]), console)
-    assert "float32, offloaded" in console.export_text()
