@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvcompile.doors.door import Door
+from kvcompile.errors import KvcompileError
 from kvcompile.program.room import Limits
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from kvcompile.plan import Plan
+    from kvcompile.plan import LayerPlan, Plan
 
 FACTS = "program.json"
+LONGEST = 2**20  # tokens: a program holds tables of what stays of so many
 SHAPES = """\
 `program.json` tells the limits (sequences at once, tokens of a prompt, tokens after it), each cache tensor, and how
 many entries each layer has room for. Where layers or heads split a budget by the scores of each prompt, `mean` is what
@@ -38,14 +40,36 @@ class ProgramDoor(Door):
 
     def __post_init__(self) -> None:
         self.require(self.batch >= 1, "batch", "1 or more")
-        self.require(self.prompt >= 2, "prompt", "2 or more")
-        self.require(self.new >= 1, "new", "1 or more")
+        self.require(2 <= self.prompt <= LONGEST, "prompt", f"2 to {LONGEST}")
+        self.require(1 <= self.new <= LONGEST, "new", f"1 to {LONGEST}")
 
     def refuse(self, plan: Plan, model_config: Any) -> None:
-        """Raise KvcompileError for what fixed shapes cannot express."""
+        """Raise KvcompileError for what fixed shapes cannot express, and for a cache that this machine cannot hold."""
         from kvcompile.program.refuse import refuse
 
         refuse(plan, model_config)
+        self._refuse_size(plan)
+
+    def _refuse_size(self, plan: Plan) -> None:
+        """By what the cache takes at least: what a selection leaves of a prompt is not counted."""
+        import psutil
+
+        from kvcompile.planning import size
+
+        least = self.batch * sum(p.kv_heads * p.nbytes(self._entries(p), plan.dtype) for p in plan.owners)
+        memory = psutil.virtual_memory().total
+        if least > memory:
+            raise KvcompileError(
+                f"the cache of a program must fit into this machine's {size(memory)}",
+                f"{size(least)} or more for batch={self.batch}, prompt={self.prompt}, new={self.new}",
+                f"smaller export.{self.name}.batch, prompt or new",
+            )
+
+    def _entries(self, p: LayerPlan) -> int:
+        """How many a row has room for, at least."""
+        if p.selection is None:
+            return p.span(self.prompt + self.new)
+        return 0 if p.selection.schedule.decode_every else p.span(self.new)
 
     def save(self, traced: ExportedProgram, path: Path) -> None:
         """Write one traced module."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 from programs import planned
 
+from kvcompile.doors.registry import build_doors, require_open
+from kvcompile.doors.torch_program import TorchProgram
 from kvcompile.errors import KvcompileError
 from kvcompile.program.refuse import refuse
+from kvcompile.program.room import Limits, rooms
 
 REFUSED = {
     "moments of queries to come": (
@@ -51,6 +57,38 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize("name", TAKEN)
 def test_taken(name: str) -> None:
     refuse(*planned("llama", TAKEN[name]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"new": 10**8}, r"export.torch: new must be 1 to 1048576, got 100000000"),
+        ({"prompt": 10**8}, r"export.torch: prompt must be 2 to 1048576, got 100000000"),
+        (
+            {"batch": 10**9},
+            r"export=torch: the cache .* must fit .*batch=1000000000, .* Fix: smaller export.torch",
+        ),
+    ],
+    ids=str,
+)
+def test_absurd_sizes_are_refused_from_the_plan_alone(sizes: dict[str, int], message: str) -> None:
+    plan, config = planned("llama", ["policy=snapkv"])
+    with pytest.raises(KvcompileError, match=message):
+        require_open(build_doors({"torch": sizes}), plan, config)
+
+
+def test_a_cache_takes_at_least_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than programs get: room for every token, for those after the prompt, or unknown."""
+    door = TorchProgram(batch=3, prompt=40, new=9)
+    for overrides, entries in (([], 49), (["policy=snapkv"], 9), (["policy=streaming"], 0), (["policy=mla"], 49)):
+        plan, config = planned("llama", overrides)
+        least = 3 * sum(p.kv_heads * p.nbytes(entries, "float32") for p in plan.layers)
+        held = 3 * sum(r.rows * r.plan.nbytes(r.capacity, "float32") for r in rooms(plan, Limits(3, 40, 9)))
+        assert least <= held
+        for memory in (least - 1, least):
+            monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
+            with nullcontext() if memory == least else pytest.raises(KvcompileError, match="must fit"):
+                door.refuse(plan, config)
 
 
 def test_angles_that_depend_on_the_length_are_refused() -> None:
