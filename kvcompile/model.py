@@ -184,7 +184,7 @@ def _wanted(keep: int | Tensor, count: int) -> list[int] | None:
     if isinstance(keep, Tensor):
         chosen = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         return [int(i) % count for i in chosen]
-    return list(range(max(0, count - keep), count)) if keep else None
+    return list(range(count)[-keep:]) if keep else None
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:

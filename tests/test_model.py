@@ -191,7 +191,7 @@ def test_logits_in_pieces(cuts: list[int], original: Any, identity: Any) -> None
 @pytest.mark.parametrize("chunk", [0, 5])
 @pytest.mark.parametrize(
     "keep",
-    [0, 1, 5, 20, 99, torch.tensor([3]), torch.tensor([-1, 2]), torch.tensor([17, 2, 9]), torch.arange(20) % 3 == 0],
+    [0, 1, 5, 20, 99, -1, -20, *map(torch.tensor, ([3], [-1, 2], [17, 2, 9])), torch.arange(20) % 3 == 0],
     ids=str,
 )
 def test_logits_to_keep(keep: Any, chunk: int, original: Any, identity: Any, chunked: Any) -> None:
