@@ -59,7 +59,7 @@ class StudentMixin(CompiledMixin):
             return {"loss": relative_error(outputs, targets["outputs"])}
         logits, states, _ = _run(self, self.graphs["model"], input_ids, slice(None))
         loss = divergence(logits, targets["logits"], self.temperature)
-        if self.hidden:  # the first layer's are the embeddings of both
+        if self.hidden and len(states) > 1:  # the first layer's are the embeddings of both
             loss = loss + self.hidden * relative_error(states[1:], targets["states"][1:])
         return {"loss": loss}
 

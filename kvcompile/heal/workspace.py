@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,17 +33,35 @@ def fingerprint(config: Config, plan: Plan) -> str:
 def opened(folder: Path | None, owner: str) -> Iterator[Path]:
     """A folder for checkpoints: a passing one for None, else the given one, emptied unless it is of this `owner`.
 
+    What fails before its first checkpoint leaves nothing behind.
     Raises KvcompileError where the given one holds something else than checkpoints.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="kvcompile-heal-", ignore_cleanup_errors=True) as passing:
             yield Path(passing)
         return
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    made = [place for place in (folder, *folder.parents) if main and not place.exists()]
+    if main:
         _prepare(folder, owner)
     if dist.is_initialized():
         dist.barrier()
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if main:
+            _clear(folder, made)
+        raise
+
+
+def _clear(folder: Path, made: list[Path]) -> None:
+    """Take back the mark, where it stands alone, and the folders `made` for it."""
+    if [path.name for path in folder.iterdir()] != [MARK]:
+        return
+    (folder / MARK).unlink()
+    with contextlib.suppress(OSError):  # another has put something there meanwhile
+        for place in made:
+            place.rmdir()
 
 
 def _prepare(folder: Path, owner: str) -> None:

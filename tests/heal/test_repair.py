@@ -77,6 +77,13 @@ def test_what_the_record_says_is_what_the_model_does(data: Path, how: tuple[str,
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_model_of_one_layer_is_healed(data: Path) -> None:
+    """It has no hidden states between layers to learn."""
+    config = compose([f"heal.dataset={data}", *QUICK, "policy=[mqa]", f"heal.tokens={4 * STEP}"])
+    model = assemble(tiny_model(num_hidden_layers=1), config, tiny_tokenizer())
+    assert {p.stage for p in model.kvcompile.healed.curve} == {"layers", "model"}
+
+
 def test_the_original_is_not_disturbed(data: Path) -> None:
     before = weights(learnt())
     healed(data, "policy=[mqa]", f"heal.tokens={3 * STEP}", "heal.scope=all", "heal.layers=0")
@@ -295,10 +302,11 @@ def test_offline_text_is_split_and_nothing_held_out_is_trained_on() -> None:
         (["policy=[mqa]", "heal.length=5000", "heal.batch=1", "heal.tokens=5000"], "longer than two sequences"),
     ],
 )
-def test_mistakes_are_one_line(data: Path, overrides: list[str], message: str) -> None:
+def test_mistakes_are_one_line(data: Path, overrides: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(KvcompileError, match=message) as caught:
-        healed(data, f"heal.tokens={2 * STEP}", *overrides)
+        healed(data, f"heal.tokens={2 * STEP}", *overrides, workspace=tmp_path / "outputs" / "w")
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
 @pytest.mark.parametrize(("name", "override"), [("peft", "heal.weights=lora"), ("datasets", "heal.weights=full")])

@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from kvcompile.compiler import plan_of
 from kvcompile.compose import compose
+from kvcompile.errors import KvcompileError
 from kvcompile.heal import workspace
 from kvcompile.heal.weights import flags_kept, own, train_only
 
@@ -61,6 +62,25 @@ def test_a_folder_is_emptied_unless_it_is_of_the_same_owner(mark: str, tmp_path:
     with workspace.opened(folder, "me") as place:
         assert [p.name for p in place.iterdir()] == [workspace.MARK]
         assert json.loads((place / workspace.MARK).read_text()) == {"fingerprint": "me"}
+
+
+@pytest.mark.parametrize("before", [[], ["outputs"], ["outputs", "outputs/w-heal"]], ids=len)
+def test_what_fails_before_its_first_checkpoint_leaves_nothing(before: list[str], tmp_path: Path) -> None:
+    for name in before:
+        (tmp_path / name).mkdir()
+    for error in (KvcompileError("rule", "given"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), workspace.opened(tmp_path / "outputs/w-heal", "me"):
+            raise error
+        assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == before
+
+
+def test_what_fails_later_keeps_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "w" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "w" / workspace.MARK).write_text('{"fingerprint": "me"}')
+    with pytest.raises(KeyboardInterrupt), workspace.opened(tmp_path / "w", "me"):
+        raise KeyboardInterrupt
+    with workspace.opened(tmp_path / "w", "me") as place:
+        assert (place / "checkpoint-3").is_dir(), "and its mark, by which it is known"
 
 
 def test_without_a_folder_nothing_is_left() -> None:
