@@ -235,8 +235,23 @@ class KVCache(Cache):  # type: ignore[misc]
         Where the plan stores in pages (`policy=paged`), both share all pages until one of them writes there; any other
         layout is copied.
         """
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
+        made = object.__new__(type(self))
         same = (self.plan, *self.plan.layers, self.rotaries, self.specs)
-        return copy.deepcopy(self, {id(x): x for x in same})
+        memo.update({id(self): made, **{id(x): x for x in same}})
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: it shares pages, kernels and host memory with its process. Raises KvcompileError."""
+        raise KvcompileError(
+            "a cache stays in its process: it is not pickled",
+            "a KVCache",
+            "copy.deepcopy(cache) here; elsewhere read the prompt again",
+        )
 
     def reset(self) -> None:
         """Forget everything; the plan stays."""

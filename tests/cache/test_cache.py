@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -217,6 +218,13 @@ def test_copies_are_independent() -> None:
     assert (cache.seen, other.seen) == ([3], [5])
     assert positions(cache) == [[0, 1, 2]] * 2
     assert other.plan == cache.plan
+
+
+def test_a_cache_is_not_pickled() -> None:
+    """Nor copied by halves, with the layers of another."""
+    for by in (pickle.dumps, copy.copy):
+        with pytest.raises(KvcompileError, match=r"not pickled.*deepcopy"):
+            by(KVCache(plan()))
 
 
 def test_kernels_are_named_by_what_is_stored() -> None:
