@@ -15,8 +15,28 @@ TILE = 64  # entries from one step of the softmax to the next
 
 
 def aligned(part: Part) -> bool:
-    """Whether pages are whole tiles: a tile that ends where its page does is then one stretch of memory."""
-    return part.layout == "paged" and part.page % TILE == 0
+    """Whether tiles end where pages do, since a page holds a whole one: a tile is then one stretch of memory."""
+    return part.layout == "paged" and part.page >= TILE
+
+
+POOL = """
+    KV_INLINE int64_t pool(const int32_t* table, int j) {
+      return (int64_t)table[j / $page] * $page + j % $page;
+    }
+    """
+
+FIELDS = """
+    int skip;  // entries of its first page that come before it
+    int64_t at[$room];  // places in the pools of what its pages and those of the next tile hold
+    """
+
+ENTRIES = """
+    tile.skip = from % $page;
+    for (int i = 0; i < $pages; i++) {
+      int64_t first = (int64_t)row.table[least(from / $page + i, (row.count - 1) / $page)] * $page;
+      for (int t = 0; t < $page; t++) tile.at[i * $page + t] = first + t;
+    }
+    """
 
 
 class Address:
@@ -139,18 +159,16 @@ class Paged(Address):
         starts = ",\n          ".join(f"p.{name}" for name in self.names)
         self.row = fill(
             """
-            KV_INLINE int64_t pool(const int32_t* table, int j) {
-              return (int64_t)table[j / $page] * $page + j % $page;
-            }
             KV_INLINE Row row(const Part& p, int64_t, int64_t r) {
               return {$starts, (int)p.counts[r],
                       p.table + r * p.pages};
             }
             """,
-            page=part.page,
             starts=starts,
         )
         self.contiguous = aligned(part)
+        if self.contiguous or positions:
+            self.row = fill(POOL, page=part.page) + "\n" + self.row
         if self.contiguous:
             self.together = fill(
                 """
@@ -161,6 +179,10 @@ class Paged(Address):
             self.fields = "int64_t first, next;  // places in the pools, of its entries and of the next tile's"
             self.entries = "tile.first = pool(row.table, from);\n"
             self.entries += "tile.next = pool(row.table, least(from + count, row.count - 1));\n"
+        else:
+            pages = self.pages(2 * TILE)
+            self.fields = fill(FIELDS, room=pages * part.page)
+            self.entries = fill(ENTRIES, page=part.page, pages=pages)
         # scales lie apart from each other: nothing but this foresees where the next tile's are
         for name, kind, size, tokens in self.arrays:
             if name.endswith("_scales"):
@@ -169,6 +191,10 @@ class Paged(Address):
                 fetched = f"{max(1, stride // tokens) * size} * sizeof({kind})"
                 self.entries += f"for (int t = 0; t < TILE; t += {stride}) ahead(row.{name} + {index}, {fetched});\n"
 
+    def pages(self, entries: int) -> int:
+        """How many pages so many entries may lie in, wherever on a page the first is."""
+        return (entries + self.part.page - 2) // self.part.page + 1
+
     def pack(self, view: Any) -> list[int]:
         """Addresses of the pools, the table, its width and the counts."""
         values = [getattr(view, name).data_ptr() for name in self.names]
@@ -176,15 +202,11 @@ class Paged(Address):
 
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile in the pools."""
-        return f"(tile.first + {t})" if self.contiguous else f"pool(row.table, tile.from + {t})"
+        return f"(tile.first + {t})" if self.contiguous else f"tile.at[tile.skip + {t}]"
 
     def later(self, t: str) -> str:
-        """Index of the entry that comes a tile later (or the last one)."""
-        return (
-            f"(tile.next + {t})"
-            if self.contiguous
-            else f"pool(row.table, least(tile.from + TILE + {t}, row.count - 1))"
-        )
+        """Index of the entry that comes a tile later (past the row's end: on its last page)."""
+        return f"(tile.next + {t})" if self.contiguous else f"tile.at[tile.skip + TILE + {t}]"
 
     def position(self, j: str) -> str:
         """True position of entry `j` of a row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from kvcompile.kernels.cpp.address import LAYOUTS, Address
+from kvcompile.kernels.cpp.address import LAYOUTS, TILE, Address, Paged
 from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
@@ -70,12 +70,10 @@ APART = """
     """
 
 GATHER = """
-    fp16 ${name}s[TILE * $n];  // side by side, page by page
-    for (int t = 0, run; t < count; t += run) {
-      run = least(count - t, $page - (from + t) % $page);
-      memcpy(${name}s + t * $n, row.${name}_scales + $entry * $n, run * $n * sizeof(fp16));
-    }
-    $call
+    fp16 ${name}s[$room * $n];  // page by page
+    for (int i = 0; i < $room; i += $page)
+      memcpy(${name}s + i * $n, row.${name}_scales + tile.at[i] * $n, $page * $n * sizeof(fp16));
+    apart<$n>(${name}s + tile.skip * $n, count, tile.${name}_numbers);
     """
 
 
@@ -183,8 +181,7 @@ def _widened(name: str, stored: Stored, where: Address) -> str:
     if stored.codec.axis != "token":
         return ""
     n = stored.numbers
-    call = f"apart<{n}>({{}}, count, tile.{name}_numbers);"
-    if not where.contiguous:
-        call = call.format(f"{name}s")
-        return fill(GATHER, name=name, n=n, page=where.part.page, entry=where.entry("t"), call=call)
-    return call.format(f"row.{name}_scales + {where.entry('0')} * {n}")
+    if isinstance(where, Paged) and not where.contiguous:
+        page = where.part.page
+        return fill(GATHER, name=name, n=n, page=page, room=where.pages(TILE) * page)
+    return f"apart<{n}>(row.{name}_scales + {where.entry('0')} * {n}, count, tile.{name}_numbers);"
