@@ -4,7 +4,8 @@
 
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
 (group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many; and where
-a score averages the attention of the last queries of a prompt, what adds that up (`window`).
+a score averages the attention of the last queries of a prompt, what adds that up (`window`). Then what moves the
+entries that a selection keeps, by bytes of an entry (and tokens that share it).
 `--sample`: a few of them, for the tests. What was compiled once comes from Triton's own cache. Exits with 1 where a
 kernel spills for an unknown reason, or takes more shared memory than the target has. Nothing is run.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
@@ -21,7 +23,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from kvcompile.kernels.compact import CompactSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.plan import Plan
 from kvcompile.storage import Codec
 
 KIVI4 = Codec("int4", "channel", 32), Codec("int4", "token", 32)
@@ -60,31 +64,37 @@ def paged(dtype: str, page: int = 16) -> tuple[Part, ...]:
     return (replace(plain("paged", dtype)[0], page=page),)
 
 
+def plans() -> Iterator[tuple[str, str, Plan]]:
+    """The dtype, the recipe and the plan of every recipe on the shapes of two models."""
+    from transformers import LlamaConfig
+
+    from kvcompile.compiler import plan_of
+    from kvcompile.compose import compose
+
+    for dtype, shape in SHAPES.items():
+        for recipe in sorted(f.name.removesuffix(".yaml") for f in files("kvcompile.recipes.recipe").iterdir()):
+            config = compose([f"recipe={recipe}"])
+            yield dtype, recipe, plan_of(LlamaConfig(**shape), dtype, config, config.policies())
+
+
 def of_recipes(window: bool = False) -> dict[tuple[KernelSpec, str], list[str]]:
     """Specs and dtypes of the queries, and the recipes that lead to them, on the shapes of two models.
 
     window: those of column sums for scores, in place of those that attend.
     """
-    from transformers import LlamaConfig
-
     from kvcompile.cache import KVCache
-    from kvcompile.compiler import plan_of
-    from kvcompile.compose import compose
 
     found: dict[tuple[KernelSpec, str], list[str]] = {}
-    for dtype, shape in SHAPES.items():
-        for recipe in sorted(f.name.removesuffix(".yaml") for f in files("kvcompile.recipes.recipe").iterdir()):
-            config = compose([f"recipe={recipe}"])
-            plan = plan_of(LlamaConfig(**shape), dtype, config, config.policies())
-            cache = KVCache(plan)
-            for p in plan.layers:
-                specs = (*cache.first(p.index), *cache.expected(p.index))
-                if window:
-                    asked = p.selection is not None and p.selection.averages
-                    specs = tuple(cache.window_spec(p.index, one.parts) for one in specs) if asked else ()
-                for one in specs:
-                    names = found.setdefault((one, dtype), [])
-                    names += [recipe] * (recipe not in names)
+    for dtype, recipe, plan in plans():
+        cache = KVCache(plan)
+        for p in plan.layers:
+            specs = (*cache.first(p.index), *cache.expected(p.index))
+            if window:
+                asked = p.selection is not None and p.selection.averages
+                specs = tuple(cache.window_spec(p.index, one.parts) for one in specs) if asked else ()
+            for one in specs:
+                names = found.setdefault((one, dtype), [])
+                names += [recipe] * (recipe not in names)
     return found
 
 
@@ -115,6 +125,50 @@ def jobs_of_all() -> list[Job]:
     """Every kernel for every target."""
     jobs = [(one, dtype, tokens, t) for one, dtype in every() for tokens in ("one", "many") for t in TARGETS]
     return [*jobs, *((one, dtype, "window", t) for one, dtype in of_recipes(window=True) for t in TARGETS)]
+
+
+def compactions() -> dict[CompactSpec, list[str]]:
+    """What moves kept entries, and the recipes that lead to it, on the shapes of the two models."""
+    from kvcompile.cache.moves import expected
+
+    found: dict[CompactSpec, list[str]] = {}
+    for dtype, recipe, plan in plans():
+        for p in plan.owners:
+            for one in expected(p, dtype):
+                names = found.setdefault(one, [])
+                names += [recipe] * (recipe not in names)
+    return found
+
+
+def sample_of_moves() -> list[tuple[CompactSpec, str]]:
+    """A gather, codes that share scales into pages, and a compaction in place, for one target each."""
+    int4 = ((64, 1), (512, 32), (64, 1), (16, 1), (4, 1))
+    found = [CompactSpec("dense", "ragged", ((256, 1), (256, 1), (4, 1))), CompactSpec("ragged", "paged32", int4)]
+    return list(zip([*found, CompactSpec("paged16", "paged16", int4, in_place=True)], TARGETS, strict=True))
+
+
+def moved(job: tuple[CompactSpec, str]) -> tuple[int, int, int]:
+    """Registers, spilled bytes, shared bytes of a compaction."""
+    from kvcompile.kernels.triton.aot import compile_compact
+
+    made = compile_compact(*job)
+    return made.registers, made.spilled, made.shared
+
+
+def table_of_moves(
+    jobs: list[tuple[CompactSpec, str]], results: list[tuple[int, int, int]], recipes: dict[CompactSpec, list[str]]
+) -> tuple[str, list[str]]:
+    """Markdown, and what is wrong."""
+    cells: dict[CompactSpec, dict[str, str]] = {}
+    wrong = []
+    for (one, target), (registers, spilled, shared) in zip(jobs, results, strict=True):
+        cells.setdefault(one, {})[target] = cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
+        if spilled:
+            wrong.append(f"compaction {one.name} on {target}: {cell} ({UNEXPLAINED})")
+    rows = [
+        [one.name, *(row.get(t, "") for t in TARGETS), ", ".join(recipes.get(one, []))] for one, row in cells.items()
+    ]
+    return tabulate(rows, ["compaction", *TARGETS, "recipes"], tablefmt="github", disable_numparse=True), wrong
 
 
 def compiled(job: Job) -> list[tuple[str, int, int, int]]:
@@ -174,9 +228,13 @@ def main() -> int:
     parser.add_argument("--out")
     args = parser.parse_args()
     jobs = sample() if args.sample else jobs_of_all()
+    recipes = {} if args.sample else compactions()
+    moves = sample_of_moves() if args.sample else [(one, t) for one in recipes for t in TARGETS]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        results = list(pool.map(compiled, jobs))
+        results, moving = list(pool.map(compiled, jobs)), list(pool.map(moved, moves))
     text, wrong = table(jobs, results)
+    text_of_moves, more = table_of_moves(moves, moving, recipes)
+    wrong += more
     import triton
 
     title = "# Generated Triton kernels, compiled ahead of time"
@@ -184,11 +242,11 @@ def main() -> int:
         f"`python {' '.join(sys.argv)}`, triton {triton.__version__}.",
         "Registers a thread / bytes spilled a thread / shared memory a program. Default cuts;",
         "nothing was run, so nothing here says how fast a kernel is.",
-        f"{len(wrong)} of {sum(map(len, results))} kernels spill or take too much shared memory.",
+        f"{len(wrong)} of {sum(map(len, results)) + len(moving)} kernels spill or take too much shared memory.",
     ]
     reasons = "\n".join(f"- {w}" for w in wrong)
     shown = [] if args.sample else ["## The recipes that lead to them", reached()]
-    page = "\n\n".join(x for x in (title, "\n".join(notes), text, reasons, *shown) if x) + "\n"
+    page = "\n\n".join(x for x in (title, "\n".join(notes), text, text_of_moves, reasons, *shown) if x) + "\n"
     print(page)
     if args.out:
         Path(args.out).write_text(page, "utf-8")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import codecs, reference, sdpa
+from kvcompile.kernels import codecs, compact, reference, sdpa
 from kvcompile.kernels.cpp import attention as cpp
 from kvcompile.kernels.cpp import build, encode
+from kvcompile.kernels.cpp import compact as cpp_compact
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton import route as triton
@@ -40,6 +41,7 @@ ROUTES: dict[str, Route] = {
 }
 WINDOWS: dict[str, Adder] = {"cpp": cpp.window_sums, "triton": triton.window_sums}
 ENCODERS: dict[str, codecs.Encoder] = {"cpp": encode.encode}  # the other routes encode with torch
+MOVERS: dict[str, compact.Mover] = {"cpp": cpp_compact.compact, "triton": triton.compact}  # the others: torch
 GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
 
@@ -65,6 +67,11 @@ def choose(requested: str, device: torch.device | str = "cpu") -> str:
 def encoder(route: str) -> codecs.Encoder:
     """What turns keys and values into codes where a route attends; the codes are the same on every route."""
     return ENCODERS.get(route, codecs.encode)
+
+
+def mover(route: str) -> compact.Mover:
+    """What moves the entries that a selection keeps where a route attends; the bytes are the same on every route."""
+    return MOVERS.get(route, compact.compact)
 
 
 def why(device: torch.device | str = "cpu") -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kvcompile.kernels.cpp import attention, encode, simd
+from kvcompile.kernels.compact import CompactSpec
+from kvcompile.kernels.cpp import attention, compact, encode, simd
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
+from kvcompile.kernels.triton.compact import Compaction
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.storage import Codec
 
@@ -41,6 +43,13 @@ def encoder(route: str, codec: Codec, dim: int, dtype: str) -> str | None:
     if route != "cpp" or not codec.scaled or getattr(torch, dtype) not in encode.TYPES:
         return None
     return _including(encode.source(codec, dim, dtype))
+
+
+def compaction(route: str, spec: CompactSpec) -> dict[str, str]:
+    """The kernel that moves kept entries on a route, by its file's name; none of a library."""
+    if route == "cpp":
+        return {f"compact-{spec.name}.cpp": compact.source(spec)}
+    return {f"compact-{spec.name}.py": Compaction(spec).text} if route == "triton" else {}
 
 
 def shared(route: str) -> dict[str, str]:

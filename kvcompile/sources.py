@@ -35,7 +35,7 @@ def files(plan: Plan, route: str, device: str = "") -> dict[str, str]:
         for name, (spec, layers) in _named(specs).items():
             for end, text in written(route, spec, plan.dtype, device).items():
                 index[f"{name}-{end}"], found[f"{FOLDER}/{name}-{end}"] = layers, text
-    for name, (text, layers) in _encoders(plan, route).items():
+    for name, (text, layers) in (_encoders(plan, route) | _movers(plan, route)).items():
         index[name], found[f"{FOLDER}/{name}"] = layers, text
     if found:
         found |= {f"{FOLDER}/{name}": text for name, text in texts.shared(route).items()}
@@ -141,6 +141,18 @@ def _encoders(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
                 if text is not None:
                     name = f"encode-{codec.name}-d{p.head_dim}.cpp"
                     found.setdefault(name, (text, []))[1].append(p.index)
+    return found
+
+
+def _movers(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
+    from kvcompile.cache.moves import expected
+    from kvcompile.kernels import texts
+
+    found: dict[str, tuple[str, list[int]]] = {}
+    for p in plan.owners:
+        for spec in expected(p, plan.dtype):
+            for name, text in texts.compaction(route, spec).items():
+                found.setdefault(name, (text, []))[1].append(p.index)
     return found
 
 

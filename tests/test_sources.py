@@ -21,7 +21,7 @@ from tiny import tiny_ids, tiny_model
 import kvcompile
 from kvcompile import artifact, manifest, sources
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.cpp import attention, build, encode, simd
+from kvcompile.kernels.cpp import attention, build, compact, encode, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.storage import Codec
 
@@ -64,7 +64,9 @@ def older(folder: Path) -> None:
 def test_every_kernel_that_may_run_is_there_and_it_is_the_text_that_is_compiled(made: Path) -> None:
     files = {p.name for p in (made / "kernels").iterdir()}
     kernels = {f"{name}-{kind}.cpp" for name in BY_CPP for kind in ("step", "chunk")}
-    assert files == kernels | {
+    moves = {f"compact-{way}-64-64-4.cpp" for way in ("dense-dense", "dense-ragged", "ragged-ragged", "ragged")}
+    moves.add("compact-ragged-ragged-8-64c16-8-4-4.cpp")  # codes of 16 channels, scales of 16 tokens and of one
+    assert files == kernels | moves | {
         "kernels.json",
         "layers.md",
         "simd.h",
@@ -89,6 +91,7 @@ def test_the_texts_that_run_are_among_those_that_are_shown(model: Any, monkeypat
     loaded = build.load
     monkeypatch.setattr(attention, "_kernels", {})
     monkeypatch.setattr(attention, "_recent", {})
+    compact._kernel.cache_clear()
     monkeypatch.setattr(build, "load", lambda text, name, *rest: ran.append(text) or loaded(text, name, *rest))
     ids, mask = tiny_ids(2, 60), torch.ones(2, 60, dtype=torch.long)
     mask[0, :9] = 0
@@ -102,6 +105,7 @@ def test_the_texts_that_run_are_among_those_that_are_shown(model: Any, monkeypat
     texts = {text.removeprefix(shown["kernels/simd.h"]) for text in ran}
     assert len({t for t in texts if "attend_step" in t}) >= 2
     assert any("attend_chunk" in t for t in texts)
+    assert len({t for t in texts if "void compact(" in t}) >= 3
     assert texts <= written
 
 
@@ -117,7 +121,9 @@ def test_kernels_that_add_up_for_a_score_are_shown(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "_kernels", {})
     monkeypatch.setattr(build, "load", lambda text, kind, *rest: ran.append(text) or loaded(text, kind, *rest))
     model(tiny_ids(1, 40))
-    assert [simd.prelude() + shown[f"{name}.cpp"].removeprefix('#include "simd.h"\n\n')] == ran
+    assert [simd.prelude() + shown[f"{name}.cpp"].removeprefix('#include "simd.h"\n\n')] == [
+        text for text in ran if "void compact(" not in text
+    ]
 
 
 def test_a_route_of_a_library_shows_no_kernels(tmp_path: Path) -> None:

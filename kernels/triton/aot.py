@@ -18,7 +18,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcompile.kernels.compact import CompactSpec
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.triton.compact import CHOICE, compaction
 from kvcompile.kernels.triton.forms import Form, power_of_two
 from kvcompile.kernels.triton.launch import kernels
 from kvcompile.kernels.triton.parts import Argument
@@ -76,6 +78,12 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about registers: {done.stdout}")
     return int(found[1]), int(found[2])
+
+
+def compile_compact(spec: CompactSpec, target: str) -> Compiled:
+    """The compaction kernel of a spec."""
+    made, module = compaction(spec)
+    return compile_kernel(module.compact, made.arguments, {}, "float16", target, CHOICE)
 
 
 def compile_spec(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import sdpa
+from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec
 
@@ -59,6 +60,14 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
     from kvcompile.kernels.triton.launch import Call, columns
 
     columns(Call(spec, *operands(queries, view)), lse, sums)
+
+
+def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
+    """Same contract as `kernels.compact.compact`. Raises KvcompileError where there is no GPU or interpreter."""
+    ready(kept.device.type)
+    from kvcompile.kernels.triton import compact as generated
+
+    generated.compact(source, target, kept, counts, first)
 
 
 def written(spec: KernelSpec) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache import memory
-from kvcompile.cache.ragged import spans
 from kvcompile.kernels.codecs import Encoder, decode, encode
+from kvcompile.kernels.compact import Arrays, Mover, compact
 from kvcompile.kernels.layout import RaggedView, Segment
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
@@ -82,13 +82,15 @@ class Codes:
         ]
         return Codes(*made)  # type: ignore[arg-type]
 
-    def pick(self, at: Tensor, format: Format) -> Codes:
-        """The entries `at [n]`, whole blocks of them."""
-        picked = [
-            None if x is None else x[at[::n] // n if n > 1 else at]
-            for x, n in zip(self._all, format.steps, strict=True)
-        ]
-        return Codes(*picked)  # type: ignore[arg-type]
+    def arrays(self, starts: Tensor, format: Format) -> Arrays:
+        """What compaction moves, where row r begins at entry `starts[r]`."""
+        steps = (n for x, n in zip(self._all, format.steps, strict=True) if x is not None)
+        return Arrays(tuple(self.tensors), tuple(steps), starts)
+
+    def packed(self, counts: list[int], format: Format) -> Arrays:
+        """The same where row r is the next `counts[r]` entries, to be read only."""
+        ends = torch.tensor(counts, device=self.keys.device).cumsum(0)
+        return self.moved(Tensor.contiguous).arrays(ends - torch.tensor(counts, device=ends.device), format)
 
     def span(self, start: int, stop: int, format: Format) -> Codes:
         """The entries `start : stop`, whole blocks of them, as views."""
@@ -98,12 +100,6 @@ class Codes:
     def moved(self, move: Callable[[Tensor], Tensor]) -> Codes:
         """What `move` makes of each tensor."""
         return Codes(*(None if x is None else move(x) for x in self._all))  # type: ignore[arg-type]
-
-    def put(self, at: Tensor, new: Codes, format: Format) -> None:
-        """Write `new` to the entries `at [n]`, whole blocks of them."""
-        for mine, x, n in zip(self._all, new._all, format.steps, strict=True):
-            if mine is not None and x is not None:
-                mine[at[::n] // n if n > 1 else at] = x.to(mine.dtype)
 
 
 class Body(Protocol):
@@ -130,7 +126,7 @@ class Body(Protocol):
         """What a kernel reads."""
         ...
 
-    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row; new room holds `headroom` tokens more."""
         ...
 
@@ -138,7 +134,7 @@ class Body(Protocol):
         """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
         ...
 
-    def take(self, indices: list[Tensor], headroom: int) -> Body:
+    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> Body:
         """A new body with only the entries `indices[row]` of each row."""
         ...
 
@@ -189,47 +185,55 @@ class RaggedBody:
             c.value_scales,
         )
 
-    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row; a full row moves all, once."""
         lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
         if any(n > room for n, room in zip(lengths, self.rooms, strict=True)):
-            self._move(self._own(), [n + headroom for n in lengths])
-        added = torch.tensor(counts, device=self.codes.keys.device)
-        self.codes.put(spans(self._ends, added), new, self.format)
-        self.lengths, self._ends = lengths, self._ends + added
+            every = range(len(lengths))
+            self._become(self._made(every, self._own(), self.batch, [n + headroom for n in lengths], mover))
+        places = torch.cat([torch.arange(n) for n in counts]).to(self._ends.device)
+        mover(new.packed(counts, self.format), self.arrays(), places, counts, self.lengths)
+        self.lengths, self._ends = lengths, self._ends + torch.tensor(counts, device=self._ends.device)
+
+    def arrays(self) -> Arrays:
+        """What compaction moves."""
+        return self.codes.arrays(self._begins, self.format)
 
     def _own(self) -> list[Tensor]:
-        """Where each row's entries lie."""
-        whole = [torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
-        return [at.to(self._begins.device) for at in whole]
+        """All entries of each row."""
+        return [torch.arange(n, device=self._begins.device) for n in self.lengths]
 
-    def _made(self, places: list[Tensor], batch: int, rooms: list[int]) -> RaggedBody:
-        """A body whose rows are the entries at `places[row]` of this one."""
+    def _made(
+        self, rows: Sequence[int], indices: list[Tensor], batch: int, rooms: list[int], mover: Mover = compact
+    ) -> RaggedBody:
+        """A body whose rows are the entries `indices[i]` of row `rows[i]` of this one."""
         made = RaggedBody(self.codes, self.format, batch, self.heads, rooms)
-        made.append([len(at) for at in places], self.codes.pick(torch.cat(places), self.format), 0)
+        counts = [len(index) for index in indices]
+        source = self.codes.arrays(self._begins[list(rows)], self.format)
+        mover(source, made.arrays(), torch.cat(indices), counts)
+        made.lengths, made._ends = counts, made._begins + torch.tensor(counts, device=made._begins.device)
         return made
 
-    def _move(self, places: list[Tensor], rooms: list[int]) -> None:
-        self.__dict__.update(self._made(places, self.batch, rooms).__dict__)
+    def _become(self, other: RaggedBody) -> None:
+        self.__dict__.update(other.__dict__)
 
     def row(self, row: int, start: int = 0) -> Row:
         """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
         first = self.starts[row]
         return self.codes.span(first + start, first + self.lengths[row], self.format).decoded(self.format)
 
-    def take(self, indices: list[Tensor], headroom: int) -> RaggedBody:
+    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> RaggedBody:
         """A new body with only the entries `indices[row]` of each row, codes as they are."""
-        places = [start + index for start, index in zip(self.starts, indices, strict=True)]
-        return self._made(places, self.batch, [len(at) + headroom for at in places])
+        rooms = [len(index) + headroom for index in indices]
+        return self._made(range(len(indices)), indices, self.batch, rooms, mover)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place."""
-        own, chosen = self._own(), [int(b) for b in sequences]
+        chosen = [int(b) for b in sequences]
         if chosen == list(range(self.batch)):
             return
-        rows = [b * self.heads + h for b in chosen for h in range(self.heads)]
-        made = self._made([own[r] for r in rows], len(chosen), [self.rooms[r] for r in rows])
-        self.__dict__.update(made.__dict__)
+        own, rows = self._own(), [b * self.heads + h for b in chosen for h in range(self.heads)]
+        self._become(self._made(rows, [own[r] for r in rows], len(chosen), [self.rooms[r] for r in rows]))
 
     def nbytes(self) -> int:
         """Bytes of the codes and scales held (not of the room behind them)."""

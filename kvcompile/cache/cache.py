@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kvcompile.cache.coded import expected_parts
 from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, Adder, Route, encoder, scores, window_sums
+from kvcompile.kernels.dispatch import ROUTES, Adder, Route, encoder, mover, scores, window_sums
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan import Plan
 from kvcompile.storage import PLAIN, Storage
@@ -62,7 +62,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
-        super().__init__(layers=[LayerCache(p, encoder(route)) for p in plan.layers])
+        super().__init__(layers=[LayerCache(p, encoder(route), mover(route)) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend: Route = ROUTES[route]
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}

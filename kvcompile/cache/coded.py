@@ -15,6 +15,7 @@ from kvcompile.cache.paged_body import PagedBody
 from kvcompile.cache.ragged import padded
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
+from kvcompile.kernels.compact import Mover, compact
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.spec import Part
 from kvcompile.kernels.spec import plain as plain_parts
@@ -31,8 +32,10 @@ class CodedStore:
 
     layout = "coded"
 
-    def __init__(self, storage: Storage, tail: plain.PlainStore, encoder: Encoder = encode) -> None:
-        self.storage, self.tail = storage, tail
+    def __init__(
+        self, storage: Storage, tail: plain.PlainStore, encoder: Encoder = encode, mover: Mover = compact
+    ) -> None:
+        self.storage, self.tail, self.mover = storage, tail, mover
         self.body: Body | None = None
         dtype = tail.keys.dtype
         self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
@@ -80,12 +83,12 @@ class CodedStore:
         new = Codes.of(*self.tail.oldest(counts), self.format)
         if self.body is None:
             self.body = self._opened(new, counts, headroom)
-        self.body.append(counts, new, headroom)
+        self.body.append(counts, new, headroom, self.mover)
         if release:
             kept = [torch.arange(c, n, device=self.device) for c, n in zip(counts, lengths, strict=True)]
-            self.tail = plain.taken(self.tail, kept, headroom)
+            self.tail = plain.taken(self.tail, kept, headroom, self.mover)
         else:
-            self.tail.shed(counts)
+            self.tail.shed(counts, self.mover)
         return True
 
     def _opened(self, like: Codes, counts: list[int], headroom: int) -> Body:
@@ -127,7 +130,7 @@ class CodedStore:
         that loses one. What comes after goes back to the tail, to be encoded again by `settle`.
         """
         if self.body is None:
-            self.tail = plain.taken(self.tail, indices, headroom)
+            self.tail = plain.taken(self.tail, indices, headroom, self.mover)
             return
         stay, rows = [], []
         for r, (index, tail) in enumerate(zip(indices, self.tail.rows(), strict=True)):
@@ -139,7 +142,7 @@ class CodedStore:
             rest = index[count:] - start
             keys, values, positions = self._row(r, start, tail)
             rows.append((keys[rest], values[rest], positions[rest]))
-        self.body = self.body.take(stay, headroom) if any(map(len, stay)) else None
+        self.body = self.body.take(stay, headroom, self.mover) if any(map(len, stay)) else None
         self.tail = plain.of_rows(rows, self.batch, self.heads, headroom)
 
     def _untouched(self, inside: Tensor, total: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache import memory
+from kvcompile.kernels.compact import Arrays, Mover, compact
 from kvcompile.kernels.layout import DenseView
 from kvcompile.kernels.spec import Part, plain
 
@@ -114,19 +115,21 @@ class DenseStore:
             out += [(keys[h], values[h], positions[h]) for h in range(self.heads)]
         return out
 
-    def take(self, indices: list[Tensor], headroom: int) -> DenseStore:
+    def arrays(self) -> Arrays:
+        """What compaction moves."""
+        return Arrays(tuple(self.tensors()))
+
+    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> DenseStore:
         """A new store with only the entries `indices[row]` of each row, all of one number."""
         count = indices[0].numel()
-        index = torch.stack(indices).view(self.batch, self.heads, count, 1)
-        positions = self.positions[:, :, : self.length].expand(-1, self.heads, -1)
 
-        def taken(old: Tensor, at: Tensor) -> Tensor:
-            new = memory.empty(old, self.batch, self.heads, count + headroom, *old.shape[3:])
-            new[:, :, :count] = old.take_along_dim(at, 2)
-            return new
+        def room(old: Tensor) -> Tensor:
+            return memory.empty(old, self.batch, self.heads, count + headroom, *old.shape[3:])
 
-        values = None if self._values is None else taken(self._values, index)
-        return DenseStore(taken(self.keys, index), values, taken(positions, index.squeeze(-1)), count, self.latent)
+        values = None if self._values is None else room(self._values)
+        made = DenseStore(room(self.keys), values, room(self.positions), count, self.latent)
+        mover(self.arrays(), made.arrays(), torch.cat(indices), [count] * len(indices))
+        return made
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
@@ -142,10 +145,10 @@ class DenseStore:
         positions = self.positions[:, :, :n].expand(-1, self.heads, -1)
         return self.keys[:, :, :n].flatten(0, 2), self.values[:, :, :n].flatten(0, 2), positions.flatten()
 
-    def shed(self, counts: list[int]) -> None:
+    def shed(self, counts: list[int], mover: Mover = compact) -> None:
         """Forget the first `counts[row]` entries (all alike) of each row, in place."""
         n, rest = counts[0], self.length - counts[0]
-        for x in self.tensors():
+        for x in self.tensors():  # one stretch of every row: there is nothing to gather
             x[:, :, :rest] = x[:, :, n : self.length].clone()
         self.length = rest
 

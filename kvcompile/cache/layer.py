@@ -18,6 +18,7 @@ from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.watch import Watch
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
+from kvcompile.kernels.compact import Mover, compact
 from kvcompile.plan import LayerPlan
 
 
@@ -32,9 +33,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, plan: LayerPlan, encoder: Encoder = encode) -> None:
+    def __init__(self, plan: LayerPlan, encoder: Encoder = encode, mover: Mover = compact) -> None:
         super().__init__()
-        self.plan, self.encoder = plan, encoder
+        self.plan, self.encoder, self.mover = plan, encoder, mover
         self.store: Store | None = None
         self.watch = Watch()
         self.columns = 0
@@ -66,7 +67,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             storage = self.plan.storage
             first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page, latent)
-            self.store = CodedStore(storage, first, self.encoder) if storage.coded else first
+            self.store = CodedStore(storage, first, self.encoder, self.mover) if storage.coded else first
             self.is_initialized = True
         if self.shuttle is not None and self.shuttle.home is not None:
             self.shuttle.appended.append(((keys, values, positions, valid), headroom))
@@ -81,7 +82,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if isinstance(store, CodedStore):
                 store.keep(indices, headroom)
             else:
-                self.store = plain.taken(store, indices, headroom)
+                self.store = plain.taken(store, indices, headroom, self.mover)
 
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompile.cache.dense import POSITION_TYPE
 from kvcompile.cache.pages import Paged, PagedRows, alone, ranges
+from kvcompile.kernels.compact import Mover, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
@@ -148,10 +149,10 @@ class PagedStore(Paged):
         return held["keys"], self._values(held), held["positions"]
 
     @alone
-    def shed(self, counts: list[int]) -> None:
+    def shed(self, counts: list[int], mover: Mover = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
         rest = [torch.arange(c, n, device=self.device) for c, n in zip(counts, self.lengths, strict=True)]
-        self.pages.keep(rest, self.pages.headroom)
+        self.pages.keep(rest, self.pages.headroom, mover)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvcompile.cache.body import Codes, Format, Row
 from kvcompile.cache.pages import Paged, PagedRows, alone
+from kvcompile.kernels.compact import Mover, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 
@@ -48,9 +49,9 @@ class PagedBody(Paged):
         )
 
     @alone
-    def append(self, counts: list[int], new: Codes, headroom: int) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row."""
-        self.pages.write(self.pages.extend(counts, headroom), _named(new))
+        self.pages.receive(counts, new.packed(counts, self.format), headroom, mover)
 
     @alone
     def row(self, row: int, start: int = 0) -> Row:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache.pool import HOST, PagePool, PageTable
+from kvcompile.kernels.compact import Arrays, Mover, compact, placed
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound="Paged")
@@ -83,11 +84,35 @@ class PagedRows:
 
     def extend(self, added: list[int], headroom: int) -> Tensor:
         """Room for `added[r]` more entries in row r: their slots, row after row. The rows count as longer now."""
+        start = self._longer(added, headroom)
+        return self.slots(*ranges(start.to(self.where), self.counts))
+
+    def receive(self, added: list[int], source: Arrays, headroom: int, mover: Mover = compact) -> None:
+        """Add the first `added[r]` entries of row r of other arrays, which are those of the pool in their order."""
+        start = self._longer(added, headroom)
+        mover(source, self.arrays(), placed(added, None, self.where)[1], added, start.tolist())
+        self._wrote(start)
+
+    def _longer(self, added: list[int], headroom: int) -> Tensor:
+        """Room for `added[r]` more entries in row r; how many there were `[R]`, on the host."""
         start = torch.tensor(self.lengths, device=HOST)
         stop = start + torch.tensor(added, device=HOST)
         self._own(start, stop, headroom)
         self._resize(stop.tolist())
-        return self.slots(*ranges(start.to(self.where), self.counts))
+        return start
+
+    def arrays(self) -> Arrays:
+        """What compaction moves: valid until there are other pages or another table."""
+        pool = self.pool
+        shared = tuple(pool.per[name] for name in pool.buffers)
+        return Arrays(tuple(pool.buffers.values()), shared, table=self.table.device, page=pool.page)
+
+    def _wrote(self, start: Tensor) -> None:
+        """Remember that entries from `start[r]` (host) on were written, where somebody asks."""
+        if self.pool.written is not None:
+            pages = -(-torch.tensor(self.lengths, device=HOST) // self.pool.page)
+            rows, columns = ranges(start // self.pool.page, pages)
+            self.pool.wrote(self.table.host[rows, columns].long())
 
     def write(self, slots: Tensor, entries: Mapping[str, Tensor]) -> None:
         """Write `entries[name]` at `slots`; where tokens share an entry, slots are those of whole groups in order."""
@@ -131,22 +156,21 @@ class PagedRows:
         self._own(torch.tensor(first, device=HOST), torch.tensor(self.lengths, device=HOST), self.headroom)
         self._ahead = []
 
-    def keep(self, indices: list[Tensor], headroom: int) -> None:
+    def keep(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> None:
         """Keep only the entries `indices[r]` (ascending) of each row; pages that empty are returned.
 
         Where tokens share an entry, whole groups of them stay or go. What stands before the first dropped entry of a
         row is not moved, so that its pages stay shared.
         """
-        counts = torch.tensor([i.numel() for i in indices], device=HOST)
-        rows, new = ranges(torch.zeros_like(counts).to(self.where), counts.to(self.where))
+        counts = [i.numel() for i in indices]
         old = torch.cat(indices).to(self.where)
-        moved = old != new
-        stays = torch.zeros_like(self.counts).index_add_(0, rows, (~moved).long())
-        taken = self.read(self.slots(rows[moved], old[moved]))
-        self._own(stays.to(HOST), counts, headroom)
-        self.write(self.slots(rows[moved], new[moved]), taken)
-        del taken
-        self.truncate(counts.tolist())
+        rows, new = placed(counts, None, self.where)
+        stays = torch.zeros_like(self.counts).index_add_(0, rows, (old == new).long()).to(HOST)
+        # pages that are written are this row's alone from here on, copies of shared ones included: rows cannot meet
+        self._own(stays, torch.tensor(counts, device=HOST), headroom)
+        mover(self.arrays(), self.arrays(), old, counts)
+        self.truncate(counts)
+        self._wrote(stays)
         self._settle()
 
     def truncate(self, lengths: list[int]) -> None:
@@ -228,9 +252,9 @@ class Paged:
         return self.pages.lengths
 
     @alone
-    def take(self: P, indices: list[Tensor], headroom: int) -> P:
+    def take(self: P, indices: list[Tensor], headroom: int, mover: Mover = compact) -> P:
         """With only the entries `indices[row]` of each row, in place; pages that empty are freed."""
-        self.pages.keep(indices, headroom)
+        self.pages.keep(indices, headroom, mover)
         return self
 
     @alone

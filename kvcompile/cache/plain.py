@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompile.cache.dense import DenseStore
 from kvcompile.cache.paged import PagedStore
 from kvcompile.cache.ragged import RaggedStore
+from kvcompile.kernels.compact import Mover, compact
 
 PlainStore = DenseStore | RaggedStore | PagedStore
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
@@ -44,13 +45,11 @@ def added(
     return store
 
 
-def taken(store: PlainStore, indices: list[Tensor], headroom: int) -> PlainStore:
+def taken(store: PlainStore, indices: list[Tensor], headroom: int, mover: Mover = compact) -> PlainStore:
     """A store with only the entries `indices[row]` of each row: a new one, but for pages."""
     if isinstance(store, PagedStore) or (isinstance(store, DenseStore) and len({i.numel() for i in indices}) == 1):
-        return store.take(indices, headroom)
-    picked = zip(store.rows(), indices, strict=True)
-    rows = [(k.index_select(0, i), v.index_select(0, i), p.index_select(0, i)) for (k, v, p), i in picked]
-    return RaggedStore.of(rows, store.batch, store.heads, headroom, store.latent)
+        return store.take(indices, headroom, mover)
+    return RaggedStore.kept(store, indices, headroom, mover)
 
 
 def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStore:

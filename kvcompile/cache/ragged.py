@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache import memory
-from kvcompile.cache.dense import POSITION_TYPE
+from kvcompile.cache.dense import POSITION_TYPE, DenseStore
+from kvcompile.kernels.compact import Arrays, Mover, compact
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.kernels.spec import Part, plain
 
@@ -139,10 +140,26 @@ class RaggedStore:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
         return padded(self.rows()[b * self.heads : (b + 1) * self.heads])
 
-    def take(self, indices: list[Tensor], headroom: int) -> RaggedStore:
+    def arrays(self) -> Arrays:
+        """What compaction moves."""
+        return Arrays(tuple(self.tensors()), starts=self._begins)
+
+    @classmethod
+    def kept(
+        cls, store: DenseStore | RaggedStore, indices: list[Tensor], headroom: int, mover: Mover = compact
+    ) -> RaggedStore:
+        """A store with only the entries `indices[row]` of each row of another."""
+        counts = [i.numel() for i in indices]
+        rooms = [n + headroom for n in counts]
+        made = cls(store.keys, store.values, store.batch, store.heads, rooms, store.latent)
+        mover(store.arrays(), made.arrays(), torch.cat(indices), counts)
+        made.lengths = counts
+        made._mark_ends()
+        return made
+
+    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
-        rows = [(k[i], v[i], p[i]) for (k, v, p), i in zip(self.rows(), indices, strict=True)]
-        return RaggedStore.of(rows, self.batch, self.heads, headroom, self.latent)
+        return RaggedStore.kept(self, indices, headroom, mover)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
@@ -164,14 +181,12 @@ class RaggedStore:
         at = spans(self._begins, torch.tensor(counts, device=self.device))
         return self.keys[at], self.values[at], self.positions[at]
 
-    def shed(self, counts: list[int]) -> None:
+    def shed(self, counts: list[int], mover: Mover = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
-        for row, n in enumerate(counts):
-            if n:
-                start, stop = self.starts[row], self.starts[row] + self.lengths[row]
-                for x in self.tensors():
-                    x[start : stop - n] = x[start + n : stop].clone()
-        self.lengths = [held - n for held, n in zip(self.lengths, counts, strict=True)]
+        rest = [held - n for held, n in zip(self.lengths, counts, strict=True)]
+        begins, stay = (torch.tensor(x, device=self.device) for x in (counts, rest))
+        mover(self.arrays(), self.arrays(), spans(begins, stay), rest)
+        self.lengths = rest
         self._mark_ends()
 
     def nbytes(self) -> int:

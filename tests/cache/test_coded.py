@@ -50,10 +50,13 @@ def poison(store: CodedStore) -> None:
     for part in parts:
         held = [tuple(x.clone() for x in row) for row in part.rows()] if part is store.tail else None
         if held is None:
-            whole = part.codes.pick(torch.cat(part._own()), part.format)
+            spans = [part.codes.span(at, at + n, part.format) for at, n in zip(part.starts, part.lengths, strict=True)]
+            whole = [[x.clone() for x in span.tensors] for span in spans]
             for x in part.codes.tensors:
                 x.copy_(torch.full_like(x, 165 if x.dtype == torch.uint8 else -9, dtype=torch.float32))
-            part.codes.put(torch.cat(part._own()), whole, part.format)
+            for span, old in zip(spans, whole, strict=True):
+                for x, y in zip(span.tensors, old, strict=True):
+                    x.copy_(y)
             continue
         part.keys.fill_(float("nan")), part.values.fill_(float("nan"))
         for (keys, values, _), (k, v, _) in zip(part.rows(), held, strict=True):

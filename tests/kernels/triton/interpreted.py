@@ -20,13 +20,15 @@ from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import fragments as f
 from kvcompile.kernels.triton import route, tuning
-from kvcompile.kernels.triton.encode import append, gather
+from kvcompile.kernels.triton.encode import append
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
 from kvcompile.storage import Codec
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
 from coded import case  # noqa: E402
+from moves import FEW, check  # noqa: E402
+from moves import case as moving  # noqa: E402
 from sample import CODED, FLOATS, Sample, samples  # noqa: E402
 
 # Relative RMS error of the result. The interpreter computes everything in float32 (its bfloat16 arithmetic is wrong),
@@ -187,24 +189,16 @@ def test_a_partial_group_is_refused() -> None:
         append(torch.zeros(9, 64), Codec("int4", "channel", 8), torch.zeros(9, 32).byte(), None, torch.arange(9))
 
 
-def test_gather_moves_entries_of_any_type() -> None:
-    g = torch.Generator().manual_seed(0)
-    pairs = []
-    for dtype, shape in (
-        (torch.bfloat16, (50, 24)),
-        (torch.uint8, (50, 16)),
-        (torch.float16, (50, 2, 4)),
-        (torch.int32, (50,)),
-    ):
-        source = (torch.randn(shape, generator=g) * 50).abs().to(dtype)
-        pairs.append((source, torch.zeros_like(source)))
-    kept, to = torch.tensor([3, 49, 7, 20]), torch.tensor([8, 1, 0, 40])
-    gather(pairs, kept, to)
-    for source, target in pairs:
-        assert torch.equal(target[to], source[kept])
-        assert not target[2].any()
-    with pytest.raises(KvcompileError, match="in place"):
-        gather([(pairs[0][0], pairs[0][0])], kept, to)
+@pytest.mark.parametrize(("name", "way"), FEW, ids=lambda x: x if isinstance(x, str) else "-".join(filter(None, x)))
+def test_compaction_moves_the_bytes_that_torch_moves(name: str, way: tuple[str, str]) -> None:
+    check(route.compact, moving(name, way, 1, longest=40))
+
+
+@pytest.mark.parametrize("way", [("dense", "ragged"), ("ragged", ""), ("paged", "")], ids="-".join)
+def test_compaction_of_many_blocks_and_stretches(way: tuple[str, str]) -> None:
+    """Rows longer than a block, entries wider than what a program moves in place."""
+    for name in ("bfloat16", "latent"):
+        check(route.compact, moving(name, way, 0, longest=600))
 
 
 @triton.jit
