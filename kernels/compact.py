@@ -141,7 +141,7 @@ def _copy(old: Tensor, here: Tensor, new: Tensor, there: Tensor, counts: list[in
         new[there] = old[here]  # through a copy, so that both may be one
         return
     last = torch.tensor(counts).cumsum(0).sub(1).clamp(min=0)
-    for stop, at, count in zip(there[last.to(there.device)].tolist(), here.split(counts), counts, strict=True):
+    for stop, at, count in zip(there[last.to(there.device)].tolist(), torch.split(here, counts), counts, strict=True):
         if count:
             torch.index_select(old, 0, at, out=new[stop + 1 - count : stop + 1])
 
