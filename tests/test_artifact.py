@@ -61,7 +61,8 @@ def assert_same(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_comes_back_is_what_was_saved(name: str, tmp_path: Path) -> None:
-    model = compiled(name)
+    # with generated kernels where a family's are not those of llama, which the next test saves
+    model = compiled(name, SNAPKV if name == "gemma2" else (*SNAPKV, "kernels=sdpa"))
     loaded = kvcompile.load(artifact.save(model, tmp_path / "a"))
     assert_same(model, loaded)
     assert type(loaded).__name__ == type(model).__name__

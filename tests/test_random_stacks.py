@@ -16,6 +16,7 @@ from kvcompile.calibrator import shared
 from kvcompile.compiler import assemble
 from kvcompile.config import Config, finish
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.cpp import attention
 from kvcompile.stack import discover, policy_class
 
 TOKENS, PADS = 40, 13
@@ -60,6 +61,14 @@ def stacks(draw: st.DrawFn) -> dict[str, dict[str, Any]]:
     return stack
 
 
+def write_kernels(cache: Any, dtype: torch.dtype) -> None:
+    """The C++ of every layer, to the text: for one token and for many, before anything is encoded and after."""
+    for p in cache.plan.layers:
+        for spec in (*cache.first(p.index), *cache.expected(p.index)):
+            for many in (False, True):
+                assert attention.source(spec, dtype, many)
+
+
 @settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     stacks(),
@@ -76,8 +85,11 @@ def test_a_random_stack_generates_or_is_refused_in_one_line(
     mask[0, : PADS if padded else 0] = 0
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     try:
-        model = assemble(shared(original).to(dtype), finish(Config(stack=stack, prefill_chunk=chunk)))
+        # a compiler would take most of the time: kernels are written only
+        config = finish(Config(stack=stack, prefill_chunk=chunk, kernels="sdpa"))
+        model = assemble(shared(original).to(dtype), config)
         out = model.generate(ids, attention_mask=mask, **options)
+        write_kernels(model.new_cache(), dtype)
     except KvcompileError as error:
         refusal = str(error)
     else:

@@ -27,13 +27,16 @@ def planned(model: Any, stack: Stack) -> Plan:
     return apply_stack(describe(model.config), build_stack(list(stack), stack))
 
 
-def converted(model: Any, stack: Stack, text: Tensor | None = None) -> Any:
-    """A compiled copy of the model; the model stays as it is. Policies that calibrate get the given text."""
+def converted(model: Any, stack: Stack, text: Tensor | None = None, kernels: str = "sdpa") -> Any:
+    """A compiled copy of the model; the model stays as it is. Policies that calibrate get the given text.
+
+    Conversions change weights: attention is the library's by default, and no compiler runs.
+    """
     from kvcompile.structure.convert import convert
 
     copy, plan = shared(model), planned(model, stack)
     convert(copy, plan, text)
-    return build(copy, plan, converted=True)
+    return build(copy, plan, kernels, converted=True)
 
 
 def logits(model: Any, ids: Tensor | None = None) -> Tensor:

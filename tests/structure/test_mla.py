@@ -211,7 +211,8 @@ def test_an_energy_is_what_the_plan_says_after_calibration(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_comes_back(name: str, tmp_path: Path) -> None:
     options = {"rope": 4, "rank": 12, "tokens": 64}
-    model = assemble(shared(model_of(name)), finish(Config(stack={"mla": options})), tiny_tokenizer())
+    config = finish(Config(stack={"mla": options}, kernels="sdpa"))
+    model = assemble(shared(model_of(name)), config, tiny_tokenizer())
     loaded = kvcompile.load(artifact.save(model, tmp_path / "artifact"))
     ids = tiny_ids(2, 24)
     assert torch.equal(stepped(loaded, ids, 20), stepped(model, ids, 20))
@@ -240,7 +241,7 @@ def test_turns_and_beams_and_pages() -> None:
         mask = torch.ones_like(ids)
         beams = got.generate(ids, attention_mask=mask, use_cache=True, **options)
         assert torch.equal(beams, got.generate(ids, attention_mask=mask, use_cache=False, **options))
-    paged = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "paged": {"page": 8}})
+    paged = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "paged": {"page": 8}}, kernels="auto")
     assert off(stepped(paged, ids, 30), stepped(got, ids, 30)) < 1e-5
     prove(paged, tiny_ids(1, 40))
     parked = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "offload": {}})

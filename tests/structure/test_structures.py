@@ -35,7 +35,8 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 def assembled(stack: dict[str, dict[str, Any]], architecture: str = "llama", **more: Any) -> Any:
-    return assemble(shared(dense(architecture)), finish(Config(stack=stack, **more)), tiny_tokenizer())
+    config = Config(stack=stack, kernels="sdpa", **more)  # generated kernels: `compiled`
+    return assemble(shared(dense(architecture)), finish(config), tiny_tokenizer())
 
 
 @torch.no_grad()
