@@ -206,7 +206,7 @@ def test_a_sliding_layer_within_budget_still_frees_what_has_left_its_window() ->
 @pytest.mark.parametrize("chunk", [7, 16])
 @every
 def test_chunked_prefill_never_holds_more_than_budget_and_chunk(name: str, row: Row, chunk: int) -> None:
-    tokens = 200
+    tokens = 100
     model = compiled(row.fields(BUDGET, between_chunks=True), prefill_chunk=chunk)
     cache, held = model.new_cache(), []
     inner = cache.attend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shlex
 from importlib.resources import files
@@ -15,7 +16,7 @@ from tiny import tiny_ids, tiny_model, tiny_tokenizer
 import kvcompile
 from kvcompile import planning
 from kvcompile.compose import compose
-from kvcompile.config import from_recipe
+from kvcompile.config import Config, from_recipe
 from kvcompile.policies.coded import StoragePolicy
 from kvcompile.stack import discover, policy_class
 
@@ -26,15 +27,21 @@ QUICK = {"retrieval_heads": ["stack.retrieval_heads.samples=1", "stack.retrieval
 every = pytest.mark.parametrize("name", sorted(SHIPPED))
 
 
+@functools.cache
+def shipped(name: str) -> Config:
+    """What a recipe says."""
+    return compose([f"recipe={name}"])
+
+
 def quick(name: str) -> list[str]:
     """Overrides that make a recipe's calibration and healing short."""
-    config = compose([f"recipe={name}"])
+    config = shipped(name)
     healing = ["heal.tokens=64", "heal.length=64", "heal.batch=1"] if config.heal.tokens else []
     return healing + [o for policy in config.stack for o in QUICK.get(policy, [])]
 
 
 def test_every_policy_that_selects_or_converts_has_a_recipe() -> None:
-    shown = {policy for name in SHIPPED for policy in compose([f"recipe={name}"]).stack}
+    shown = {policy for name in SHIPPED for policy in shipped(name).stack}
     assert shown >= {name for name, cls in discover().items() if cls.family in ("selection", "structure")}
     assert shown >= {name for name, cls in discover().items() if issubclass(cls, StoragePolicy)}
 
@@ -45,12 +52,12 @@ def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
     assert package == "# @package _global_"
     assert summary.startswith("# ")
     assert summary.endswith(".")
-    families = {policy_class(policy).family for policy in compose([f"recipe={name}"]).stack}
+    families = {policy_class(policy).family for policy in shipped(name).stack}
     assert ("needs healing" in SHIPPED[name]) == ("structure" in families)
     program, *overrides = shlex.split(command.removeprefix("# "))
     assert program == "kvcompile"
     assert f"recipe={name}" in overrides
-    assert compose(overrides) == compose([f"recipe={name}"])
+    assert compose(overrides) == shipped(name)
 
 
 @every

@@ -36,12 +36,10 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
     ("stack", "share"),
     [
         (["policy=[mqa]"], 0.5),
-        (["policy=[cla]"], 0.4),
-        (["policy=[mlkv]"], 0.3),
+        (["policy=[mlkv]"], 0.3),  # merges heads and shares layers
         (["policy=[mqa]", "heal.weights=lora", "heal.layers_lr=5e-3", "heal.lr=5e-3"], 0.5),
         (["policy=[mqa]", "heal.loss=lm"], 0.5),
-        (["policy=[mqa]", "heal.scope=all", "heal.layers=0"], 0.5),
-        (["policy=[mqa]", "heal.bf16=true"], 0.4),
+        (["policy=[cla]", "heal.scope=all", "heal.layers=0", "heal.bf16=true"], 0.4),
     ],
     ids=lambda value: " ".join(value[0:2]) if isinstance(value, list) else None,
 )

@@ -116,11 +116,11 @@ gate = pathlib.Path({str(tmp_path)!r})
 while not (gate / "open").exists(): time.sleep(0.002)
 print(build.load({SOURCE!r}, "processes")["answer"]())
 """
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    while len(list(tmp_path.glob("ready-*"))) < 3:
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    while len(list(tmp_path.glob("ready-*"))) < 2:
         assert all(p.poll() in (None, 0) for p in running)
     (tmp_path / "open").touch()
-    assert [p.communicate(timeout=60)[0].strip() for p in running] == ["42"] * 3
+    assert [p.communicate(timeout=60)[0].strip() for p in running] == ["42"] * 2
     assert compiles(compiler, "processes") == 1
     assert not list(cache.glob(".making-*")), "nothing half made is left behind"
 
@@ -169,12 +169,12 @@ def answered(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize("before", ["", NO_LOCKS], ids=["locks", "no locks"])
 def test_a_half_written_library_is_never_loaded(cache: Path, slow_linker: Path, compiler: Path, before: str) -> None:
     """It gets its name when it is whole; two processes that build the same each read a source of their own."""
-    processes = [started("half", before=before) for _ in range(2)] + [started("other", SOURCE.replace("42", "7"))]
+    processes = [started("half", before=before) for _ in range(2)]
     sizes = set()
     while any(p.poll() is None for p in processes):
         sizes |= {path.stat().st_size for path in cache.glob("half-*.so")}
         time.sleep(0.002)
-    assert [answered(p) for p in processes] == ["42", "42", "7"]
+    assert [answered(p) for p in processes] == ["42", "42"]
     assert slow_linker.exists()
     whole = {path.stat().st_size for path in cache.glob("half-*.so")}
     assert len(whole) == 1
