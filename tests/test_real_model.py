@@ -28,7 +28,8 @@ from kvcompile.needle import FORMS, NeedleTask
 from kvcompile.plan import Plan
 
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "branching.py"
-TOKENS, SAMPLES = 1024, 20
+TOKENS, SAMPLES = 1024, 12
+LEAST = 1 / 24 / 2  # a 24th of a bfloat16 cache, as a share of a float32 one
 UNSEEN = "passcode"  # a needle form that the calibration of retrieval heads does not use
 STACKS = {
     "half": ["policy=[adakv]", "stack.adakv.score=expected_attention", "stack.adakv.budget=0.5"],
@@ -157,26 +158,28 @@ def test_a_branch_is_what_compiling_gives_on_the_real_model(real: Real) -> None:
 @pytest.mark.real
 def test_adakv_keeps_the_needle_at_half_and_a_quarter_of_the_bytes(real: Real) -> None:
     found = real.search("magic", SAMPLES, ["half", "quarter"])
-    assert share(found["dense"].exact) >= 0.95
-    assert share(found["half"].exact) >= 0.95
-    assert share(found["quarter"].contained) >= 0.85
+    assert sum(found["dense"].exact) >= SAMPLES - 1
+    assert sum(found["half"].exact) >= SAMPLES - 1
+    assert sum(found["quarter"].contained) >= SAMPLES - 2
     for name, wanted in (("half", 0.5), ("quarter", 0.25)):
         assert all(abs(kept - wanted) <= 0.01 for kept in found[name].kept)
 
 
 @pytest.mark.real
-def test_retrieval_heads_find_needles_of_a_form_they_were_not_calibrated_on(real: Real) -> None:
+def test_needles_of_a_form_that_no_calibration_used_are_found(real: Real) -> None:
+    """By retrieval heads at 15% of the bytes, and by codes of what SnapKV keeps at a 24th of those of bfloat16."""
     assert UNSEEN not in {form.name for form in CALIBRATED}
     assert not {form.plant for form in CALIBRATED} & {form.needle for form in FORMS.values()}
-    found = real.search(UNSEEN, SAMPLES // 2, ["heads"])
+    found = real.search(UNSEEN, SAMPLES // 2, ["heads", "stack"])
     assert share(found["dense"].exact) >= 0.9
     assert share(found["heads"].exact) >= 0.95 * share(found["dense"].exact)
+    assert share(found["stack"].contained) >= 0.95 * share(found["dense"].contained)
     assert max(found["heads"].kept) <= 0.15
+    assert max(found["stack"].kept) <= LEAST
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("form", ["passcode", "two_keys"])
-def test_a_twenty_fourth_of_the_bfloat16_bytes_keeps_the_needles(real: Real, form: str) -> None:
-    found = real.search(form, SAMPLES // 5, ["stack"])
+def test_a_twenty_fourth_of_the_bfloat16_bytes_keeps_one_needle_of_two(real: Real) -> None:
+    found = real.search("two_keys", SAMPLES // 3, ["stack"])
     assert share(found["stack"].contained) >= 0.95 * share(found["dense"].contained)
-    assert max(found["stack"].kept) <= 1 / 24 / 2  # of a float32 cache
+    assert max(found["stack"].kept) <= LEAST
