@@ -47,7 +47,8 @@ types: $(READY)
 	$(BIN)/mypy
 
 test: lint types model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not real"  # tiny models: a second thread costs more than it does
+	@# tiny models: a second thread costs more than it does; what a file shares is built by one worker
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not real"
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -m real
 
 clean:
