@@ -1,9 +1,9 @@
-"""Encoding of a layer's old tokens: torch and generated C++ in turns in one process.
+"""Encoding of a layer's old tokens, by torch and by generated C++ (encoder and mover) in turns in one process.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/settle.py --out benchmarks/results/settle
 
 prompt: the whole of `settle` after a prompt of `--tokens` tokens (gather, encode, write the body, give the rest back);
-flush: the same when 32 decoded tokens a row move to the body. encode: the part of it that the two ways differ in.
+flush: the same when 32 decoded tokens a row move to the body. encode: the part of it that makes codes.
 Medians over `--rounds`, milliseconds a layer; faster: torch over C++, of whole settles.
 Nothing is printed unless both ways leave the very same bytes.
 """
@@ -25,8 +25,9 @@ from kvcompile.cache import plain
 from kvcompile.cache.cache import HEADROOM
 from kvcompile.cache.coded import CodedStore
 from kvcompile.kernels.codecs import Encoder
+from kvcompile.kernels.compact import Mover
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import encoder
+from kvcompile.kernels.dispatch import encoder, mover
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.storage import FLUSH, Codec, Storage
 
@@ -60,13 +61,13 @@ def new(heads: int, tokens: int, dim: int, start: int) -> tuple[Tensor, Tensor, 
     return keys, values, torch.arange(start, start + tokens).unsqueeze(0)
 
 
-def prompted(format: str, shape: str, tokens: int, encode: Encoder) -> CodedStore:
+def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Mover) -> CodedStore:
     """A store that holds a prompt, as it is when `settle` is called."""
     key, value, residual = FORMATS[format]
     heads, dim = SHAPES[shape]
     fresh = new(heads, tokens, dim, 0)
     tail = plain.opened(*fresh[:2], None, 0)
-    store = CodedStore(Storage(key, value, residual), tail, encode)
+    store = CodedStore(Storage(key, value, residual), tail, encode, move)
     store.append(*fresh, 0)
     return store
 
@@ -101,7 +102,7 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
         left = {}
         for name, route in WAYS.items():
             torch.manual_seed(round_)
-            store = prompted(format, shape, tokens, Timed(encoder(route)))
+            store = prompted(format, shape, tokens, Timed(encoder(route)), mover(route))
             prompt = settled(store, True)
             store.append(*new(heads, FLUSH, dim, tokens), HEADROOM)
             flush = settled(store, False)

@@ -126,24 +126,29 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     if in_place:
         moved = kept != places
         rows, places, kept = rows[moved], places[moved], kept[moved]
-        counts = torch.bincount(rows, minlength=len(counts)).tolist()
-    there = target.slots(rows, places)
     here = {n: source.slots(rows, kept, n) for n in set(source.sharing(len(counts)))}
+    there, begins = None, []
+    if in_place or target.table is not None:
+        there = target.slots(rows, places)
+    else:  # the entries of a row lie one after the other
+        numbers = torch.tensor(first or [0] * len(counts), device=kept.device)
+        begins = target.slots(torch.arange(len(counts), device=kept.device), numbers).tolist()
     every = zip(source.flat(), source.sharing(len(counts)), target.flat(), target.shared, strict=True)
     for old, sharing, new, n in every:
-        at, to = (x if n == 1 else x[::n] // n for x in (here[sharing], there))
-        _copy(old, at, new, to, [] if in_place or target.table is not None else [count // n for count in counts])
+        at = here[sharing] if n == 1 else here[sharing][::n] // n
+        if there is not None:
+            new[there if n == 1 else there[::n] // n] = old[at]  # through a copy: both may be one
+            continue
+        for begin, row, count in zip(begins, torch.split(at, [c // n for c in counts]), counts, strict=True):
+            gather(old, row, new[begin // n : (begin + count) // n])
 
 
-def _copy(old: Tensor, here: Tensor, new: Tensor, there: Tensor, counts: list[int]) -> None:
-    """Entries `here` of `old` to `there` in `new`; `counts`, where given: so many of them follow each other there."""
-    if not counts or not here.numel() or old.requires_grad or new.requires_grad:
-        new[there] = old[here]  # through a copy, so that both may be one
-        return
-    last = torch.tensor(counts).cumsum(0).sub(1).clamp(min=0)
-    for stop, at, count in zip(there[last.to(there.device)].tolist(), torch.split(here, counts), counts, strict=True):
-        if count:
-            torch.index_select(old, 0, at, out=new[stop + 1 - count : stop + 1])
+def gather(old: Tensor, at: Tensor, new: Tensor) -> None:
+    """`old[at]` into `new`, with nothing in between, unless gradients are wanted."""
+    if old.requires_grad or new.requires_grad:
+        new.copy_(old[at])
+    elif at.numel():
+        torch.index_select(old, 0, at, out=new)
 
 
 def placed(counts: list[int], first: list[int] | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.cache import memory
+from kvcompile.kernels.compact import gather
 
 if TYPE_CHECKING:
     from kvcompile.cache.offload import Residence
@@ -195,7 +196,7 @@ class PagePool:
         used = (self.references > 0).nonzero().squeeze(1)
         count = used.numel()
         capacity = max(capacity, count)
-        self._rebuild(capacity, lambda new, held: _gather(held, used.to(held.device), new[:count]))
+        self._rebuild(capacity, lambda new, held: gather(held, used.to(held.device), new[:count]))
         numbers = torch.full((self.capacity,), -1, dtype=torch.int32, device=HOST)
         numbers[used] = torch.arange(count, dtype=torch.int32, device=HOST)
         for table in self.tables:
@@ -223,14 +224,6 @@ class PagePool:
         """The tensor `name` of the pool, `[pages, entries a page, ...]`."""
         entries = self.page // self.per[name]
         return buffer.view(buffer.shape[0] // entries, entries, *buffer.shape[1:])
-
-
-def _gather(held: Tensor, at: Tensor, new: Tensor) -> None:
-    """`held[at]` into `new`, with nothing in between, unless gradients are wanted."""
-    if held.requires_grad:
-        new.copy_(held[at])
-    else:
-        torch.index_select(held, 0, at, out=new)
 
 
 def _first(ordered: Tensor) -> Tensor:
