@@ -27,7 +27,7 @@ POOL = """
 
 FIELDS = """
     int skip;  // entries of its first page that come before it
-    int64_t at[$room];  // places in the pools of what its pages and those of the next tile hold
+    int64_t at[$room];  // places in the pools of what its pages hold, and those that come next
     """
 
 ENTRIES = """
@@ -180,14 +180,16 @@ class Paged(Address):
             self.entries = "tile.first = pool(row.table, from);\n"
             self.entries += "tile.next = pool(row.table, least(from + count, row.count - 1));\n"
         else:
-            pages = self.pages(2 * TILE)
+            pages = self.pages((3 if self.key.codec.scaled or self.value.codec.scaled else 2) * TILE)
             self.fields = fill(FIELDS, room=pages * part.page)
             self.entries = fill(ENTRIES, page=part.page, pages=pages)
-        # scales lie apart from each other: nothing but this foresees where the next tile's are
+        # scales lie apart from each other: nothing but this foresees where the next tile's are, or on small pages those
+        # of the tile after it, since a tile begins with its scales
+        scales = self.later("t") if self.contiguous else "tile.at[tile.skip + 2 * TILE + t]"
         for name, kind, size, tokens in self.arrays:
             if name.endswith("_scales"):
                 stride = min(part.page, 64)
-                index = f"{self.later('t')}{f' / {tokens}' if tokens > 1 else ''} * {size}"
+                index = f"{scales}{f' / {tokens}' if tokens > 1 else ''} * {size}"
                 fetched = f"{max(1, stride // tokens) * size} * sizeof({kind})"
                 self.entries += f"for (int t = 0; t < TILE; t += {stride}) ahead(row.{name} + {index}, {fetched});\n"
 
