@@ -51,8 +51,8 @@ MOST_BYTES = 2.5e9
 LAYOUTS = ("dense", "ragged", *PAGES)
 GROUP = 32  # of tokens that share scales
 COLD = 1 << 27  # bytes
-# relative RMS: as in tests/kernels/cpp/test_attention.py
-TOLERANCE = {"float32": 3e-6, "bfloat16": 2.5e-3}
+TOLERANCE = {"float32": 3e-6, "bfloat16": 2.5e-3}  # relative RMS: as in tests/kernels/cpp/test_attention.py
+WHOLE = 4e-4  # of whole numbers
 
 
 def stored(name: str, rows: int, tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor | None], ...]:
@@ -173,7 +173,7 @@ def agree() -> None:
                 wrong = float((got - expected).norm() / expected.norm())
                 if one.scores:
                     wrong = max(wrong, float((sums[0] - sums[1]).norm() / sums[1].norm()))  # type: ignore
-                if not wrong < TOLERANCE.get(name, 2e-5):
+                if not wrong < TOLERANCE.get(name, WHOLE):
                     sys.exit(f"{one.name} is off by {wrong:.1e}: nothing was timed")
 
 

@@ -370,10 +370,10 @@ KV_INLINE F sum16(F a, F b, F c, F d) { return interleaved(interleaved(a, b), in
 // ---- functions ----
 
 // 2^x for x <= 0, to 2.5 ulp; 0 below -126 (a masked logit of -1e30 weighs nothing). x = n + f, |f| <= 1/2:
-// 1.5 * 2^23 + x has n in its low bits, and 2^f is a minimax polynomial of relative error 9e-8.
+// 1.5 * 2^23 + x has n in its low bits, and 2^f is a minimax polynomial of relative error 9e-8. NaN stays NaN.
 KV_INLINE F exp2_negative(F x) {
   const float shift = 12582912.0f;
-  x = max(x, set(-127.0f));
+  x = max(set(-127.0f), x);  // in this order: of what cannot be compared it is the second
   F shifted = x + set(shift);
   F f = x - (shifted - set(shift));
   F p = mul_add(f, set(1.326472717e-3f), set(9.671512642e-3f));

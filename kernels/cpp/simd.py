@@ -1,4 +1,4 @@
-"""The vectors that all generated C++ shares, as text to put in front of a kernel: see `simd.h` beside this file."""
+"""The vectors that all generated C++ shares, to be put in front of a kernel: `simd.h` and `codes.h` beside this."""
 
 from __future__ import annotations
 
@@ -8,5 +8,9 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def prelude() -> str:
-    """Types (`bf16`, `fp16`, `e4m3`), the vector `F` of 16 floats, loads, stores, sums, `exp2_negative`, `tanh`."""
-    return Path(__file__).with_name("simd.h").read_text("utf-8")
+    """Types (`bf16`, `fp16`, `e4m3`), the vector `F` of 16 floats, loads, stores, sums, `exp2_negative`, `tanh`.
+
+    And `C`, 32 whole numbers of 16 bits: fields of stored codes, and their products.
+    """
+    here = Path(__file__)
+    return "".join(here.with_name(name).read_text("utf-8") for name in ("simd.h", "codes.h"))

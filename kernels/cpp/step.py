@@ -8,10 +8,9 @@ queries and weights: KIVI, arXiv 2402.02750.
 
 from __future__ import annotations
 
+from kvcompile.kernels.cpp import integer_keys, integer_values, step_keys, step_values
 from kvcompile.kernels.cpp.address import TILE, Address, aligned
 from kvcompile.kernels.cpp.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
-from kvcompile.kernels.cpp.step_keys import logits
-from kvcompile.kernels.cpp.step_values import values
 from kvcompile.kernels.cpp.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
@@ -313,7 +312,9 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
 
 def _methods(where: Address, spec: KernelSpec) -> str:
     first = [fill(FIRST, position=where.position("middle"))] if where.positions else []
-    return "\n".join((*first, logits(where), values(where, spec.group)))
+    keys = integer_keys if where.key.whole else step_keys
+    values = integer_values if where.value.whole and where.value.codec.axis == "token" else step_values
+    return "\n".join((*first, keys.logits(where), values.values(where, spec.group)))
 
 
 def _softmax(spec: KernelSpec) -> str:

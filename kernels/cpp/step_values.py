@@ -98,12 +98,16 @@ CHANNEL = """
     """
 
 
+def split(group: int) -> int:
+    """Query heads whose sums stay in registers together, at most."""
+    return ceil(group / ceil(group / ROWS))
+
+
 def _columns(stored: Stored, group: int) -> int:
     """Runs of channels whose sums stay in registers together: measured, by what a run needs to be decoded."""
     if stored.pieces > 1:
         return 1
-    rows = ceil(group / ceil(group / ROWS))
-    most = 2 if stored.element == "float" else ACCUMULATORS // rows
+    most = 2 if stored.element == "float" else ACCUMULATORS // split(group)
     return max(n for n in range(1, stored.runs + 1) if stored.runs % n == 0 and n <= max(1, most))
 
 

@@ -69,6 +69,11 @@ class Stored:
         return "token" if self.codec.groups(self.dim) == 1 else "groups"
 
     @property
+    def whole(self) -> bool:
+        """Whether codes are whole numbers, to be multiplied as such."""
+        return self.codec.kind.startswith("int")
+
+    @property
     def numbers(self) -> int:
         """Scales and zeros of one token (axis `token`)."""
         return self.codec.parameters * self.codec.groups(self.dim)
@@ -90,6 +95,11 @@ class Stored:
     def slot(self, piece: int, run: str) -> str:
         """Where the vector lies among those of the entry, in floats."""
         return f"({piece * self.runs} + {run}) * 16" if piece else f"{run} * 16"
+
+    def part(self, array: str, piece: int, run: str) -> str:
+        """The vector of floats at the channels of this slot of an array `[dim]`."""
+        count = "" if self.lanes == 16 else f", {self.lanes}"
+        return f"load({array} + {self.channel(piece, run)}{count})"
 
     def codes(self, entry: str, run: str) -> list[str]:
         """The vectors of one run as stored, scales left out. A new number format is a line here and a `load`."""
