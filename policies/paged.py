@@ -17,7 +17,8 @@ class Paged(StoragePolicy):
     to write to it. Under a policy that encodes old tokens (kivi) their codes lie in pages, the newest tokens do not.
 
     page: tokens a page, rounded up to whole groups of tokens that share scales. Half a page a row is spare on average;
-    large pages are read faster (`benchmarks/results/cpu_kernels.md`: 128 like one stretch, 16 up to twice as long).
+    pages in the order of memory, as a prompt leaves them, are read like one stretch whatever their size. Of scattered
+    ones, large pages are read faster (`benchmarks/results/cpu_kernels.md`).
     """
 
     name: ClassVar[str] = "paged"
