@@ -137,10 +137,15 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     for old, sharing, new, n in every:
         at = here[sharing] if n == 1 else here[sharing][::n] // n
         if there is not None:
-            new[there if n == 1 else there[::n] // n] = old[at]  # through a copy: both may be one
+            moving = old if _all(at, len(old)) else old[at]  # a copy where both are the same arrays
+            new[there if n == 1 else there[::n] // n] = moving
             continue
         for begin, row, count in zip(begins, torch.split(at, [c // n for c in counts]), counts, strict=True):
             gather(old, row, new[begin // n : (begin + count) // n])
+
+
+def _all(at: Tensor, count: int) -> bool:
+    return at.numel() == count and bool((at == torch.arange(count, device=at.device)).all())
 
 
 def gather(old: Tensor, at: Tensor, new: Tensor) -> None:

@@ -71,7 +71,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.is_initialized = True
         if self.shuttle is not None and self.shuttle.home is not None:
             self.shuttle.appended.append(((keys, values, positions, valid), headroom))
-        self.store = _added(self.store, keys, values, positions, valid, headroom)
+        self.store = _added(self.store, keys, values, positions, valid, headroom, self.mover)
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
@@ -195,9 +195,17 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.select(beam_idx)
 
 
-def _added(store: Store, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> Store:
+def _added(
+    store: Store,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    valid: Tensor | None,
+    headroom: int,
+    mover: Mover = compact,
+) -> Store:
     """The store with new tokens in it, as `LayerCache.append` gets them."""
     if isinstance(store, CodedStore):
         store.append(keys, values, positions, headroom, valid)
         return store
-    return plain.added(store, keys, values, positions, valid, headroom)
+    return plain.added(store, keys, values, positions, valid, headroom, mover)

@@ -14,13 +14,15 @@ GATHERED = (("dense", "dense"), ("dense", "ragged"), ("ragged", "ragged"))  # as
 
 
 def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
-    """What moves when a selection or a window drops entries, and when old ones are encoded and leave the tail."""
+    """What moves into pages, when a selection or a window drops entries, and when old ones are encoded."""
     storage, drops = layer.storage, layer.selection is not None or bool(layer.sliding_window)
     pages = f"paged{storage.page}"
     plain, coded = _entries(layer, dtype)
     gathered = [CompactSpec(*way, plain) for way in GATHERED]
+    if not storage.coded and storage.page:
+        return [CompactSpec("dense", pages, plain), *[CompactSpec(pages, pages, plain, in_place=True)] * drops]
     if not storage.coded:
-        return ([CompactSpec(pages, pages, plain, in_place=True)] if storage.page else gathered) if drops else []
+        return gathered * drops
     found = [*gathered, CompactSpec("ragged", "ragged", plain, in_place=True)]
     found.append(CompactSpec("ragged", pages if storage.page else "ragged", coded))
     return [*found, CompactSpec(pages, pages, coded, in_place=True)] if drops and storage.page else found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompile.cache.dense import POSITION_TYPE
 from kvcompile.cache.pages import Paged, PagedRows, alone, ranges
-from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.compact import Arrays, Mover, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.storage import Codec
@@ -68,24 +68,32 @@ class PagedStore(Paged):
 
     @alone
     def append(
-        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        mover: Mover = compact,
     ) -> None:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`.
 
         Where each row gets one token, its slot is known ahead; pages are looked for once every `page` tokens.
         """
         rows, count = self.batch * self.heads, keys.shape[2]
-        at = positions.to(POSITION_TYPE).repeat_interleave(self.heads, 0)
-        new = {"keys": keys.reshape(rows, count, -1), "positions": at}
-        if self.latent is None:
-            new["values"] = values.reshape(rows, count, -1)
+        at = positions.to(POSITION_TYPE)
+        if count == 1 and valid is None:
+            new = {"keys": keys.reshape(rows, -1), "positions": at.repeat_interleave(self.heads, 0).flatten()}
+            if self.latent is None:
+                new["values"] = values.reshape(rows, -1)
+            self.pages.write(self.pages.step(headroom), new)
+            return
+        given = (keys, at.unsqueeze(1)) if self.latent is not None else (keys, values, at.unsqueeze(1))
+        added, kept = [count] * rows, None
         if valid is not None:
             real = valid.repeat_interleave(self.heads, 0)
-            slots = self.pages.extend(real.sum(1).tolist(), headroom)
-            self.pages.write(slots, {name: x[real] for name, x in new.items()})
-            return
-        slots = self.pages.step(headroom) if count == 1 else self.pages.extend([count] * rows, headroom)
-        self.pages.write(slots, {name: x.flatten(0, 1) for name, x in new.items()})
+            added, kept = real.sum(1).tolist(), real.nonzero()[:, 1]
+        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, mover, kept)
 
     @alone
     def view(self) -> PagedView:

@@ -87,10 +87,16 @@ class PagedRows:
         start = self._longer(added, headroom)
         return self.slots(*ranges(start.to(self.where), self.counts))
 
-    def receive(self, added: list[int], source: Arrays, headroom: int, mover: Mover = compact) -> None:
-        """Add the first `added[r]` entries of row r of other arrays, which are those of the pool in their order."""
+    def receive(
+        self, added: list[int], source: Arrays, headroom: int, mover: Mover = compact, kept: Tensor | None = None
+    ) -> None:
+        """Add `added[r]` entries of row r of other arrays, the first ones or those `kept`, row after row.
+
+        The arrays are those of the pool, in their order.
+        """
         start = self._longer(added, headroom)
-        mover(source, self.arrays(), placed(added, None, self.where)[1], added, start.tolist())
+        kept = placed(added, None, self.where)[1] if kept is None else kept
+        mover(source, self.arrays(), kept, added, start.tolist())
         self._wrote(start)
 
     def _longer(self, added: list[int], headroom: int) -> Tensor:

@@ -33,9 +33,18 @@ def opened(
 
 
 def added(
-    store: PlainStore, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int
+    store: PlainStore,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    valid: Tensor | None,
+    headroom: int,
+    mover: Mover = compact,
 ) -> PlainStore:
     """The store with new tokens in it: itself, or a ragged one where padding makes rows differ."""
+    if isinstance(store, PagedStore):
+        store.append(keys, values, positions, headroom, valid, mover)
+        return store
     if valid is not None and isinstance(store, DenseStore):
         store = RaggedStore.of(store.rows(), store.batch, store.heads, headroom, store.latent)
     if isinstance(store, DenseStore):

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
-from kvcompile.kernels.dispatch import choose
+from kvcompile.kernels.dispatch import choose, mover
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import fragments as f
@@ -30,6 +31,7 @@ from coded import case  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
 from sample import CODED, FLOATS, Sample, samples  # noqa: E402
+from working import STORAGES, plan_of, worked  # noqa: E402
 
 # Relative RMS error of the result. The interpreter computes everything in float32 (its bfloat16 arithmetic is wrong),
 # so what is left is float32 summation in another order, and one rounding of the result: 2^-12 RMS-wise for float16;
@@ -199,6 +201,15 @@ def test_compaction_of_many_blocks_and_stretches(way: tuple[str, str]) -> None:
     """Rows longer than a block, entries wider than what a program moves in place."""
     for name in ("bfloat16", "latent"):
         check(route.compact, moving(name, way, 0, longest=600))
+
+
+@pytest.mark.parametrize("name", ["plain", "paged", "channel", "paged token"])
+def test_stores_hold_what_they_hold_with_torch(name: str) -> None:
+    """Prompts, evictions and encodings of a whole layer."""
+    plan = plan_of(STORAGES[name])
+    mine = worked(LayerCache(plan, mover=mover("triton")), 1, turns=20)
+    for a, b in zip(mine, worked(LayerCache(plan), 1, turns=20), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @triton.jit
