@@ -4,8 +4,9 @@
 
 One new token over S entries a row. MB: what the kernel reads; GB/s: MB over time; copy: that, relative to what a copy
 of a large array moves (read and written), in turns with the others. ragged, paged, scores: time relative to dense
-without scores, over as many bytes (ragged rows hold S/2 to 3S/2 entries; pages of 128 entries, and of 16, in random
-order).
+without scores, over as many bytes. Ragged rows hold S/2 to 3S/2 entries; paged: pages of 16 entries in the order of
+memory, as a prompt leaves them; scattered: those in random order, as a pool that served for long may have them; large:
+pages of 128 in random order.
 library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16. bf16: the
 time of our kernel over dense bfloat16, relative to this one.
 Every call reads another copy, of as many as make 128 MB: between two steps of a model its weights pass through the
@@ -38,7 +39,7 @@ from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, 
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
 
-PAGES = {"paged": 128, "page 16": 16}
+PAGES = {"paged": 16, "scattered": 16, "large": 128}  # entries
 FORMATS = {
     "float32": (Codec("float32"), Codec("float32")),
     "bfloat16": (Codec("bfloat16"), Codec("bfloat16")),
@@ -87,7 +88,8 @@ def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) 
     if layout == "ragged":
         return RaggedView(k, v, at, begins.tolist(), lengths, batch, heads, begins, ends, ks, vs)
     page = PAGES[layout]
-    pages = torch.randperm(rows * tokens // page).int().view(rows, -1)
+    count = rows * tokens // page
+    pages = (torch.arange(count) if layout == "paged" else torch.randperm(count)).int().view(rows, -1)
     return PagedView(k, v, at, pages, [tokens] * rows, batch, heads, page, torch.full((rows,), tokens), ks, vs)
 
 
