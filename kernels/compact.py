@@ -137,8 +137,8 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     for old, sharing, new, n in every:
         at = here[sharing] if n == 1 else here[sharing][::n] // n
         if there is not None:
-            moving = old if _all(at, len(old)) else old[at]  # a copy where both are the same arrays
-            new[there if n == 1 else there[::n] // n] = moving
+            to = there if n == 1 else there[::n] // n
+            new[to] = old if _all(at, len(old)) else old[at]  # a copy where both are the same arrays
             continue
         for begin, row, count in zip(begins, torch.split(at, [c // n for c in counts]), counts, strict=True):
             gather(old, row, new[begin // n : (begin + count) // n])
