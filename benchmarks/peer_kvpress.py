@@ -48,7 +48,7 @@ def main() -> None:
     }
     rows = {name: contestant(model, press) for name, press in presses.items()}
     scores = {name: found(c, job["needle"], tokenizer.decode) for name, c in rows.items()}
-    timed = {str(len(ids)): race(rows, torch.tensor([ids]), job["tokens"], job["rounds"]) for ids in job["prompts"]}
+    timed = {str(len(ids)): race(rows, torch.tensor([ids]), job["rounds"]) for ids in job["prompts"]}
     print(json.dumps({"version": f"transformers {transformers.__version__}", "needle": scores, "timed": timed}))
 
 

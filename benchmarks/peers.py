@@ -4,8 +4,9 @@
     python benchmarks/peers.py --contexts 1024 4096 8000 --kvpress PYTHON --llama PYTHON --gguf FILE --out PATH
 
 Every process has dense transformers of its own to be compared with, measured in turns with its rows; the processes
-run one after the other. Decode: median step, greedy. Needle: `--samples` prompts of 1,024 tokens, greedy answers.
-Run it on a machine that does nothing else, with the OpenMP defaults (its threads then spin between small operations).
+run one after the other. Decode: greedy steps over the caches that the prefills left, four of each row at a time; x: the
+median over the rounds of dense transformers' step to the row's. Needle: `--samples` prompts of 1,024 tokens, answered
+greedily. Run it on a machine that does nothing else, with the OpenMP defaults (its threads then spin between small operations).
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", default=str(HERE / "stacks" / "peers.txt"))
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=16, help="decode steps of llama.cpp")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--kvpress", help="python of an environment with kvpress")
     parser.add_argument("--llama", help="python of an environment with llama-cpp-python")
@@ -126,7 +127,7 @@ def measured(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[
     scores = {name: found(row, needle, tokenizer.decode) for name, row in rows.items()} if needle else {}
     timed: dict[str, dict[str, Any]] = {}
     for n in args.contexts:
-        timed[str(n)] = race(rows, ids[None, :n], args.tokens, args.rounds)
+        timed[str(n)] = race(rows, ids[None, :n], args.rounds)
         print(n, json.dumps(timed[str(n)]), file=sys.stderr, flush=True)
     for python, script in ((args.kvpress, "peer_kvpress.py"), (args.llama, "peer_llama.py")):
         if python:
