@@ -18,17 +18,26 @@ from turns import Contestant, found, race, tensors_bytes
 
 
 def contestant(model: Any, press: Any) -> Contestant:
-    """The model under a press (None: dense); prefill inside the press, decode outside, as its pipeline does."""
+    """The model under a press (None: dense); prefill inside the press, decode outside, as its pipeline does.
+
+    What a press masks it leaves in the modules: put back before each step, as other rows run in between.
+    """
+    modules = [layer.self_attn for layer in model.model.layers]
 
     def start(ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         cache = DynamicCache()
+        for module in modules:
+            module.masked_key_indices = None
         with press(model) if press else contextlib.nullcontext():
             out = model(ids, past_key_values=cache, logits_to_keep=1)
-        return out.logits[:, -1], {"cache": cache, "at": ids.shape[1]}
+        masked = [module.masked_key_indices for module in modules]
+        return out.logits[:, -1], {"cache": cache, "at": ids.shape[1], "masked": masked}
 
     def step(token: torch.Tensor, state: Any) -> torch.Tensor:
         at = torch.tensor([[state["at"]]])
         state["at"] += 1
+        for module, masked in zip(modules, state["masked"], strict=True):
+            module.masked_key_indices = masked
         return model(token, past_key_values=state["cache"], position_ids=at, logits_to_keep=1).logits[:, -1]
 
     return Contestant(start, step, lambda state: tensors_bytes(*[(x.keys, x.values) for x in state["cache"].layers]))

@@ -6,7 +6,8 @@
 Every process has dense transformers of its own to be compared with, measured in turns with its rows; the processes
 run one after the other. Decode: greedy steps over the caches that the prefills left, four of each row at a time; x: the
 median over the rounds of dense transformers' step to the row's. Needle: `--samples` prompts of 1,024 tokens, answered
-greedily. Run it on a machine that does nothing else, with the OpenMP defaults (its threads then spin between small operations).
+greedily. With --out, what is measured is kept after each part and context, and `--parts` measures some of it anew. Run
+it on a machine that does nothing else, with the OpenMP defaults (its threads then spin between small operations).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from kvcompile.needle import NeedleTask
 from kvcompile.text import sentences
 
 HERE = Path(__file__).parent
+PARTS = ("needle", "ours", "kvpress", "llama")
+WORKERS = {"kvpress": "peer_kvpress.py", "llama": "peer_llama.py"}
 
 
 def contestant(model: Any, cache: Any, size: Any) -> Contestant:
@@ -102,12 +106,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kvpress", help="python of an environment with kvpress")
     parser.add_argument("--llama", help="python of an environment with llama-cpp-python")
     parser.add_argument("--gguf", help="the GGUF file for llama.cpp")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out")
     return parser.parse_args()
 
 
-def measured(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """(timings by context and row, needle scores by row) of everything that was asked for."""
+def measure(args: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Put timings by context and row, and needle scores by row, of the parts asked for into the results."""
     model, tokenizer = load(ModelConfig())
     ids = tokenizer(" ".join(sentences()), return_tensors="pt")["input_ids"][0]
     asked = NeedleTask(tokens=1024, samples=args.samples).prompts(tokenizer)
@@ -123,19 +128,20 @@ def measured(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], dict[
         "threads": torch.get_num_threads(),
         "kv_elements": 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim,
     }
-    rows = contestants(args.stacks, model, tokenizer)
-    scores = {name: found(row, needle, tokenizer.decode) for name, row in rows.items()} if needle else {}
-    timed: dict[str, dict[str, Any]] = {}
-    for n in args.contexts:
-        timed[str(n)] = race(rows, ids[None, :n], args.rounds)
-        print(n, json.dumps(timed[str(n)]), file=sys.stderr, flush=True)
-    for python, script in ((args.kvpress, "peer_kvpress.py"), (args.llama, "peer_llama.py")):
-        if python:
-            theirs = foreign(python, script, job)
-            scores |= theirs.get("needle", {})
-            for n, found_rows in theirs["timed"].items():
-                timed[n] |= found_rows
-    return timed, scores
+    rows = contestants(args.stacks, model, tokenizer) if {"needle", "ours"} & set(args.parts) else {}
+    if "needle" in args.parts:
+        results["needle"] |= {name: found(row, needle, tokenizer.decode) for name, row in rows.items()}
+        keep()
+    for n in args.contexts if "ours" in args.parts else ():
+        results["timed"].setdefault(str(n), {}).update(race(rows, ids[None, :n], args.rounds))
+        keep()
+    for part, python in (("kvpress", args.kvpress), ("llama", args.llama)):
+        if python and part in args.parts:
+            theirs = foreign(python, WORKERS[part], job)
+            results["needle"] |= theirs.get("needle", {})
+            for context, timed in theirs["timed"].items():
+                results["timed"].setdefault(context, {}).update(timed)
+            keep()
 
 
 def section(context: str, rows: dict[str, Any], scores: dict[str, float]) -> str:
@@ -154,15 +160,23 @@ def section(context: str, rows: dict[str, Any], scores: dict[str, float]) -> str
 def main() -> None:
     """Parse, run, print and write Markdown and JSON."""
     args = arguments()
-    timed, scores = measured(args)
-    text = [section(context, rows, scores) for context, rows in timed.items()]
-    print("\n".join(text))
-    if args.out:
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        listed = "\n".join(f"- {k}: `{' '.join(v)}`" for k, v in stacks(args.stacks).items())
-        head = f"{time.strftime('%Y-%m-%d')}, {machine}\n\n    python {' '.join(sys.argv)}\n\n{listed}\n"
-        Path(args.out + ".md").write_text("\n".join([head, *text]))
-        Path(args.out + ".json").write_text(json.dumps({"timed": timed, "needle": scores}, indent=1) + "\n")
+    kept = Path(f"{args.out}.json")
+    results: dict[str, Any] = {"timed": {}, "needle": {}, "commands": []}
+    if args.out and kept.exists() and set(args.parts) < set(PARTS):
+        results |= json.loads(kept.read_text())
+    results["commands"].append(f"{time.strftime('%Y-%m-%d')}: python {' '.join(sys.argv)}")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    listed = "\n".join(f"- {k}: `{' '.join(v)}`" for k, v in stacks(args.stacks).items())
+
+    def keep() -> None:
+        if args.out:
+            text = [section(context, rows, results["needle"]) for context, rows in results["timed"].items()]
+            head = "\n".join((machine, "", *(f"    {line}" for line in results["commands"]), "", listed, ""))
+            Path(f"{args.out}.md").write_text("\n".join([head, *text]))
+            kept.write_text(json.dumps(results, indent=1) + "\n")
+
+    measure(args, results, keep)
+    print("\n".join(section(context, rows, results["needle"]) for context, rows in results["timed"].items()))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def race(contestants: dict[str, Contestant], ids: torch.Tensor, rounds: int) -> 
     """
     states, prefills, sizes = {}, {}, {}
     for name, c in contestants.items():
-        c.start(ids[:, :64])  # what is made or compiled when it is first used
+        c.start(ids[:, :256])  # what is made or compiled when it is first used
         begin = time.perf_counter()
         states[name] = c.start(ids)
         prefills[name] = time.perf_counter() - begin
