@@ -126,6 +126,8 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     if in_place:
         moved = kept != places
         rows, places, kept = rows[moved], places[moved], kept[moved]
+    if not kept.numel():
+        return
     here = {n: source.slots(rows, kept, n) for n in set(source.sharing(len(counts)))}
     there, begins = None, []
     if in_place or target.table is not None:

@@ -68,10 +68,12 @@ def simulated(architecture: str, storage: list[Storage], ids: Tensor, prompt: in
 def test_the_model_computes_with_what_the_codes_say(stack: Options, logits: float) -> None:
     """To rounding: prefill is exact, then old tokens are encoded as planned, over several flushes."""
     ids = tiny_ids(2, TOKENS + NEW)
-    model = compiled(stack)
+    model = compiled(stack, kernels="sdpa")
     got, cache = steps(model, ids, TOKENS)
     expected = simulated("llama", [p.storage for p in model.kvcompile.plan.layers], ids, TOKENS)
     assert off(got, expected) < 5e-4  # another order of sums now and then makes another code
+    # queries and weights of 16 bits make another one more often
+    assert off(steps(compiled(stack), ids, TOKENS)[0], expected) < 5e-3
     assert min(cache.layers[0].held.encoded) > TOKENS, "some decoded tokens must have been encoded"
     uncompressed, _ = steps(dense(), ids, TOKENS)
     assert torch.equal(got[:, :TOKENS].argmax(-1), uncompressed[:, :TOKENS].argmax(-1))
@@ -86,7 +88,7 @@ def test_the_same_on_other_architectures(architecture: str) -> None:
         with pytest.raises(KvcompileError, match="some layer must see the whole context"):
             compiled(KIVI8, architecture)
         return
-    model = compiled(KIVI8, architecture)
+    model = compiled(KIVI8, architecture, kernels="sdpa")
     plan = model.kvcompile.plan
     assert [p.storage.coded for p in plan.layers] == [p.sliding_window is None for p in plan.layers]
     expected = simulated(architecture, [p.storage for p in plan.layers], ids, TOKENS)

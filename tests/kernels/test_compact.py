@@ -46,3 +46,9 @@ def test_gradients_pass() -> None:
     made.sum().backward()
     assert keys.grad is not None
     assert keys.grad[0, :, :, 0].tolist() == [[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("mover", [compact, cpp.compact], ids=["torch", "cpp"])
+def test_a_pool_without_pages_has_nothing_to_move(mover) -> None:
+    pool = Arrays((torch.zeros(0, 8),), table=torch.zeros(2, 1, dtype=torch.int32), page=16)
+    mover(pool, pool, torch.zeros(0, dtype=torch.long), [0, 0])
