@@ -56,13 +56,11 @@ def _vectors(name: str, stored: Stored, where: Address) -> list[str]:
         return stored.codes("x", "c")
     if stored.scales == "groups":
         return stored.decoded("x", "c", "n")
-    count = "" if stored.lanes == 16 else f", {stored.lanes}"
     out = []
     for i, code in enumerate(stored.codes("x", "c")):
         scale, zero = f"set(tile.{name}_numbers[t])", f"set(tile.{name}_numbers[TILE + t])"
         if stored.scales == "channel":
-            channel = stored.channel(i, "c")
-            scale, zero = f"load(n + {channel}{count})", f"load(n + {stored.dim} + {channel}{count})"
+            scale, zero = stored.part("n", i, "c"), stored.part(f"n + {stored.dim}", i, "c")
         out.append(stored.applied(code, scale, zero))
     return out
 

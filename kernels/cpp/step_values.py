@@ -1,6 +1,7 @@
 """Weighted sums of a tile of stored values: sum_t p_t v_t, with the scales folded into whatever is touched least.
 
 Scales of a token multiply its weight, once for each group of channels; those of a channel decode values in registers.
+Whole numbers with scales of a token have their own: `integer_values`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ COLUMNS = """
 
 VALUES = """
     static constexpr int RUNNING = $slots * 16;  // floats of a sum, in the order of the stored codes
-    static constexpr int SUMS = $bias
+    static constexpr int SUMS = RUNNING;
     $columns
     $add
     KV_INLINE void accumulate(const Row& row, const Tile& tile, float (&p)[G][STRIDE], float (&sum)[G][SUMS]) {
@@ -73,15 +74,9 @@ VALUES = """
 TOKEN = """
     alignas(64) float weights[$groups][G][STRIDE];  // p times scale, for each group of channels
     for (int i = 0; i < $groups; i++)
-      for (int g = 0; g < G; g++) {
-        $start
-        for (int t = 0; t < tile.count; t += 16) {
-          F x = load(p[g] + t);
-          $zero
-          store(weights[i][g] + t, x * load(tile.value_numbers + i * TILE + t));
-        }
-        $end
-      }
+      for (int g = 0; g < G; g++)
+        for (int t = 0; t < tile.count; t += 16)
+          store(weights[i][g] + t, load(p[g] + t) * load(tile.value_numbers + i * TILE + t));
     add<G>(row, tile, weights[0][0], 0, tile.count, sum[0]);
     """
 
@@ -114,30 +109,19 @@ def _columns(stored: Stored, group: int) -> int:
 def values(where: Address, group: int) -> str:
     """`accumulate` for a tile and `finish`, which puts the sums `[DV]` in the order of the channels."""
     value = where.value
-    biased = value.codec.axis == "token" and value.zeros
-    groups = value.codec.groups(value.dim)
     body = "add<G>(row, tile, p[0], 0, tile.count, sum[0]);"
     if value.codec.axis == "token":
-        bias = "sum[g] + RUNNING + 16 * i"
-        lines = {
-            "start": f"F zero = load({bias});",
-            "zero": f"zero = mul_add(x, load(tile.value_numbers + ({groups} + i) * TILE + t), zero);",
-            "end": f"store({bias}, zero);",
-        }
-        body = fill(TOKEN, groups=groups, **(lines if value.zeros else dict.fromkeys(lines, "")))
+        body = fill(TOKEN, groups=value.codec.groups(value.dim))
     elif value.scales == "channel":
         body = _channel(where)
     count, columns = "" if value.lanes == 16 else f", {value.lanes}", _columns(value, group)
-    stores = []
-    for i in range(value.pieces):
-        plus = f" + set(::sum(load(sum + RUNNING + {value.group(i, 'c')} * 16)))" if biased else ""
-        stores.append(f"store(result + {value.channel(i, 'c')}, load(sum + {value.slot(i, 'c')}){plus}{count});")
+    stores = [
+        f"store(result + {value.channel(i, 'c')}, load(sum + {value.slot(i, 'c')}){count});"
+        for i in range(value.pieces)
+    ]
     return fill(
         VALUES,
         slots=value.slots,
-        bias=f"RUNNING + {groups} * 16;  // and then of sum_t p_t zero_t, for each group of channels"
-        if biased
-        else "RUNNING;",
         columns=fill(COLUMNS, columns=columns) if columns > 1 else "static constexpr int COLUMNS = 1;",
         add=_add(where),
         body=body,
@@ -181,12 +165,11 @@ def _add(where: Address) -> str:
 
 def _channel(where: Address) -> str:
     value = where.value
-    count = "" if value.lanes == 16 else f", {value.lanes}"
+    arrays = ("from", "from + DV")[: value.codec.parameters]
     stores = [
-        f"store(scales + {'' if k == 0 else f'{value.slots * 16} + '}{value.slot(i, 'c')}, "
-        f"load(from + {'' if k == 0 else 'DV + '}{value.channel(i, 'c')}{count}));"
+        f"store(scales + {f'{k * value.slots * 16} + ' if k else ''}{value.slot(i, 'c')}, {value.part(x, i, 'c')});"
         for i in range(value.pieces)
-        for k in range(value.codec.parameters)
+        for k, x in enumerate(arrays)
     ]
     return fill(
         CHANNEL,

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 # sum p * code and sum p * zero are summed apart: numbers of about 4 leave a mean of 0.03, seven bits are lost
 CODED = 2e-5
 # queries and weights are rounded to 16 bits before they meet whole numbers: 2^-16 of the largest, an eighth of which is
-# typical, against sums from which two bits cancel; 8 bits lose fifty times as much
+# typical, against sums from which two bits cancel
 WHOLE = 4e-4
 
 FLOAT, HALF, BRAIN, EIGHT = (Codec(k) for k in ("float32", "float16", "bfloat16", "float8"))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-import platform
 
 import pytest
 import torch
 from torch import Tensor
+from vectors import PATHS, built, run, unreadable
 
-from kvcompile.kernels.cpp import build, simd
+from kvcompile.kernels.cpp import build
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-PATHS = {"native": (), **({"avx2": ("-march=haswell",), "portable": ("-march=x86-64",)} if X86 else {})}
-STRICT = ("-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # as in test_simd.py
 PARTS = (5, 16, 10, 3)  # bytes of a row that `four` takes
 HALVES = (32, 16, 20, 24, 7)  # and that `zipped` takes
 BODY = """
@@ -51,16 +47,7 @@ extern "C" void zips(const float* p, float* y, int n) { store_zipped(y, load(p),
 
 @pytest.fixture(scope="module", params=PATHS)
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    flags = PATHS[request.param]
-    if flags and "AVX2" not in build.toolchain().simd and "AVX-512" not in build.toolchain().simd:
-        pytest.skip("this CPU has no AVX2")
-    return build.load(simd.prelude() + BODY, "test-codes", (*flags, *STRICT))
-
-
-def run(library: ctypes.CDLL, name: str, x: Tensor, size: int, out: torch.dtype, count: int = 0) -> Tensor:
-    y = torch.full((size,), 7, dtype=out)
-    getattr(library, name)(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), count)
-    return y
+    return built(request.param, BODY, "test-codes")
 
 
 def shorts(count: int, seed: int = 0) -> Tensor:
@@ -110,19 +97,12 @@ def test_two_rows_zipped(library: ctypes.CDLL, n: int) -> None:
 
 def test_nothing_behind_a_row_is_touched(library: ctypes.CDLL) -> None:
     """The last row ends where a page of memory does, and the next page cannot be read."""
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    assert protect(start + page, page, 0) == 0
     y = torch.empty(32, dtype=torch.int16)
-    for name, sizes, rows in (("four", PARTS, 4), ("zipped", HALVES, 2)):
-        for n in sizes:
-            where = start + page - rows * n
-            getattr(library, f"{name}{n}")(ctypes.c_void_p(where), ctypes.c_void_p(y.data_ptr()), n)
-            assert not y.any(), (name, n)
-    assert protect(start + page, page, 3) == 0
+    with unreadable() as end:
+        for name, sizes, rows in (("four", PARTS, 4), ("zipped", HALVES, 2)):
+            for n in sizes:
+                getattr(library, f"{name}{n}")(ctypes.c_void_p(end - rows * n), ctypes.c_void_p(y.data_ptr()), n)
+                assert not y.any(), (name, n)
 
 
 def test_floats_as_whole_numbers_of_one_step(library: ctypes.CDLL) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 
 import numpy as np
 import pytest
 import torch
+from vectors import PATHS, built, run, unreadable
 
-from kvcompile.kernels.cpp import build, simd
+from kvcompile.kernels.cpp import build
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
 
-X86 = platform.machine() in ("x86_64", "AMD64")
-PATHS = {"native": (), **({"avx2": ("-march=haswell",), "portable": ("-march=x86-64",)} if X86 else {})}
-# GCC 12 finds uninitialised values in its own headers
-STRICT = ("-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 TYPES = {
     "float": torch.float32,
     "bf16": torch.bfloat16,
@@ -68,16 +64,7 @@ extern "C" void sums(const float* p, float* y) {
 
 @pytest.fixture(scope="module", params=PATHS)
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
-    flags = PATHS[request.param]
-    if flags and "AVX2" not in build.toolchain().simd and "AVX-512" not in build.toolchain().simd:
-        pytest.skip("this CPU has no AVX2")
-    return build.load(simd.prelude() + BODY, "test-simd", (*flags, *STRICT))
-
-
-def run(library: ctypes.CDLL, name: str, x: torch.Tensor, count: int, size: int, out: object = torch.float32):
-    y = torch.full((size,), 7.0).to(out)
-    getattr(library, name)(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), count)
-    return y
+    return built(request.param, BODY, "test-simd")
 
 
 def every_value(name: str) -> torch.Tensor:
@@ -95,7 +82,7 @@ def every_value(name: str) -> torch.Tensor:
 def test_every_value_loads_exactly(library: ctypes.CDLL, name: str) -> None:
     x = every_value(name)
     torch.testing.assert_close(
-        run(library, f"load_{name}", x, len(x), len(x)), x.float(), rtol=0, atol=0, equal_nan=True
+        run(library, f"load_{name}", x, len(x), count=len(x)), x.float(), rtol=0, atol=0, equal_nan=True
     )
 
 
@@ -104,26 +91,18 @@ def test_a_part_is_loaded_and_the_rest_is_zero(library: ctypes.CDLL, name: str) 
     x = torch.arange(1, 17).to(TYPES[name])
     for n in range(17):
         expected = torch.where(torch.arange(16) < n, x.float(), torch.zeros(()))
-        assert torch.equal(run(library, f"part_{name}", x, n, 16), expected), n
+        assert torch.equal(run(library, f"part_{name}", x, 16, count=n), expected), n
 
 
 def test_a_part_touches_nothing_behind_it(library: ctypes.CDLL) -> None:
     """The row ends where a page of memory does, and the next page cannot be read."""
-    import mmap
-
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    assert protect(start + page, page, 0) == 0
     y = torch.empty(16)
-    for name, dtype in TYPES.items():
-        for n in (1, 7, 15):
-            where = start + page - n * dtype.itemsize
-            getattr(library, f"part_{name}")(ctypes.c_void_p(where), ctypes.c_void_p(y.data_ptr()), n)
-            assert not y.any(), (name, n)
-    assert protect(start + page, page, 3) == 0
+    with unreadable() as end:
+        for name, dtype in TYPES.items():
+            for n in (1, 7, 15):
+                start = end - n * dtype.itemsize
+                getattr(library, f"part_{name}")(ctypes.c_void_p(start), ctypes.c_void_p(y.data_ptr()), n)
+                assert not y.any(), (name, n)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
@@ -133,7 +112,7 @@ def test_stores_round_like_torch(library: ctypes.CDLL, name: str) -> None:
     ties = (exact[:-1] + exact[1:]) / 2
     x = torch.cat([exact, between, ties, torch.tensor([1e-30, -1e-8, 65519.9, 65520.0, 3e38, -3.4e38])])
     x = torch.cat([x, torch.zeros(-len(x) % 16)])
-    got = run(library, f"store_{name}", x, len(x), len(x), TYPES[name])
+    got = run(library, f"store_{name}", x, len(x), TYPES[name], count=len(x))
     torch.testing.assert_close(got, x.to(TYPES[name]), rtol=0, atol=0, equal_nan=True)
 
 
@@ -141,7 +120,7 @@ def test_a_part_is_stored(library: ctypes.CDLL) -> None:
     x = torch.randn(16)
     for n in range(17):
         assert torch.equal(
-            run(library, "store_part", x, n, 16), torch.where(torch.arange(16) < n, x, torch.tensor(7.0))
+            run(library, "store_part", x, 16, count=n), torch.where(torch.arange(16) < n, x, torch.tensor(7.0))
         )
 
 
@@ -149,12 +128,12 @@ def test_fields_of_packed_bytes(library: ctypes.CDLL) -> None:
     x = torch.randint(0, 256, (16,), dtype=torch.uint8)
     wide = x.int()
     expected = torch.cat([wide & 15, wide >> 4, wide & 3, wide >> 6]).float()
-    assert torch.equal(run(library, "fields", x, 0, 64), expected)
+    assert torch.equal(run(library, "fields", x, 64), expected)
 
 
 def test_sums_across_lanes(library: ctypes.CDLL) -> None:
     x = torch.randn(16, 16)
-    y = run(library, "sums", x, 0, 52)
+    y = run(library, "sums", x, 52)
     expected = x.sum(1)
     for got, true in ((y[:16], expected), (y[16:20], expected[:4]), (y[20:36], expected)):
         torch.testing.assert_close(got, true, rtol=0, atol=4e-6)  # sums of 16 in another order
@@ -163,7 +142,7 @@ def test_sums_across_lanes(library: ctypes.CDLL) -> None:
 
 def test_exp2_is_good_to_a_few_ulp(library: ctypes.CDLL) -> None:
     x = torch.cat([torch.linspace(-126, 0, 1 << 16), -torch.logspace(-12, 0, 1 << 12), torch.zeros(16)])
-    got, true = run(library, "exp2s", x, len(x), len(x)).double().numpy(), np.exp2(x.double().numpy())
+    got, true = run(library, "exp2s", x, len(x), count=len(x)).double().numpy(), np.exp2(x.double().numpy())
     ulp = np.spacing(true.astype(np.float32)).astype(np.float64)
     assert (np.abs(got - true) / ulp).max() <= 2.5  # 2 with fused multiply and add
     assert got[-1] == 1.0, "a row of one entry must weigh exactly one"
@@ -171,18 +150,18 @@ def test_exp2_is_good_to_a_few_ulp(library: ctypes.CDLL) -> None:
 
 def test_exp2_of_a_masked_logit_is_zero(library: ctypes.CDLL) -> None:
     x = torch.tensor([-1e30, -1e4, -127.6, float("-inf")] * 4)
-    assert not run(library, "exp2s", x, 16, 16).any()
+    assert not run(library, "exp2s", x, 16, count=16).any()
 
 
 def test_tanh_is_good_to_four_ulp(library: ctypes.CDLL) -> None:
     x = torch.cat([torch.linspace(-12, 12, 1 << 16), torch.logspace(-12, 2, 1 << 12), torch.tensor([-1e30, 1e30] * 8)])
-    got, true = run(library, "tanhs", x, len(x), len(x)).double().numpy(), np.tanh(x.double().numpy())
+    got, true = run(library, "tanhs", x, len(x), count=len(x)).double().numpy(), np.tanh(x.double().numpy())
     ulp = np.spacing(np.abs(true).astype(np.float32)).astype(np.float64)
     assert (np.abs(got - true) / ulp).max() <= 4
 
 
 def test_masks_and_bounds(library: ctypes.CDLL) -> None:
     x = torch.randn(16)
-    assert torch.equal(run(library, "kept", x, 16, 16), torch.where(torch.arange(16) < 5, x, torch.tensor(-1e30)))
-    assert torch.equal(run(library, "larger", x, 16, 16), x.clamp_min(0.25))
-    assert torch.equal(run(library, "smaller", x, 16, 16), x.clamp_max(0.25))
+    assert torch.equal(run(library, "kept", x, 16, count=16), torch.where(torch.arange(16) < 5, x, torch.tensor(-1e30)))
+    assert torch.equal(run(library, "larger", x, 16, count=16), x.clamp_min(0.25))
+    assert torch.equal(run(library, "smaller", x, 16, count=16), x.clamp_max(0.25))
