@@ -50,14 +50,11 @@ def repair(
     from kvcompile.heal.trainer import arguments
 
     args = arguments(config.heal, model.device)  # from here on the processes know of each other
-    with (
-        workspace.opened(folder, workspace.fingerprint(config, plan)) as place,
-        flags_kept(model),
-        no_foreign_bars(),
-    ):
+    with workspace.opened(folder) as place, flags_kept(model), no_foreign_bars():
         args.output_dir = str(place)
         training = Training(model, original, plan, config, tokenizer)
         trainer = training.trainer(args, progress, saves=folder is not None)
+        workspace.claim(place, workspace.fingerprint(config, plan))
         trainer.train(resume_from_checkpoint=workspace.newest(place) if config.heal.resume else None)
         record = training.finish(trainer)
     _leave(trainer)

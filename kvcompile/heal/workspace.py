@@ -30,8 +30,8 @@ def fingerprint(config: Config, plan: Plan) -> str:
 
 
 @contextmanager
-def opened(folder: Path | None, owner: str) -> Iterator[Path]:
-    """A folder for checkpoints: a passing one for None, else the given one, emptied unless it is of this `owner`.
+def opened(folder: Path | None) -> Iterator[Path]:
+    """A folder for checkpoints, a passing one for None; whose they are says `claim`, once training can begin.
 
     What fails before its first checkpoint leaves nothing behind.
     Raises KvcompileError where the given one holds something else than checkpoints.
@@ -43,7 +43,7 @@ def opened(folder: Path | None, owner: str) -> Iterator[Path]:
     main = not dist.is_initialized() or dist.get_rank() == 0
     made = [place for place in (folder, *folder.parents) if main and not place.exists()]
     if main:
-        _prepare(folder, owner)
+        _prepare(folder)
     if dist.is_initialized():
         dist.barrier()
     try:
@@ -56,22 +56,30 @@ def opened(folder: Path | None, owner: str) -> Iterator[Path]:
 
 def _clear(folder: Path, made: list[Path]) -> None:
     """Take back the mark, where it stands alone, and the folders `made` for it."""
-    if [path.name for path in folder.iterdir()] != [MARK]:
+    if [path.name for path in folder.iterdir()] not in ([], [MARK]):
         return
-    (folder / MARK).unlink()
+    (folder / MARK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another has put something there meanwhile
         for place in made:
             place.rmdir()
 
 
-def _prepare(folder: Path, owner: str) -> None:
-    mark = folder / MARK
-    if folder.exists() and not mark.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+def _prepare(folder: Path) -> None:
+    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise KvcompileError("checkpoints need a folder of their own", f"{folder}: other files", "output=<elsewhere>")
-    if mark.is_file() and _owner(mark) != owner:
-        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps({"fingerprint": owner}) + "\n", encoding="utf-8")
+
+
+def claim(folder: Path, owner: str) -> None:
+    """The folder is this `owner`'s from here on; checkpoints of another are deleted."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        mark = folder / MARK
+        if mark.is_file() and _owner(mark) != owner:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        mark.write_text(json.dumps({"fingerprint": owner}) + "\n", encoding="utf-8")
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def newest(folder: Path) -> str | None:

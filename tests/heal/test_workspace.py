@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -54,37 +55,47 @@ def test_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> None:
 def test_a_folder_is_emptied_unless_it_is_of_the_same_owner(mark: str, tmp_path: Path) -> None:
     folder = tmp_path / "w"
     for _ in range(2):
-        with workspace.opened(folder, "me") as place:
+        with workspace.opened(folder) as place:
+            workspace.claim(place, "me")
             (place / "checkpoint-3").mkdir(exist_ok=True)
-    with workspace.opened(folder, "me") as place:
-        assert (place / "checkpoint-3").is_dir()
     (folder / workspace.MARK).write_text(mark)
-    with workspace.opened(folder, "me") as place:
+    with workspace.opened(folder) as place:
+        assert (place / "checkpoint-3").is_dir(), "it may yet be refused what it wants the folder for"
+        workspace.claim(place, "me")
         assert [p.name for p in place.iterdir()] == [workspace.MARK]
         assert json.loads((place / workspace.MARK).read_text()) == {"fingerprint": "me"}
+
+
+def fail(folder: Path, error: BaseException, claims: bool) -> None:
+    with workspace.opened(folder) as place:
+        if claims:
+            workspace.claim(place, "me")
+        raise error
 
 
 @pytest.mark.parametrize("before", [[], ["outputs"], ["outputs", "outputs/w-heal"]], ids=len)
 def test_what_fails_before_its_first_checkpoint_leaves_nothing(before: list[str], tmp_path: Path) -> None:
     for name in before:
         (tmp_path / name).mkdir()
-    for error in (KvcompileError("rule", "given"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), workspace.opened(tmp_path / "outputs/w-heal", "me"):
-            raise error
+    for error, claims in itertools.product((KvcompileError("rule", "given"), KeyboardInterrupt()), (False, True)):
+        with pytest.raises(type(error)):
+            fail(tmp_path / "outputs/w-heal", error, claims)
         assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == before
 
 
 def test_what_fails_later_keeps_its_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "w" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "w" / workspace.MARK).write_text('{"fingerprint": "me"}')
-    with pytest.raises(KeyboardInterrupt), workspace.opened(tmp_path / "w", "me"):
-        raise KeyboardInterrupt
-    with workspace.opened(tmp_path / "w", "me") as place:
+    for claims in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            fail(tmp_path / "w", KeyboardInterrupt(), claims)
+    with workspace.opened(tmp_path / "w") as place:
+        workspace.claim(place, "me")
         assert (place / "checkpoint-3").is_dir(), "and its mark, by which it is known"
 
 
 def test_without_a_folder_nothing_is_left() -> None:
-    with workspace.opened(None, "me") as place:
+    with workspace.opened(None) as place:
         (place / "checkpoint-3").mkdir()
     assert not place.exists()
 
