@@ -4,14 +4,15 @@
 
 One new token over S entries a row. MB: what the kernel reads; GB/s: MB over time; copy: that, relative to what a copy
 of a large array moves (read and written), in turns with the others. ragged, paged, scores: time relative to dense
-without scores, over as many bytes. Ragged rows hold S/2 to 3S/2 entries; paged: pages of 16 entries in the order of
-memory, as a prompt leaves them; scattered: those in random order, as a pool that served for long may have them; large:
-pages of 128 in random order.
+without scores, over as many bytes. Ragged rows hold S/2 to 3S/2 entries; paged: pages of 16 entries (of 32 where
+32 share scales: pages hold whole groups) in the order of memory, as a prompt leaves them; scattered: those in random
+order, as a pool that served for long may have them; large: pages of 128 in random order.
 library: the fastest of PyTorch's ways over the same floats in the same memory, for codes over bfloat16. bf16: the
 time of our kernel over dense bfloat16, relative to this one.
 Every call reads another copy, of as many as make 128 MB: between two steps of a model its weights pass through the
 caches of the processor, and nothing is left there of what it attends to. Medians over rounds, each in an order of its
-own. Nothing is printed unless every kernel agrees with float64.
+own, and of those over passes of the whole table, as what else the machine does comes and goes. Nothing is printed
+unless every kernel agrees with float64.
 Threads that sleep between kernels (OMP_WAIT_POLICY=PASSIVE) wake too late for rows that take 0.1 ms: leave it unset.
 """
 
@@ -22,10 +23,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import median, mode
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,7 @@ GROUP = 32  # of tokens that share scales
 COLD = 1 << 27  # bytes
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2.5e-3}  # relative RMS: as in tests/kernels/cpp/test_attention.py
 WHOLE = 4e-4  # of whole numbers
+DIGITS = {"ms": 3, "library ms": 3, "GB/s": 1, "copy GB/s": 1}
 
 
 def stored(name: str, rows: int, tokens: int, dim: int) -> tuple[tuple[Tensor, Tensor | None], ...]:
@@ -73,6 +76,12 @@ def lengths_of(rows: int, tokens: int) -> list[int]:
     return spread
 
 
+def page_of(name: str, layout: str) -> int:
+    """Entries of a page, in whole groups that share scales, as `policies/paged.py` makes them; 0: no pages."""
+    group = max(c.group if c.axis == "channel" else 1 for c in FORMATS[name])
+    return -(-PAGES.get(layout, 0) // group) * group
+
+
 def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) -> View:
     """Rows of one format in one layout."""
     rows = batch * heads
@@ -87,7 +96,7 @@ def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) 
     begins = ends - torch.tensor(lengths)
     if layout == "ragged":
         return RaggedView(k, v, at, begins.tolist(), lengths, batch, heads, begins, ends, ks, vs)
-    page = PAGES[layout]
+    page = page_of(name, layout)
     count = rows * tokens // page
     pages = (torch.arange(count) if layout == "paged" else torch.randperm(count)).int().view(rows, -1)
     return PagedView(k, v, at, pages, [tokens] * rows, batch, heads, page, torch.full((rows,), tokens), ks, vs)
@@ -96,7 +105,7 @@ def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) 
 def spec(name: str, layout: str, shape: tuple[int, int, int], scores: bool = False) -> KernelSpec:
     """The kernel for it."""
     heads, kv_heads, dim = shape
-    part = Part("paged" if layout in PAGES else layout, *FORMATS[name], PAGES.get(layout, 0))
+    part = Part("paged" if layout in PAGES else layout, *FORMATS[name], page_of(name, layout))
     return KernelSpec((part,), heads // kv_heads, dim, dim, dim**-0.5, scores=scores)
 
 
@@ -204,8 +213,8 @@ def ratio(times: Times, one: str, other: str) -> float:
     return median(a[r] / b[r] for r in a.keys() & b.keys())
 
 
-def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> dict[str, object]:
-    """One row of the table."""
+def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> dict[str, Any]:
+    """One row of the table, in one pass."""
     calls = kernels(name, SHAPES[shape], batch, tokens)
     ways = library(name, SHAPES[shape], batch, tokens)
     source, target = torch.ones(COLD // 4), torch.empty(COLD // 4)
@@ -221,16 +230,37 @@ def measure(shape: str, batch: int, tokens: int, name: str, seconds: float) -> d
         "S": tokens,
         "format": name,
         "MB": round(size / 1e6, 1),
-        "ms": round(1000 * typical["dense"], 3),
-        "GB/s": round(size / typical["dense"] / 1e9, 1),
-        "copy GB/s": round(moved / typical["copy"] / 1e9, 1),
-        "copy": f"{size / moved * ratio(times, 'copy', 'dense'):.0%}",
-        "library ms": round(1000 * typical[fastest], 3),
+        "ms": 1000 * typical["dense"],
+        "GB/s": size / typical["dense"] / 1e9,
+        "copy GB/s": moved / typical["copy"] / 1e9,
+        "copy": size / moved * ratio(times, "copy", "dense"),
+        "library ms": 1000 * typical[fastest],
         "library": fastest,
-        "faster": round(ratio(times, fastest, "dense"), 2),
-        "bf16": round(ratio(times, "bfloat16", "dense"), 2),
-        **{other: round(ratio(times, other, "dense"), 2) for other in ("ragged", *PAGES, "scores")},
+        "faster": ratio(times, fastest, "dense"),
+        "bf16": ratio(times, "bfloat16", "dense"),
+        **{other: ratio(times, other, "dense") for other in ("ragged", *PAGES, "scores")},
     }
+
+
+Cell = tuple[str, int, int, str]  # shape, batch, entries a row, format
+
+
+def bytes_in(cell: Cell) -> int:
+    """Bytes of codes and scales."""
+    shape, batch, tokens, name = cell
+    _, kv_heads, dim = SHAPES[shape]
+    return sum(c.nbytes(batch * kv_heads * tokens, dim) for c in FORMATS[name])
+
+
+def over(passes: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table: the median of what each pass measured."""
+    row = {}
+    for name, first in passes[0].items():
+        given = [one[name] for one in passes]
+        row[name] = median(given) if isinstance(first, float) else mode(given)
+        if isinstance(first, float):
+            row[name] = f"{row[name]:.0%}" if name == "copy" else round(row[name], DIGITS.get(name, 2))
+    return row
 
 
 def processor() -> str:
@@ -248,21 +278,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each row of the table")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row of the table, each pass")
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--out")
     args = parser.parse_args()
     torch.manual_seed(0)
     agree()
-    rows = []
-    for shape in args.shapes:
-        _, kv_heads, dim = SHAPES[shape]
-        for batch in args.batches:
-            for tokens in args.tokens:
-                for name in args.formats:
-                    if sum(c.nbytes(batch * kv_heads * tokens, dim) for c in FORMATS[name]) < MOST_BYTES:
-                        rows.append(measure(shape, batch, tokens, name, args.seconds))
-                        print(rows[-1], file=sys.stderr, flush=True)
-    text = tabulate(rows, headers="keys", tablefmt="github")
+    cells: dict[Cell, list[dict[str, Any]]] = {
+        cell: []
+        for cell in product(args.shapes, args.batches, args.tokens, args.formats)
+        if bytes_in(cell) < MOST_BYTES
+    }
+    for _, (cell, passes) in product(range(args.passes), cells.items()):
+        passes.append(measure(*cell, args.seconds))
+        print(passes[-1], file=sys.stderr, flush=True)
+    text = tabulate([over(passes) for passes in cells.values()], headers="keys", tablefmt="github")
     print(text)
     if args.out:
         head = (

@@ -147,6 +147,21 @@ MERGE = """
     """
 
 COLUMNS = """
+    // Weights [G][columns()] of the pieces that a thread took, in memory near it, until the totals of their rows are known.
+    struct Kept {
+      struct alignas(64) Line { float x[16]; };
+      std::vector<Line> weights;
+      std::vector<int64_t> pieces;
+      size_t used = 0;
+      float* add(int64_t piece, int count) {
+        size_t start = used;
+        pieces.push_back(piece), used += count / 16;
+        if (weights.size() < used) weights.resize(used);
+        return weights[start].x;
+      }
+      void clear() { pieces.clear(), used = 0; }
+    };
+
     // What each entry of a piece received, sum_g p_j / total: kept weights are relative to the largest logit of the
     // piece, `result` has it, and `shares` the row's largest and 1 / total.
     KV_INLINE void add_columns(const Piece& piece, const float* kept, const float* result, const float (*shares)[2],
@@ -171,7 +186,6 @@ CUT = """
       length = length < TILE ? TILE : least(length, LONGEST);
       for (int j = from; j < to; j += length) {
         pieces.push_back({row, part, j, least(j + length, to)$place});
-        $room
       }
     }
     """
@@ -191,7 +205,6 @@ LAUNCH = """
       static thread_local std::vector<Piece> cuts;
       static thread_local std::vector<int> firsts;  // piece of each row
       static thread_local std::vector<float> memory;
-      $scratch
       cuts.clear(), firsts.clear();
       for (int r = 0; r < a.rows; r++) {
         firsts.push_back((int)cuts.size());
@@ -202,7 +215,7 @@ LAUNCH = """
       firsts.push_back((int)cuts.size());
       if (memory.size() < cuts.size() * RESULT) memory.resize(cuts.size() * RESULT);
       int64_t count = (int64_t)cuts.size(), work = 0;
-      $room
+      $shares
       const Piece* pieces = cuts.data();
       const int* first = firsts.data();
       float* results = memory.data();
@@ -224,57 +237,52 @@ RUN = """
     """
 
 RUN_SCORES = """
+    auto take = [&](Kept& kept, int64_t i) {
+      float* weights = kept.add(i, G * pieces[i].columns());
+      $dispatch
+    };
     auto merge_row = [&](int64_t r) {
       merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
     };
-    auto add_piece = [&](int64_t i, const float* weights) {
-      const Piece& piece = pieces[i];
-      float* sums = a.sums + piece.row * a.sums_row + piece.column;
-      add_columns(piece, weights + piece.kept, results + i * RESULT, shares + piece.row * G, sums);
+    auto give = [&](Kept& kept) {
+      if (kept.pieces.empty()) return;
+      const float* weights = kept.weights.data()->x;
+      for (int64_t i : kept.pieces) {
+        const Piece& piece = pieces[i];
+        float* sums = a.sums + piece.row * a.sums_row + piece.column;
+        add_columns(piece, weights, results + i * RESULT, shares + piece.row * G, sums);
+        weights += G * piece.columns();
+      }
+      kept.clear();
     };
-    if (a.rows >= 4 * threads) {  // a row to a thread: its weights are still near when its sums are made
+    if (a.rows >= 4 * threads) {  // a row to a thread
     #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
       for (int64_t r = 0; r < a.rows; r++) {
-        static thread_local std::vector<float> own;
-        int64_t begin = pieces[first[r]].kept, room = pieces[first[r + 1]].kept - begin;
-        if ((int64_t)own.size() < room) own.resize(room);
-        float* weights = own.data() - begin;
-        for (int64_t i = first[r]; i < first[r + 1]; i++) {
-          $dispatch
-        }
+        static thread_local Kept kept;
+        for (int64_t i = first[r]; i < first[r + 1]; i++) take(kept, i);
         merge_row(r);
-        for (int64_t i = first[r]; i < first[r + 1]; i++) add_piece(i, weights);
+        give(kept);
       }
       return;
     }
-    if ((int64_t)kept.size() < room) kept.resize(room);
-    float* weights = kept.data();
     #pragma omp parallel num_threads(threads)
     {
+      static thread_local Kept kept;
     #pragma omp for schedule(dynamic, run)
-      for (int64_t i = 0; i < count; i++) {
-        $dispatch
-      }
+      for (int64_t i = 0; i < count; i++) take(kept, i);
     #pragma omp single
       for (int64_t r = 0; r < a.rows; r++) merge_row(r);
-    #pragma omp for schedule(static)
-      for (int64_t i = 0; i < count; i++) add_piece(i, weights);
+      give(kept);
     }
     """
 
 PLACE = """
-    int column;    // of its first entry in the sums
-    int64_t kept;  // where its weights are kept, [G][columns()]
+    int column;  // of its first entry in the sums
     int columns() const { return (to - from + 30) / 16 * 16; }  // whole vectors from any entry on
     """
 
-SCRATCH = """
-    static thread_local std::vector<float> kept, finals;
-    int64_t room = 0;
-    """
-
-ROOM = """
-    cuts.push_back({0, 0, 0, 0, 0, room});  // where the weights of the last one end
+SHARES = """
+    static thread_local std::vector<float> finals;
     if ((int64_t)finals.size() < a.rows * G * 2) finals.resize(a.rows * G * 2);
     float(*shares)[2] = (float(*)[2])finals.data();
     """
@@ -349,14 +357,11 @@ def _merge(spec: KernelSpec) -> str:
 
 
 def _cut(spec: KernelSpec) -> str:
-    if not spec.scores:
-        return fill(CUT, place_in="", place="", room="")
-    room = "room += G * pieces.back().columns();"
-    return fill(CUT, place_in=", int offset, int64_t& room", place=", offset + j, room", room=room)
+    return fill(CUT, place_in=", int offset", place=", offset + j") if spec.scores else fill(CUT, place_in="", place="")
 
 
 def _cut_part(spec: KernelSpec, i: int) -> str:
-    end = ", offset, room" if spec.scores else ""
+    end = ", offset" if spec.scores else ""
     seen, cuts = "", f"cut(cuts, r, {i}, 0, row.count{end});"
     if spec.sliding_window:
         last = spec.sliding_window - 1
@@ -370,15 +375,14 @@ def _cut_part(spec: KernelSpec, i: int) -> str:
 
 def _launch(spec: KernelSpec) -> str:
     count = len(spec.parts)
-    end = ", weights + pieces[i].kept" if spec.scores else ""
+    end = ", weights" if spec.scores else ""
     calls = [f"attend(a, a.part{i}, pieces[i], results + i * RESULT{end});" for i in range(count)]
     cases = "\n".join(f"  case {i}: {call} break;" for i, call in enumerate(calls))
     return fill(
         LAUNCH,
-        scratch=fill(SCRATCH) if spec.scores else "",
         offset="int offset = 0;" if spec.scores else "",
         cuts="\n".join(_cut_part(spec, i) for i in range(count)),
-        room=fill(ROOM) if spec.scores else "",
+        shares=fill(SHARES) if spec.scores else "",
         small=SMALL,
         longest_run=LONGEST_RUN,
         run=fill(
