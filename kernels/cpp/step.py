@@ -147,7 +147,7 @@ MERGE = """
     """
 
 COLUMNS = """
-    // Weights [G][columns()] of the pieces that a thread took, in memory near it, until the totals of their rows are known.
+    // Weights [G][columns()] of the pieces that a thread took, near it, until the totals of their rows are known.
     struct Kept {
       struct alignas(64) Line { float x[16]; };
       std::vector<Line> weights;
