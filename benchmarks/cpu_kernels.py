@@ -39,7 +39,7 @@ from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import attention, build
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.storage import Codec
+from kvcompile.storage import Codec, Storage
 
 PAGES = {"paged": 16, "scattered": 16, "large": 128}  # entries
 FORMATS = {
@@ -78,8 +78,8 @@ def lengths_of(rows: int, tokens: int) -> list[int]:
 
 def page_of(name: str, layout: str) -> int:
     """Entries of a page, in whole groups that share scales, as `policies/paged.py` makes them; 0: no pages."""
-    group = max(c.group if c.axis == "channel" else 1 for c in FORMATS[name])
-    return -(-PAGES.get(layout, 0) // group) * group
+    block = Storage(*FORMATS[name]).block
+    return -(-PAGES.get(layout, 0) // block) * block
 
 
 def view(name: str, layout: str, batch: int, heads: int, tokens: int, dim: int) -> View:

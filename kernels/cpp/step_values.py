@@ -57,8 +57,7 @@ COLUMNS = """
     """
 
 VALUES = """
-    static constexpr int RUNNING = $slots * 16;  // floats of a sum, in the order of the stored codes
-    static constexpr int SUMS = RUNNING;
+    static constexpr int SUMS = $slots * 16;  // floats of a sum, in the order of the stored codes
     $columns
     $add
     KV_INLINE void accumulate(const Row& row, const Tile& tile, float (&p)[G][STRIDE], float (&sum)[G][SUMS]) {
