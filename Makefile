@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS := .venv/.docs
 DEMO := outputs/zigzag-llama
 
-.PHONY: help demo test model lint types clean
+.PHONY: help demo test model lint types docs clean
 
 help:
 	@echo "make demo   set up, compile the default model with zigzag, show how to load it"
 	@echo "make test   set up, lint, types, all tests"
+	@echo "make docs   set up, build the documentation into site/"
 	@echo "make clean  remove .venv, caches and build files (not outputs)"
 
 $(READY): pyproject.toml constraints.txt
@@ -51,5 +53,12 @@ test: lint types model
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not real"
 	$(BIN)/pytest -q -m real
 
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .typed build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .typed build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
