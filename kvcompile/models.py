@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from kvcompile.config import ModelConfig
+    from kvcompile.gguf_reader import Contents
 
 DEFAULT_NAME = "llama"
 DEFAULT_FOLDER = "SmolLM2-135M-Instruct"
@@ -64,7 +65,10 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
 
     source, options = _source(model)
     with _plain_errors(model):
-        return AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **options)
+        if file := _gguf(source, options):
+            file.take_rope(config)
+        return config
 
 
 def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedModel, Any]:
@@ -86,17 +90,35 @@ def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedMod
     progress(what, 0, 0)
     with _plain_errors(model), no_foreign_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise KvcompileError(
-            "the checkpoint must hold all weights of its architecture",
-            f"{model.pretrained} without {sorted(info['missing_keys'])[0]} ({len(info['missing_keys'])} missing)",
-            "use a complete causal-LM checkpoint",
+        file = _gguf(source, options)
+        given = {"config": config_of(model)} if file else {}
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **given, **options
         )
-    loaded = _unquantised(loaded) if "gguf_file" in options else loaded
+    _require_whole(model, info)
+    if file:
+        file.require_taken(loaded)
+        loaded = _unquantised(loaded)
     require_weights(loaded)
     progress(what, 1, 1)
     return loaded.to(device).eval(), tokenizer
+
+
+def _require_whole(model: ModelConfig, info: dict[str, Any]) -> None:
+    """Raise KvcompileError unless the weights of the checkpoint are those of the model, no more and no less."""
+    missing, left = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise KvcompileError(
+            "the checkpoint must hold all weights of its architecture",
+            f"{model.pretrained} without {missing[0]} ({len(missing)} missing)",
+            "use a complete causal-LM checkpoint",
+        )
+    if left:
+        raise KvcompileError(
+            "every weight of a checkpoint must have its place in the model that its config.json describes",
+            f"{left[0]} in {model.pretrained} ({len(left)} without a place)",
+            "use a checkpoint that fits its config.json, with adapters merged into it",
+        )
 
 
 def require_weights(model: PreTrainedModel) -> None:
@@ -234,6 +256,15 @@ def _require_default(model: ModelConfig) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise KvcompileError("GGUF files need the gguf package", "none installed", "pip install kvcompile[gguf]")
+
+
+def _gguf(source: str, options: dict[str, Any]) -> Contents | None:
+    """What the GGUF file says that transformers does not read; None for another checkpoint."""
+    if "gguf_file" not in options:
+        return None
+    from kvcompile.gguf_reader import contents
+
+    return contents(Path(source, options["gguf_file"]))
 
 
 def _source(model: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -130,10 +130,17 @@ def _truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5000])
 
 
+def _with_biases(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.self_attn.k_proj.bias"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (_without_weight, "layers.2.self_attn.k_proj.weight"),
+        (_with_biases, r"layers.2.self_attn.k_proj.bias in .*\(1 without a place"),
         (_truncated, "could not be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "could not be loaded"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "nonesuch"}'), "nonesuch"),

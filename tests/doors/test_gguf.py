@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -193,6 +194,72 @@ def test_biases_and_stretched_frequencies_are_in_the_file(tmp_path: Path) -> Non
     assert np.array_equal(found["blk.2.attn_q.bias"].reshape(8, 16)[:, 1::2], bias[:, 8:].numpy())
     plain = LLAMA3["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
     np.testing.assert_allclose(plain / found["rope_freqs.weight"], model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+
+
+def read_gguf(folder: Path) -> Any:
+    from kvcompile.config import ModelConfig
+    from kvcompile.models import config_of, load
+
+    asked = ModelConfig(pretrained=str(folder / "model.gguf"), device="cpu")
+    model = load(asked)[0]
+    assert model.config.rope_parameters == config_of(asked).rope_parameters  # a plan is made before weights are read
+    return model
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, {**LLAMA3, "rope_theta": 5e5, "factor": 32.0}, LINEAR])
+def test_rotary_factors_of_a_file_are_read_back(rope: dict[str, Any], tmp_path: Path) -> None:
+    """transformers leaves out `rope_freqs.weight`, which every Llama-3.1 file has: another model, silently."""
+    model = compiled("llama", vocab_size=384, rope_parameters=rope)
+    kvcompile.export(model, "gguf", tmp_path / "out", bpe_tokenizer(byte_level()))
+    read, ids = read_gguf(tmp_path / "out"), tiny_ids(2, 200)
+    assert read.config.rope_parameters == rope
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"attention_bias": True}, "blk.0.attn_q.bias and 15 more"),
+        ({"mlp_bias": True}, "bias and 11 more"),
+        ({"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, "linear or llama3 scaling, got rope_freqs.weight"),
+    ],
+    ids=str,
+)
+def test_what_is_not_read_of_a_file_is_refused_by_name(over: dict[str, Any], says: str, tmp_path: Path) -> None:
+    kvcompile.export(compiled("llama", vocab_size=384, **over), "gguf", tmp_path / "out", bpe_tokenizer(byte_level()))
+    with pytest.raises(KvcompileError, match=re.escape(says)):
+        read_gguf(tmp_path / "out")
+
+
+SCALED: list[tuple[dict[str, Any], dict[str, Any] | str]] = [
+    ({"type": "none", "factor": 2.0}, {"rope_type": "default"}),
+    ({"factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 64, "finetuned": True},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    ({"type": "yarn", "factor": 4.0}, "original_context_length"),
+    ({"type": "longrope", "factor": 4.0}, "got rope.scaling.type=longrope"),
+    ({"type": "linear", "factor": 4.0, "attn_factor": 2.0}, "rope.scaling.attn_factor=2.0"),
+]
+
+
+@pytest.mark.parametrize(("scaling", "wanted"), SCALED, ids=lambda value: str(value)[:30])
+def test_rotary_scaling_in_the_metadata_is_read_or_refused(scaling: dict[str, Any], wanted: Any) -> None:
+    """transformers leaves `rope.scaling.*` out too."""
+    from kvcompile.gguf_reader import Contents
+
+    config, file = tiny_config("llama"), Contents((), scaling, None)
+    if isinstance(wanted, str):
+        with pytest.raises(KvcompileError, match=re.escape(wanted)):
+            file.take_rope(config)
+        return
+    file.take_rope(config)
+    assert config.rope_parameters == {"rope_theta": config.rope_parameters["rope_theta"], **wanted}
 
 
 def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:

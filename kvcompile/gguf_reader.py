@@ -1,0 +1,129 @@
+"""What transformers' reader of GGUF files leaves out: rotary settings are taken here, any other tensor is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FACTORS = "rope_freqs.weight"
+ORIGINAL = "original_max_position_embeddings"
+SCALING = {"type", "factor", "original_context_length", "finetuned"}  # what is read of <architecture>.rope.scaling.*
+BETWEEN = 1e-4  # a factor nearer than this to 1, or to the largest, is taken to be it
+FIX = "use the safetensors checkpoint of this model"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Names of a GGUF file's tensors, its settings `rope.scaling.*`, and its rotary factors `[D/2]`, if any."""
+
+    tensors: tuple[str, ...]
+    scaling: dict[str, Any]
+    factors: Tensor | None
+
+    def take_rope(self, config: PretrainedConfig) -> None:
+        """Set the rotary settings of `config` to those of the file, in place.
+
+        Raises KvcompileError where they are of no kind that transformers computes.
+        """
+        scaled = self.scaling.get("type", "linear" if self.scaling else "none") != "none"
+        if self.factors is None and not scaled:
+            return
+        plain: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
+        if "rope_theta" not in plain or (self.factors is not None and scaled):
+            got = (
+                f"{FACTORS} and rope.scaling" if "rope_theta" in plain else "rope.scaling where layers turn differently"
+            )
+            raise KvcompileError("a GGUF file must give one set of rotary settings for all layers", got, FIX)
+        plain["rope_type"] = "default"
+        config.rope_parameters = (
+            _of_metadata(self.scaling, plain) if self.factors is None else _of_factors(self.factors, plain, config)
+        )
+
+    def require_taken(self, model: PreTrainedModel) -> None:
+        """Raise KvcompileError if the file has a tensor that no weight of the model was read from."""
+        from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+        places = get_gguf_hf_weights_map(model, TensorProcessor())
+        left = [name for name in self.tensors if name not in places and name != FACTORS]
+        if left:
+            raise KvcompileError(
+                f"every tensor of a GGUF file must have its place in the model ({model.config.model_type})",
+                f"{left[0]} and {len(left) - 1} more that transformers leaves out" if left[1:] else left[0],
+                FIX,
+            )
+
+
+def contents(path: Path) -> Contents:
+    """What the file says of itself; the weights are not read."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    scaling = {
+        name.partition(".rope.scaling.")[2]: field.contents()
+        for name, field in reader.fields.items()
+        if ".rope.scaling." in name
+    }
+    factors = next((torch.tensor(t.data).double().flatten() for t in reader.tensors if t.name == FACTORS), None)
+    return Contents(tuple(t.name for t in reader.tensors), scaling, factors)
+
+
+def _of_metadata(scaling: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    kind, factor = scaling.get("type", "linear"), scaling.get("factor")
+    unknown = sorted(f"rope.scaling.{key}={value}" for key, value in scaling.items() if key not in SCALING)
+    if kind not in ("linear", "yarn") or unknown or factor is None:
+        got = ", ".join([f"rope.scaling.type={kind}", *unknown, *(["no factor"] if factor is None else [])])
+        raise KvcompileError("rotary scaling of a GGUF file must be linear or yarn, given by its factor", got, FIX)
+    if kind == "linear":
+        return {**plain, "rope_type": kind, "factor": float(factor)}
+    if "original_context_length" not in scaling:
+        raise KvcompileError("yarn needs rope.scaling.original_context_length", "a GGUF file without it", FIX)
+    return {**plain, "rope_type": kind, "factor": float(factor), ORIGINAL: int(scaling["original_context_length"])}
+
+
+def _of_factors(factors: Tensor, plain: dict[str, Any], config: Any) -> dict[str, Any]:
+    """The rotary settings whose frequencies are theta^(-2c/D) / factor_c: linear, or llama3 with its usual 1 and 4.
+
+    llama3 divides by 1 wavelengths below O/4, by F those above O, and in between by 1 / ((1 - s)/F + s), where
+    s = (O / wavelength - 1) / 3: one such wavelength gives the original length O, which the file does not hold.
+    """
+    most, dim = float(f"{float(factors.max()):.6g}"), 2 * len(factors)  # written as float32
+    waves = 2 * math.pi * plain["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if torch.allclose(factors, factors[:1], rtol=1e-6):
+        return {**plain, "rope_type": "linear", "factor": most} if abs(most - 1) > 1e-6 else plain
+    between = (factors > 1 + BETWEEN) & (factors < most * (1 - BETWEEN))
+    smooth = (1 / factors - 1 / most) / (1 - 1 / most)
+    originals = (waves * (3 * smooth + 1))[between] if bool(between.any()) else waves[factors > 1].min().floor()
+    found = {
+        **plain,
+        "rope_type": "llama3",
+        "factor": most,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        ORIGINAL: round(float(originals.median())),
+    }
+    if not torch.allclose(_frequencies(found, config) * waves / (2 * math.pi), 1 / factors, rtol=1e-5):
+        raise KvcompileError(
+            "rotary factors of a GGUF file must be those of a linear or llama3 scaling",
+            f"{FACTORS} from {float(factors.min()):.4g} to {most:.4g}",
+            FIX,
+        )
+    return found
+
+
+def _frequencies(rope: dict[str, Any], config: Any) -> Tensor:
+    """The frequencies `[D/2]` that transformers computes from rotary settings."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    trial = type(config)(**{**config.to_dict(), "rope_parameters": rope})
+    found: Tensor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](trial, torch.device("cpu"))[0]
+    return found.double()
