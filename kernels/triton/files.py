@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from kvcompile.folders import cache_folder
+from kvcompile.folders import make_private, ours, private_folder
 
 FRAGMENTS = Path(__file__).with_name("fragments.py")
 _lock = threading.Lock()
@@ -68,10 +68,10 @@ def digest(text: str) -> str:
 
 def written(text: str, name: str) -> Path:
     """The file with this text in the user's cache folder; several processes may write it at once."""
-    folder = cache_folder() / "triton"
+    folder = private_folder("triton")
     path = folder / f"{name}_{digest(text)}.py"
-    if not path.is_file() or path.read_text("utf-8") != text:
-        folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or not ours(path) or path.read_text("utf-8") != text:
+        make_private(folder)
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

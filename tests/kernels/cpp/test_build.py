@@ -61,9 +61,8 @@ def test_a_library_is_compiled_once_and_its_source_kept(cache: Path, compiler: P
     assert build.load(SOURCE, "one") is build.load(SOURCE, "one")
     assert compiles(compiler, "one") == 1
     names = sorted(p.name for p in cache.iterdir() if p.name.startswith("one-"))
-    assert [n.rpartition(".")[2] for n in names] == ["cpp", "so"]
+    assert [n.rpartition(".")[2] for n in names] == ["cpp", "sha256", "so"]
     assert (cache / names[0]).read_text() == SOURCE
-    assert cache.stat().st_mode & 0o077 == 0, "what is loaded from here must not be written by others"
 
 
 @needs_compiler
@@ -196,18 +195,6 @@ def test_a_process_that_is_killed_leaves_nothing_to_load_and_no_lock(cache: Path
 
 
 @needs_compiler
-def test_a_damaged_library_is_built_again(cache: Path, compiler: Path) -> None:
-    library = Path(build.load(SOURCE, "damaged")._name)
-    code = f"from kvcompile.kernels.cpp import build; print(build.load({SOURCE!r}, 'damaged')['answer']())"
-    fresh = library.with_name("copy")  # a mapped library must not be cut: replace the name instead
-    fresh.write_bytes(library.read_bytes()[:100])
-    os.replace(fresh, library)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "42"
-    assert compiles(compiler, "damaged") == 2
-
-
-@needs_compiler
 def test_a_source_that_does_not_compile_says_so_and_leaves_no_library(cache: Path) -> None:
     with pytest.raises(KvcompileError, match=r"must accept a generated kernel.*cpp:1:.*error.*Fix: set kernels=sdpa"):
         build.load("int nonsense(", "broken")
@@ -309,6 +296,66 @@ def test_a_named_compiler_is_not_replaced_by_another(monkeypatch: pytest.MonkeyP
     if false:
         monkeypatch.setenv("CXX", false)
         assert build.available() == f"{false}: it preprocesses no C++17"
+
+
+WRONG = {
+    "echo": "echo: it preprocesses no C++17",
+    "'g++": "$CXX='g++ is no command: No closing quotation",
+    "/etc/passwd": "no /etc/passwd on the path",
+    '""': 'no "" on the path',
+}
+
+
+@pytest.mark.parametrize("named", WRONG)
+def test_a_wrong_compiler_is_a_plain_word(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert build.available() == WRONG[named]
+    with pytest.raises(KvcompileError, match=r"must be built on this machine, got .*Fix: install g\+\+") as error:
+        build.toolchain()
+    assert "\n" not in str(error.value)
+
+
+def scripted(path: Path, text: str) -> str:
+    """A command that runs a shell script, `$REAL` in it the compiler that works here."""
+    path.write_text("#!/bin/sh\n" + text.replace("$REAL", build.toolchain().compiler[0]))
+    path.chmod(0o700)
+    return str(path)
+
+
+@needs_compiler
+def test_a_compiler_that_makes_nothing_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = scripted(tmp_path / "lazy-c++", 'case " $* " in *" -c "*) exit 0;; esac\nexec $REAL "$@"\n')
+    monkeypatch.setenv("CXX", lazy)
+    assert str(build.available()).startswith(f"{lazy}: {lazy} wrote no .o from {cache}/probe-")
+
+
+@needs_compiler
+def test_what_a_compiler_says_need_not_be_utf8(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latin = (
+        'case " $* " in *broken*-c*|*-c*broken*) printf "error: gr\\366\\337er" >&2; exit 1;; esac\nexec $REAL "$@"\n'
+    )
+    monkeypatch.setenv("CXX", scripted(tmp_path / "latin-c++", latin))
+    with pytest.raises(KvcompileError, match="must accept a generated kernel, got error: gr\ufffd\ufffder from "):
+        build.load(SOURCE, "broken")
+
+
+@needs_compiler
+def test_a_compiler_that_hangs_is_stopped(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that it started; at a kernel it is an error, at a question another reason to run without."""
+    pid = tmp_path / "pid"
+    hang = f'sleep 600 & echo $! > "{pid}"; wait'
+    at_kernel = scripted(tmp_path / "kernel-c++", f'case " $* " in *slow*) {hang};; esac\nexec $REAL "$@"\n')
+    always = scripted(tmp_path / "always-c++", f"{hang}\n")
+    monkeypatch.setenv("CXX", at_kernel)
+    build.toolchain()
+    monkeypatch.setattr(build, "COMPILE_SECONDS", 0.5)
+    with pytest.raises(KvcompileError, match=r"done with a kernel in 0 s, got kernel-c\+\+, still at .*slow.* Fix: "):
+        build.load(SOURCE, "slow")
+    while (state := Path(f"/proc/{pid.read_text().strip()}/stat")).exists() and state.read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    monkeypatch.setenv("CXX", always)
+    monkeypatch.setattr(build, "ANSWER_SECONDS", 0.5)
+    assert build.available() == f"{always}: no answer in 0 s"
 
 
 @needs_compiler
