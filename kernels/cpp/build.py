@@ -198,7 +198,7 @@ def _said(command: list[str], seconds: float) -> subprocess.CompletedProcess[str
     Raises OSError where it cannot be run, TimeoutExpired.
     """
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    text = {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, "LC_ALL": "C"}}
     with subprocess.Popen(command, start_new_session=True, **pipes, **text) as process:
         try:
             out, err = process.communicate(timeout=seconds)
