@@ -174,6 +174,8 @@ class AllocationPolicy(Policy):
 
     score: name of a policy that ranks tokens (null: the one before in the stack, else `default_score`).
     budget: fraction of the tokens seen (<= 1) or tokens (> 1), mean over KV heads.
+    sinks: first tokens always kept. decode_every: evict again after so many decoded tokens (0: never).
+    between_chunks: evict after each prefill chunk, not only after the last.
     skip_layers: layers left as they are.
     """
 

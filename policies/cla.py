@@ -19,6 +19,7 @@ Pairs = Literal["fixed", "kv", "activations"]
 class CLA(Policy):
     """One layer in `share` owns a cache, the next ones read it (arXiv 2405.12981). Untrained, heal the result.
 
+    share: layers that read one cache, its owner included.
     variant: `uniform` groups of neighbours; `keep_ends` the same without the first and the last layer; `dense_front`
     and `dense_back` as many owners at one end, and a single shared cache for the rest.
     pairs: `fixed` as the variant says, or chosen by similarity of layers (their `kv`, or the `activations` that their
@@ -26,6 +27,7 @@ class CLA(Policy):
     KVSharer's choice, 2410.18517), and the pattern that changes the model's output less is taken.
     pattern: owner of each layer, as in `[0,0,2,2]`; given, or found by calibration, it overrides the rest.
     fold: owners keep their `owner` weights, or take the `mean` of their readers' (`successive`: see MLKV).
+    tokens: length of the text that pairs are chosen on.
     """
 
     name: ClassVar[str] = "cla"

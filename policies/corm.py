@@ -54,7 +54,9 @@ class Threshold(Allocation):
 class CORM(TokenPolicy):
     """Drop a token when none of the last `window` queries gave it at least an even share of attention.
 
-    The last `recent` tokens always stay. What is kept depends on the input alone: memory is not bounded (2404.15949).
+    What is kept depends on the input alone: memory is not bounded (2404.15949).
+
+    window: newest queries whose attention counts. recent: newest tokens that always stay.
     """
 
     name: ClassVar[str] = "corm"

@@ -22,6 +22,7 @@ class HeadMerging(Policy):
     their keys and values on `tokens` tokens of text (which permutes query heads and the output projection with them).
     align: rotate heads towards each other before the mean, `values` alone or `both` (keys by one 2-D rotation per
     RoPE frequency; not where keys are normed after their projection).
+    tokens: length of the text that heads are compared or aligned on.
     groups: per layer the groups of KV heads that calibration found; left empty, it looks for them.
     """
 

@@ -20,7 +20,9 @@ class KIVI(CodedPolicy):
     Tokens older than the `residual` newest are encoded after each prefill, and while decoding in whole groups; the
     paper encodes keys `residual` at a time, and values one by one.
 
-    bits: of keys and of values. key_bits, value_bits: override it. residual: a multiple of `group`.
+    bits: of keys and of values. key_bits, value_bits: bits of the one, over `bits`.
+    group: numbers that share a scale and a zero. residual: newest tokens that keep the model's dtype, a multiple of
+    `group`.
     key_axis: `token` gives keys scales as values have them: rows need no whole groups of tokens then, so short rows
     are encoded to the last token; best after `rotate`, which spreads the outliers of a channel over the head.
     """

@@ -25,7 +25,8 @@ class MLA(Policy):
     select: which RoPE components those are: the ones that lose most without `position`, or of largest `norm`, or of
     `high`, `low` or `uniform` frequencies. mix: components are mixtures of heads (RoRoPE), not heads alone.
     damp: the others keep the mean of their rotation instead of none. factor: fitted to `activations` on `tokens` tokens
-    of text, or the SVD of the `weights`. ranks, frequencies: per layer, as calibration found them.
+    of text, or the SVD of the `weights`. tokens: length of that text.
+    ranks, frequencies: per layer, as calibration found them.
     """
 
     name: ClassVar[str] = "mla"

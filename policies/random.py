@@ -38,7 +38,10 @@ class Uniformly(Score):
 
 @dataclass(frozen=True)
 class Random(SelectionPolicy):
-    """Keep random tokens and the sinks: what any other policy must beat."""
+    """Keep random tokens and the sinks: what any other policy must beat.
+
+    seed: of the draw; the same seed keeps the same tokens of a prompt.
+    """
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "random tokens: the honest baseline"

@@ -41,10 +41,13 @@ class RetrievalHeads(TokenPolicy):
     """Give the KV heads that retrieve (almost) all tokens, the others a small budget.
 
     heads: `[layer, kv_head]` pairs; left empty, calibration fills in the best `fraction` of all KV heads.
+    fraction: share of all KV heads that calibration calls retrieval heads.
     keep: share of the tokens that retrieval heads keep. budget: tokens (> 1) or share (<= 1) for each other head,
-    `sinks` first and `recent` last ones included; what is left of it goes by `score`, the name of a policy that ranks
-    tokens (streaming: the newest). decode_every: evict again after so many decoded tokens (0: never).
+    `sinks` first and `recent` last ones included; what is left of it goes by `score`.
+    recent: newest tokens always kept. score: name of a policy that ranks tokens (streaming: the newest).
+    decode_every: evict again after so many decoded tokens (0: never).
     samples, tokens, seed: calibration prompts of each form, their length and their seed.
+
     Sources: retrieval heads (arXiv 2404.15574), RazorAttention (2407.15891), DuoAttention (2410.10819).
     """
 

@@ -53,6 +53,7 @@ class WindowAttention(Score):
 class SnapKV(SelectionPolicy):
     """Keep the tokens that the last `window` queries attend to, after prefill (arXiv 2404.14469).
 
+    window: last queries, which vote and always stay.
     kernel: how many neighbours share a vote (odd); it decides how much of a sentence stays with the word that is asked
     for: at a tenth of the tokens, with reduce=max, 7 lost all needles of the default model and 21 none
     (`benchmarks/results/snapkv_pool.md`).

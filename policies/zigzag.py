@@ -135,8 +135,9 @@ class ZigZag(AllocationPolicy):
     """Give uncertain layers more tokens: those whose attention needs many to hold most of its mass (2412.09036).
 
     window: last queries whose attention is measured. mass: how much of it counts. floor: share of the mean budget that
-    every layer gets. scope: budgets by layer, by KV head of all layers, or by layer and inside it by score (`adaptive`,
-    with AdaKV's `safeguard`). share_cap: largest share of a row (1: any).
+    every layer gets. scope: budgets by layer, by KV head of all layers, or by layer and inside it by score
+    (`adaptive`). safeguard: with `adaptive`, share of a layer's budget that its heads get alike.
+    share_cap: largest share of a row (1: any).
     """
 
     name: ClassVar[str] = "zigzag"

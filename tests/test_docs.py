@@ -1,0 +1,120 @@
+"""What README and docs/ say is true of the tree: links, commands, options, numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from kvcompile.compose import check
+from kvcompile.stack import discover
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
+README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+FORMS = ("magic", "two_keys", "passcode")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def section(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+
+
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def commands(text: str) -> list[list[str]]:
+    """Overrides of every `kvcompile setting=value ...` line, but those with a placeholder or the example's policy."""
+    lines = re.findall(r"^(?: {4})?kvcompile ((?:-m |'?\w[\w.]*=).+)$", text, re.M)
+    split = [shlex.split(line.removesuffix("\\"), comments=True) for line in lines]
+    return [words for words in split if not any(re.search(r"<|\.\.\.|vnorm", word) for word in words)]
+
+
+def test_the_readme_is_short_and_begins_with_the_two_commands() -> None:
+    assert len(README.split()) <= 700
+    indented = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+    assert indented[0].startswith("make demo")
+    assert indented[1].startswith("make test")
+
+
+@every_page
+def test_links_lead_to_files(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+@every_page
+def test_commands_compose(page: Path) -> None:
+    for words in commands(page.read_text("utf-8")):
+        check([word for word in words if word != "-m"], "-m" in words)
+
+
+def test_every_policy_has_a_section_with_its_options() -> None:
+    titles = re.findall(r"^### (\w+)$", section("policies"), re.M)
+    assert sorted(titles) == sorted(discover())
+    assert re.findall(r"^<!-- options: (\w+) -->$", section("policies"), re.M) == titles
+    for body in re.split(r"^### \w+$", section("policies"), flags=re.M)[1:]:
+        assert all(f"{word}: " in body for word in ("Idea", "When", "Measured"))
+
+
+@pytest.mark.parametrize("policy", sorted(discover()))
+def test_every_option_is_described(policy: str) -> None:
+    """The docstring of a policy says `field: what it does`; the site shows it in a table."""
+    _, _, *rows = hooks().options(policy).splitlines()
+    assert [row.split("|")[1].strip() for row in rows if not row.split("|")[3].strip()] == []
+
+
+def test_every_recipe_is_listed() -> None:
+    shipped = {f.name.removesuffix(".yaml") for f in files("kvcompile.recipes.recipe").iterdir()}
+    assert shipped <= set(re.findall(r"`(\w+)`", section("recipes")))
+
+
+def test_every_result_is_in_the_index() -> None:
+    linked = set(re.findall(r"benchmarks/results/([\w-]+\.md)", section("results")))
+    assert linked == {path.name for path in RESULTS.glob("*.md")}
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """Rows of the two files behind the README's table and picture, by their overrides."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ("quality_per_byte-held_out", "quality_per_byte"):
+        for row in json.loads((RESULTS / f"{name}.json").read_text("utf-8")).values():
+            rows[row["stack"]] = row
+    return rows
+
+
+ROWS = {
+    "none": "",
+    "kivi": "policy=[kivi]",
+    "zigzag": "recipe=zigzag",
+    "adakv budget=0.25": "recipe=adakv budget=0.25",
+    "adakv_kivi stack.kivi.residual=32": "policy=[adakv,kivi] budget=0.5 stack.kivi.residual=32",
+    "retrieval_heads": "recipe=retrieval_heads",
+    "snapkv_kivi": "recipe=snapkv_kivi",
+}
+
+
+def test_numbers_of_the_readme_are_those_measured() -> None:
+    table = re.findall(r"^\| `?([^|`]+?)`? \| [^|]+ \| ([\d.]+) % \| (\d+) % \| ([\d.]+) \|$", README, re.M)
+    assert [name for name, *_ in table] == list(ROWS)
+    for name, share, needles, perplexity in table:
+        row = measured()[ROWS[name]]
+        assert float(share) == round(row["kept % 1024"], 1)
+        assert int(needles) == round(sum(row[f"{form} 1024"] for form in FORMS) / len(FORMS))
+        assert abs(float(perplexity) - row["perplexity"]) <= 0.051

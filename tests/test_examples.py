@@ -1,0 +1,102 @@
+"""Every script of examples/ runs on a tiny model, and the page about policies shows a policy that works."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+PAGE = (ROOT / "docs" / "add-a-policy.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model and its tokenizer on disk."""
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(max_position_embeddings=4096).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str, where: Path, path: Path | None = None) -> str:
+    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def words(count: int) -> str:
+    return " ".join(f"w{4 + i * 7 % 120}" for i in range(count))
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    listed = set(re.findall(r"\]\((\w+)[./]", (EXAMPLES / "README.md").read_text("utf-8")))
+    assert {path.stem for path in EXAMPLES.iterdir() if path.name != "README.md"} == listed
+    assert all(name in Path(__file__).read_text("utf-8") for name in listed)
+
+
+def test_long_document(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(script("long_document").answer(folder, words(1500), words(20), new=4), str)
+    assert re.match(r"1,5\d\d tokens read, 0.0\d MiB of cache held", capsys.readouterr().out)
+
+
+def test_chat(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two turns on one cache say what the whole conversation in one prompt says."""
+    assert len(list(script("chat").chat(folder, [words(30), words(10)], new=4))) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_padded_batch(folder: str) -> None:
+    together, alone = script("padded_batch").batch(folder, [words(90), words(40)], new=4)
+    assert together == alone
+
+
+def test_hydra_sweep(folder: str, tmp_path: Path) -> None:
+    sweep = ["-m", f"model={folder}", f"prompt={words(60)}", "new=2", "recipe=snapkv,adakv", "budget=0.5,0.25"]
+    said = run(sys.executable, str(EXAMPLES / "hydra_sweep.py"), *sweep, where=tmp_path)
+    rows = re.findall(r"^(snapkv|adakv) +budget (0.5|0.25) ", said, re.M)
+    assert rows == [("snapkv", "0.5"), ("snapkv", "0.25"), ("adakv", "0.5"), ("adakv", "0.25")]
+
+
+COMPILE = """
+import torch, kvcompile
+from transformers import AutoModelForCausalLM
+for stack in ("[vnorm]", "[vnorm,adakv,kivi]"):
+    model = AutoModelForCausalLM.from_pretrained({folder!r})
+    model = kvcompile.compile(model, overrides=[f"policy={{stack}}", "stack.vnorm.power=1", "budget=0.25"])
+    with torch.no_grad():
+        cache = model(torch.arange(4, 124).view(1, -1)).past_key_values
+    print(stack, sum(map(sum, cache.lengths())))
+"""
+
+
+def test_own_policy(folder: str, tmp_path: Path) -> None:
+    """The files on the page are those of the example; installed, they are a policy like any other."""
+    for language, name in (("python", "vnorm.py"), ("toml", "pyproject.toml")):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
+        assert block == (EXAMPLES / "own_policy" / name).read_text("utf-8")
+        (tmp_path / name).write_text(block, "utf-8")
+    site = tmp_path / "site"
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
+    run(sys.executable, *pip, str(tmp_path), where=tmp_path)
+    assert "vnorm" in run(sys.executable, "-m", "kvcompile", "ls", where=tmp_path, path=site)
+    said = run(sys.executable, "-c", COMPILE.format(folder=folder), where=tmp_path, path=site)
+    assert said.splitlines() == [f"{stack} {4 * 2 * 30}" for stack in ("[vnorm]", "[vnorm,adakv,kivi]")]
