@@ -1,6 +1,8 @@
 """Turns of a chat on one cache: each turn reads only what is new, old tokens lie in 4 bits.
 
     python examples/chat.py "What is a cache?" "And a small one?"
+
+`--model` takes a folder or a hub id of any model that kvcompile knows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Recipes and budgets swept from a Hydra application of your own: kvcompile composes its own settings inside it.
 
     python examples/hydra_sweep.py -m recipe=snapkv,adakv budget=0.5,0.25
+
+`model=` takes a folder or a hub id of any model that kvcompile knows.
 """
 
 from __future__ import annotations

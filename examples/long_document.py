@@ -1,6 +1,8 @@
 """A question about a long text: read in chunks, evicted between them, answered from a tenth of the tokens.
 
     python examples/long_document.py --text book.txt --question "Who opens the door?"
+
+`--model` takes a folder or a hub id of any model that kvcompile knows.
 """
 
 from __future__ import annotations

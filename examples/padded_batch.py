@@ -1,6 +1,8 @@
 """Prompts of different lengths in one left-padded batch, each answered as if it were alone.
 
     python examples/padded_batch.py "Once upon a time" "The three largest cities of France are"
+
+`--model` takes a folder or a hub id of any model that kvcompile knows.
 """
 
 from __future__ import annotations
