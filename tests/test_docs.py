@@ -118,3 +118,8 @@ def test_numbers_of_the_readme_are_those_measured() -> None:
         assert float(share) == round(row["kept % 1024"], 1)
         assert int(needles) == round(sum(row[f"{form} 1024"] for form in FORMS) / len(FORMS))
         assert abs(float(perplexity) - row["perplexity"]) <= 0.051
+
+
+def test_the_citation_names_this_version() -> None:
+    said = re.findall(r'^version(?:: | = )"?([\d.]+)"?$', (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
+    assert said == re.findall(r'^version = "([\d.]+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
