@@ -60,6 +60,11 @@ class Arrays:
         return "dense" if self.starts is None else "ragged"
 
     @property
+    def learns(self) -> bool:
+        """Whether gradients go through it, which only the reference moves."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.tensors)
+
+    @property
     def shared(self) -> tuple[int, ...]:
         """Tokens that share an entry of each array."""
         return self.tokens or (1,) * len(self.tensors)

@@ -64,6 +64,11 @@ def choose(requested: str, device: torch.device | str = "cpu") -> str:
     return requested
 
 
+def differentiable(route: str) -> Route:
+    """What attends in place of a route where gradients are wanted: generated kernels have none."""
+    return sdpa.attend if route in ("cpp", "triton") else ROUTES[route]
+
+
 def encoder(route: str) -> codecs.Encoder:
     """What turns keys and values into codes where a route attends; the codes are the same on every route."""
     return ENCODERS.get(route, codecs.encode)

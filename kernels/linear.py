@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,47 +12,46 @@ from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import linear as cpp
 
 
-class DecodeLinear(nn.Linear):
-    """`nn.Linear` in all but its forward, which reads the weight at the speed of memory for up to 8 rows.
+def decode_linear(module: nn.Linear, input: Tensor) -> Tensor:
+    """`nn.Linear.forward` that reads the weight at the speed of memory for up to 8 rows.
 
     y [..., N] = x [..., K] W^T + b, summed in fp32. Rows beyond 8, gradients, autocast, tracing, other devices and
     dtypes, and weights that are not contiguous take `F.linear`. A row's result does not depend on the rows beside it.
+    Everything is read anew: `.to()` may have moved the weight.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The product, by the kernel where it applies. Everything is read anew: `.to()` may have moved the weight."""
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if weight is None or not _applies(input, weight, bias):
-            return F.linear(input, self.weight, self.bias)
-        features, inner = weight.shape
-        input = input.contiguous()
-        result = input.new_empty((*input.shape[:-1], features))
-        cpp.kernel(weight.dtype)(
-            input.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            result.data_ptr(),
-            input.numel() // inner,
-            inner,
-            features,
-            torch.get_num_threads(),
-        )
-        return result
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None or not _applies(input, weight, bias):
+        return F.linear(input, module.weight, module.bias)
+    features, inner = weight.shape
+    input = input.contiguous()
+    result = input.new_empty((*input.shape[:-1], features))
+    cpp.kernel(weight.dtype)(
+        input.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        input.numel() // inner,
+        inner,
+        features,
+        torch.get_num_threads(),
+    )
+    return result
 
 
 def lower(model: nn.Module) -> int:
-    """Make every plain `nn.Linear` of a model a `DecodeLinear`, in place; how many there were.
+    """Give every plain `nn.Linear` of a model `decode_linear` as its forward, in place; how many there were.
 
-    Modules, parameters and their names stay as they are, so state dicts, ties and optimizers hold.
+    Modules, their class, parameters and names stay as they are, so state dicts, ties and optimizers hold, and what
+    replaces layers by their class (torch's quantisation, adapters) finds them.
     None where torch has several threads and the kernel, for want of OpenMP, would have one.
     Raises KvcompileError where the kernel cannot be compiled.
     """
     if torch.get_num_threads() > 1 and build.toolchain().openmp is None:
         return 0
-    found = [m for m in model.modules() if type(m) is nn.Linear and _suits(m.weight)]
+    found = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _suits(m.weight)]
     for module in found:
         cpp.kernel(module.weight.dtype)
-        module.__class__ = DecodeLinear
+        vars(module)["forward"] = partial(decode_linear, module)
     return len(found)
 
 

@@ -47,7 +47,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     from kvcompile.adapters.latent import latent_rotations
     from kvcompile.adapters.registry import rotations, swap
     from kvcompile.graph.passes import rewrite
-    from kvcompile.graph.tracer import trace
+    from kvcompile.graph.tracer import skeleton, trace
     from kvcompile.graph.wiring import verify
     from kvcompile.kernels.dispatch import choose
     from kvcompile.kernels.linear import lower
@@ -67,7 +67,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     prune(model)
     if route == "cpp":
         changes["DecodeLinear"] = lower(model)
-    return adopt(model, Compiled(plan, graph, rotaries, kernels, recipe, changes))
+    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes))
 
 
 def assemble(
@@ -79,6 +79,7 @@ def assemble(
     others calibrate on what came out. workspace: folder for the checkpoints of a healing (None: it keeps none).
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
+    from kvcompile.adapters.registry import require_as_configured
     from kvcompile.calibrator import ModelCalibrator, shared
     from kvcompile.heal.repair import repair
     from kvcompile.manifest import stamp
@@ -87,6 +88,7 @@ def assemble(
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
+    require_as_configured(model)
     teacher = shared(model) if config.heal.tokens else None
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()

@@ -63,10 +63,15 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     return looks
 
 
+def learns(kv: LayerCache, queries: Tensor) -> bool:
+    """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
+    return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))
+
+
 def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
     """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
     s = kv.plan.selection
-    if s is None or not s.score.sums or (queries.requires_grad and torch.is_grad_enabled()):
+    if s is None or not s.score.sums or learns(kv, queries):
         return False
     if s.score.carries:
         asked = step.prefill or s.schedule.decode_every > 0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.cache import KVCache
 from kvcompile.cache.cache import Rotary
 from kvcompile.errors import KvcompileError
+from kvcompile.graph.live import LiveGraph, Skeleton
 from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
 from kvcompile.plan import Plan
@@ -26,7 +27,8 @@ class Compiled:
     """What a compiled model carries besides its weights."""
 
     plan: Plan
-    graph: fx.GraphModule
+    graph: LiveGraph
+    skeleton: Skeleton
     rotaries: list[Rotary]
     kernels: str
     recipe: str
@@ -61,6 +63,7 @@ class CompiledMixin:
         Raises KvcompileError for inputs the compiled graph does not take.
         """
         _refuse(kwargs)
+        self.kvcompile.skeleton.check()
         if input_ids is None:
             raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
         if input_ids.ndim != 2 or not input_ids.shape[1]:
@@ -87,9 +90,24 @@ class CompiledMixin:
             loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
         )
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, as the graph would go on with the old ones. Raises KvcompileError."""
-        raise KvcompileError("embeddings are part of the compiled graph", "resize_token_embeddings", "resize first")
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return made
+
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(vars(self))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: a pickle would hold code. Raises KvcompileError."""
+        raise KvcompileError(
+            "a compiled model is saved as an artifact, not pickled",
+            f"a {type(self).__name__}",
+            "save it with the command line or artifact.save; in another process compile or load it again",
+        )
 
     def _own(self, cache: Any) -> KVCache:
         if cache is None:

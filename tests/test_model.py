@@ -288,7 +288,6 @@ def refusals() -> dict[str, tuple[Any, str]]:
             lambda m: m(ids, attention_mask=torch.ones(1, 8), past_key_values=m(ids).past_key_values),
             "padding mask",
         ),
-        "resize": (lambda m: m.resize_token_embeddings(140), "resize first"),
         "another-batch": (lambda m: m(two, past_key_values=m(ids).past_key_values), "one batch, got 2 sequences"),
     }
 

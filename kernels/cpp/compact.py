@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.kernels import compact as reference
 from kvcompile.kernels.compact import Arrays, CompactSpec, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.text import fill
@@ -129,6 +130,8 @@ def _place(layout: str, side: str) -> tuple[str, str]:
 
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
     """Same contract as `kernels.compact.compact`, for arrays on the CPU."""
+    if source.learns or target.learns:
+        return reference.compact(source, target, kept, counts, first)
     if not kept.numel():
         return
     spec, rows = spec_of(source, target), len(counts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels import compact as reference
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
@@ -65,6 +66,8 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
     """Same contract as `kernels.compact.compact`. Raises KvcompileError where there is no GPU or interpreter."""
     ready(kept.device.type)
+    if source.learns or target.learns:
+        return reference.compact(source, target, kept, counts, first)
     from kvcompile.kernels.triton import compact as generated
 
     generated.compact(source, target, kept, counts, first)

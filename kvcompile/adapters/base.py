@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.fx as fx
 from torch import Tensor, nn
 
 from kvcompile.adapters.latent import Latent
+from kvcompile.cache import Step
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.plan import LayerPlan
@@ -69,9 +71,16 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention of new tokens to the cache; `attention_mask` carries the `Step` of this pass."""
+        if not isinstance(attention_mask, (Step, fx.Proxy)):
+            raise KvcompileError(
+                "the layers of a compiled model run in its graph only",
+                "a call of its base model or of a layer alone",
+                "call the compiled model; its hidden states come with output_hidden_states=True",
+            )
         if self.compresses:
             return self._through_latent(hidden_states, position_embeddings, attention_mask, past_key_values), None
-        step, layer = attention_mask, self.layer_idx
+        step: Any = attention_mask
+        layer = self.layer_idx
         unrotated, keys, values = self.project(hidden_states)
         queries = unrotated
         if self.rotary:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvcompile.adapters.base import Attention
 from kvcompile.adapters.families import Fused, HeadNormed, Interleaved, Separate, WidthNormed
 from kvcompile.errors import KvcompileError
+from kvcompile.graph.live import require_unhooked
 from kvcompile.models import require_weights
 from kvcompile.plan import LayerPlan, Plan
 
@@ -140,6 +141,7 @@ def swap(model: PreTrainedModel, plan: Plan | None = None) -> list[str]:
     """
     known, plan = architecture_of(model.config), plan or describe(model.config)
     require_weights(model)
+    require_as_configured(model)
     adapters = []
     for original, facts in zip(attentions(model), plan.layers, strict=True):
         _require_plain(original, facts)
@@ -186,6 +188,22 @@ def rotations(model: PreTrainedModel) -> list[Callable[[Tensor], tuple[Tensor, T
 
 def _base(model: PreTrainedModel) -> Any:
     return getattr(model, model.base_model_prefix)
+
+
+def require_as_configured(model: PreTrainedModel) -> None:
+    """Raise KvcompileError where a model is not what its config says, or would not run as it stands once traced."""
+    known, config, base = architecture_of(model.config), model.config, _base(model)
+    if len(base.layers) != config.num_hidden_layers:
+        raise KvcompileError(
+            f"a model has as many layers as its config says, {config.num_hidden_layers}",
+            f"{len(base.layers)}",
+            f"after layers were taken out, set config.num_hidden_layers={len(base.layers)}, and lists of the config by "
+            "layer (layer_types) to match",
+        )
+    require_unhooked("the base model", base)
+    for index, layer in enumerate(base.layers):
+        require_unhooked(f"layer {index}", layer)
+        require_unhooked(f"layer {index}: {known.attention}", getattr(layer, known.attention))
 
 
 def _require_plain(original: nn.Module, facts: LayerPlan) -> None:

@@ -14,6 +14,7 @@ from torch.fx.node import has_side_effect
 from kvcompile import compress as selections
 from kvcompile.cache import KVCache, Step
 from kvcompile.cache.layer import LayerCache
+from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import Queries
 from kvcompile.rotation import turn_basis
 from kvcompile.selection import Schedule
@@ -116,7 +117,8 @@ def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     cache = step.cache
     sums = selections.sums(kv, queries, step)
     spec = cache.spec(layer, store.parts, sums is not None)
-    return cache.attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
+    attend = differentiable(cache.route) if selections.learns(kv, queries) else cache.attend
+    return attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
 
 
 @leaf

@@ -39,7 +39,6 @@ class ShareKV(Pass):
             graph.erase_node(watched[p.index])
             graph.erase_node(stored[p.index])
         graph.eliminate_dead_code()
-        module.delete_all_unused_submodules()
         return len(self._readers())
 
     def _watch_all(self, graph: fx.Graph, owner: int, watched: dict[int, fx.Node]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from kvcompile.adapters.base import Attention
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
+from kvcompile.graph.live import LiveGraph, Skeleton
 
 _TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 
@@ -116,14 +117,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of one forward pass (arguments of `Entry.forward`), sharing its leaf modules with `model`."""
+def skeleton(model: nn.Module) -> Skeleton:
+    """What of a model, whose attention has been swapped, a trace goes through."""
+    return Skeleton(model, KVTracer(model).is_leaf_module)
+
+
+def trace(model: nn.Module) -> LiveGraph:
+    """The graph of one forward pass (arguments of `Entry.forward`); its leaves are those of `model` at every call."""
     entry = Entry(model)
     tracer = KVTracer(model)
     with _TRACING:
         graph = tracer.trace(entry)
-    module = fx.GraphModule(entry, graph, class_name=type(model).__name__)
+    module = LiveGraph(entry, graph, class_name=type(model).__name__)
     module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
     module.recompile()
     return module

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
+from kvcompile.graph.live import LiveGraph
 from kvcompile.graph.wiring import attends
 
 
@@ -36,9 +36,9 @@ def taps(graph: fx.Graph) -> list[Tap]:
     return found
 
 
-def tapped(module: fx.GraphModule) -> fx.GraphModule:
+def tapped(module: LiveGraph) -> LiveGraph:
     """The same graph with another output: (logits, hidden states into each attention, output of each attention)."""
-    made = _copy(module)
+    made = module.twin()
     found = taps(made.graph)
     (end,) = (node for node in made.graph.nodes if node.op == "output")
     end.args = ((end.args[0], tuple(t.entry for t in found), tuple(t.exit for t in found)),)
@@ -46,13 +46,13 @@ def tapped(module: fx.GraphModule) -> fx.GraphModule:
     return made
 
 
-def attentions_alone(module: fx.GraphModule) -> fx.GraphModule:
+def attentions_alone(module: LiveGraph) -> LiveGraph:
     """The attentions of all layers, each on hidden states given for it; nothing else is computed.
 
     Takes one tuple of hidden states `[B, Q, hidden]` a layer after the graph's own arguments; returns a tuple of their
     outputs. A layer that reads another layer's keys and values reads those made of the hidden states given for that.
     """
-    made = _copy(module)
+    made = module.twin()
     graph, found = made.graph, taps(made.graph)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
@@ -78,8 +78,3 @@ def _pick(states: tuple[object, ...], index: int) -> object:
 def _inside(graph: fx.Graph, name: str) -> Iterator[fx.Node]:
     """Calls of the modules below `name`, in the order in which they run."""
     return (n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(f"{name}."))
-
-
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A second graph over the same modules."""
-    return fx.GraphModule(module, copy.deepcopy(module.graph), class_name=type(module).__name__)

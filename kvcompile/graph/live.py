@@ -1,0 +1,98 @@
+"""A graph over a model's own module tree: whatever stands in the tree when a node is called is what runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from kvcompile.errors import KvcompileError
+
+
+class LiveGraph(fx.GraphModule):
+    """A graph that finds its modules by name in `root.model` at every call.
+
+    torch.fx would keep references of its own to the modules that it calls: an adapter, a new head or a quantised layer
+    put into the model later would not run.
+    """
+
+    model: nn.Module
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "GraphModule") -> None:
+        super().__init__(root, graph, class_name)
+        self.model = root.model  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveGraph:
+        """The graph over the copy of the model."""
+        made = self.twin()
+        memo[id(self)] = made
+        made.model = copy.deepcopy(self.model, memo)
+        return made
+
+    def twin(self) -> LiveGraph:
+        """A second graph over the same modules, to be rewritten."""
+        return LiveGraph(self, copy.deepcopy(self.graph), type(self).__name__)
+
+
+class Skeleton:
+    """The modules that a trace went through: base model, decoder layers, attentions.
+
+    What their own `forward` does is in the graph and does not run, so that a hook on one would not fire, and another
+    one in its place would not be seen. `check` refuses both.
+    """
+
+    def __init__(self, model: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> None:
+        self.links = list(_links(model, leaf))
+        self.sizes = [(m, len(m)) for _, _, _, m in self.links if isinstance(m, nn.ModuleList)]
+
+    def check(self) -> None:
+        """Raises KvcompileError naming the first module that is not as it was traced."""
+        for name, parent, child, module in self.links:
+            if parent._modules.get(child) is not module:
+                raise _changed(name)
+            require_unhooked(name, module)
+        for module, size in self.sizes:
+            if len(module) != size:
+                raise _changed("the list of layers")
+
+
+def require_unhooked(name: str, module: nn.Module) -> None:
+    """Raise KvcompileError where a module that a graph stands for has hooks or a forward put in by hand."""
+    if _hooked(module.__dict__):
+        raise KvcompileError(
+            f"{name} runs as nodes of a graph: its own forward is never called, so a hook on it would not fire",
+            "a hook or a forward of another",
+            "remove it; hook the projections, norms and MLP inside, or ask for output_hidden_states=True",
+        )
+
+
+def _hooked(own: dict[str, Any]) -> bool:
+    """Whether the attributes of a module have a hook or a forward among them; spelt out, as it runs at every token."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def _changed(name: str) -> KvcompileError:
+    return KvcompileError(
+        f"{name} is part of the compiled graph and stays as it was compiled",
+        "another module in its place",
+        "change the model first, then compile it; projections, norms, MLPs, embeddings and head may be replaced",
+    )
+
+
+def _links(
+    module: nn.Module, leaf: Callable[[nn.Module, str], bool], above: str = ""
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    for name, child in module.named_children():
+        if not leaf(child, name):
+            path = f"{above}{name}"
+            yield path, module, name, child
+            yield from _links(child, leaf, f"{path}.")
