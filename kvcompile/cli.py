@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.main import get_args_parser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
 from kvcompile import multirun
-from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, VERSION_BASE, check, register, resolve
+from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, FOREIGN, VERSION_BASE, check, one_line, register, resolve
 from kvcompile.config import Config
 from kvcompile.doors import registry
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover
 
-JOB_FLAGS = {"-m", "--multirun", "-r", "--run"}
+COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
-MULTIRUN_MARKS = ("-m", "--multirun", "sweep=", "hydra.mode=MULTIRUN")
+MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 
 
 def main() -> None:
@@ -45,15 +49,38 @@ def main() -> None:
 
 def _hydra(arguments: Sequence[str]) -> None:
     register()
-    flags = {text for text in arguments if text.startswith("-")}
-    if flags <= JOB_FLAGS:  # with any other, Hydra reads more than overrides, or runs nothing
-        check([text for text in arguments if text not in flags], _sweeps(arguments))
+    given = _flags(arguments)
+    only_shows = given.cfg or given.info or given.help or given.hydra_help or given.shell_completion
+    own_config = given.config_name or given.config_path or given.experimental_rerun
+    if not only_shows and not own_config:
+        check(given.overrides, given.multirun or _sweeps(given.overrides), given.config_dir)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, over several lines
     try:
         _app()
+    except FOREIGN as error:
+        raise error if isinstance(error, KvcompileError) else one_line(error) from error
     finally:  # also after an interrupt: the jobs that are done are not lost
         failed, jobs = multirun.summarise(_console())
     if failed:
         sys.exit(f"{failed} of {jobs} jobs failed")
+
+
+def _flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line as Hydra reads it. Raises KvcompileError for flags that it does not take."""
+    parser: argparse.ArgumentParser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        fix = "flags come first, settings are written name=value; kvcompile --help shows both"
+        raise KvcompileError(f"the command line must be flags, then settings: {message}", fix=fix)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    given = parser.parse_args(list(arguments))
+    asked = [f"--{name.replace('_', '-')}" for name in COMMANDS if getattr(given, name) not in (None, False)]
+    if len(asked) > 1:
+        refuse(f"only one of {', '.join(asked)} at a time")
+    if given.resolve and not (given.cfg or given.help):
+        refuse("--resolve goes with --cfg or --help")
+    return given
 
 
 def _console() -> Console:
@@ -61,8 +88,8 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def _sweeps(arguments: Sequence[str]) -> bool:
-    return any(text.startswith(MULTIRUN_MARKS) for text in arguments)
+def _sweeps(overrides: Sequence[str]) -> bool:
+    return any(text.startswith(MULTIRUN_MARKS) for text in overrides)
 
 
 @hydra.main(version_base=VERSION_BASE, config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)  # type: ignore[untyped-decorator]

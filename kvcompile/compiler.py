@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.compose import compose
-from kvcompile.config import Config, to_recipe
+from kvcompile.config import Config, from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
+from kvcompile.manifest import RECIPE
 from kvcompile.plan import Plan
 from kvcompile.progress import Progress, progress_bar, silent
 from kvcompile.stack import apply_stack
@@ -83,12 +84,15 @@ def assemble(
     from kvcompile.calibrator import ModelCalibrator, shared
     from kvcompile.heal.repair import repair
     from kvcompile.manifest import stamp
+    from kvcompile.models import require_vocabulary
     from kvcompile.structure.activations import calibration_ids
     from kvcompile.structure.convert import convert, text_wanted
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
     require_as_configured(model)
+    if tokenizer is not None:
+        require_vocabulary(model, tokenizer)
     teacher = shared(model) if config.heal.tokens else None
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
@@ -129,13 +133,14 @@ def compile(
     """Compile a model in memory: no files, nothing measured.
 
     model: a loaded transformers causal LM (rewritten in place), or the name of a model group (`"llama"`).
-    recipe: name of a recipe; overrides: as on the command line (`["stack.zigzag.budget=0.1"]`).
+    recipe: name of a recipe; overrides: as on the command line (`["stack.zigzag.budget=0.1"]`), or one of them.
     tokenizer: only needed by policies that calibrate. Returns the compiled model, still its transformers class.
     Raises KvcompileError for anything that would be an error on the command line.
     """
     named = isinstance(model, str)
     wanted = [f"recipe={recipe}"] if recipe else []
-    config = compose([*wanted, *([f"model={model}"] if named else []), *overrides])
+    given = [overrides] if isinstance(overrides, str) else overrides
+    config = compose([*wanted, *([f"model={model}"] if named else []), *given])
     if named:
         from kvcompile.models import load
 
@@ -157,9 +162,25 @@ def compile_config(config: Config) -> Outcome:
 
 
 def target(config: Config) -> Path:
-    """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours."""
+    """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours, or has another stack."""
     from kvcompile.artifact import place
 
     if config.output is None:
         raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")
-    return place(config.output)
+    folder = place(config.output)
+    there, here = _stack_at(folder / RECIPE), list(config.stack)
+    if there is not None and there != here:
+        raise KvcompileError(
+            "an artifact is replaced by one of the same policies only",
+            f"policy=[{','.join(here)}] where {folder} holds policy=[{','.join(there)}]",
+            "output=<another folder>, or remove the old one",
+        )
+    return folder
+
+
+def _stack_at(recipe: Path) -> list[str] | None:
+    """The policies of an artifact's recipe, in order; None where there is none that can be read."""
+    try:
+        return list(from_recipe(recipe.read_text(encoding="utf-8")).stack)
+    except (OSError, UnicodeDecodeError, KvcompileError):
+        return None  # what is broken may be replaced

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
-from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -29,7 +38,18 @@ from kvcompile.stack import discover, first_line, orphan, policy_class, schema, 
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 ONCE = {"policy": "each policy may be in the stack once", "export": "each door may be in export once"}
+FOREIGN = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what `one_line` makes ours
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
+PLUGINS = {
+    "hydra/launcher": "pip install hydra-joblib-launcher for hydra/launcher=joblib",
+    "hydra/sweeper": "pip install hydra-optuna-sweeper for hydra/sweeper=optuna",
+}
+FIXES = {  # of Hydra's messages, by a part of them
+    "Ambiguous value": "put -m first to sweep, or [a,b] for a list",
+    "Could not override '": "a recipe begins with the line '# @package _global_'; its defaults say 'override /policy'",
+    "not support sweep type": "list the values (a,b,c), or use a sweeper that takes intervals: hydra/sweeper=optuna",
+    "Primary config directory": "--config-dir <folder>, which adds to our configs instead of replacing them",
+}
 _LOCK = threading.RLock()
 _STORED: set[str] = set()  # Hydra 1.4 warns about storing twice
 
@@ -67,21 +87,31 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     Raises KvcompileError for whatever the command line would refuse, and for a sweep.
     """
-    if isinstance(overrides, str):
-        raise KvcompileError("overrides are a list", repr(overrides), f"[{overrides!r}]")
     with _own_hydra():
-        return _compose(list(overrides))
+        return _compose([overrides] if isinstance(overrides, str) else list(overrides))
 
 
-def check(overrides: Sequence[str], multirun: bool) -> None:
-    """Raise KvcompileError if a job of this command line would not compose, before the first one starts."""
+def check(overrides: Sequence[str], multirun: bool, folder: str | None = None) -> None:
+    """Raise KvcompileError if a job of this command line would not compose, before the first one starts.
+
+    folder: of the user's own configs (`--config-dir`).
+    """
+    if folder and not Path(folder).is_dir():
+        raise KvcompileError("--config-dir must name a folder that is there", folder)
+    own = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
     with _own_hydra():
-        for job in expand(overrides) if multirun else [list(overrides)]:
-            _compose(job, sweeping=True)
+        if not multirun:
+            _compose([*own, *overrides], sweeping=True)
+            return
+        for number, job in enumerate(expand([*own, *overrides])):
+            _compose(job, sweeping=True, job=number)
 
 
 def expand(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The jobs of a finite sweep, in order (at most `CHECKED_JOBS`); none where a sweep is over an interval."""
+    """The jobs of a finite sweep, in order (at most `CHECKED_JOBS`); none where a sweep is over an interval.
+
+    Raises KvcompileError for a glob that matches nothing.
+    """
     parsed = _parse(overrides)
     if any(isinstance(o.value(), IntervalSweep) for o in parsed):
         return
@@ -89,6 +119,9 @@ def expand(overrides: Sequence[str]) -> Iterator[list[str]]:
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [text]
         for o, text in zip(parsed, overrides, strict=True)
     ]
+    for axis, text in zip(axes, overrides, strict=True):
+        if not axis:
+            raise KvcompileError("a sweep must have values", f"{text}, which matches none", "kvcompile ls")
     yield from (list(job) for job in itertools.islice(itertools.product(*axes), CHECKED_JOBS))
 
 
@@ -106,19 +139,44 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
         for name in named:
             if named.count(name) > 1:
                 raise KvcompileError(ONCE[group], f"{group}=[{','.join(named)}]")
+    recipe, replaced = str(choices.get("recipe") or ""), any(o.key_or_group == "policy" for o in parsed)
     stack = cfg.stack
     chosen = [str(name) for name in stack if OmegaConf.get_type(stack, name) is not dict]
     for name in stack:
         if name not in chosen:
-            raise orphan(str(name), chosen)
+            typed = any(o.key_or_group.startswith(f"stack.{name}") for o in parsed)
+            left_out = recipe and replaced and not typed
+            raise _left_out(recipe, str(name), chosen) if left_out else orphan(str(name), chosen)
     _require_known(cfg, Config)
+    if recipe:
+        cfg.recipe = f"{recipe}+{'+'.join(chosen) or 'dense'}" if replaced and chosen != [recipe] else recipe
     try:
         config = cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
-        raise _one_line(error) from error
+        raise one_line(error) from error
+    _require_set(cfg)
     plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export")}
-    recipe = choices.get("recipe")
-    return finish(Config(**{**vars(config), **plain, "recipe": recipe or config.recipe}))
+    return finish(Config(**{**vars(config), **plain}))
+
+
+def _left_out(recipe: str, name: str, chosen: Sequence[str]) -> KvcompileError:
+    return KvcompileError(
+        f"policy=[...] takes the place of the policies of recipe={recipe}, which sets options of {name!r}",
+        f"policy=[{','.join(chosen)}] without it",
+        f"policy=[{','.join([*chosen, name])}], or leave recipe={recipe} out",
+    )
+
+
+def _require_set(cfg: DictConfig) -> None:
+    """Raise KvcompileError where `${...}` inside a text names a setting that is null: it would be the word None."""
+    for key, value in _leaves("", OmegaConf.to_container(cfg, resolve=False)):
+        for name in re.findall(r"\$\{((?:hydra:)?[\w.]+)\}", value) if isinstance(value, str) else ():
+            of = HydraConfig.get() if name.startswith("hydra:") else cfg
+            if value != f"${{{name}}}" and OmegaConf.select(of, name.removeprefix("hydra:")) is None:
+                given = f"{key.lstrip('.')}={value}, where {name} is null"
+                raise KvcompileError(
+                    "a text may only name settings that are set", given, f"set {name}, or leave it out"
+                )
 
 
 def _require_known(given: DictConfig, kind: Any, where: str = "") -> None:
@@ -153,9 +211,11 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{key}.{name}", inner)
 
 
-def _compose(overrides: list[str], sweeping: bool = False) -> Config:
+def _compose(overrides: list[str], sweeping: bool = False, job: int | None = None) -> Config:
+    """The config of one job; job: its number in a sweep, for `${hydra:job.num}`."""
     try:
         cfg = hydra_compose(CONFIG_NAME, overrides, return_hydra_config=True)
+        _set_hydra(cfg, job)
         choices, own = cfg.hydra.runtime.choices, list(cfg.hydra.overrides.task)
         if choices.get("sweep") and not sweeping:
             raise KvcompileError("one config has no sweep", f"sweep={choices['sweep']}", "compose each point of it")
@@ -164,31 +224,66 @@ def _compose(overrides: list[str], sweeping: bool = False) -> Config:
         return resolve(cfg, choices, own)
     except KvcompileError:
         raise
-    except (CompactHydraException, OmegaConfBaseException, ValueError) as error:
-        raise _one_line(error) from error
+    except (*FOREIGN, ValueError) as error:
+        raise one_line(error) from error
+
+
+def _set_hydra(cfg: DictConfig, job: int | None) -> None:
+    """What `${hydra:...}` is read from, as Hydra sets it when a job starts."""
+    with open_dict(cfg.hydra):
+        cfg.hydra.runtime.output_dir = cfg.hydra.run.dir
+        if job is not None:
+            cfg.hydra.job.num, cfg.hydra.job.id = job, str(job)
+    HydraConfig.instance().set_config(cfg)
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
-    except CompactHydraException as error:
-        raise _one_line(error) from error
+        around = GlobalHydra.instance()  # a glob asks it for the options of a group
+        loader = around.config_loader() if around.is_initialized() else None
+        parsed: list[Override] = OverridesParser.create(loader).parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise _unreadable(error) from error
+    except HydraException as error:
+        raise one_line(error) from error
     return parsed
 
 
-def _one_line(error: BaseException) -> KvcompileError:
-    """Hydra's and OmegaConf's messages as ours: the rule, what was given, the nearest name that exists."""
+def _unreadable(error: OverrideParseException) -> KvcompileError:
+    """The error about an override that Hydra's grammar does not take: most often, what to put in quotes."""
+    key, equals, value = error.override.partition("=")
+    if not equals:
+        return KvcompileError("a setting must be given a value", error.override, f"write it as {key}=<value>")
+    quoted = "'{}=\"{}\"'".format(key, value.replace('"', '\\"'))
+    return KvcompileError(
+        "a value with one of = # ~ ( ) [ ] { } , or letters beyond a-z must be in quotes of its own",
+        error.override,
+        f"{quoted}, with both pairs of quotes",
+    )
+
+
+def one_line(error: BaseException) -> KvcompileError:
+    """What Hydra, OmegaConf and YAML raise about a mistake, as ours: the rule, what was given, the nearest name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
         ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.DOORS}
         known = ours.get(group) or error.options or []
         kind, _, folder = group.partition("/")
+        if not group:
+            return KvcompileError(
+                "there is one main config",
+                f"--config-name {name}",
+                "put settings of your own into D/recipe/x.yaml, and give --config-dir D recipe=x",
+            )
+        if group in PLUGINS:
+            fix = f"{suggest(name, known)}; others come with packages, e.g. {PLUGINS[group]}"
+            return KvcompileError(f"a {kind} {folder} must be installed", repr(name), fix)
         if kind == "model" and folder:
             return KvcompileError(
                 "model names a group of settings", f"{folder}/{name}", f"model.pretrained={folder}/{name}"
             )
         return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
-    cause: Any = error.__cause__ if isinstance(error, ConfigCompositionException) else error
+    cause: Any = (error.__cause__ or error.__context__) if isinstance(error, ConfigCompositionException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         parent, key = cause.parent_node, str(cause.key)
         names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
@@ -199,11 +294,13 @@ def _one_line(error: BaseException) -> KvcompileError:
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
         return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))
-    fixes = {
-        "Ambiguous value": "put -m first to sweep, or [a,b] for a list",
-        "missing EQUAL": "write it as <setting>=<value>",
-    }
-    return KvcompileError(first_line(error), fix=next((fix for part, fix in fixes.items() if part in str(error)), None))
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        got = f"{error.problem}, {mark.name}, line {mark.line + 1}" if mark else error.problem
+        return KvcompileError("a config file must be YAML", got)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    return KvcompileError(first_line(error), fix=next((fix for part, fix in FIXES.items() if part in str(error)), None))
 
 
 @contextmanager
@@ -211,10 +308,10 @@ def _own_hydra() -> Iterator[None]:
     """Hydra initialised with our config only, whatever application is around us; that one's state is put back."""
     with _LOCK:
         register()
-        around = GlobalHydra.instance()
-        saved, around.hydra = around.hydra, None
+        around, settings = GlobalHydra.instance(), HydraConfig.instance()
+        saved, around.hydra, saved_settings = around.hydra, None, settings.cfg
         try:
-            with initialize_config_module(CONFIG_MODULE, version_base=VERSION_BASE):
+            with initialize_config_module(CONFIG_MODULE, job_name="kvcompile", version_base=VERSION_BASE):
                 yield
         finally:
-            GlobalHydra.instance().hydra = saved
+            GlobalHydra.instance().hydra, HydraConfig.instance().cfg = saved, saved_settings

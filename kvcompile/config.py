@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -175,13 +175,23 @@ class Config:
 def finish(config: Config) -> Config:
     """The config with the budget shortcut folded in, every policy's fields filled in, and an output folder.
 
-    Raises KvcompileError where a value is out of range.
+    Raises KvcompileError where a value is of the wrong type or out of range.
     """
-    config = replace(_budgeted(config), budget=None)
+    config = replace(_budgeted(_typed(config)), budget=None)
     config = replace(config.with_policies(config.policies()), export=options_of(config.doors()))
     _check(config)
     given = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
     return replace(config, output=config.output or given)
+
+
+def _typed(config: Config) -> Config:
+    """The config with every setting of its type and every `${...}` resolved; `build_stack` does so for policies."""
+    try:
+        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, stack={}, export={})))
+    except OmegaConfBaseException as error:
+        where, said = getattr(error, "full_key", None), first_line(error)
+        raise KvcompileError(f"{where}: {said}" if where else said) from error
+    return replace(cast(Config, plain), stack=config.stack, export=config.export)
 
 
 def _budgeted(config: Config) -> Config:

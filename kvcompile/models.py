@@ -100,6 +100,7 @@ def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedMod
         file.require_taken(loaded)
         loaded = _unquantised(loaded)
     require_weights(loaded)
+    require_vocabulary(loaded, tokenizer)
     progress(what, 1, 1)
     return loaded.to(device).eval(), tokenizer
 
@@ -118,6 +119,21 @@ def _require_whole(model: ModelConfig, info: dict[str, Any]) -> None:
             "every weight of a checkpoint must have its place in the model that its config.json describes",
             f"{left[0]} in {model.pretrained} ({len(left)} without a place)",
             "use a checkpoint that fits its config.json, with adapters merged into it",
+        )
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise KvcompileError if a token of the tokenizer's own vocabulary has no row in the model's embeddings.
+
+    Tokens added to it are left out: some checkpoints add one for images to a model of text.
+    """
+    added, rows = set(tokenizer.added_tokens_decoder), model.get_input_embeddings().num_embeddings
+    highest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=0)
+    if highest >= rows:
+        raise KvcompileError(
+            "the tokenizer must be the model's own",
+            f"a token of number {highest} for embeddings of {rows} tokens",
+            "give the tokenizer of the same checkpoint, or resize the embeddings to it",
         )
 
 

@@ -140,7 +140,7 @@ def filled(cls: type[Options], where: str, options: Mapping[str, Any]) -> Option
             raise KvcompileError(f"unknown field of {where}", repr(key), suggest(str(key), known))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema(cls)), dict(options))
-        values = OmegaConf.to_container(merged, throw_on_missing=True)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise KvcompileError(f"{where}: {first_line(error)}", fix=f"set {where}.{error.key}") from error
     for key, value in values.items():

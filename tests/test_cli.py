@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,28 @@ main()
 """
 
 
-def kvcompile(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+LAUNCHER = """
+from dataclasses import dataclass
+from hydra.core.config_store import ConfigStore
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+class Other(BasicLauncher):
+    def launch(self, *args, **kwargs):
+        print("launched by another package")
+        return super().launch(*args, **kwargs)
+
+@dataclass
+class Options:
+    _target_: str = "hydra_plugins.hydra_other_launcher.other.Other"
+
+ConfigStore.instance().store(group="hydra/launcher", name="other", node=Options, provider="other")
+"""
+
+
+def kvcompile(where: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", FAKE, *arguments]
-    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    env = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, env=env)
 
 
 def test_version_is_ours(tmp_path: Path) -> None:
@@ -79,6 +99,16 @@ def test_a_run_leaves_nothing_but_the_artifact(tmp_path: Path) -> None:
         (["policy=[snapkv,snapkv]"], "each policy may be in the stack once"),
         (["recipe=snapkv", "budget=0.25"], "a quarter is refused, got 0.25. Fix: another budget."),
         (["-m", "recipe=snapkv,snpkv"], "did you mean 'snapkv'?"),
+        (["-m", "recipe=snapkv", "budget=interval(0.1,0.5)"], "Fix: list the values (a,b,c)"),
+        (["--config-dir", "nonesuch", "recipe=x"], "--config-dir must name a folder that is there, got nonesuch."),
+        (["--config-name", "nonesuch"], "there is one main config, got --config-name nonesuch"),
+        (["--config-path", "/nonesuch"], "Fix: --config-dir <folder>"),
+        (["--cfg", "job", "recipe=snpkv"], "did you mean 'snapkv'?"),
+        (["--cfg", "jobs"], "invalid choice: 'jobs'"),
+        (["--info", "defaults", "recipe=snpkv"], "did you mean 'snapkv'?"),
+        (["--budget", "3"], "settings are written name=value"),
+        (["-m", "--cfg", "job"], "only one of --multirun, --cfg"),
+        (["recipe=snapkv", "-m", "budget=0.1,0.5"], "flags come first"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -114,6 +144,39 @@ def test_a_sweep_preset_needs_no_flag(tmp_path: Path) -> None:
     done = kvcompile(tmp_path, "recipe=snapkv", "sweep=budget", "hydra.sweeper.params.budget='0.5,0.1'")
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("multirun/*/*/*/result.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: [override /policy: [snapkv]]", "Fix: a recipe begins with the line '# @package _global_'"),
+        ("# @package _global_\ndefaults: [override /policy: [snpkv]]", "unknown policy, got 'snpkv'"),
+        (
+            "# @package _global_\ndefaults: [override /policy: [snapkv]]\nstack: {snapkv: {bugdet: 1}}",
+            "got 'stack.snapkv.bugdet'. Fix: did you mean 'budget'",
+        ),
+        ("a: [", "a config file must be YAML, got "),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--cfg", "job"]], ids=str)
+def test_mistakes_in_own_recipes_are_one_line(tmp_path: Path, text: str, message: str, flags: list[str]) -> None:
+    (tmp_path / "mine" / "recipe").mkdir(parents=True)
+    (tmp_path / "mine" / "recipe" / "x.yaml").write_text(f"{text}\n")
+    done = kvcompile(tmp_path, *flags, "--config-dir", "mine", "recipe=x")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_launchers_of_other_packages_run_sweeps(tmp_path: Path) -> None:
+    package = tmp_path / "plugins" / "hydra_plugins" / "hydra_other_launcher"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "other.py").write_text(LAUNCHER)
+    (tmp_path / "run").mkdir()
+    done = kvcompile(tmp_path / "run", "-m", "recipe=glob(kn*)", "hydra/launcher=other", path=tmp_path / "plugins")
+    assert done.returncode == 0, done.stderr
+    assert "launched by another package" in done.stdout
 
 
 def test_own_recipes_by_config_dir(tmp_path: Path) -> None:

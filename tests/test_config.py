@@ -117,7 +117,6 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["++modle=llama"], "unknown setting, got 'modle'. Fix: did you mean 'model'"),
         (["++needle.sample=9"], "unknown setting, got 'needle.sample'. Fix: did you mean 'samples'"),
         (["model=org/name"], "names a group of settings, got org/name. Fix: model.pretrained=org/name"),
-        ("policy=[snapkv]", r"overrides are a list, got 'policy=\[snapkv\]'"),
         (["model.dtype=float8"], "unknown model.dtype, got 'float8'"),
         (["kernels=trition"], "unknown kernels, got 'trition'"),
         (["prefill_chunk=-1"], "prefill_chunk must be"),
@@ -134,14 +133,73 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["policy=[snapkv,adakv]", "++stack.adakv.budget=0.1", "budget=0.5"], "got budget=0.5 and stack.adakv.budget"),
         (["recipe=snapkv", "stack.snapkv={budget:0.1}", "budget=0.5"], "got budget=0.5 and stack.snapkv.budget=0.1"),
         (["x=]["], "x="),
-        (["recipe", "zigzag"], "Error parsing override 'recipe'. Fix: write it as <setting>=<value>"),
+        (["recipe", "zigzag"], "a setting must be given a value, got recipe. Fix: write it as recipe=<value>"),
         (["output=${oops}"], "oops"),
+        (["output=o/${recipe}"], r"only name settings that are set, got output=o/\$\{recipe\}, where recipe is null"),
+        (["output=o/${hydra:job.num}"], "where hydra:job.num is null"),
+        (["output=run/lr=0.1"], """must be in quotes .* Fix: 'output="run/lr=0.1"'"""),
+        (["output=größe"], """Fix: 'output="größe"'"""),
+        (["output=~/x"], """Fix: 'output="~/x"'"""),
+        (["output=a#b"], """Fix: 'output="a#b"'"""),
+        (["hydra/launcher=joblib"], "must be installed, got 'joblib'. Fix: .*pip install hydra-joblib-launcher"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str] | str, message: str) -> None:
     with pytest.raises(KvcompileError, match=message) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["run/lr=0.1", "größe", "~/x", "a#b", 'say "so"', "f(x)"])
+def test_the_quotes_that_an_error_proposes_are_read(text: str) -> None:
+    """The fix of an error is typed into a shell as it stands."""
+    import shlex
+
+    with pytest.raises(KvcompileError) as caught:
+        compose([f"output={text}"])
+    (typed,) = shlex.split(str(caught.value.fix).rpartition(", with both")[0])
+    assert compose([typed]).output == text
+
+
+def test_one_override_needs_no_list() -> None:
+    assert compose("policy=[snapkv]") == compose(["policy=[snapkv]"])
+
+
+def test_hydras_own_values_and_the_recipe_can_be_named() -> None:
+    """Hydra resolves them in a job, so a check before the job must."""
+    wanted = "output=o/${hydra:runtime.choices.recipe}-${recipe}"
+    assert compose(["recipe=knorm", wanted]).output == "o/knorm-knorm"
+    check(["recipe=knorm,kivi", "output=o/${hydra:job.num}/${hydra:runtime.output_dir}"], multirun=True)
+
+
+def test_a_sweep_over_what_a_glob_matches_is_checked() -> None:
+    check(["recipe=glob(k*)", "plan=only"], multirun=True)
+    with pytest.raises(KvcompileError, match=r"a sweep must have values, got recipe=glob\(qq\*\)"):
+        check(["recipe=glob(qq*)"], multirun=True)
+
+
+def test_policies_beside_a_recipe_are_named_with_it() -> None:
+    """`recipe=mqa policy=[gqa]` compiles gqa: nothing may call that mqa alone."""
+    config = compose(["recipe=mqa", "policy=[gqa]"])
+    assert (config.recipe, config.output) == ("mqa+gqa", "outputs/mqa+gqa-llama")
+    assert compose(["recipe=snapkv", "policy=[snapkv]"]).recipe == "snapkv"
+    assert from_recipe(to_recipe(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(stack={"kivi": {"group": "${oc.env:HOME}"}}), "stack.kivi: .*could not be converted to Integer"),
+        (Config(stack={"kivi": {"group": "${nonesuch}"}}), "stack.kivi: .*'nonesuch' not found"),
+        (Config(prefill_chunk="${oc.env:HOME}"), "prefill_chunk: .*could not be converted to Integer"),  # type: ignore[arg-type]
+    ],
+)
+def test_interpolations_through_python_are_checked_too(
+    config: Config, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(KvcompileError, match=message):
+        finish(config)
 
 
 def test_recipes_of_the_user_stand_beside_the_shipped_ones(tmp_path: Path) -> None:
@@ -151,7 +209,7 @@ def test_recipes_of_the_user_stand_beside_the_shipped_ones(tmp_path: Path) -> No
     here = f"hydra.searchpath=[file://{tmp_path}]"
     assert compose(["recipe=mine", here]).stack["snapkv"]["budget"] == 0.125
     assert compose(["recipe=snapkv", here]).recipe == "snapkv"
-    with pytest.raises(KvcompileError, match=r"stack\.snapkv without 'snapkv'"):
+    with pytest.raises(KvcompileError, match=r"recipe=mine, which sets options of 'snapkv', got policy=\[\]"):
         compose(["recipe=mine", "policy=[]", here])
 
 
