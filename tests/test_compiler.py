@@ -32,7 +32,7 @@ def test_an_artifact_of_other_policies_is_not_replaced(tmp_path: Path) -> None:
 
 def test_one_override_needs_no_list() -> None:
     model = kvcompile.compile(tiny_model(), "snapkv", "budget=0.5")
-    assert model.kvcompile.plan.layers[0].selection.budget == 0.5
+    assert model.kvcompile.plan.layers[0].selection.budget.value == 0.5
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused() -> None:
