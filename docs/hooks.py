@@ -68,8 +68,8 @@ def options(policy: str) -> str:
     said: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         said |= described(base.__dict__.get("__doc__") or "", [f.name for f in fields])
-    rows = [f"| `stack.{policy}.{f.name}` | `{default(f)}` | {said.get(f.name, '')} |" for f in fields]
-    return "\n".join(["| option | default | |", "|---|---|---|", *rows]) if rows else "No options."
+    rows = [f"| `{f.name}` | `{default(f)}` | {said.get(f.name, '')} |" for f in fields]
+    return "\n".join([f"| `stack.{policy}.` | default | |", "|---|---|---|", *rows])
 
 
 def described(docstring: str, names: list[str]) -> dict[str, str]:

@@ -70,7 +70,7 @@ def test_every_policy_has_a_section_with_its_options() -> None:
     assert sorted(titles) == sorted(discover())
     assert re.findall(r"^<!-- options: (\w+) -->$", section("policies"), re.M) == titles
     for body in re.split(r"^### \w+$", section("policies"), flags=re.M)[1:]:
-        assert all(f"{word}: " in body for word in ("Idea", "When", "Measured"))
+        assert all(f"**{word}.** " in body for word in ("Idea", "When", "Measured"))
 
 
 @pytest.mark.parametrize("policy", sorted(discover()))

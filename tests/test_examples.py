@@ -58,10 +58,19 @@ def test_long_document(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.match(r"1,5\d\d tokens read, 0.0\d MiB of cache held", capsys.readouterr().out)
 
 
+def test_the_lines_of_the_readme(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    assert block.count("HuggingFaceTB/SmolLM2-135M-Instruct") == 1
+    mine = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", folder)
+    exec(mine, {"long_text": words(300), "question": f" {words(20)}"})
+    assert capsys.readouterr().out.startswith("w4 w11")
+
+
 def test_chat(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two turns on one cache say what the whole conversation in one prompt says."""
+    """Each turn is answered, and the cache goes on from the turn before."""
     assert len(list(script("chat").chat(folder, [words(30), words(10)], new=4))) == 2
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    first, second = (int(line.split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert first + 10 < second <= first + 10 + 4 + 4
 
 
 def test_padded_batch(folder: str) -> None:
