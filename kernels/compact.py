@@ -138,8 +138,8 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     if in_place or target.table is not None:
         there = target.slots(rows, places)
     else:  # the entries of a row lie one after the other
-        numbers = torch.tensor(first or [0] * len(counts), device=kept.device)
-        begins = target.slots(torch.arange(len(counts), device=kept.device), numbers).tolist()
+        numbers = torch.tensor(first or [0] * len(counts), device=kept.device, dtype=torch.int64)
+        begins = target.slots(torch.arange(len(counts), device=kept.device, dtype=torch.int64), numbers).tolist()
     every = zip(source.flat(), source.sharing(len(counts)), target.flat(), target.shared, strict=True)
     for old, sharing, new, n in every:
         at = here[sharing] if n == 1 else here[sharing][::n] // n
@@ -152,7 +152,7 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
 
 
 def _all(at: Tensor, count: int) -> bool:
-    return at.numel() == count and bool((at == torch.arange(count, device=at.device)).all())
+    return at.numel() == count and bool((at == torch.arange(count, device=at.device, dtype=torch.int64)).all())
 
 
 def gather(old: Tensor, at: Tensor, new: Tensor) -> None:
@@ -165,7 +165,7 @@ def gather(old: Tensor, at: Tensor, new: Tensor) -> None:
 
 def placed(counts: list[int], first: list[int] | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and entry that each of `counts[r]` entries from `first[r]` on has, row after row: `[N]`, `[N]` int64."""
-    numbers = torch.tensor([counts, first or [0] * len(counts)], device=device)
-    rows = torch.arange(len(counts), device=device).repeat_interleave(numbers[0])
+    numbers = torch.tensor([counts, first or [0] * len(counts)], device=device, dtype=torch.int64)
+    rows = torch.arange(len(counts), device=device, dtype=torch.int64).repeat_interleave(numbers[0])
     shift = numbers[1] - (numbers[0].cumsum(0) - numbers[0])
-    return rows, torch.arange(rows.numel(), device=device) + shift[rows]
+    return rows, torch.arange(rows.numel(), device=device, dtype=torch.int64) + shift[rows]

@@ -86,6 +86,13 @@ def parts(view: View) -> tuple[Segment, ...]:
     return view.parts if isinstance(view, MixedView) else (view,)
 
 
+def longest(view: View) -> int:
+    """Entries of the longest row, those of all its parts."""
+    alike = sum(s.keys.shape[2] for s in parts(view) if isinstance(s, DenseView))
+    others = [s.lengths for s in parts(view) if not isinstance(s, DenseView)]
+    return alike + max(map(sum, zip(*others, strict=True)), default=0)
+
+
 @dataclass(frozen=True)
 class Queries:
     """The new tokens: states `[B, H_q, Q, D]`, true positions `[B, Q]`, and which are real (None: all of them).

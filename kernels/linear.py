@@ -68,10 +68,10 @@ def _applies(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if input.dtype is not dtype or dtype not in cpp.TYPES or not (input.is_cpu and weight.is_cpu):
         return False
-    if bias is not None and not (bias.dtype is dtype and bias.is_cpu and bias.is_contiguous()):
+    if bias is not None and not (bias.dtype is dtype and bias.is_cpu and bias.shape == weight.shape[:1]):
         return False
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return False
     if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
-    return weight.is_contiguous()
+    return weight.is_contiguous() and (bias is None or bias.is_contiguous())

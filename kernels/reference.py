@@ -30,10 +30,10 @@ def _stretch(view: Segment, part: Part, b: int, h: int, dtype: torch.dtype) -> t
     r = b * view.heads + h
     n = view.lengths[r]
     if isinstance(view, PagedView):
-        j = torch.arange(n, device=view.keys.device)
+        j = torch.arange(n, device=view.keys.device, dtype=torch.int64)
         at = view.table[r].long()[j // view.page] * view.page + j % view.page
     else:
-        at = torch.arange(view.starts[r], view.starts[r] + n, device=view.keys.device)
+        at = torch.arange(view.starts[r], view.starts[r] + n, device=view.keys.device, dtype=torch.int64)
 
     def scales(x: Tensor | None, group: int, channel: bool) -> Tensor | None:
         return None if x is None else x[at[::group] // group if channel else at]

@@ -53,9 +53,9 @@ def _plain(view: View, spec: KernelSpec, dtype: torch.dtype) -> DenseView | Ragg
         keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
         return DenseView(keys, values, positions)
     keys, values, positions = (torch.cat(x) for x in zip(*rows, strict=True))
-    ends = torch.tensor(lengths, device=keys.device).cumsum(0)
+    ends = torch.tensor(lengths, device=keys.device, dtype=torch.int64).cumsum(0)
     starts = [int(e) - n for e, n in zip(ends, lengths, strict=True)]
-    begins = torch.tensor(starts, device=keys.device)
+    begins = torch.tensor(starts, device=keys.device, dtype=torch.int64)
     return RaggedView(keys, values, positions, starts, lengths, batch, heads, begins, ends)
 
 

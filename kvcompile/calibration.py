@@ -186,7 +186,7 @@ def head_mass(attention: Tensor, source: int) -> Tensor:
     """
     import torch
 
-    answers = torch.arange(attention.shape[2])
+    answers = torch.arange(attention.shape[2], dtype=torch.int64, device=attention.device)
     induction = attention[:, :, answers, source + answers]
     echo = attention[:, :, answers, source + answers - 1]
     return (induction + echo).amax(1).mean(-1)
@@ -206,7 +206,7 @@ def retrieval_scores(
     masses: dict[str, list[Tensor]] = {}
     for done, sample in enumerate(drawn):
         calibrator.progress("calibrating", done, len(drawn))
-        seen = calibrator.attention(torch.tensor([sample.ids]), sample.answers)
+        seen = calibrator.attention(torch.tensor([sample.ids], dtype=torch.int64, device="cpu"), sample.answers)
         masses.setdefault(sample.form, []).append(torch.stack([head_mass(a, sample.source) for a in seen]))
     calibrator.progress("calibrating", len(drawn), len(drawn))
     forms = {name: torch.stack(found).mean(0) for name, found in masses.items()}

@@ -30,7 +30,7 @@ class Probe(Score):
     def score(self, seen: Observation) -> Tensor:
         """Zeros; the attention `[H_kv, g, w, n]` goes to `found[layer]`."""
         self.found[seen.layer] = seen.attention()
-        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device)
+        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

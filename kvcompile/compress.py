@@ -125,7 +125,7 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         keys=keys,
         values=values,
         positions=positions,
-        lengths=torch.tensor(lengths, device=keys.device),
+        lengths=torch.tensor(lengths, device=keys.device, dtype=torch.int64),
         tokens=step.cache.seen[b],
         scale=plan.scale,
         softcap=plan.softcap,
@@ -160,7 +160,7 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     if newest is None or add is None:
         return None
     spec = cache.window_spec(layer.plan.index, store.parts)
-    sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device)
+    sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
     add(Queries(*newest), store.view(), spec, sums)
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
@@ -188,10 +188,10 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
 
     def rotary_mean(horizon: int) -> Tensor:
         if rotary is None:
-            return torch.eye(dim, device=keys.device)
+            return torch.eye(dim, device=keys.device, dtype=torch.float32)
         asked = (rotary, next_position, horizon, dim)
         if asked not in step.shared:
-            at = torch.arange(next_position, next_position + horizon, device=keys.device)
+            at = torch.arange(next_position, next_position + horizon, device=keys.device, dtype=torch.int64)
             cos, sin = (x.float().mean(0) for x in rotary(at))
             step.shared[asked] = _rotation(cos, sin, dim)
         return step.shared[asked]
@@ -202,7 +202,7 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
 def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     """The matrix `[D, D]` that turns row vectors by `cos, sin [D_rot]` (half-split); channels past `D_rot` stay."""
     half = cos.shape[0] // 2
-    out = torch.eye(dim, device=cos.device)
+    out = torch.eye(dim, device=cos.device, dtype=torch.float32)
     out[: 2 * half, : 2 * half] = torch.diag(cos)
     out[half : 2 * half, :half] -= torch.diag(sin[:half])
     out[:half, half : 2 * half] += torch.diag(sin[half:])
@@ -268,7 +268,7 @@ def _counts(step: Step, scored: dict[int, LayerScores]) -> dict[int, Tensor]:
         if fixed is None:
             dynamic.append(i)
         else:
-            counts[i] = torch.tensor(fixed, device=look.lengths.device).minimum(look.lengths)
+            counts[i] = torch.tensor(fixed, device=look.lengths.device, dtype=torch.int64).minimum(look.lengths)
     if dynamic:
         selection = plan.layers[dynamic[0]].selection
         if selection is not None:
@@ -329,13 +329,18 @@ def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) 
     cache = step.cache
     kv.rewrite(
         [
-            turn(keys, index_row, torch.arange(index_row.numel(), device=keys.device), cache.rotaries[index])
+            turn(
+                keys,
+                index_row,
+                torch.arange(index_row.numel(), device=keys.device, dtype=torch.int64),
+                cache.rotaries[index],
+            )
             for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
         ]
     )
     per_sequence = kv.held.lengths[:: kv.held.heads]
     shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
-    cache.shift = torch.tensor(shift, device=indices[0].device)
+    cache.shift = torch.tensor(shift, device=indices[0].device, dtype=torch.int64)
 
 
 def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:

@@ -26,7 +26,9 @@ def held_out(config: Config, tokenizer: Any) -> Tensor:
 
         return corpus(heal, tokenizer).ids(tokenizer, True, given.windows * (given.context + given.tokens + 1))
     text = sentences(given.source) if given.source else split(sentences())[1]
-    return torch.as_tensor(tokenizer(" ".join(text), return_tensors="pt")["input_ids"])[0]
+    return torch.as_tensor(
+        tokenizer(" ".join(text), return_tensors="pt")["input_ids"], dtype=torch.int64, device="cpu"
+    )[0]
 
 
 def windows(model: Any, tokenizer: Any, config: Config) -> Tensor:

@@ -191,9 +191,9 @@ def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
     mask `[B, past + Q]` says which tokens are real (None: all). `seen`: tokens of each sequence so far.
     """
     batch, count = ids.shape
-    start = torch.tensor(seen if len(seen) == batch else [0] * batch, device=ids.device).unsqueeze(1)
+    start = torch.tensor(seen if len(seen) == batch else [0] * batch, device=ids.device, dtype=torch.int64).unsqueeze(1)
     if mask is None or mask.ndim != 2 or mask.shape[0] != batch:  # of a wrong shape: the cache will say so
-        return start + torch.arange(count, device=ids.device)
+        return start + torch.arange(count, device=ids.device, dtype=torch.int64)
     return start + (mask[:, -count:].ne(0).cumsum(1) - 1).clamp(min=0)
 
 

@@ -236,8 +236,8 @@ def _pad(tokenizer: Any) -> int:
 
 def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.int64, device="cpu")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64, device="cpu")
     return ids, mask
 
 

@@ -128,7 +128,7 @@ def _proof_length(config: Config, model: Any) -> int:
 def _text(tokenizer: Any, tokens: int) -> Tensor:
     """The first `tokens` tokens of the offline text."""
     ids = tokenizer(" ".join(sentences()), return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
-    return torch.as_tensor(ids)
+    return torch.as_tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _material(model: Any, tokenizer: Any, config: Config) -> tuple[Tensor | None, list[NeedleTask]]:

@@ -15,7 +15,7 @@ def block_of(dim: int) -> int:
 
 @functools.cache
 def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    made = torch.ones(1, 1, dtype=torch.float64)
+    made = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while made.shape[0] < size:
         made = torch.cat((torch.cat((made, made), 1), torch.cat((made, -made), 1)))
     block: Tensor = (made / size**0.5).to(device, dtype)

@@ -82,7 +82,11 @@ class CarriedScore(Score):
         """The numbers with the new queries in them, `[H_kv, n]`, float32."""
         import torch
 
-        state = torch.zeros(seen.positions.shape, device=seen.keys.device) if seen.carried is None else seen.carried
+        state = (
+            torch.zeros(seen.positions.shape, device=seen.keys.device, dtype=torch.float32)
+            if seen.carried is None
+            else seen.carried
+        )
         for asked, attention in seen.attention_blocks():
             state = self.update(state, asked, attention, seen)
         return state if seen.received is None else self.receive(state, seen.received)

@@ -32,7 +32,9 @@ class Uniformly(Score):
         import torch
 
         generator = torch.Generator().manual_seed((self.seed * MIX + seen.layer) * MIX + seen.tokens)
-        drawn = torch.rand(seen.positions.shape[0], seen.tokens, generator=generator).to(seen.keys.device)
+        drawn = torch.rand(
+            seen.positions.shape[0], seen.tokens, generator=generator, dtype=torch.float32, device="cpu"
+        ).to(seen.keys.device)
         return drawn.gather(1, seen.positions.clamp(min=0).long())
 
 

@@ -5,10 +5,14 @@ The fields that `arguments` declares in C++ and the numbers that `pack` gives th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from kvcompile.kernels.codecs import DTYPES
 from kvcompile.kernels.cpp.stored import Stored
 from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.pointers import address
 from kvcompile.kernels.spec import KernelSpec, Part
 
 TILE = 64  # entries from one step of the softmax to the next
@@ -39,6 +43,33 @@ ENTRIES = """
     """
 
 
+class Array(NamedTuple):
+    """An array of a part, for C++ and as torch holds it: `tokens` consecutive tokens share an entry of this shape.
+
+    step: elements from one entry to the next; strides: those of the entries and of all that lies in one.
+    """
+
+    name: str
+    kind: str
+    step: int
+    tokens: int
+    dtype: torch.dtype
+    entry: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _codes(name: str, stored: Stored, step: int) -> Array:
+    return Array(name, stored.element, step, 1, DTYPES[stored.codec.kind], (stored.width,), (step, 1))
+
+
+def _scales(name: str, stored: Stored) -> Array:
+    codec, dim = stored.codec, stored.dim
+    shared = codec.axis == "channel"
+    inner = dim if shared else codec.groups(dim)
+    step, tokens = codec.parameters * inner, codec.group if shared else 1
+    return Array(name, "fp16", step, tokens, torch.float16, (codec.parameters, inner), (step, inner, 1))
+
+
 class Address:
     """One part of every row. Positions are asked for only where something may be hidden.
 
@@ -51,18 +82,12 @@ class Address:
         self.part, self.positions = part, positions
         self.key, self.value = Stored(part.key, spec.head_dim), Stored(part.value, spec.value_dim)
         self.value_step = self.key.width if spec.latent else self.value.width  # elements from one value to the next
-        # (name, C++ type, elements of one step along the tokens, tokens of one step)
-        self.arrays = [
-            ("keys", self.key.element, self.key.width, 1),
-            ("values", self.value.element, self.value_step, 1),
-        ]
+        self.arrays = [_codes("keys", self.key, self.key.width), _codes("values", self.value, self.value_step)]
         for name, stored in (("key_scales", self.key), ("value_scales", self.value)):
-            if stored.scales == "channel":
-                self.arrays.append((name, "fp16", stored.codec.parameters * stored.dim, stored.codec.group))
-            elif stored.scales != "none":
-                self.arrays.append((name, "fp16", stored.numbers, 1))
+            if stored.codec.scaled:
+                self.arrays.append(_scales(name, stored))
         if positions:
-            self.arrays.append(("positions", "int32_t", 1, 1))
+            self.arrays.append(Array("positions", "int32_t", 1, 1, torch.int32, (), (1,)))
         self.names = [name for name, *_ in self.arrays]
         # how many of `count` entries a tile may have: asked of all parts where one of them has such pages
         self.together = (
@@ -79,9 +104,20 @@ class Address:
 
     arguments = row = fields = entries = ""  # C++ text, where a layout has some
 
-    def pack(self, view: Any) -> list[int]:
-        """The numbers of `arguments`, in their order."""
+    def pack(self, view: Any, batch: int, heads: int) -> list[int]:
+        """The numbers of `arguments`, in their order, for so many sequences and KV heads.
+
+        Raises KvcompileError where the view is not what the kernel reads.
+        """
         raise NotImplementedError
+
+    def _addresses(self, view: Any) -> list[int]:
+        """Of the arrays, where entries of all rows lie in one row of memory."""
+        count = view.keys.shape[0]
+        return [
+            address(name, getattr(view, name), dtype, (count // tokens, *entry), strides)
+            for name, _, _, tokens, dtype, entry, strides in self.arrays
+        ]
 
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile, from the row's pointers."""
@@ -114,15 +150,18 @@ class Dense(Address):
             starts=",\n          ".join(starts.split(", ")),
         )
 
-    def pack(self, view: Any) -> list[int]:
+    def pack(self, view: Any, batch: int, heads: int) -> list[int]:
         """Addresses, strides and the length."""
-        arrays = [getattr(view, name) for name in self.names]
-        values = [x.data_ptr() for x in arrays]
-        for x in arrays:
+        length = view.keys.shape[2]
+        values, steps = [], []
+        for name, _, _, tokens, dtype, entry, strides in self.arrays:
+            x = getattr(view, name)
+            alone = x.shape[1] == 1  # one row for all heads
+            shape = (batch, 1 if alone else heads, length // tokens, *entry)
+            values.append(address(name, x, dtype, shape, strides))
             sequence, head = x.stride()[:2]
-            values += (sequence, head if x.shape[1] > 1 else 0)
-        values.append(view.keys.shape[2])
-        return values
+            steps += (sequence, 0 if alone else head)
+        return [*values, *steps, length]
 
 
 class Ragged(Address):
@@ -132,7 +171,7 @@ class Ragged(Address):
         super().__init__(part, spec, positions)
         self.arguments = f"{self.pointers()}\nconst int64_t *begins, *ends;"
         starts = []
-        for name, _, step, tokens in self.arrays:
+        for name, _, step, tokens, *_ in self.arrays:
             first = "first" if tokens == 1 else f"first / {tokens}"
             starts.append(f"p.{name} + {first} * {step}" if step > 1 else f"p.{name} + {first}")
         self.row = fill(
@@ -145,9 +184,11 @@ class Ragged(Address):
             starts=",\n          ".join(starts),
         )
 
-    def pack(self, view: Any) -> list[int]:
+    def pack(self, view: Any, batch: int, heads: int) -> list[int]:
         """Addresses of the arrays, then of the borders."""
-        return [getattr(view, name).data_ptr() for name in (*self.names, "begins", "ends")]
+        rows = (batch * heads,)
+        borders = [address(name, getattr(view, name), torch.int64, rows) for name in ("begins", "ends")]
+        return self._addresses(view) + borders
 
 
 class Paged(Address):
@@ -186,7 +227,7 @@ class Paged(Address):
         # scales lie apart from each other: nothing but this foresees where the next tile's are, or on small pages those
         # of the tile after it, since a tile begins with its scales
         scales = self.later("t") if self.contiguous else "tile.at[tile.skip + 2 * TILE + t]"
-        for name, kind, size, tokens in self.arrays:
+        for name, kind, size, tokens, *_ in self.arrays:
             if name.endswith("_scales"):
                 stride = min(part.page, 64)
                 index = f"{scales}{f' / {tokens}' if tokens > 1 else ''} * {size}"
@@ -197,10 +238,12 @@ class Paged(Address):
         """How many pages so many entries may lie in, wherever on a page the first is."""
         return (entries + self.part.page - 2) // self.part.page + 1
 
-    def pack(self, view: Any) -> list[int]:
+    def pack(self, view: Any, batch: int, heads: int) -> list[int]:
         """Addresses of the pools, the table, its width and the counts."""
-        values = [getattr(view, name).data_ptr() for name in self.names]
-        return [*values, view.table.data_ptr(), view.table.stride(0), view.counts.data_ptr()]
+        rows, table = batch * heads, view.table
+        pages = address("table", table, torch.int32, (rows, table.shape[1]), (1,))
+        counts = address("counts", view.counts, torch.int64, (rows,))
+        return [*self._addresses(view), pages, table.stride(0), counts]
 
     def entry(self, t: str) -> str:
         """Index of entry `t` of a tile in the pools."""

@@ -20,7 +20,8 @@ from torch import Tensor
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.cpp import build, chunk, simd, step
 from kvcompile.kernels.cpp.stored import ELEMENTS
-from kvcompile.kernels.layout import DenseView, Queries, View, parts
+from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
+from kvcompile.kernels.pointers import address
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
 
@@ -132,17 +133,21 @@ class _Compiled:
         function.argtypes, function.restype = (ctypes.c_char_p,), None
         return function
 
-    def call(self, numbers: list[int], view: View, sums: Tensor | None) -> None:
-        """Run with the given fields, then those of the sums and of the parts, all of them 8 bytes."""
+    def call(self, numbers: list[int], batch: int, heads: int, view: View, sums: Tensor | None) -> None:
+        """Run with the given fields, then those of the sums and of the parts, all of them 8 bytes.
+
+        heads: KV heads. Raises KvcompileError where a tensor is not what the kernel reads or writes.
+        """
         if self.spec.scores:
             if sums is None:
                 raise ValueError(f"{self.spec.name} adds the attention that entries received to `sums`, and got none")
-            numbers += (sums.data_ptr(), sums.stride(0))
+            room = (batch * heads, max(longest(view), sums.shape[1]))
+            numbers += (address("sums", sums, torch.float32, room, (1,)), sums.stride(0))
         if self.single is not None:
-            numbers += self.single.pack(view)
+            numbers += self.single.pack(view, batch, heads)
         else:
             for place, segment in zip(self.places, parts(view), strict=True):
-                numbers += place.pack(segment)
+                numbers += place.pack(segment, batch, heads)
         self.run(Struct(f"{len(numbers)}q").pack(*numbers))
 
 
@@ -155,19 +160,16 @@ class Step(_Compiled):
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
         """Attention `[B, H_q, 1, D_v]`."""
         spec, states, valid = self.spec, queries.states, queries.valid
+        states = states if states.stride(3) == 1 else states.contiguous()
         batch, heads, _, _ = states.shape
-        sequence, head, _, channel = states.stride()
-        if channel != 1:
-            states = states.contiguous()
-            sequence, head = states.stride()[:2]
-        out = torch.empty(batch, heads, 1, spec.value_dim, dtype=states.dtype)
         groups = heads // spec.group
-        numbers = [states.data_ptr(), sequence, head, out.data_ptr(), batch * groups, groups]
-        numbers.append(valid.data_ptr() if valid is not None else 0)
+        out = torch.empty(batch, heads, 1, spec.value_dim, dtype=self.dtype, device=states.device)
+        numbers = [address("queries", states, self.dtype, (batch, groups * spec.group, 1, spec.head_dim), (1,))]
+        numbers += [*states.stride()[:2], out.data_ptr(), batch * groups, groups, _marks(valid, batch, 1)]
         numbers.append(torch.get_num_threads())
         if spec.sliding_window:
-            numbers.append(queries.positions.data_ptr())
-        self.call(numbers, view, sums)
+            numbers.append(address("positions", queries.positions, torch.int64, (batch, 1)))
+        self.call(numbers, batch, groups, view, sums)
         return out
 
 
@@ -192,9 +194,9 @@ class Chunk(_Compiled):
         asked, spec = _laid_out(queries), self.spec
         batch, heads, count, _ = asked.states.shape
         make = torch.empty if asked.valid is None else torch.zeros
-        out = make(batch, count, heads, spec.value_dim, dtype=asked.states.dtype).transpose(1, 2)
-        numbers = [*_place(asked.states), *_place(out), *_new_tokens(asked, spec)]
-        self.call(numbers, view, sums)
+        out = make(batch, count, heads, spec.value_dim, dtype=self.dtype, device=asked.states.device).transpose(1, 2)
+        numbers = [*_asked(asked, spec, self.dtype), out.data_ptr(), *out.stride()[:3], *_new_tokens(asked, spec)]
+        self.call(numbers, batch, heads // spec.group, view, sums)
         return out
 
 
@@ -207,7 +209,9 @@ class Window(_Compiled):
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
         """`sums`, to which what entries received was added. Raises ValueError where there is no such tensor."""
         asked = _laid_out(queries)
-        self.call([*_place(asked.states), *_new_tokens(asked, self.spec)], view, sums)
+        batch, heads = asked.states.shape[:2]
+        numbers = [*_asked(asked, self.spec, self.dtype), *_new_tokens(asked, self.spec)]
+        self.call(numbers, batch, heads // self.spec.group, view, sums)
         return sums  # type: ignore[return-value]
 
 
@@ -221,14 +225,21 @@ def _laid_out(queries: Queries) -> Queries:
     )
 
 
-def _place(x: Tensor) -> tuple[int, ...]:
-    """Where `[B, H, Q, D]` lies: the address, and the strides of all but the channels."""
-    return (x.data_ptr(), *x.stride()[:3])
+def _asked(asked: Queries, spec: KernelSpec, dtype: torch.dtype) -> tuple[int, ...]:
+    """Where queries `[B, H_q, Q, D]` lie: the address, and the strides of all but the channels."""
+    batch, heads, count, _ = asked.states.shape
+    shape = (batch, heads // spec.group * spec.group, count, spec.head_dim)
+    return (address("queries", asked.states, dtype, shape, (1,)), *asked.states.stride()[:3])
 
 
 def _new_tokens(asked: Queries, spec: KernelSpec) -> list[int]:
     """What is said of the new tokens after where they lie, up to the number of threads."""
     batch, heads, count, _ = asked.states.shape
-    groups, at, valid = heads // spec.group, asked.positions, asked.valid
-    numbers = [batch * groups, groups, count, at.data_ptr(), at.stride(0)]
-    return [*numbers, valid.data_ptr() if valid is not None else 0, torch.get_num_threads()]
+    groups, at = heads // spec.group, asked.positions
+    numbers = [batch * groups, groups, count, address("positions", at, torch.int64, (batch, count)), at.stride(0)]
+    return [*numbers, _marks(asked.valid, batch, count), torch.get_num_threads()]
+
+
+def _marks(valid: Tensor | None, batch: int, count: int) -> int:
+    """Where the marks of real tokens lie, 0 without any."""
+    return 0 if valid is None else address("marks of real tokens", valid, torch.bool, (batch, count))

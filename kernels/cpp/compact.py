@@ -17,6 +17,7 @@ from kvcompile.kernels import compact as reference
 from kvcompile.kernels.compact import Arrays, CompactSpec, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.pointers import address
 
 SMALL = 1 << 18  # bytes below which one thread is faster than two
 PIECE = 256  # entries of a task, about
@@ -135,22 +136,24 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     if not kept.numel():
         return
     spec, rows = spec_of(source, target), len(counts)
-    borders = torch.tensor([0, *accumulate(counts)])
-    places = torch.tensor(first or [0] * rows)
+    borders = torch.tensor([0, *accumulate(counts)], dtype=torch.int64, device="cpu")
+    places = torch.tensor(first or [0] * rows, dtype=torch.int64, device="cpu")
     kept = kept.contiguous()
-    numbers = [x.data_ptr() for x in (*source.flat(), *target.flat())]
-    numbers += [*source.sharing(rows), *target.sharing(rows), *_where(source), *_where(target)]
-    numbers += [rows, max(counts), kept.data_ptr(), borders.data_ptr(), places.data_ptr()]
+    numbers = [address("entries", x, x.dtype, x.shape) for x in (*source.flat(), *target.flat())]
+    numbers += [*source.sharing(rows), *target.sharing(rows), *_where(source, rows), *_where(target, rows)]
+    numbers += [rows, max(counts), address("kept entries", kept, torch.int64, (sum(counts),))]
+    numbers += [address("borders", borders, torch.int64, (rows + 1,)), address("first", places, torch.int64, (rows,))]
     size = kept.numel() * sum(size // tokens for size, tokens in spec.entries)
     threads = torch.get_num_threads() if size > SMALL else 1
     _kernel(spec)(Struct(f"{len(numbers)}q").pack(*numbers), threads)
 
 
-def _where(arrays: Arrays) -> list[int]:
+def _where(arrays: Arrays, rows: int) -> list[int]:
     """The numbers of ARGUMENTS."""
-    if arrays.table is not None:
-        return [arrays.table.data_ptr(), arrays.table.stride(0)]
-    return [arrays.tensors[0].shape[2]] if arrays.starts is None else [arrays.starts.data_ptr()]
+    table, starts = arrays.table, arrays.starts
+    if table is not None:
+        return [address("table", table, torch.int32, (rows, table.shape[1]), (1,)), table.stride(0)]
+    return [arrays.tensors[0].shape[2]] if starts is None else [address("starts", starts, torch.int64, (rows,))]
 
 
 @lru_cache(maxsize=256)

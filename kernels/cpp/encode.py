@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.pointers import address
 from kvcompile.storage import Codec
 
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -116,13 +118,15 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
         return codecs.encode(x, codec)
     stored = Stored(codec, dim)
     rows = x.detach().contiguous()
-    codes = torch.empty(*x.shape[:-1], stored.width, dtype=codecs.DTYPES[codec.kind])
+    codes = torch.empty(*x.shape[:-1], stored.width, dtype=codecs.DTYPES[codec.kind], device=x.device)
     shape = (*x.shape[:-1], codec.parameters, codec.groups(dim))
     if codec.axis == "channel":
+        if x.shape[-2] % codec.group:
+            raise KvcompileError("tokens are encoded in whole groups", f"{x.shape[-2]} tokens as {codec.name}")
         shape = (*x.shape[:-2], x.shape[-2] // codec.group, codec.parameters, dim)
-    scales = torch.empty(shape, dtype=torch.float16)
+    scales = torch.empty(shape, dtype=torch.float16, device=x.device)
     threads = torch.get_num_threads() if x.numel() > SMALL else 1
-    run(rows.data_ptr(), codes.data_ptr(), scales.data_ptr(), x.numel() // dim, threads)
+    run(address("rows", rows, x.dtype, x.shape), codes.data_ptr(), scales.data_ptr(), x.numel() // dim, threads)
     return codes, scales
 
 

@@ -150,7 +150,9 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
 
     made, module = compaction(spec_of(source, target))
     rows = len(counts)
-    numbers = torch.tensor([0, *accumulate(counts), *(first or [0] * rows)]).to(kept.device)
+    numbers = torch.tensor([0, *accumulate(counts), *(first or [0] * rows)], dtype=torch.int64, device="cpu").to(
+        kept.device
+    )
     given: dict[str, Any] = {"kept": kept.contiguous(), "borders": numbers, "first": numbers[rows + 1 :]}
     for side, arrays in (("from", source), ("to", target)):
         given |= {f"{side}{i}": _words(x, made.words[i]) for i, x in enumerate(arrays.flat())}

@@ -89,8 +89,10 @@ class Codes:
 
     def packed(self, counts: list[int], format: Format) -> Arrays:
         """The same where row r is the next `counts[r]` entries, to be read only."""
-        ends = torch.tensor(counts, device=self.keys.device).cumsum(0)
-        return self.moved(Tensor.contiguous).arrays(ends - torch.tensor(counts, device=ends.device), format)
+        ends = torch.tensor(counts, device=self.keys.device, dtype=torch.int64).cumsum(0)
+        return self.moved(Tensor.contiguous).arrays(
+            ends - torch.tensor(counts, device=ends.device, dtype=torch.int64), format
+        )
 
     def span(self, start: int, stop: int, format: Format) -> Codes:
         """The entries `start : stop`, whole blocks of them, as views."""
@@ -160,7 +162,7 @@ class RaggedBody:
         self.lengths = [0] * len(rooms)
         self.starts = [sum(self.rooms[:i]) for i in range(len(rooms))]
         self.codes = like.room(sum(self.rooms), format)
-        self._begins = torch.tensor(self.starts, device=self.codes.keys.device)
+        self._begins = torch.tensor(self.starts, device=self.codes.keys.device, dtype=torch.int64)
         self._ends = self._begins.clone()
 
     @property
@@ -191,9 +193,12 @@ class RaggedBody:
         if any(n > room for n, room in zip(lengths, self.rooms, strict=True)):
             every = range(len(lengths))
             self._become(self._made(every, self._own(), self.batch, [n + headroom for n in lengths], mover))
-        places = torch.cat([torch.arange(n) for n in counts]).to(self._ends.device)
+        places = torch.cat([torch.arange(n, dtype=torch.int64, device="cpu") for n in counts]).to(self._ends.device)
         mover(new.packed(counts, self.format), self.arrays(), places, counts, self.lengths)
-        self.lengths, self._ends = lengths, self._ends + torch.tensor(counts, device=self._ends.device)
+        self.lengths, self._ends = (
+            lengths,
+            self._ends + torch.tensor(counts, device=self._ends.device, dtype=torch.int64),
+        )
 
     def arrays(self) -> Arrays:
         """What compaction moves."""
@@ -201,7 +206,7 @@ class RaggedBody:
 
     def _own(self) -> list[Tensor]:
         """All entries of each row."""
-        return [torch.arange(n, device=self._begins.device) for n in self.lengths]
+        return [torch.arange(n, device=self._begins.device, dtype=torch.int64) for n in self.lengths]
 
     def _made(
         self, rows: Sequence[int], indices: list[Tensor], batch: int, rooms: list[int], mover: Mover = compact
@@ -211,7 +216,10 @@ class RaggedBody:
         counts = [len(index) for index in indices]
         source = self.codes.arrays(self._begins[list(rows)], self.format)
         mover(source, made.arrays(), torch.cat(indices), counts)
-        made.lengths, made._ends = counts, made._begins + torch.tensor(counts, device=made._begins.device)
+        made.lengths, made._ends = (
+            counts,
+            made._begins + torch.tensor(counts, device=made._begins.device, dtype=torch.int64),
+        )
         return made
 
     def _become(self, other: RaggedBody) -> None:

@@ -94,9 +94,9 @@ class KVCache(Cache):  # type: ignore[misc]
         valid = self._valid(attention_mask, batch, count)
         self.seen = self.seen or [0] * batch
         prefill = self.prompting or count > 1 or not any(self.seen)
-        start = torch.tensor(self.seen, device=tokens.device).unsqueeze(1)
+        start = torch.tensor(self.seen, device=tokens.device, dtype=torch.int64).unsqueeze(1)
         if valid is None:
-            positions = start + torch.arange(count, device=tokens.device)
+            positions = start + torch.arange(count, device=tokens.device, dtype=torch.int64)
             self.seen = [n + count for n in self.seen]
         else:
             positions = start + valid.long().cumsum(1) - 1
@@ -223,7 +223,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times."""
-        self._select(torch.arange(len(self.seen)).repeat_interleave(repeats))
+        self._select(torch.arange(len(self.seen), dtype=torch.int64, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the given sequences."""

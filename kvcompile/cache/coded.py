@@ -85,7 +85,9 @@ class CodedStore:
             self.body = self._opened(new, counts, headroom)
         self.body.append(counts, new, headroom, self.mover)
         if release:
-            kept = [torch.arange(c, n, device=self.device) for c, n in zip(counts, lengths, strict=True)]
+            kept = [
+                torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, lengths, strict=True)
+            ]
             self.tail = plain.taken(self.tail, kept, headroom, self.mover)
         else:
             self.tail.shed(counts, self.mover)
@@ -150,7 +152,9 @@ class CodedStore:
         block, most = self.format.block, self.storage.encoded(total)
         if block == 1:
             return min(inside.numel(), most)
-        run = int((inside == torch.arange(inside.numel(), device=inside.device)).long().cumprod(0).sum())
+        run = int(
+            (inside == torch.arange(inside.numel(), device=inside.device, dtype=torch.int64)).long().cumprod(0).sum()
+        )
         return min(run // block * block, most)
 
     def select(self, sequences: Tensor) -> None:

@@ -31,9 +31,11 @@ def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
 def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:
     """Bytes and tokens of an entry of each array: in the model's type, and in the number formats of the storage."""
     kind: torch.dtype = getattr(torch, dtype)
-    format, start = Format(*layer.storage.codecs(dtype), kind), torch.zeros(1, dtype=torch.long)
-    keys, values = (torch.zeros(format.block, dim, dtype=kind) for dim in (layer.key_dim, layer.value_dim))
-    positions = torch.zeros(format.block, dtype=POSITION_TYPE)
+    format, start = Format(*layer.storage.codecs(dtype), kind), torch.zeros(1, dtype=torch.long, device="cpu")
+    keys, values = (
+        torch.zeros(format.block, dim, dtype=kind, device="cpu") for dim in (layer.key_dim, layer.value_dim)
+    )
+    positions = torch.zeros(format.block, dtype=POSITION_TYPE, device="cpu")
     own = (keys, positions) if layer.latent is not None else (keys, values, positions)
     coded = Codes.of(keys, values, positions, format).arrays(start, format).entries if layer.storage.coded else ()
     return Arrays(own, starts=start).entries, coded

@@ -152,7 +152,7 @@ class Residence:
         if self.home is None or pool.written is None:
             pool.buffers = {name: self.host.away(x) for name, x in pool.buffers.items()}
         else:
-            written = torch.cat([torch.zeros(0, dtype=torch.long), *pool.written])
+            written = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *pool.written])
             pages = written.unique()  # type: ignore[no-untyped-call]
             for name, x in pool.buffers.items():
                 pool.paged(name, self.home[name])[pages] = pool.paged(name, x)[pages.to(x.device)].to(self.host.home)

@@ -152,14 +152,16 @@ class PagedStore(Paged):
     @alone
     def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
-        stops = torch.tensor(counts, device=self.device)
+        stops = torch.tensor(counts, device=self.device, dtype=torch.int64)
         held = self.pages.read(self.pages.slots(*ranges(torch.zeros_like(stops), stops)))
         return held["keys"], self._values(held), held["positions"]
 
     @alone
     def shed(self, counts: list[int], mover: Mover = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
-        rest = [torch.arange(c, n, device=self.device) for c, n in zip(counts, self.lengths, strict=True)]
+        rest = [
+            torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, self.lengths, strict=True)
+        ]
         self.pages.keep(rest, self.pages.headroom, mover)
 
     def nbytes(self) -> int:

@@ -74,10 +74,10 @@ class PagedRows:
 
     def _look_ahead(self, headroom: int) -> None:
         """Pages for the next tokens of all rows at once: rows reach the end of a page at different times."""
-        start = torch.tensor(self.lengths, device=HOST)
+        start = torch.tensor(self.lengths, device=HOST, dtype=torch.int64)
         self._own(start, start + self._reach, headroom)
-        ahead = torch.arange(self._reach, device=self.where)
-        rows = torch.arange(len(self.lengths), device=self.where)
+        ahead = torch.arange(self._reach, device=self.where, dtype=torch.int64)
+        rows = torch.arange(len(self.lengths), device=self.where, dtype=torch.int64)
         slots = self.slots(rows.repeat(self._reach), (ahead.unsqueeze(1) + self.counts).flatten())
         self._ahead = list(slots.view(self._reach, -1).unbind(0))[::-1]
         self._reach, self._moves = self.pool.page, self.pool.moves
@@ -101,8 +101,8 @@ class PagedRows:
 
     def _longer(self, added: list[int], headroom: int) -> Tensor:
         """Room for `added[r]` more entries in row r; how many there were `[R]`, on the host."""
-        start = torch.tensor(self.lengths, device=HOST)
-        stop = start + torch.tensor(added, device=HOST)
+        start = torch.tensor(self.lengths, device=HOST, dtype=torch.int64)
+        stop = start + torch.tensor(added, device=HOST, dtype=torch.int64)
         self._own(start, stop, headroom)
         self._resize(stop.tolist())
         return start
@@ -116,7 +116,7 @@ class PagedRows:
     def _wrote(self, start: Tensor) -> None:
         """Remember that entries from `start[r]` (host) on were written, where somebody asks."""
         if self.pool.written is not None:
-            pages = -(-torch.tensor(self.lengths, device=HOST) // self.pool.page)
+            pages = -(-torch.tensor(self.lengths, device=HOST, dtype=torch.int64) // self.pool.page)
             rows, columns = ranges(start // self.pool.page, pages)
             self.pool.wrote(self.table.host[rows, columns].long())
 
@@ -159,7 +159,11 @@ class PagedRows:
 
     def open(self, first: list[int]) -> None:
         """Make what is held from entry `first[r]` of each row on this owner's alone, so that it may be rewritten."""
-        self._own(torch.tensor(first, device=HOST), torch.tensor(self.lengths, device=HOST), self.headroom)
+        self._own(
+            torch.tensor(first, device=HOST, dtype=torch.int64),
+            torch.tensor(self.lengths, device=HOST, dtype=torch.int64),
+            self.headroom,
+        )
         self._ahead = []
 
     def keep(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> None:
@@ -173,7 +177,7 @@ class PagedRows:
         rows, new = placed(counts, None, self.where)
         stays = torch.zeros_like(self.counts).index_add_(0, rows, (old == new).long()).to(HOST)
         # pages that are written are this row's alone from here on, copies of shared ones included: rows cannot meet
-        self._own(stays, torch.tensor(counts, device=HOST), headroom)
+        self._own(stays, torch.tensor(counts, device=HOST, dtype=torch.int64), headroom)
         mover(self.arrays(), self.arrays(), old, counts)
         self.truncate(counts)
         self._wrote(stays)
@@ -183,7 +187,7 @@ class PagedRows:
         """Forget what lies past `lengths[r]` entries of each row; its pages are returned, and those in reserve."""
         self._resize(lengths)
         page, table = self.pool.page, self.table
-        needed = torch.tensor([-(-n // page) for n in lengths], device=HOST)
+        needed = torch.tensor([-(-n // page) for n in lengths], device=HOST, dtype=torch.int64)
         rows, columns = ranges(needed, table.used)
         if rows.numel():
             pages = table.host[rows, columns].long()
@@ -193,7 +197,7 @@ class PagedRows:
 
     def _resize(self, lengths: list[int]) -> None:
         self.lengths = lengths
-        self.counts = torch.tensor(lengths, device=self.where)
+        self.counts = torch.tensor(lengths, device=self.where, dtype=torch.int64)
         self._ahead = []
 
     def _settle(self) -> None:
@@ -231,7 +235,7 @@ class PagedRows:
 
 def rows_of(sequences: Tensor, heads: int) -> Tensor:
     """The rows of some sequences `[n]`, `heads` of each: `[n * heads]` on the host."""
-    return (sequences.to(HOST).unsqueeze(1) * heads + torch.arange(heads, device=HOST)).flatten()
+    return (sequences.to(HOST).unsqueeze(1) * heads + torch.arange(heads, device=HOST, dtype=torch.int64)).flatten()
 
 
 def alone(method: F) -> F:
@@ -287,6 +291,6 @@ class Paged:
 def ranges(starts: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs (r, j) with `starts[r] <= j < stops[r]`, row after row: two tensors `[n]` int64."""
     counts = (stops - starts).clamp(min=0)
-    rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+    rows = torch.arange(counts.numel(), device=counts.device, dtype=torch.int64).repeat_interleave(counts)
     shift = starts - (counts.cumsum(0) - counts)
-    return rows, torch.arange(rows.numel(), device=counts.device) + shift[rows]
+    return rows, torch.arange(rows.numel(), device=counts.device, dtype=torch.int64) + shift[rows]

@@ -67,7 +67,7 @@ def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStor
         return RaggedStore.of(rows, batch, heads, headroom)
     keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
     count = positions.shape[2]
-    whole = torch.arange(count, device=keys.device)
+    whole = torch.arange(count, device=keys.device, dtype=torch.int64)
     return DenseStore(keys, values, positions, count).take([whole] * len(rows), headroom)
 
 

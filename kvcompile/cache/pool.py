@@ -45,7 +45,7 @@ class PageTable:
         return self.host[self._named()].long()
 
     def _named(self) -> Tensor:
-        return torch.arange(self.host.shape[1], device=HOST) < self.used.unsqueeze(1)
+        return torch.arange(self.host.shape[1], device=HOST, dtype=torch.int64) < self.used.unsqueeze(1)
 
     def put(self, rows: Tensor, columns: Tensor, pages: Tensor) -> None:
         """Name `pages [n]` (int64) in `rows [n]`, `columns [n]`."""

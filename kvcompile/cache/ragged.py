@@ -43,7 +43,7 @@ class RaggedStore:
         self._values = memory.empty(like_values, total, like_values.shape[-1]) if latent is None else None
         self.positions = torch.empty(total, dtype=POSITION_TYPE, device=like_keys.device)
         self.lengths = [0] * len(rooms)
-        self._begins = torch.tensor(self.starts, device=self.keys.device)
+        self._begins = torch.tensor(self.starts, device=self.keys.device, dtype=torch.int64)
         self._mark_ends()
 
     @property
@@ -57,7 +57,7 @@ class RaggedStore:
         return self.keys.device
 
     def _mark_ends(self) -> None:
-        self._ends = self._begins + torch.tensor(self.lengths, device=self.keys.device)
+        self._ends = self._begins + torch.tensor(self.lengths, device=self.keys.device, dtype=torch.int64)
 
     @classmethod
     def of(
@@ -178,13 +178,13 @@ class RaggedStore:
 
     def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
-        at = spans(self._begins, torch.tensor(counts, device=self.device))
+        at = spans(self._begins, torch.tensor(counts, device=self.device, dtype=torch.int64))
         return self.keys[at], self.values[at], self.positions[at]
 
     def shed(self, counts: list[int], mover: Mover = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
         rest = [held - n for held, n in zip(self.lengths, counts, strict=True)]
-        begins, stay = (torch.tensor(x, device=self.device) for x in (counts, rest))
+        begins, stay = (torch.tensor(x, device=self.device, dtype=torch.int64) for x in (counts, rest))
         mover(self.arrays(), self.arrays(), spans(begins, stay), rest)
         self.lengths = rest
         self._mark_ends()
@@ -217,7 +217,7 @@ class RaggedStore:
 def spans(begins: Tensor, counts: Tensor) -> Tensor:
     """The indices `begins[i], ..., begins[i] + counts[i] - 1` of every i, one after the other."""
     before = counts.cumsum(0) - counts
-    within = torch.arange(int(counts.sum()), device=counts.device) - before.repeat_interleave(counts)
+    within = torch.arange(int(counts.sum()), device=counts.device, dtype=torch.int64) - before.repeat_interleave(counts)
     return begins.repeat_interleave(counts) + within
 
 

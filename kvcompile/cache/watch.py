@@ -150,7 +150,7 @@ class Watch:
         """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
         held = 0 if self.received is None else self.received.shape[2]
         if held < entries:
-            wide = torch.zeros(batch, heads, entries + room, device=device)
+            wide = torch.zeros(batch, heads, entries + room, device=device, dtype=torch.float32)
             if self.received is not None:
                 wide[:, :, :held] = self.received
             self.received = wide

@@ -138,7 +138,9 @@ def _factor(frequency: Tensor) -> float:
     import torch
 
     first = 1 / frequency.float()
-    beside = [torch.nextafter(first, torch.tensor(end)) for end in (0.0, float("inf"))]
+    beside = [
+        torch.nextafter(first, torch.tensor(end, dtype=torch.float32, device="cpu")) for end in (0.0, float("inf"))
+    ]
     return float(min((first, *beside), key=lambda x: abs(float(1 / x) - float(frequency))))
 
 
@@ -178,7 +180,9 @@ def _attention(
         "q_proj.weight": torch.cat((query, turns), 1).flatten(0, 1) * scale,
         "kv_a_proj_with_mqa.weight": rows,
         "kv_a_proj_with_mqa.bias": bias,
-        "kv_a_layernorm.weight": torch.full((rank,), (constant**2 / rank + NORM_EPS) ** 0.5, dtype=torch.float64),
+        "kv_a_layernorm.weight": torch.full(
+            (rank,), (constant**2 / rank + NORM_EPS) ** 0.5, dtype=torch.float64, device="cpu"
+        ),
         "kv_b_proj.weight": expand.flatten(0, 1),
         "o_proj.weight": out,
         "o_proj.bias": out.new_zeros(hidden) if constants is None else constants,

@@ -77,7 +77,9 @@ def rope_factors(model: Any) -> Tensor | None:
     """What llama.cpp divides the frequencies theta^(-2c/D) by, `[D/2]`, to get the model's; None: nothing."""
     rotary, dim = model.base_model.rotary_emb, _head_dim(model.config)
     own = rotary.inv_freq.detach().double().cpu()
-    plain = float(model.config.rope_parameters["rope_theta"]) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    plain = float(model.config.rope_parameters["rope_theta"]) ** (
+        -torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
+    )
     factors = (plain / own).float()
     return None if torch.allclose(factors, torch.ones_like(factors), atol=1e-5) else factors
 

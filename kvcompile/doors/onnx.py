@@ -81,7 +81,7 @@ class ONNX(Door):
 
         program = GrowingProgram(model)
         plan: Plan = program.plan
-        ids = torch.zeros(2, 3, dtype=torch.int64)
+        ids = torch.zeros(2, 3, dtype=torch.int64, device="cpu")
         past = tuple(x for p in plan.owners for x in _past(p, plan.dtype))
         batch, new, held = (torch.export.Dim(name, min=1) for name in ("batch", "new", "past"))
         with traceable(program):
@@ -106,5 +106,5 @@ def _names(kind: str, plan: Plan) -> list[str]:
 def _past(p: LayerPlan, dtype: str) -> tuple[Tensor, Tensor]:
     import torch
 
-    empty = torch.zeros(2, p.kv_heads, 5, p.head_dim, dtype=getattr(torch, dtype))
+    empty = torch.zeros(2, p.kv_heads, 5, p.head_dim, dtype=getattr(torch, dtype), device="cpu")
     return empty, empty.clone()

@@ -35,12 +35,12 @@ class Corpus:
         found: list[int] = []
         texts = self.held_out if held_out else self.train
         if enough is None or self.joint == " ":  # sentences of one text are no documents
-            return torch.tensor(tokenizer(self.joint.join(texts))["input_ids"], dtype=torch.long)
+            return torch.tensor(tokenizer(self.joint.join(texts))["input_ids"], dtype=torch.long, device="cpu")
         for text in texts:
             found += tokenizer(text + self.joint)["input_ids"]
             if len(found) >= enough:
                 break
-        return torch.tensor(found, dtype=torch.long)
+        return torch.tensor(found, dtype=torch.long, device="cpu")
 
 
 def corpus(heal: HealConfig, tokenizer: Any) -> Corpus:
@@ -86,8 +86,8 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         turn, place = divmod(index, self.each)
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-        offset = int(torch.randint(self.length, (1,), generator=draw))
-        block = int(torch.randperm(self.each, generator=draw)[place])
+        offset = int(torch.randint(self.length, (1,), generator=draw, dtype=torch.int64, device="cpu"))
+        block = int(torch.randperm(self.each, generator=draw, dtype=torch.int64, device="cpu")[place])
         start = offset + block * self.length
         return {"input_ids": self.ids[start : start + self.length]}
 

@@ -33,7 +33,9 @@ class Teacher:
         """What the student learns in this stage; only the last token's logits where they are not wanted."""
         if self.model.device != ids.device:
             self.model.to(ids.device)
-        keep = torch.tensor([ids.shape[1] - 1], device=ids.device) if stage == "layers" else slice(None)
+        keep = (
+            torch.tensor([ids.shape[1] - 1], device=ids.device, dtype=torch.int64) if stage == "layers" else slice(None)
+        )
         logits, states, outputs = _run(self.model, self.graph, ids, keep)
         if stage == "layers":
             return {"states": states, "outputs": outputs}
@@ -82,5 +84,5 @@ def _run(model: Any, graph: nn.Module, ids: Tensor, keep: Any, *more: Any) -> An
     """One pass over whole sequences with a cache of their own, which goes when the pass is done."""
     cache = model.new_cache()
     cache.chunk(prompting=True, last=True)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int64).expand(ids.shape)
     return graph(ids, None, positions, cache, keep, *more)

@@ -99,7 +99,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         """The main process's: clocks differ, and all must train the same stage, stop and save together."""
         if self.args.world_size < 2:
             return seconds
-        shared = torch.tensor([seconds], device=self.args.device)
+        shared = torch.tensor([seconds], device=self.args.device, dtype=torch.float64)
         torch.distributed.broadcast(shared, 0)
         return float(shared)
 

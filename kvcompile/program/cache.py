@@ -51,7 +51,7 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
             state.update({f"{name}_{p.index}": x for name, x in body.items()})
             state[f"encoded_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         if room.every and room.score.carries:
-            state[f"carried_{p.index}"] = torch.zeros(shape, device=device)
+            state[f"carried_{p.index}"] = torch.zeros(shape, device=device, dtype=torch.float32)
         if room.window > 1:
             heads = sum(q.query_heads for q in plan.layers if q.owner == p.index)
             state[f"queries_{p.index}"] = torch.zeros(batch, heads, room.window, p.key_dim, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ class PrefillCache:
     ) -> None:
         self.plan, self.rooms, self.tables, self.rotaries = plan, {r.plan.index: r for r in rooms}, tables, rotaries
         self.batch, self.count = ids.shape
-        self.positions = torch.arange(self.count, device=ids.device)
+        self.positions = torch.arange(self.count, device=ids.device, dtype=torch.int64)
         self.seen = torch.full((1,), self.count, dtype=torch.int64, device=ids.device)
         self.state: State = {"clock": torch.cat((self.seen, torch.zeros_like(self.seen)))}
 
@@ -124,8 +124,11 @@ class PrefillCache:
     def _mean_rotation(self, p: LayerPlan, horizon: int) -> Tensor:
         """The rotation `[D, D]` of row vectors, averaged over the next `horizon` positions."""
         rotary, dim = self.rotaries[p.index], p.key_dim
-        cos, sin = (x.float().mean(0) for x in rotary(self.seen + torch.arange(horizon, device=self.seen.device)))
-        whole = torch.eye(dim, device=self.seen.device).view(1, 1, dim, dim)
+        cos, sin = (
+            x.float().mean(0)
+            for x in rotary(self.seen + torch.arange(horizon, device=self.seen.device, dtype=torch.int64))
+        )
+        whole = torch.eye(dim, device=self.seen.device, dtype=torch.float32).view(1, 1, dim, dim)
         rotation: Tensor = ops.rope(whole, cos.expand(1, dim, -1), sin.expand(1, dim, -1))[0, 0]
         return turn_basis(rotation) if p.storage.rotated else rotation
 
@@ -166,12 +169,12 @@ class PrefillCache:
         """Nothing: what was stored is settled."""
 
     def _all(self, kv: Layer) -> Tensor:
-        places = torch.arange(kv.room.places, device=self.seen.device)
+        places = torch.arange(kv.room.places, device=self.seen.device, dtype=torch.int64)
         return torch.where(places < self.seen, places, self.count).expand(*kv.held.positions.shape[:2], -1)
 
     def _newest(self, kv: Layer) -> Tensor:
         """Place s holds the last position that is s modulo the capacity."""
-        places = torch.arange(kv.room.capacity, device=self.seen.device)
+        places = torch.arange(kv.room.capacity, device=self.seen.device, dtype=torch.int64)
         last = self.seen - 1
         at = last - (last - places) % kv.room.capacity
         return torch.where(at >= 0, at, self.count).expand(*kv.held.positions.shape[:2], -1)
@@ -206,7 +209,10 @@ class DecodeCache:
         entries = mine["entries"]
         place = (self.before % room.capacity).expand_as(entries) if room.ring else entries
         batch, heads = entries.shape
-        rows = torch.arange(batch, device=entries.device).unsqueeze(1), torch.arange(heads, device=entries.device)
+        rows = (
+            torch.arange(batch, device=entries.device, dtype=torch.int64).unsqueeze(1),
+            torch.arange(heads, device=entries.device, dtype=torch.int64),
+        )
         new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": self.before.to(torch.int32)}
         for name, x in new.items():
             if name in mine:
@@ -245,7 +251,7 @@ class DecodeCache:
             remembered = self.state[f"queries_{p.index}"]
             remembered.copy_(torch.cat((remembered[:, :, 1:], queries), 2))
             queries = remembered
-        asked = (self.before + torch.arange(1 - window, 1, device=queries.device)).clamp(min=-1)
+        asked = (self.before + torch.arange(1 - window, 1, device=queries.device, dtype=torch.int64)).clamp(min=-1)
         recent = self.tables[f"recent_{p.index}"][self.seen]
         carried = self.state.get(f"carried_{p.index}")
         return scores(p, kv.held, Asked(queries[:, :, :window], asked, self.seen, recent, carried=carried))
@@ -259,7 +265,7 @@ class DecodeCache:
             mine, room = self._of(layer), kv.room
             due = self.tick % room.every == 0
             counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
-            same = torch.arange(room.capacity, device=due.device)
+            same = torch.arange(room.capacity, device=due.device, dtype=torch.int64)
             order = torch.where(due, highest(ranked, counts, room.capacity), same)
             _replace(mine, kv.held.at(order), torch.where(due, counts, mine["entries"]))
             if carried is not None:
@@ -277,7 +283,7 @@ class DecodeCache:
         counts = torch.where(due, encoded(room, mine["entries"]), 0)
         tail = _newest(room, mine)
         settle(room, mine, tail, counts)
-        order = torch.arange(room.capacity, device=due.device) + counts.unsqueeze(-1)
+        order = torch.arange(room.capacity, device=due.device, dtype=torch.int64) + counts.unsqueeze(-1)
         _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
 
     def _of(self, layer: int) -> State:

@@ -47,7 +47,7 @@ def split(room: Room, held: Entries, order: Tensor, counts: Tensor) -> tuple[dic
     n, old = held.positions.shape[-1], encoded(room, counts)
     longest = room.body + room.plan.storage.block
     padded = F.pad(order, (0, longest + room.capacity))
-    place = torch.arange(padded.shape[-1], device=order.device).expand_as(padded)
+    place = torch.arange(padded.shape[-1], device=order.device, dtype=torch.int64).expand_as(padded)
     there = place < counts.unsqueeze(-1)
     inside = torch.where(place < old.unsqueeze(-1), padded, n)[..., :longest]
     later = place[..., : room.capacity] + old.unsqueeze(-1)
@@ -78,14 +78,14 @@ def settle(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor
     most = storage.encoded(room.capacity)
     format, block = format_of(room, tail.keys.dtype), storage.block
     oldest = Entries(tail.keys[:, :, :most], tail.values[:, :, :most], tail.positions[:, :, :most])
-    j = torch.arange(most, device=counts.device)
+    j = torch.arange(most, device=counts.device, dtype=torch.int64)
     end = body["encoded"].unsqueeze(-1) + j
     end = end + block * (end >= room.body)  # past the spare block too: what does not fit is an error
     place = torch.where(j < counts.unsqueeze(-1), end, room.body + j % block)
     batch, heads = counts.shape
     rows = (
-        torch.arange(batch, device=counts.device).view(-1, 1, 1),
-        torch.arange(heads, device=counts.device).view(-1, 1),
+        torch.arange(batch, device=counts.device, dtype=torch.int64).view(-1, 1, 1),
+        torch.arange(heads, device=counts.device, dtype=torch.int64).view(-1, 1),
     )
     for name, new in body_of(oldest, format).items():
         every = step(_codec(format, name)) if name.endswith("_scales") else 1

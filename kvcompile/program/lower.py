@@ -31,7 +31,7 @@ def _attend(queries: Tensor, kv: Any, cache: Cache, layer: int, *expansion: Expa
 
 def _frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
     """As the graph's own, whose table is kept between calls: none may be made in a trace."""
-    return angles.index_select(-1, torch.tensor(chosen + chosen, device=angles.device))
+    return angles.index_select(-1, torch.tensor(chosen + chosen, device=angles.device, dtype=torch.int64))
 
 
 def _observe(kv: Any, queries: Tensor, unrotated: Tensor, cache: Cache, layer: int) -> Any:
@@ -91,7 +91,9 @@ class Program(nn.Module):
         self.rooms: list[Room] = rooms(self.plan, limits)
         for room in self.rooms:
             for name, table in room.tables.items():
-                self.register_buffer(f"{name}_{room.plan.index}", torch.tensor(table, device=self.device))
+                self.register_buffer(
+                    f"{name}_{room.plan.index}", torch.tensor(table, device=self.device, dtype=torch.int64)
+                )
 
     @property
     def device(self) -> torch.device:

@@ -166,5 +166,5 @@ def highest(ranked: Tensor, counts: Tensor, room: int) -> Tensor:
     n = ranked.shape[-1]
     padded = F.pad(ranked, (0, room), value=-INFINITY)
     order = padded.sort(dim=-1, descending=True, stable=True).indices[..., :room]
-    empty = torch.arange(room, device=ranked.device) >= counts.unsqueeze(-1)
+    empty = torch.arange(room, device=ranked.device, dtype=torch.int64) >= counts.unsqueeze(-1)
     return torch.where(empty, n, order).sort(dim=-1).values

@@ -16,7 +16,7 @@ def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[En
     """
     heads, n = ranked.shape[1:]
     order = highest(ranked, counts, room.capacity)
-    first = torch.arange(heads, device=order.device).unsqueeze(-1) * n
+    first = torch.arange(heads, device=order.device, dtype=torch.int64).unsqueeze(-1) * n
     places = torch.where(order < n, order + first, heads * n).flatten(1).sort(-1).values[:, : room.capacity]
     together = Entries(*(x.flatten(1, 2).unsqueeze(1) for x in (held.keys, held.values, held.positions)))
     return together.at(places.unsqueeze(1)), (places // n).to(torch.int32).unsqueeze(1)
@@ -25,8 +25,8 @@ def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[En
 def append(mine: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """One more entry of every head: `new[name] [B, H_kv]` or `[B, H_kv, D]` go to the end of the row, in place."""
     batch, heads = new["heads"].shape
-    place = mine["entries"] + torch.arange(heads, device=mine["entries"].device)
-    rows = torch.arange(batch, device=place.device).unsqueeze(1), torch.zeros_like(place)
+    place = mine["entries"] + torch.arange(heads, device=mine["entries"].device, dtype=torch.int64)
+    rows = torch.arange(batch, device=place.device, dtype=torch.int64).unsqueeze(1), torch.zeros_like(place)
     for name, x in new.items():
         mine[name].index_put_((*rows, place), x)
     mine["entries"].add_(heads)
@@ -34,5 +34,5 @@ def append(mine: dict[str, Tensor], new: dict[str, Tensor]) -> None:
 
 def visible(heads: Tensor, there: Tensor, group: int, kv_heads: int) -> Tensor:
     """Which entries of the row each query head sees, `[B, 1, H_q, C]`: of `there [B, 1, C]` those of its KV head."""
-    asking = torch.arange(kv_heads, device=heads.device).repeat_interleave(group).unsqueeze(-1)
+    asking = torch.arange(kv_heads, device=heads.device, dtype=torch.int64).repeat_interleave(group).unsqueeze(-1)
     return ((heads == asking) & there).unsqueeze(1)

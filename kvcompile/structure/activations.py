@@ -32,7 +32,7 @@ def calibration_ids(tokenizer: Any, tokens: int, who: str) -> Tensor:
     if tokenizer is None:
         raise KvcompileError(f"{who} needs a tokenizer to calibrate", "none", "pass tokenizer=")
     ids = tokenizer(" ".join(sentences()), return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
-    return torch.as_tensor(ids)
+    return torch.as_tensor(ids, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Recorder(Score):
     def score(self, seen: Observation) -> Tensor:
         """Zeros; keys and values go to `found[layer]`."""
         self.found[seen.layer] = LayerKV(seen.keys.clone(), seen.values.clone())
-        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device)
+        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device, dtype=torch.float32)
 
 
 @torch.no_grad()

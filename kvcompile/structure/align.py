@@ -36,7 +36,7 @@ def _towards(x: Tensor, target: Tensor, rotary: int) -> Tensor:
     if half:
         a, b, c, d = x[:, :half], x[:, half:rotary], target[:, :half], target[:, half:rotary]
         angle = torch.atan2((a * d - b * c).sum(0), (a * c + b * d).sum(0))
-        i = torch.arange(half, device=x.device)
+        i = torch.arange(half, device=x.device, dtype=torch.int64)
         rotation[i, i] = rotation[i + half, i + half] = angle.cos()
         rotation[i, i + half], rotation[i + half, i] = -angle.sin(), angle.sin()
     if rotary < x.shape[1]:

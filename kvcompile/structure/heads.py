@@ -29,7 +29,11 @@ def merge_heads(
         columns = out.movedim(1, 0).to(turn_values) @ turn_values.repeat_interleave(per_head, 0).transpose(1, 2)
         out = columns.movedim(0, 1).to(out)
     if how.permutes:
-        order = torch.arange(heads).view(how.original, per_head)[[h for group in how.groups for h in group]].flatten()
+        order = (
+            torch.arange(heads, dtype=torch.int64, device="cpu")
+            .view(how.original, per_head)[[h for group in how.groups for h in group]]
+            .flatten()
+        )
         query, out = query.map(lambda x: x[order.to(x.device)]), out[:, order.to(out.device)]
     key, value = (part.map(lambda x: _merged(x, how.groups, how.merge)) for part in (key, value))
     return Weights(query, key, value, out, old.head_norm)

@@ -79,10 +79,12 @@ def components(weights: Weights, p: LayerPlan, asking: Tensor, answering: Tensor
     key, _ = weights.own
     heads, dim, half = key.weight.shape[0], p.head_dim, p.rotary // 2
     queries, keys = _queries(weights, asking), _extended(key)
-    into, back = (torch.eye(heads * dim, dtype=torch.float64) for _ in range(2))
+    into, back = (torch.eye(heads * dim, dtype=torch.float64, device=keys.device) for _ in range(2))
     pairs, frequency, energy = [], [], []
     for f in range(half):
-        at = [torch.arange(heads) * dim + f + o for o in (0, half)]  # rows of real and imaginary parts
+        at = [
+            torch.arange(heads, dtype=torch.int64, device=keys.device) * dim + f + o for o in (0, half)
+        ]  # rows of real and imaginary parts
         size = queries[:, f, f] + queries[:, f + half, f + half]
         size = (size + FLOOR * size.mean() + torch.finfo(torch.float64).tiny).sqrt()
         real, imaginary = keys.flatten(0, 1)[at[0]], keys.flatten(0, 1)[at[1]]
@@ -93,7 +95,7 @@ def components(weights: Weights, p: LayerPlan, asking: Tensor, answering: Tensor
             values, vectors = values.flip(0), vectors.flip(1)
         else:
             values, order = scaled.diagonal().real.sort(descending=True)
-            vectors = torch.eye(heads, dtype=rows.dtype)[:, order]
+            vectors = torch.eye(heads, dtype=rows.dtype, device=rows.device)[:, order]
         _place(into, vectors.mH * size, at)
         _place(back, vectors / size.unsqueeze(1), at)
         pairs += [(int(a), int(b)) for a, b in zip(*at, strict=True)]
@@ -165,7 +167,7 @@ def decompose(
     """
     plain = how.factor == "weights"
     heads, dim, hidden = weights.own[0].weight.shape
-    plainly = torch.eye(hidden + 1, dtype=torch.float64)
+    plainly = torch.eye(hidden + 1, dtype=torch.float64, device="cpu")
     asking, answering = (seen.asking, seen.answering) if seen is not None else (plainly, plainly)
     parts = components(weights, p, asking, answering, how.mix)
     taken = chosen(parts, how.frequencies)
@@ -174,7 +176,7 @@ def decompose(
     free = [parts.pairs[i][part] for part in (0, 1) for i in left]
     into = parts.into.clone()
     if free:
-        turn = torch.ones(len(left), 1, dtype=torch.complex128) * amplitude**2
+        turn = torch.ones(len(left), 1, dtype=torch.complex128, device=parts.into.device) * amplitude**2
         if how.damp and seen is not None:
             turn = turn * seen.turn[[parts.frequency[i] for i in left]].unsqueeze(1)
         real, imaginary = into[free[: len(left)]], into[free[len(left) :]]
@@ -185,7 +187,7 @@ def decompose(
     rows = torch.cat((into[free] @ keys, values))
     back = torch.unflatten(parts.back, 0, (heads, dim))
     spread = answering if seen is None or not how.centred else seen.covariance
-    metric = torch.eye(len(rows), dtype=torch.float64)
+    metric = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
     if not plain:
         metric = _metric(weights, p, asking, spread, back[:, :, free])
     scaled = metric @ rows @ _root(spread)[0]
@@ -215,7 +217,7 @@ def _metric(weights: Weights, p: LayerPlan, asking: Tensor, spread: Tensor, back
     values = _extended(weights.own[1])
     size = (felt * (values @ spread @ values.mT)).sum((1, 2)) / group  # [H_kv]: E |W_O (v - mean)|^2 per query head
     asked = _queries(weights, asking) * size.view(-1, 1, 1) * p.scale**2
-    metric = torch.zeros(rest + heads * dim, rest + heads * dim, dtype=torch.float64)
+    metric = torch.zeros(rest + heads * dim, rest + heads * dim, dtype=torch.float64, device=felt.device)
     metric[:rest, :rest] = _root((back.mT @ asked @ back).sum(0))[0]
     for h in range(heads):
         at = slice(rest + h * dim, rest + (h + 1) * dim)

@@ -97,11 +97,11 @@ class _Watcher:
         """What each token receives, mean over heads, `[n]`; sum over queries of the mean of exp(-i theta distance)."""
         count, p = hidden.shape[0], self.plan
         keys, _ = self.weights.own
-        cos, sin = self.rotation(torch.arange(count, device=hidden.device))
+        cos, sin = self.rotation(torch.arange(count, device=hidden.device, dtype=torch.int64))
         half = cos.shape[-1] // 2
         table = torch.complex(cos[:, :half], -sin[:, :half])
-        received, seen = (torch.zeros(count, device=hidden.device) for _ in range(2))
-        i = torch.arange(count, device=hidden.device)
+        received, seen = (torch.zeros(count, device=hidden.device, dtype=torch.float32) for _ in range(2))
+        i = torch.arange(count, device=hidden.device, dtype=torch.int64)
         distance = i.unsqueeze(1) - i
         hidden_from = (distance < 0) | (distance >= (p.sliding_window or count))
         for head in range(p.query_heads):

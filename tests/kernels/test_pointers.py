@@ -1,0 +1,103 @@
+"""No kernel gets an address of memory that is not what it reads: another dtype, shape, order or device is an error."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels import dispatch
+from kvcompile.kernels.compact import Arrays
+from kvcompile.kernels.cpp import build, encode
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView
+from kvcompile.kernels.pointers import address
+from kvcompile.kernels.spec import KernelSpec, plain
+from kvcompile.storage import Codec
+
+pytestmark = pytest.mark.skipif(bool(build.available()), reason="no compiler")
+HELD, DIM = 8, 16
+
+
+def at(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+DENSE = DenseView(torch.ones(1, 2, HELD, DIM), torch.ones(1, 2, HELD, DIM), at(1, 1, HELD, dtype=torch.int32))
+FLAT = torch.ones(2 * HELD, DIM)
+RAGGED = RaggedView(
+    FLAT,
+    FLAT,
+    at(2 * HELD, dtype=torch.int32),
+    [0, HELD],
+    [HELD, HELD],
+    1,
+    2,
+    torch.tensor([0, HELD]),
+    torch.tensor([HELD, 2 * HELD]),
+)
+TABLE = torch.arange(4, dtype=torch.int32).view(2, 2)
+PAGED = PagedView(FLAT, FLAT, at(2 * HELD, dtype=torch.int32), TABLE, [HELD, HELD], 1, 2, 4, at(2) + HELD)
+ASKED = Queries(torch.ones(1, 4, 1, DIM), at(1, 1) + HELD)
+SUMS = torch.zeros(2, HELD)
+
+# what is asked, what is held, what sums are added to; each with one tensor that is not what the kernel reads
+WRONG: dict[str, tuple[Any, Any, Any]] = {
+    "sums of half width": (ASKED, RAGGED, SUMS.bfloat16()),
+    "sums of twice the width": (ASKED, DENSE, SUMS.double()),
+    "sums for fewer entries": (ASKED, DENSE, SUMS[:, 1:]),
+    "sums of fewer rows": (ASKED, PAGED, SUMS[1:]),
+    "sums column by column": (ASKED, DENSE, torch.zeros(HELD, 2).T),
+    "queries of another size": (replace(ASKED, states=torch.ones(1, 4, 1, DIM // 2)), DENSE, SUMS),
+    "keys of half width": (ASKED, replace(DENSE, keys=DENSE.keys.half()), SUMS),
+    "fewer values": (ASKED, replace(DENSE, values=DENSE.values[:, :, 1:]), SUMS),
+    "values column by column": (ASKED, replace(RAGGED, values=torch.ones(DIM, 2 * HELD).T), SUMS),
+    "borders of half width": (ASKED, replace(RAGGED, begins=RAGGED.begins.int()), SUMS),
+    "fewer borders": (ASKED, replace(RAGGED, ends=RAGGED.ends[1:]), SUMS),
+    "a table of twice the width": (ASKED, replace(PAGED, table=TABLE.long()), SUMS),
+    "a table of fewer rows": (ASKED, replace(PAGED, table=TABLE[1:]), SUMS),
+    "another device": (ASKED, replace(DENSE, keys=DENSE.keys.to("meta")), SUMS),
+}
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one token", "several"])
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_refuses_what_it_would_misread(name: str, many: bool) -> None:
+    asked, view, sums = WRONG[name]
+    if many:
+        asked = Queries(asked.states.expand(-1, -1, 2, -1), asked.positions.expand(-1, 2))
+    layout = type(view).__name__.removesuffix("View").lower()
+    part = replace(plain(layout, "float32")[0], page=4 if layout == "paged" else 0)
+    spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True)
+    with pytest.raises(KvcompileError, match="a kernel reads"):
+        dispatch.ROUTES["cpp"](asked, view, spec, sums)
+    if many and name not in ("fewer values", "values column by column"):  # which no sum reads
+        with pytest.raises(KvcompileError, match="a kernel reads"):
+            dispatch.WINDOWS["cpp"](asked, view, spec, sums)
+
+
+def test_compaction_refuses_what_it_would_misread() -> None:
+    source, target, kept = Arrays((FLAT,), starts=torch.tensor([0, HELD])), Arrays((FLAT.view(1, 2, HELD, DIM),)), at(4)
+    for wrong in (
+        (replace(source, starts=at(2, dtype=torch.int32)), target, kept),
+        (replace(source, starts=at(1)), target, kept),
+        (Arrays((FLAT,), table=TABLE.long(), page=4), target, kept),
+        (source, target, kept.int()),
+        (source, target, kept[1:]),
+        (source, Arrays((target.tensors[0].to("meta"),)), kept),
+    ):
+        with pytest.raises(KvcompileError, match="a kernel reads"):
+            dispatch.mover("cpp")(*wrong, [2, 2])
+
+
+def test_encoding_refuses_a_part_of_a_group() -> None:
+    with pytest.raises(KvcompileError, match="whole groups"):
+        encode.encode(torch.ones(1, 5, 32), Codec("int8", "channel", 4))
+
+
+def test_of_a_dimension_of_one_any_stride_will_do() -> None:
+    x = torch.ones(4, 1, DIM).as_strided((4, 1, DIM), (DIM, 3, 1))
+    assert address("x", x, torch.float32, (4, 1, DIM), (DIM, DIM, 1)) == x.data_ptr()
