@@ -73,7 +73,14 @@ def contents(path: Path) -> Contents:
         for name, field in reader.fields.items()
         if ".rope.scaling." in name
     }
-    factors = next((torch.tensor(t.data).double().flatten() for t in reader.tensors if t.name == FACTORS), None)
+    factors = next(
+        (
+            torch.tensor(t.data, dtype=torch.float64, device="cpu").flatten()
+            for t in reader.tensors
+            if t.name == FACTORS
+        ),
+        None,
+    )
     return Contents(tuple(t.name for t in reader.tensors), scaling, factors)
 
 
@@ -97,7 +104,7 @@ def _of_factors(factors: Tensor, plain: dict[str, Any], config: Any) -> dict[str
     s = (O / wavelength - 1) / 3: one such wavelength gives the original length O, which the file does not hold.
     """
     most, dim = float(f"{float(factors.max()):.6g}"), 2 * len(factors)  # written as float32
-    waves = 2 * math.pi * plain["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    waves = 2 * math.pi * plain["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     if torch.allclose(factors, factors[:1], rtol=1e-6):
         return {**plain, "rope_type": "linear", "factor": most} if abs(most - 1) > 1e-6 else plain
     between = (factors > 1 + BETWEEN) & (factors < most * (1 - BETWEEN))

@@ -153,7 +153,8 @@ class Dense(Address):
     def pack(self, view: Any, batch: int, heads: int) -> list[int]:
         """Addresses, strides and the length."""
         length = view.keys.shape[2]
-        values, steps = [], []
+        values: list[int] = []
+        steps: list[int] = []
         for name, _, _, tokens, dtype, entry, strides in self.arrays:
             x = getattr(view, name)
             alone = x.shape[1] == 1  # one row for all heads
