@@ -19,7 +19,8 @@ from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
 from kvcompile.plan import Plan
 
-IGNORED = {"return_dict", "cache_position", "token_type_ids", "num_items_in_batch"}
+# what `generate` and `Trainer` pass on to every model, and no model reads
+IGNORED = {"cache_position", "token_type_ids", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 
 
 @dataclass
@@ -56,8 +57,9 @@ class CompiledMixin:
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """One forward pass over `input_ids [B, Q]`; a prompt is compressed at its end (and between its chunks).
 
         Raises KvcompileError for inputs the compiled graph does not take.
@@ -72,6 +74,8 @@ class CompiledMixin:
                 list(input_ids.shape),
                 "with the cache of a first turn, give generate the whole conversation",
             )
+        if use_cache is None:
+            use_cache = self.config.use_cache  # type: ignore[attr-defined]
         cache = self._own(past_key_values)
         if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.any(1).all()):
             raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
@@ -86,9 +90,9 @@ class CompiledMixin:
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)  # type: ignore[attr-defined]
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache if use_cache is not False else None
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        whole = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return output if whole else output.to_tuple()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         made = object.__new__(type(self))
@@ -108,6 +112,16 @@ class CompiledMixin:
             f"a {type(self).__name__}",
             "save it with the command line or artifact.save; in another process compile or load it again",
         )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: its pages are of transformers. Raises KvcompileError, as `generate_batch` does through it."""
+        raise KvcompileError(
+            "continuous batching of transformers brings a cache of its own",
+            "generate_batch or init_continuous_batching",
+            "use generate with a padded batch",
+        )
+
+    continuous_batching_context_manager = generate_batch = init_continuous_batching
 
     def _own(self, cache: Any) -> KVCache:
         if cache is None:
@@ -159,11 +173,14 @@ class CompiledMixin:
     ) -> None:
         """Hook of `generate`: put our cache in place of transformers'."""
         mode = str(getattr(generation_mode, "value", generation_mode))
-        if "assisted" in mode or "dola" in mode:
+        if "dola" in mode:
+            raise KvcompileError("a compiled graph gives no logits of inner layers", f"generation mode {mode!r}")
+        assists = "assisted" in mode or generation_config.is_assistant
+        if assists and not self.new_cache().is_croppable:
             raise KvcompileError(
-                "a compressed cache cannot take back tokens, so assisted decoding does not work",
-                f"generation mode {mode!r}",
-                "use greedy search, sampling or beam search",
+                "assisted decoding takes back tokens, which a cache that evicts, encodes or slides cannot",
+                "an assistant model" if generation_config.is_assistant else f"generation mode {mode!r}",
+                "use greedy search, sampling or beam search, or a stack that only appends (policy=[] or paged)",
             )
         if generation_config.cache_implementation is not None:
             raise KvcompileError(

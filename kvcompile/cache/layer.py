@@ -34,7 +34,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
 
     def __init__(self, plan: LayerPlan, encoder: Encoder = encode, mover: Mover = compact) -> None:
-        super().__init__()
+        self.is_initialized = False
         self.plan, self.encoder, self.mover = plan, encoder, mover
         self.store: Store | None = None
         self.watch = Watch()
@@ -54,6 +54,31 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             raise RuntimeError(f"layer {self.plan.index} holds no tokens yet")
         return self.store
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys `[B, H_kv, n, D]` of the tokens held, decoded where they are encoded; None before the first token.
+
+        Of a layer with a latent: its rows. Raises KvcompileError where rows have several lengths.
+        """
+        return self._rows(0)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values `[B, H_kv, n, D_v]`, as `keys`."""
+        return self._rows(1)
+
+    def _rows(self, which: int) -> Tensor | None:
+        if self.store is None:
+            return None
+        if len(set(self.store.lengths)) > 1:
+            raise KvcompileError(
+                f"layer {self.plan.index} holds rows of several lengths, which are no one tensor",
+                f"{min(self.store.lengths)} to {max(self.store.lengths)} tokens",
+                "read layer.held.rows(): keys, values and positions of each row",
+            )
+        rows = torch.stack([row[which] for row in self.store.rows()])
+        return torch.unflatten(rows, 0, (self.store.batch, self.store.heads))
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> None:
         """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored.
