@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile import card, manifest, sources
+from kvcompile import atomic, card, manifest, sources
 from kvcompile.errors import KvcompileError
+from kvcompile.folders import sync
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
 from kvcompile.progress import no_foreign_bars
 from kvcompile.stack import first_line
@@ -34,8 +34,9 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[[Path], object] | None = None) -> Path:
     """Write a compiled model as an artifact; return its folder.
 
-    It is made in a folder beside `folder` and then renamed: an interrupt leaves what was there before. An artifact that
-    was there is replaced as a whole. `extra` may add files (the report) before the manifest is made.
+    It is made in a folder beside `folder` and then put there in one step: an interrupt or a kill leaves what was there
+    before. An artifact that was there is replaced as a whole. `extra` may add files (the report) before the manifest is
+    made.
     Raises KvcompileError for a model that was not compiled from a recipe, for weights that would load differently, for
     a folder that holds something else than an artifact, and where writing fails.
     """
@@ -43,15 +44,15 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
     folder = place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
-            made = Path(scratch, "artifact")
+        with atomic.making(folder, ".saving-") as scratch:
+            made = scratch / "artifact"
             made.mkdir()
             _write(model, made, tokenizer)
             if extra is not None:
                 extra(made)
             manifest.write(made, model.kvcompile.plan.digest())
             _sync(made)
-            _publish(made, folder, Path(scratch, "replaced"))
+            atomic.publish(made, folder)
     except OSError as error:
         raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error)) from error
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
@@ -172,33 +173,10 @@ def _graph_text(model: Any) -> str:
     return "".join(f"# {line}\n" for line in lines) + f"\n{compiled.graph.code.strip()}\n"
 
 
-def _publish(made: Path, folder: Path, replaced: Path) -> None:
-    """Rename the finished artifact into place; if that fails half-way, put the old one back."""
-    try:
-        if folder.exists():
-            folder.rename(replaced)
-        made.rename(folder)
-    except BaseException:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        raise
-    _sync_one(folder.parent)
-
-
 def _sync(folder: Path) -> None:
     """Have the disk hold everything before the rename makes it visible."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    if os.name != "posix":  # elsewhere folders cannot be opened
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)
 
 
 @contextmanager

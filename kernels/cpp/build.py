@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from kvcompile.atomic import making
 from kvcompile.errors import KvcompileError
 from kvcompile.folders import make_private, private_folder
 from kvcompile.kernels.cpp import library
@@ -151,8 +151,8 @@ def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...])
         if found := library.opened(built):  # another process built it while we waited
             return found
         text.write_text(source, "utf-8")  # to read: where locks do not work another process may be writing it too
-        with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".making-") as scratch:
-            mine = Path(scratch, text.name)
+        with making(built, ".making-") as scratch:
+            mine = scratch / text.name
             mine.write_text(source, "utf-8")
             _compile(tools, mine, text, flags)
             library.publish(mine.with_suffix(".so"), built)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompile import atomic
 from kvcompile.doors.door import Door, Exported
 from kvcompile.doors.registry import build_doors, require_open
 from kvcompile.errors import KvcompileError
@@ -65,9 +65,9 @@ def write_new(
     _require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-", ignore_cleanup_errors=True) as place:
-            (done,) = write_into([door], model, tokenizer, Path(place), measured, progress)
-            Path(place, door.name).replace(folder)
+        with atomic.making(folder, ".export-") as place:
+            (done,) = write_into([door], model, tokenizer, place, measured, progress)
+            atomic.publish(place / door.name, folder)
     except OSError as error:
         raise KvcompileError(f"export={door.name} could not be written to {folder}", first_line(error)) from error
     return done
