@@ -69,7 +69,7 @@ def options(policy: str) -> str:
     for base in reversed(cls.__mro__):
         said |= described(base.__dict__.get("__doc__") or "", [f.name for f in fields])
     rows = [f"| `{f.name}` | `{default(f)}` | {said.get(f.name, '')} |" for f in fields]
-    return "\n".join([f"| `stack.{policy}.` | default | |", "|---|---|---|", *rows])
+    return "\n".join([f"Options, as `stack.{policy}.<option>`:\n", "| option | default | |", "|---|---|---|", *rows])
 
 
 def described(docstring: str, names: list[str]) -> dict[str, str]:

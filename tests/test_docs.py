@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -29,13 +30,14 @@ def section(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text("utf-8")
 
 
-def hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+def module(path: Path) -> ModuleType:
+    """A script of the repository, imported."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def commands(text: str) -> list[list[str]]:
@@ -76,8 +78,13 @@ def test_every_policy_has_a_section_with_its_options() -> None:
 @pytest.mark.parametrize("policy", sorted(discover()))
 def test_every_option_is_described(policy: str) -> None:
     """The docstring of a policy says `field: what it does`; the site shows it in a table."""
-    _, _, *rows = hooks().options(policy).splitlines()
-    assert [row.split("|")[1].strip() for row in rows if not row.split("|")[3].strip()] == []
+    rows = [
+        row.split("|")
+        for row in module(ROOT / "docs" / "hooks.py").options(policy).splitlines()
+        if row.startswith("| `")
+    ]
+    assert len(rows) == len(dataclasses.fields(discover()[policy]))
+    assert [name for _, name, _, said, _ in rows if not said.strip()] == []
 
 
 def test_every_recipe_is_listed() -> None:
@@ -123,3 +130,11 @@ def test_numbers_of_the_readme_are_those_measured() -> None:
 def test_the_citation_names_this_version() -> None:
     said = re.findall(r'^version(?:: | = )"?([\d.]+)"?$', (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
     assert said == re.findall(r'^version = "([\d.]+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+
+
+def test_the_picture_is_drawn_from_the_results() -> None:
+    plot = module(ROOT / "benchmarks" / "plot_quality.py")
+    assert set(plot.PLACES) <= set(plot.rows())
+    above, below = plot.draw().axes
+    assert sum(len(points.get_offsets()) for points in above.collections) == len(plot.rows())
+    assert len(below.texts) == len(plot.PLACES)
