@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from kvcompile.adapters.registry import ARCHITECTURES
 from kvcompile.compose import check
 from kvcompile.stack import discover
 
@@ -73,6 +74,7 @@ def test_every_policy_has_a_section_with_its_options() -> None:
     assert re.findall(r"^<!-- options: (\w+) -->$", section("policies"), re.M) == titles
     for body in re.split(r"^### \w+$", section("policies"), flags=re.M)[1:]:
         assert all(f"**{word}.** " in body for word in ("Idea", "When", "Measured"))
+        assert "\n    " in body  # a formula
 
 
 @pytest.mark.parametrize("policy", sorted(discover()))
@@ -85,6 +87,13 @@ def test_every_option_is_described(policy: str) -> None:
     ]
     assert len(rows) == len(dataclasses.fields(discover()[policy]))
     assert [name for _, name, _, said, _ in rows if not said.strip()] == []
+
+
+@pytest.mark.parametrize("text", [README, section("limits"), section("getting-started")])
+def test_every_architecture_is_named(text: str) -> None:
+    (named,) = re.findall(r"(llama, mistral, [\w, \n]+?)(?: \(text\))?,\s+gpt_neox\.", text)
+    known = {name.removesuffix("_text") for name in ARCHITECTURES}
+    assert {*re.split(r",\s+", named), "gpt_neox"} == known
 
 
 def test_every_recipe_is_listed() -> None:
