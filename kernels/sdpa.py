@@ -26,7 +26,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     Raises KvcompileError for a spec with `scores` or `sinks`, which no library call computes.
     """
     if spec.scores or spec.sinks:
-        raise KvcompileError("kernels=sdpa computes neither scores nor sinks", spec.name, "use another route")
+        raise KvcompileError("kernels=sdpa computes neither scores nor sinks", spec.name, "set kernels=auto")
     view = _plain(view, spec, queries.states.dtype)
     if spec.latent:  # library calls want values as wide as keys: the rows themselves, of which the end is kept
         return _attended(queries, replace(view, values=view.keys), spec)[..., -spec.value_dim :]

@@ -246,7 +246,9 @@ def _weights(folder: Path, dtype: str | None, original: Any, plan: Plan) -> Any:
         )
         wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
         if wrong:
-            raise KvcompileError("none missing, none left over", f"{len(wrong)}, first {wrong[0]}")
+            raise KvcompileError(
+                "weights must be those of the config, none missing, none left over", f"{len(wrong)}, first {wrong[0]}"
+            )
     model.__class__ = cls
     return model.eval()
 

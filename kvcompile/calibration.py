@@ -212,7 +212,11 @@ def retrieval_scores(
     forms = {name: torch.stack(found).mean(0) for name, found in masses.items()}
     scores = torch.stack([mass / mass.mean() for mass in forms.values()]).mean(0)
     if not bool(scores.isfinite().all()):
-        raise KvcompileError("calibration found no attention to any planted answer", calibrator.tokenizer)
+        raise KvcompileError(
+            "calibration needs heads that look at a planted answer",
+            f"none, with a {type(calibrator.tokenizer).__name__}",
+            "give the tokenizer of this checkpoint, or a policy that needs no calibration",
+        )
     return CalibrationResult(_rows(scores), {k: _rows(v) for k, v in forms.items()}, seed, samples, tokens)
 
 

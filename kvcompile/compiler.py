@@ -118,7 +118,7 @@ def _require_causal_lm(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise KvcompileError(
-            "a causal LM of transformers is compiled",
+            "only a causal LM of transformers can be compiled",
             type(model).__name__,
             "AutoModelForCausalLM.from_pretrained(...), adapters merged into it",
         )

@@ -37,7 +37,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover, first_line, orphan, policy_class, schema, suggest
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
-ONCE = {"policy": "each policy may be in the stack once", "export": "each door may be in export once"}
+ONCE = {"policy": "each policy may be in the stack once", "export": "each exporter may be in export once"}
 FOREIGN = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what `one_line` makes ours
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
 PLUGINS = {
@@ -218,7 +218,11 @@ def _compose(overrides: list[str], sweeping: bool = False, job: int | None = Non
         _set_hydra(cfg, job)
         choices, own = cfg.hydra.runtime.choices, list(cfg.hydra.overrides.task)
         if choices.get("sweep") and not sweeping:
-            raise KvcompileError("one config has no sweep", f"sweep={choices['sweep']}", "compose each point of it")
+            raise KvcompileError(
+                "a single config cannot hold a sweep",
+                f"sweep={choices['sweep']}",
+                "compose the config of each job by itself, or run the sweep as kvcompile -m",
+            )
         with open_dict(cfg):
             del cfg["hydra"]
         return resolve(cfg, choices, own)
@@ -290,7 +294,9 @@ def one_line(error: BaseException) -> KvcompileError:
         if cause.full_key == f"stack.{key}":
             return orphan(key, names)
         if cause.full_key == f"export.{key}" and key in registry.DOORS:
-            return KvcompileError("options need their door", cause.full_key, f"export=[{','.join([*names, key])}]")
+            return KvcompileError(
+                "options of an exporter need it in export=[...]", cause.full_key, f"export=[{','.join([*names, key])}]"
+            )
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
         return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))

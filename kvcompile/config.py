@@ -214,9 +214,17 @@ def _check(config: Config) -> None:
     _one_of("kernels", config.kernels, KERNELS)
     _one_of("plan", p.mode, MODES)
     if config.artifact and not config.export:
-        raise KvcompileError("an artifact is read to be exported", f"artifact={config.artifact}", "export=[hf]")
+        raise KvcompileError(
+            "artifact=<folder> only exports what is compiled, so it needs export=[...]",
+            f"artifact={config.artifact}",
+            "export=[hf]",
+        )
     if config.artifact and p.mode == "only":
-        raise KvcompileError("an artifact is planned already", f"plan=only with artifact={config.artifact}", "plan=run")
+        raise KvcompileError(
+            "plan=only plans a compile, and an artifact is compiled already",
+            f"plan=only with artifact={config.artifact}",
+            "plan=run",
+        )
     if config.artifact and (config.stack or config.recipe):
         raise KvcompileError(
             "an artifact is compiled already",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hydra.errors import CompactHydraException
 
+BUG = "report this as a bug of kvcompile, with the command and the model"  # the fix of what no user can mend
+
 
 class KvcompileError(CompactHydraException):  # type: ignore[misc]
     """A mistake the user can mend: the rule, what was given, the fix, on one line.

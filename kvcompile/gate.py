@@ -40,7 +40,11 @@ def keep(made: Report, place: Path, recipe: str) -> None:
     Raises KvcompileError where something else than such a report lies there, or writing fails.
     """
     if place.exists() and not (place.is_dir() and {p.name for p in place.iterdir()} <= KEPT):
-        raise KvcompileError("only a failed report is replaced by one", f"{place}: other files", "output=<elsewhere>")
+        raise KvcompileError(
+            "the report of a failed compile replaces nothing but another such report",
+            f"{place}: other files",
+            "output=<elsewhere>",
+        )
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic.making(place, ".failing-") as scratch:

@@ -14,8 +14,8 @@ from kvcompile.selection import Selection
 from kvcompile.storage import PLAIN, Codec, Storage
 from kvcompile.structure.data import Fold, Heads, Latent
 
-Family = Literal["structure", "selection", "recall", "storage"]
-ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
+Family = Literal["structure", "selection", "storage"]
+ORDER: tuple[Family, ...] = ("structure", "selection", "storage")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -114,7 +114,7 @@ class Plan:
     def record(self, name: str, family: Family) -> Plan:
         """The plan with a policy added to its history.
 
-        Raises KvcompileError where the family comes after a later one (legal: structure, selection, recall, storage).
+        Raises KvcompileError where the family comes after a later one (legal: structure, selection, storage).
         """
         for before in self.applied:
             if ORDER.index(before.family) > ORDER.index(family):
@@ -155,7 +155,10 @@ class Plan:
                 or owner.owner != owner.index
                 or p.owner > p.index
             ):
-                raise KvcompileError(f"layer {p.index} cannot read the cache of layer {p.owner}", f"owner {owner}")
+                raise KvcompileError(
+                    f"layer {p.index} can only read the cache of an earlier layer that has its own and heads like it",
+                    f"layer {p.owner}: {owner.kv_heads} KV heads of {owner.key_dim}, not {p.kv_heads} of {p.key_dim}",
+                )
             if (owner.sliding_window, owner.rotates) != (p.sliding_window, p.rotates):
                 raise KvcompileError(
                     f"layer {p.index} cannot read the cache of layer {p.owner}: window and positions must be alike",
@@ -282,11 +285,18 @@ def _check_latent(p: LayerPlan, latent: Latent) -> None:
 def _check_storage(p: LayerPlan) -> None:
     s = p.storage
     where = f"{s.policy or 'storage'}: layer {p.index}"
+    skip = f"stack.{s.policy}.skip_layers=[{p.index}]" if s.policy else None
     if p.owner != p.index:
-        raise KvcompileError(f"{where}: what a layer without a cache stores", f"it reads layer {p.owner}")
+        raise KvcompileError(
+            f"{where} has no cache of its own, so how it is stored cannot be set",
+            f"a layer that reads layer {p.owner}'s",
+            skip,
+        )
     if s.coded and p.sliding_window:
         raise KvcompileError(
-            f"{where}: a sliding layer keeps the model's dtype", f"window {p.sliding_window}", "skip that layer"
+            f"{where} attends to a sliding window, which is kept in the model's dtype",
+            f"a window of {p.sliding_window} tokens",
+            skip,
         )
     if s.page % s.block:
         raise KvcompileError(
@@ -307,9 +317,9 @@ def _check_storage(p: LayerPlan) -> None:
 
 def _check_codec(where: str, codec: Codec, dim: int) -> None:
     if codec.axis == "channel" and codec.group < 1:
-        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group)
+        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group, "a group of 1 or more")
     if codec.axis == "token" and codec.group and dim % codec.group:
-        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group)
+        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group, f"a divisor of {dim}")
     if codec.bits < 8 and dim * codec.bits % 8:
         raise KvcompileError(f"{where}: packed codes of a token must fill whole bytes", f"{dim} of {codec.bits} bits")
 

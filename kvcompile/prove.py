@@ -16,7 +16,7 @@ from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.config import Config
 from kvcompile.doors.export import FOLDER, write_into
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import BUG, KvcompileError
 from kvcompile.heldout import longest, windows
 from kvcompile.needle import NeedleResult, NeedleTask, score
 from kvcompile.perplexity import of_windows
@@ -116,7 +116,7 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
     if plan.selected and not cache.evictions.events and cache.nbytes() >= sum(r.dense_bytes for r in rows):
         wanted = sum(e.bytes for e in planned)
         if wanted < sum(r.dense_bytes for r in rows):
-            raise KvcompileError("the compression must run", f"no eviction after {tokens} tokens")
+            raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
     return rows, total
 
 

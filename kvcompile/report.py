@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import BUG, KvcompileError
 from kvcompile.heal.record import HealRecord
 from kvcompile.needle import NeedleRecord, NeedleResult
 from kvcompile.speed import Comparison, Speed
@@ -117,7 +117,9 @@ class Report:
                 given["healed"] = HealRecord.from_json(given["healed"])
             return Report(**given)
         except (AttributeError, KeyError, TypeError) as error:
-            raise KvcompileError("not a report of this version", f"{type(error).__name__}: {error}") from error
+            raise KvcompileError(
+                "the file must be a report of this version of kvcompile", f"{type(error).__name__}: {error}"
+            ) from error
 
 
 def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
@@ -206,4 +208,4 @@ def show(report: Report, console: Console | None = None) -> None:
 
 def _equal(rule: str, held: int, planned: int) -> None:
     if held != planned:
-        raise KvcompileError(f"measured cache and plan disagree: {rule}", f"{held} where {planned} was planned")
+        raise KvcompileError(f"measured cache and plan disagree: {rule}", f"{held} where {planned} was planned", BUG)

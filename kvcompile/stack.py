@@ -43,7 +43,9 @@ def discover() -> dict[str, type[Policy]]:
         try:
             cls = entry.load()
         except Exception as error:
-            raise KvcompileError(f"policy plug-in {entry.value!r} does not load", error, "mend or remove it") from error
+            raise KvcompileError(
+                f"the policy {entry.value!r} of another package does not load", error, "mend or remove it"
+            ) from error
         if not _is_policy(cls) or cls.name != entry.name:
             raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Policy of that name", entry.value)
         if found.setdefault(entry.name, cls) is not cls:

@@ -232,7 +232,7 @@ class AllocationPolicy(Policy):
         require_layers(plan, self.name, self.skip_layers)
         if self.score is not None:
             raise KvcompileError(
-                "one score a layer",
+                "a layer has only one score",
                 f"stack.{self.name}.score={self.score} after {plan.applied[-2].name!r}",
                 f"drop stack.{self.name}.score, or the policy before it",
             )
@@ -243,7 +243,7 @@ class AllocationPolicy(Policy):
             return p
         if p.selection.allocation != Uniform():
             raise KvcompileError(
-                f"layer {p.index}: one allocation a layer",
+                f"layer {p.index}: a layer has only one allocation",
                 f"{self.name!r} after {p.selection.policy!r}",
                 f"drop one; {self.name} goes after a policy that only ranks tokens",
             )
@@ -284,7 +284,7 @@ def choose(plan: Plan, selection: Selection, skip_layers: list[int]) -> Plan:
     def give(p: LayerPlan) -> LayerPlan:
         if p.selection is not None:
             raise KvcompileError(
-                f"layer {p.index}: one selection a layer",
+                f"layer {p.index}: a layer has only one selection",
                 f"{selection.policy!r} after {p.selection.policy!r}",
                 "drop one; two recombine only as a score and then an allocation, as in policy=[snapkv,adakv]",
             )

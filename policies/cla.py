@@ -99,7 +99,9 @@ def share(plan: Plan, policy: str, owners: Sequence[int], fold: Fold) -> Plan:
             "e.g. [0,0,2,2]",
         )
     if any(p.owner != p.index for p in plan.layers):
-        raise KvcompileError("layers are shared once", f"{policy!r} after another policy that shares", "drop one")
+        raise KvcompileError(
+            "caches of layers can be shared only once", f"{policy!r} after another policy that shares", "drop one"
+        )
     for i, o in enumerate(owners):
         require_alike(plan, policy, plan.layers[i], plan.layers[o])
 

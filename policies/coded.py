@@ -64,7 +64,9 @@ class CodedPolicy(StoragePolicy):
         """With this policy's codecs. Raises KvcompileError where another policy chose some."""
         if p.storage.coded:
             raise KvcompileError(
-                f"layer {p.index}: one number format a layer", f"{self.name!r} after {p.storage.policy!r}", "drop one"
+                f"layer {p.index}: a layer has only one number format",
+                f"{self.name!r} after {p.storage.policy!r}",
+                "drop one",
             )
         key, value = self.codecs(p.head_dim)
         return replace(p, storage=replace(p.storage, key=key, value=value, residual=self.residual, policy=self.name))

@@ -112,13 +112,17 @@ def merge_heads(plan: Plan, policy: HeadMerging, kept: Callable[[int], int]) -> 
     def merged(p: LayerPlan) -> LayerPlan:
         if p.latent is not None:
             raise KvcompileError(
-                f"layer {p.index}: a latent has no heads to merge", f"{policy.name!r} after 'mla'", "drop one"
+                f"layer {p.index}: a layer with a latent has no KV heads to merge",
+                f"{policy.name!r} after 'mla'",
+                "drop one",
             )
         number = kept(p.kv_heads)
         if number == p.kv_heads:
             return p
         if p.heads is not None:
-            raise KvcompileError(f"layer {p.index}: heads are merged once", f"{policy.name!r} after another merge")
+            raise KvcompileError(
+                f"layer {p.index}: heads can be merged only once", f"{policy.name!r} after another merge", "drop one"
+            )
         groups = given(policy, p, number) if policy.groups else contiguous(p.kv_heads, number)
         how: Merge = "first" if policy.merge == "first" else "mean"
         tokens = policy.tokens if policy.align != "none" else 0

@@ -96,7 +96,7 @@ class MLA(Policy):
 
     def _compressed(self, p: LayerPlan) -> LayerPlan:
         if p.latent is not None:
-            raise KvcompileError(f"layer {p.index}: one latent a layer", "'mla' after another", "drop one")
+            raise KvcompileError(f"layer {p.index}: a layer has only one latent", "'mla' after another", "drop one")
         dense, most = 2 * p.kv_heads * p.head_dim, p.kv_heads * p.rotary
         if p.rotates and self.rope > most:
             raise KvcompileError(

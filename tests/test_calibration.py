@@ -108,7 +108,7 @@ def test_progress_runs_to_the_end() -> None:
 
 
 def test_a_model_that_looks_nowhere_is_refused() -> None:
-    with pytest.raises(KvcompileError, match="no attention"):
+    with pytest.raises(KvcompileError, match="heads that look at a planted answer, got none"):
         scored(Looking((0, 0), blind=True))
 
 

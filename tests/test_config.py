@@ -125,7 +125,7 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["needle.tokens=[]"], "needle.tokens must be"),
         (["plan.memory=0"], "plan.memory must be more than 0 GiB"),
         (["recipe=snapkv,zigzag"], "Fix: put -m first to sweep"),
-        (["sweep=budget"], "one config has no sweep"),
+        (["sweep=budget"], "a single config cannot hold a sweep"),
         (
             ["recipe=snapkv", "budget=0.5", "stack.snapkv.budget=0.1"],
             r"budget sets the budget of every policy .*, got budget=0.5 and stack.snapkv.budget=0.1. Fix: drop one",

@@ -174,7 +174,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json must describe a known model"),
     "foreign model": (
         lambda f: edit(f / "config.json", lambda c: {**c, "model_type": "gpt2"}),
-        r"config\.json must describe a known model: the architecture must be known, got 'gpt2'",
+        r"config\.json must describe a known model: the architecture must be one that kvcompile has .*, got 'gpt2'",
     ),
     "more layers": (lambda f: edit(f / "config.json", lambda c: {**c, "num_hidden_layers": 5}), r"none missing"),
 }

@@ -15,7 +15,7 @@ import kvcompile.stack as stack
 from kvcompile.compose import compose
 from kvcompile.config import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.plan import ORDER, Family, LayerPlan, Plan
 from kvcompile.policies.base import Policy
 from kvcompile.stack import apply_stack, build_stack, discover, options_of, policy_class
 
@@ -147,6 +147,11 @@ def test_options_of_is_the_inverse_of_build_stack(plug: Any) -> None:
     again = options_of(policies)
     assert list(again) == ["early", "snapkv", "probe"]
     assert build_stack(list(again), again) == policies
+
+
+def test_errors_name_only_families_that_a_policy_has() -> None:
+    """A fix that lists the legal order must not send anyone looking for policies that are not there."""
+    assert set(ORDER) == {cls.family for cls in discover().values()}
 
 
 @pytest.mark.parametrize(

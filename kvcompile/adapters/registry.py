@@ -92,10 +92,14 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     known = ARCHITECTURES.get(config.model_type)
     if known is None:
         raise KvcompileError(
-            "the architecture must be known", repr(config.model_type), f"use one of {', '.join(sorted(ARCHITECTURES))}"
+            "the architecture must be one that kvcompile has an adapter for",
+            repr(config.model_type),
+            f"use one of {', '.join(sorted(ARCHITECTURES))}",
         )
     if getattr(config, "use_bidirectional_attention", False):
-        raise KvcompileError("a KV cache needs causal attention", "use_bidirectional_attention=True")
+        raise KvcompileError(
+            "a KV cache needs causal attention", "use_bidirectional_attention=True", "use a causal checkpoint"
+        )
     return known
 
 

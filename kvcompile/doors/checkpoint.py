@@ -30,7 +30,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
         if p.owner != p.index:
             raise KvcompileError(
                 f"no stock class of transformers lets layers of {kind!r} read another layer's cache ({SHARING} do, "
-                "between norms and scales that it has not)",
+                f"whose norms and scales {kind!r} has not)",
                 f"layer {p.index} reading layer {p.owner}",
             )
         if p.latent is not None:

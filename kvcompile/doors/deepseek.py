@@ -60,7 +60,7 @@ class Deepseek(Door):
         }
         for found, wrong in reasons.items():
             if wrong:
-                raise KvcompileError("DeepSeek's class has no place for it", found)
+                raise KvcompileError("the model must hold nothing that DeepSeek's class has no place for", found)
 
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Config, generation config, weights and tokenizer, as transformers saves them."""

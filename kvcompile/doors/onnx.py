@@ -65,11 +65,17 @@ class ONNX(Door):
             raise KvcompileError("onnxruntime runs float32 and float16 on CPUs", plan.dtype, "model.dtype=float32")
         for p in plan.layers:
             if p.latent is not None:
-                raise KvcompileError("the caller's cache holds keys and values", "latent rows", "export=[deepseek]")
+                raise KvcompileError(
+                    "a cache that the caller holds must be of keys and values", "latent rows", "export=[deepseek]"
+                )
             if p.selection is not None:
-                raise KvcompileError("the caller's cache holds every token", f"{p.selection.policy!r} drops some")
+                raise KvcompileError(
+                    "a cache that the caller holds must keep every token", f"{p.selection.policy!r} drops some"
+                )
             if p.storage.coded:
-                raise KvcompileError("the caller's cache holds plain numbers", f"{p.storage.policy!r} encodes them")
+                raise KvcompileError(
+                    "a cache that the caller holds must be of plain numbers", f"{p.storage.policy!r} encodes them"
+                )
         refuse(plan, model_config)
 
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:

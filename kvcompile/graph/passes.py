@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import BUG, KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.base import Pass, last_readers
 from kvcompile.graph.offload import InsertOffload
@@ -129,11 +129,13 @@ def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | N
             changed = step.run(module)
             if not changed:
                 found = sorted({str(n.target) for n in module.graph.nodes if n.op == "call_module"})[:8]
-                raise KvcompileError("a pass must match something", f"no place among modules {found}")
+                raise KvcompileError("a pass must change something", f"no place among modules {found}")
             module.graph.lint()
             step.ensures(module)
         except KvcompileError as error:
-            raise KvcompileError(f"pass {name} (after {list(report.changes) or 'none'}): {error}") from error
+            raise KvcompileError(
+                f"pass {name} (after {list(report.changes) or 'none'}): {error.rule}", error.got, error.fix or BUG
+            ) from error
         report.changes[name] = changed
     module.graph.eliminate_dead_code()
     module.recompile()

@@ -43,7 +43,7 @@ def repair(
     """
     if not converts(plan):
         fix = "add gqa, mqa, cla, mlkv or mla, or heal.tokens=0"
-        raise KvcompileError("healing repairs converted weights", "a stack that converts none", fix)
+        raise KvcompileError("healing needs a policy that converts weights", "a stack that converts none", fix)
     if tokenizer is None:
         raise KvcompileError("healing needs a tokenizer", "none", "pass tokenizer=")
     needed("accelerate", "healing")
@@ -97,7 +97,7 @@ class Training:
         args.max_steps = heal.tokens // self.step_tokens
         if args.max_steps < 1:
             fix = f"{self.step_tokens} or more, or a smaller heal.batch"
-            raise KvcompileError("heal.tokens must hold one step", heal.tokens, fix)
+            raise KvcompileError("heal.tokens must be enough for one step of training", heal.tokens, fix)
         ids = self.text.ids(self.tokenizer, False, heal.tokens + 2 * heal.length)
         distil = heal.loss == "distill"
         pace = Pace(args.max_steps, heal.minutes, heal.layers if distil else 0.0)
@@ -114,7 +114,9 @@ class Training:
         trainer.remove_callback(PrinterCallback)
         if self.lora and _sharded(trainer):
             given = "heal.weights=lora under FSDP or DeepSpeed"
-            raise KvcompileError("adapters are merged into whole weights", given, "heal.weights=full")
+            raise KvcompileError(
+                "adapters can only be merged into weights that one process holds whole", given, "heal.weights=full"
+            )
         return trainer
 
     def finish(self, trainer: HealTrainer) -> HealRecord:

@@ -74,7 +74,9 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
     """Layers or heads that split a known number of entries do so once; heads that compete share one plain row."""
     if s.budget is None:
         raise KvcompileError(
-            f"{where}: how many tokens stay must follow from the length of the prompt alone", "a threshold, no budget"
+            f"{where}: how many tokens stay must follow from the length of the prompt alone",
+            "a threshold, no budget",
+            f"a policy with a budget in place of {s.policy}",
         )
     if s.schedule.decode_every:
         raise KvcompileError(

@@ -67,7 +67,7 @@ def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) 
 
     kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
     if len(kv_heads) > 1:
-        raise KvcompileError("a config holds one number of KV heads for all layers", sorted(kv_heads))
+        raise KvcompileError("all layers must have the same number of KV heads", sorted(kv_heads))
     modules = attentions(model)
     layouts = [layout_of(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
@@ -98,7 +98,9 @@ def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
     adapter = architecture_of(model.config).adapter
     if adapter not in LAYOUTS:
         known = ", ".join(sorted(cls.__name__ for cls in LAYOUTS))
-        raise KvcompileError("weights can be converted in known layouts", adapter.__name__, f"attention like {known}")
+        raise KvcompileError(
+            "weights can be converted only in layouts that are known", adapter.__name__, f"attention like {known}"
+        )
     return LAYOUTS[adapter](attention, p.query_heads, p.dense_heads, p.head_dim)
 
 

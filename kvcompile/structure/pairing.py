@@ -29,7 +29,9 @@ def best_pattern(model: Any, ids: Tensor, factor: int, by: By, fold: Fold) -> li
     alike = layer_similarity(model, ids, by)
     patterns = [matched(plan, table, factor) for table in (alike, -alike)]
     if all(owner == i for i, owner in enumerate(patterns[0])):
-        raise KvcompileError("stack.cla: two layers must be alike in window and positions to share", plan.architecture)
+        raise KvcompileError(
+            "stack.cla: two layers must be alike in window and positions to share", plan.architecture, "use gqa or mqa"
+        )
     return min(patterns, key=lambda owners: divergence(model, ids, with_owners(plan, owners, fold)))
 
 

@@ -77,11 +77,14 @@ def test_doors_are_options_of_export() -> None:
     ("overrides", "message"),
     [
         (["export=[hff]"], "unknown export, got 'hff'. Fix: did you mean 'hf'?"),
-        (["export=[hf,hf]"], "each door may be in export once"),
-        (["export.hf.weights_only=true"], "options need their door, got export.hf. Fix: export=[hf]"),
+        (["export=[hf,hf]"], "each exporter may be in export once"),
+        (
+            ["export.hf.weights_only=true"],
+            "options of an exporter need it in export=[...], got export.hf. Fix: export=[hf]",
+        ),
         (["export=[hf]", "export.hf.weight=true"], "did you mean 'weights_only'?"),
         (["export=[hf]", "export.hf.weights_only=5.5"], "5.5"),
-        (["artifact=x"], "an artifact is read to be exported"),
+        (["artifact=x"], "artifact=<folder> only exports what is compiled"),
         (["artifact=x", "export=[hf]", "policy=[gqa]"], "compiled already, got artifact=x with policies"),
         (["artifact=x", "export=[hf]", "recipe=gqa"], "with recipe=gqa"),
     ],

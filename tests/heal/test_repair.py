@@ -293,10 +293,10 @@ def test_offline_text_is_split_and_nothing_held_out_is_trained_on() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["policy=[streaming]", "budget=12"], "healing repairs converted weights"),
+        (["policy=[streaming]", "budget=12"], "healing needs a policy that converts weights"),
         (["policy=[mqa]", "heal.column=body"], "heal.column must be a column .* 'body'. Fix: one of text"),
         (["policy=[mqa]", "heal.dataset=/nowhere/x.json"], "no such path"),
-        (["policy=[mqa]", "heal.batch=1000"], "heal.tokens must hold one step"),
+        (["policy=[mqa]", "heal.batch=1000"], "heal.tokens must be enough for one step of training"),
         (["policy=[mqa]", "heal.length=5000", "heal.batch=1", "heal.tokens=5000"], "longer than two sequences"),
     ],
 )

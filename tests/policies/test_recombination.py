@@ -79,11 +79,14 @@ def test_layers_that_the_score_skipped_stay_whole() -> None:
 @pytest.mark.parametrize(
     ("policies", "message"),
     [
-        ((SnapKV(), KeyDiff()), "layer 0: one selection a layer, got 'keydiff' after 'snapkv'"),
-        ((AdaKV(), KeyDiff()), "layer 0: one selection a layer, got 'keydiff' after 'adakv'"),
-        ((AdaKV(), PyramidKV()), "layer 0: one allocation a layer, got 'pyramidkv' after 'adakv'"),
-        ((CORM(), AdaKV()), "layer 0: one allocation a layer, got 'adakv' after 'corm'"),
-        ((SnapKV(), AdaKV(score="keydiff")), "one score a layer, got stack.adakv.score=keydiff after 'snapkv'"),
+        ((SnapKV(), KeyDiff()), "layer 0: a layer has only one selection, got 'keydiff' after 'snapkv'"),
+        ((AdaKV(), KeyDiff()), "layer 0: a layer has only one selection, got 'keydiff' after 'adakv'"),
+        ((AdaKV(), PyramidKV()), "layer 0: a layer has only one allocation, got 'pyramidkv' after 'adakv'"),
+        ((CORM(), AdaKV()), "layer 0: a layer has only one allocation, got 'adakv' after 'corm'"),
+        (
+            (SnapKV(), AdaKV(score="keydiff")),
+            "a layer has only one score, got stack.adakv.score=keydiff after 'snapkv'",
+        ),
         ((AdaKV(score="corm"),), "score must name a policy that ranks tokens, got 'corm'"),
         ((AdaKV(score="zigzag"),), "score must name a policy that ranks tokens, got 'zigzag'"),
         ((AdaKV(score="snapvk"),), "unknown policy, got 'snapvk'. Fix: did you mean 'snapkv'?"),

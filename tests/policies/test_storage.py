@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from kvcompile.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.stack import build_policy
+from kvcompile.storage import Storage
 
 SMALL: dict[str, Any] = {"group": 8, "residual": 16}
 
 
 def test_two_number_formats_on_one_layer_are_refused_by_name() -> None:
     for first, second in (("kivi", "int8"), ("fp8", "kivi")):
-        with pytest.raises(KvcompileError, match=f"layer 0: one number format a layer.*{second}.*after.*{first}"):
+        with pytest.raises(
+            KvcompileError, match=f"layer 0: a layer has only one number format.*{second}.*after.*{first}"
+        ):
             plan_of({first: {}, second: {}})
     plan = plan_of({"kivi": {"skip_layers": [1, 3], **SMALL}, "int8": {"skip_layers": [0, 2]}})
     assert [p.storage.policy for p in plan.layers] == ["kivi", "int8", "kivi", "int8"]
@@ -59,6 +63,19 @@ def test_what_cannot_be_stored_so_is_refused() -> None:
         plan_of({"streaming": {"positions": "compact"}, "kivi": SMALL})
     with pytest.raises(KvcompileError, match="selection policies come before storage policies"):
         plan_of({"kivi": SMALL, "snapkv": {}})
+
+
+def test_a_layer_that_reads_anothers_cache_is_named_with_the_fix() -> None:
+    """A plug-in may set what the built-in policies leave alone; its error is a sentence, not a name of a rule."""
+    plan = plan_of({"cla": {}})
+    wrong = plan.map(lambda p: replace(p, storage=Storage(policy="mine", rotated=True)))
+    (index, owner) = next((p.index, p.owner) for p in plan.layers if p.owner != p.index)
+    says = (
+        f"mine: layer {index} has no cache of its own, so how it is stored cannot be set, got a layer that reads layer "
+        f"{owner}'s. Fix: stack.mine.skip_layers=\\[{index}\\]."
+    )
+    with pytest.raises(KvcompileError, match=says):
+        wrong.check()
 
 
 def test_the_plan_holds_the_policy_as_data() -> None:

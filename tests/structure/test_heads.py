@@ -189,7 +189,7 @@ def test_default_is_the_largest_proper_divisor() -> None:
     ("stack", "says"),
     [
         ({"gqa": {"kv_heads": 3}}, "must divide the model's 4 KV heads, got 3. Fix: one of 1, 2, 4"),
-        ({"gqa": {"kv_heads": 2}, "mqa": {}}, "heads are merged once"),
+        ({"gqa": {"kv_heads": 2}, "mqa": {}}, "heads can be merged only once"),
         ({"gqa": {"kv_heads": 2, "merge": "similarity", "groups": [[[0, 1], [2, 3]]]}}, "each of the 4 layers"),
         ({"gqa": {"kv_heads": 2, "merge": "similarity", "groups": [[[0, 1], [1, 3]]] * 4}}, "groups of layer 0"),
         ({"gqa": {"groups": [[[0, 1]]]}}, "empty unless merge=similarity"),

@@ -147,7 +147,7 @@ def test_mlkv_is_heads_then_layers() -> None:
         ("llama", {"cla": {"pattern": [0, 0, 1, 1]}}, "an owner at or before it that owns itself"),
         ("llama", {"cla": {"pattern": [0, 3, 2, 3]}}, "an owner at or before it"),
         ("llama", {"cla": {"pattern": [0, 0]}}, "each of the 4 layers"),
-        ("llama", {"cla": {}, "mlkv": {}}, "layers are shared once"),
+        ("llama", {"cla": {}, "mlkv": {}}, "caches of layers can be shared only once"),
         ("llama", {"cla": {"share": 0}}, "share must be 1 or more"),
         ("llama", {"mlkv": {"layers": 5}}, "at most the model's 4"),
         ("llama", {"mlkv": {"heads": 3}}, "must divide the model's 2 KV heads"),
