@@ -1,4 +1,4 @@
-"""What transformers' reader of GGUF files leaves out: rotary settings are taken here, any other tensor is refused."""
+"""What transformers' reader of GGUF files leaves out: rotary settings and windows are taken, other tensors refused."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ FIX = "use the safetensors checkpoint of this model"
 
 @dataclass(frozen=True)
 class Contents:
-    """Names of a GGUF file's tensors, its settings `rope.scaling.*`, and its rotary factors `[D/2]`, if any."""
+    """Names of a GGUF file's tensors, its settings `rope.scaling.*`, rotary factors `[D/2]`, sliding window."""
 
     tensors: tuple[str, ...]
     scaling: dict[str, Any]
     factors: Tensor | None
+    window: int | None = None
 
     def take_rope(self, config: PretrainedConfig) -> None:
         """Set the rotary settings of `config` to those of the file, in place.
@@ -48,6 +49,22 @@ class Contents:
         config.rope_parameters = (
             _of_metadata(self.scaling, plain) if self.factors is None else _of_factors(self.factors, plain, config)
         )
+
+    def take_window(self, config: PretrainedConfig) -> None:
+        """Set the sliding window of `config` to that of the file, in place: a config has its family's otherwise.
+
+        Raises KvcompileError for a window that the family has no place for.
+        """
+        given, by_layer = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        if self.window == given or (by_layer and self.window is None):  # gemma: which layers is the family's to say
+            return
+        if not hasattr(config, "sliding_window") or by_layer:
+            raise KvcompileError(
+                f"the sliding window of a GGUF file must be one that {config.model_type!r} has",
+                f"{self.window} in the file and {given} in the config",
+                FIX,
+            )
+        config.sliding_window = self.window
 
     def require_taken(self, model: PreTrainedModel) -> None:
         """Raise KvcompileError if the file has a tensor that no weight of the model was read from."""
@@ -81,7 +98,9 @@ def contents(path: Path) -> Contents:
         ),
         None,
     )
-    return Contents(tuple(t.name for t in reader.tensors), scaling, factors)
+    windows = [field.contents() for name, field in reader.fields.items() if name.endswith(".attention.sliding_window")]
+    window = int(windows[0]) or None if windows else None
+    return Contents(tuple(t.name for t in reader.tensors), scaling, factors, window)
 
 
 def _of_metadata(scaling: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source, **options)
         if file := _gguf(source, options):
             file.take_rope(config)
+            file.take_window(config)
         return config
 
 

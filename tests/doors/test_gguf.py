@@ -262,6 +262,21 @@ def test_rotary_scaling_in_the_metadata_is_read_or_refused(scaling: dict[str, An
     assert config.rope_parameters == {"rope_theta": config.rope_parameters["rope_theta"], **wanted}
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_window_is_that_of_the_file(window: int | None) -> None:
+    """transformers reads none of llama-like files: a mistral would get its family's default, a phi3 lose its own."""
+    from kvcompile.gguf_reader import Contents
+
+    config = tiny_config("mistral", sliding_window=16)
+    Contents((), {}, None, window).take_window(config)
+    assert config.sliding_window == window
+    family = tiny_config("gemma2", sliding_window=16)
+    Contents((), {}, None).take_window(family)
+    assert family.sliding_window == 16
+    with pytest.raises(KvcompileError, match=r"'llama' has, got 8 in the file and None in the config"):
+        Contents((), {}, None, 8).take_window(tiny_config("llama"))
+
+
 def test_llama_cpp_computes_the_same(tmp_path: Path) -> None:
     llama_python()
     ids = tiny_ids(1, 40)[0].tolist()
