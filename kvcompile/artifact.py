@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile import atomic, card, manifest, sources
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import sync
+from kvcompile.folders import require_here, require_short, sync
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
 from kvcompile.progress import no_foreign_bars
 from kvcompile.stack import first_line
@@ -114,7 +114,9 @@ def _require_saveable(model: Any) -> None:
 
 def place(folder: str | Path) -> Path:
     """Where an artifact goes, absolute. Raises KvcompileError where something else is, or nothing can be written."""
+    require_here()
     folder = Path(folder).expanduser().resolve()
+    require_short(folder)
     if folder.exists() and not folder.is_dir():
         raise KvcompileError("an artifact is a folder", f"{folder}: a file", "save elsewhere")
     # a broken artifact may be replaced too, so its manifest is not read

@@ -23,6 +23,8 @@ from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, FOREIGN, VERSION_BASE,
 from kvcompile.config import Config
 from kvcompile.doors import registry
 from kvcompile.errors import KvcompileError
+from kvcompile.folders import require_here
+from kvcompile.output import room_to_write, standard_output
 from kvcompile.stack import discover
 
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
@@ -32,22 +34,27 @@ MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 
 def main() -> None:
     """Entry point of the `kvcompile` script. Exits with 1 after an error that the user can mend, on one line."""
-    arguments = sys.argv[1:]
     try:
-        if "--version" in arguments:
-            import kvcompile
-
-            sys.stdout.write(f"kvcompile {kvcompile.__version__}\n")
-        elif arguments[:1] == ["ls"]:
-            sys.stdout.write(f"{listing(arguments[1:])}\n")
-        else:
-            _hydra(arguments)
+        with standard_output(), room_to_write():
+            _command(sys.argv[1:])
     except KvcompileError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(1) from None
 
 
+def _command(arguments: Sequence[str]) -> None:
+    if "--version" in arguments:
+        import kvcompile
+
+        sys.stdout.write(f"kvcompile {kvcompile.__version__}\n")
+    elif arguments[:1] == ["ls"]:
+        sys.stdout.write(f"{listing(arguments[1:])}\n")
+    else:
+        _hydra(arguments)
+
+
 def _hydra(arguments: Sequence[str]) -> None:
+    require_here()
     register()
     given = _flags(arguments)
     only_shows = given.cfg or given.info or given.help or given.hydra_help or given.shell_completion
@@ -99,7 +106,8 @@ def _app(cfg: DictConfig) -> None:
     overrides = list(context.overrides.task)
     if context.mode != RunMode.MULTIRUN:
         try:
-            _work(resolve(cfg, context.runtime.choices, overrides))
+            with room_to_write():
+                _work(resolve(cfg, context.runtime.choices, overrides))
         except KvcompileError as error:
             sys.exit(f"{error}")  # raised further, Hydra would put a line of its own before it
         return

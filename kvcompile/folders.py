@@ -14,6 +14,9 @@ from pathlib import Path
 
 from kvcompile.errors import KvcompileError
 
+SHOWN = 120  # characters of a path in an error
+BESIDE = ".saving-12345678"  # a folder is made in one like this
+
 _lock = threading.Lock()
 _instead: dict[Path, Path] = {}
 
@@ -86,6 +89,34 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def require_here() -> None:
+    """Raise KvcompileError where the current folder was deleted: no relative path can be found from there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise KvcompileError("the current folder must exist", "one that was deleted", "cd to another") from error
+
+
+def require_short(folder: Path) -> None:
+    """Raise KvcompileError for a folder whose name, or the names of files below and beside it, would be too long."""
+    for path in (folder.parent / f"{folder.name}-failed", folder.parent / BESIDE / "made" / ("x" * 64)):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise KvcompileError(
+                    "the path of an output must be one that the system takes",
+                    f"{len(str(folder))} characters, {shortened(folder)}",
+                    "output=<a shorter one>",
+                ) from error
+
+
+def shortened(path: object) -> str:
+    """A path for one line."""
+    text = str(path)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}...{text[-SHOWN // 2 :]}"
 
 
 def _replaceable(folder: Path) -> bool:

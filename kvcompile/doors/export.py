@@ -10,6 +10,7 @@ from kvcompile import atomic
 from kvcompile.doors.door import Door, Exported
 from kvcompile.doors.registry import build_doors, require_open
 from kvcompile.errors import KvcompileError
+from kvcompile.folders import require_here, require_short
 from kvcompile.progress import Progress, no_foreign_bars, silent
 from kvcompile.stack import first_line
 
@@ -58,7 +59,9 @@ def write_new(
     progress: Progress = silent,
 ) -> Exported:
     """Write a compiled model through a door into a new folder, which appears when it is complete."""
+    require_here()
     folder = Path(folder).expanduser().resolve()
+    require_short(folder)
     _require_compiled(model)
     require_open([door], model.kvcompile.plan, model.config)
     door.refuse_tokenizer(tokenizer)
