@@ -210,6 +210,16 @@ def test_pruned_layers_before_compiling() -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["smollm3", "gemma2"])
+def test_layers_pruned_to_others_than_the_config_lists(name: str) -> None:
+    """The lists by layer of the config still begin with the layers that are gone."""
+    pruned = tiny_model(name)
+    pruned.model.layers = pruned.model.layers[1:3] if name == "gemma2" else pruned.model.layers[2:]
+    pruned.config.num_hidden_layers = 2
+    with pytest.raises(KvcompileError, match=r"position embedding must be what the config says.*layer_types"):
+        kvcompile.compile(pruned, overrides=["policy=[]", "kernels=sdpa"])
+
+
 def test_the_base_model_of_a_compiled_model_is_refused() -> None:
     for call in (lambda m: m.model(IDS), lambda m: m.model.layers[0](torch.zeros(1, 3, 64))):
         with pytest.raises(KvcompileError, match="layers of a compiled model run in its graph only"):

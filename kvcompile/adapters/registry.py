@@ -215,9 +215,11 @@ def _require_plain(original: nn.Module, facts: LayerPlan) -> None:
         raise KvcompileError("a model is compiled once", "one that is compiled already", "load it afresh")
     scale = getattr(original, "scaling", facts.scale)
     window = getattr(original, "sliding_window", facts.sliding_window)
-    if (scale, window) != (facts.scale, facts.sliding_window):
+    turns = bool(getattr(original, "use_rope", facts.rotates))
+    if (scale, window, turns) != (facts.scale, facts.sliding_window, facts.rotates):
         raise KvcompileError(
-            f"layer {facts.index}: scale and window must be what the config says",
-            f"{scale} and {window} instead of {facts.scale} and {facts.sliding_window}",
-            "use the transformers version that the checkpoint was made for",
+            f"layer {facts.index}: scale, window and position embedding must be what the config says",
+            f"{scale}, {window}, {turns} instead of {facts.scale}, {facts.sliding_window}, {facts.rotates}",
+            "use the transformers version that the checkpoint was made for; if layers were taken out, take them out of "
+            "the config's lists too (layer_types, no_rope_layers)",
         )
