@@ -17,6 +17,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.graph.live import LiveGraph, Skeleton
 from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
+from kvcompile.kernels.opaque import opaque
 from kvcompile.plan import Plan
 
 # what `generate` and `Trainer` pass on to every model, and no model reads
@@ -42,6 +43,7 @@ class CompiledMixin:
 
     kvcompile: Compiled
 
+    @opaque
     def new_cache(self) -> KVCache:
         """An empty cache of this model's plan, for multi-turn use: pass it as `past_key_values`."""
         compiled = self.kvcompile
@@ -77,8 +79,7 @@ class CompiledMixin:
         if use_cache is None:
             use_cache = self.config.use_cache  # type: ignore[attr-defined]
         cache = self._own(past_key_values)
-        if attention_mask is not None and attention_mask.ndim == 2 and not bool(attention_mask.any(1).all()):
-            raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
+        _require_tokens(attention_mask)
         if position_ids is None:
             position_ids = _positions(input_ids, attention_mask, cache.seen)
         elif position_ids.shape[-1] != input_ids.shape[1]:
@@ -123,6 +124,7 @@ class CompiledMixin:
 
     continuous_batching_context_manager = generate_batch = init_continuous_batching
 
+    @opaque
     def _own(self, cache: Any) -> KVCache:
         if cache is None:
             return self.new_cache()
@@ -202,6 +204,7 @@ class CompiledMixin:
             given._is_user_defined = True
 
 
+@opaque
 def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
     """True positions `[B, Q]` of new tokens: how many real ones each sequence had before; padding is not counted.
 
@@ -214,6 +217,12 @@ def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
     return start + (mask[:, -count:].ne(0).cumsum(1) - 1).clamp(min=0)
 
 
+@opaque
+def _require_tokens(mask: Tensor | None) -> None:
+    if mask is not None and mask.ndim == 2 and not bool(mask.any(1).all()):
+        raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")
+
+
 def _wanted(keep: int | Tensor, count: int) -> list[int] | None:
     """Which of `count` new tokens get logits, as transformers reads `logits_to_keep`; None: all of them."""
     if isinstance(keep, Tensor):
@@ -222,6 +231,7 @@ def _wanted(keep: int | Tensor, count: int) -> list[int] | None:
     return list(range(count)[-keep:]) if keep else None
 
 
+@opaque
 def _refuse(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if name not in IGNORED and value is not None and value is not False:

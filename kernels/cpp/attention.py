@@ -21,6 +21,7 @@ from kvcompile.kernels import sdpa
 from kvcompile.kernels.cpp import build, chunk, simd, step
 from kvcompile.kernels.cpp.stored import ELEMENTS
 from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
+from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
@@ -35,6 +36,7 @@ _lock = threading.Lock()
 REMEMBERED = 4096
 
 
+@opaque
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Same contract as `reference.attend`, in the dtype of the queries, computed in float32.
 
@@ -54,6 +56,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     return found[1](queries, view, sums)
 
 
+@opaque
 def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
     """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
 

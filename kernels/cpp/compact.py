@@ -17,6 +17,7 @@ from kvcompile.kernels import compact as reference
 from kvcompile.kernels.compact import Arrays, CompactSpec, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
 
 SMALL = 1 << 18  # bytes below which one thread is faster than two
@@ -129,6 +130,7 @@ def _place(layout: str, side: str) -> tuple[str, str]:
     return fill(ARGUMENTS[kind], side=side), fill(PLACES[kind], side=side, page=layout[len(kind) :])
 
 
+@opaque
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
     """Same contract as `kernels.compact.compact`, for arrays on the CPU."""
     if source.learns or target.learns:

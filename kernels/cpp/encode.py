@@ -15,6 +15,7 @@ from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
 from kvcompile.storage import Codec
 
@@ -108,6 +109,7 @@ KEEP_TOKENS = """
     """
 
 
+@opaque
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     """Same contract as `codecs.encode`, which also does what C++ is not here for (other devices, no compiler)."""
     if x.device.type != "cpu" or x.dtype not in TYPES or not codec.scaled or not x.numel():

@@ -17,6 +17,7 @@ from kvcompile.kernels import compact as reference
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
+from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.spec import KernelSpec
 
 
@@ -52,6 +53,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest)  # type: ignore[no-any-return]
 
 
+@opaque
 def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, lse: Tensor | None = None) -> None:
     """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
 
@@ -63,6 +65,7 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
     columns(Call(spec, *operands(queries, view)), lse, sums)
 
 
+@opaque
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
     """Same contract as `kernels.compact.compact`. Raises KvcompileError where there is no GPU or interpreter."""
     ready(kept.device.type)

@@ -16,6 +16,7 @@ from kvcompile.cache import KVCache, Step
 from kvcompile.cache.layer import LayerCache
 from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import Queries
+from kvcompile.kernels.opaque import opaque
 from kvcompile.rotation import turn_basis
 from kvcompile.selection import Schedule
 from kvcompile.storage import FLUSH
@@ -27,20 +28,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def leaf(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that a trace records as one node, however it was imported."""
-
+def _node(function: Callable[P, R], hidden: bool) -> Callable[P, R]:
     @wraps(function)
     def node(*args: P.args, **kwargs: P.kwargs) -> R:
         for arg in args:
             if isinstance(arg, torch.fx.Proxy):
-                return arg.tracer.create_proxy("call_function", node, args, kwargs)  # type: ignore[return-value]
+                return arg.tracer.create_proxy("call_function", found, args, kwargs)  # type: ignore[return-value]
         return function(*args, **kwargs)
 
-    return node
+    found: Callable[P, R] = opaque(node) if hidden else node
+    return found
 
 
-@leaf
+def leaf(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that a trace records as one node, however it was imported."""
+    return _node(function, hidden=False)
+
+
+def at_the_cache(function: Callable[P, R]) -> Callable[P, R]:
+    """The same of a function that reads or changes the cache: torch.compile calls it as it is."""
+    return _node(function, hidden=True)
+
+
+@at_the_cache
 def begin(cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None) -> Step:
     """Open a forward pass: true positions of the new tokens and which of them are padding."""
     return cache.begin(input_ids, attention_mask)
@@ -77,7 +87,7 @@ def hadamard(states: Tensor) -> Tensor:
     return turn_basis(states)
 
 
-@leaf
+@at_the_cache
 def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: int) -> LayerCache:
     """Store new keys and values `[B, H_kv, Q, D]`; the result is the edge that `attend` and `compress` read."""
     kv: LayerCache = cache.layers[layer]
@@ -87,20 +97,20 @@ def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: i
     return kv
 
 
-@leaf
+@at_the_cache
 def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int) -> selections.Looks:
     """Let the layer's selection see the new queries `[B, H_q, Q, D]`; scores per sequence where a selection is due."""
     return selections.observe(kv, queries, unrotated, step, step.cache.plan.layers[layer])
 
 
-@leaf
+@at_the_cache
 def together(kv: LayerCache, *queries: Tensor) -> Tensor:
     """Queries `[B, H_q, Q, D]` of layers that read one `kv`, as those of one layer with larger groups."""
     by_head = [torch.unflatten(x, 1, (kv.held.heads, -1)) for x in queries]
     return torch.cat(by_head, 2).flatten(1, 2)
 
 
-@leaf
+@at_the_cache
 def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: Expansion | None = None) -> Tensor:
     """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`.
 
@@ -121,25 +131,25 @@ def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     return attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
 
 
-@leaf
+@at_the_cache
 def compress(kv: LayerCache, looks: selections.Looks, step: Step, layer: int) -> None:
     """Drop what the layer's selection does not keep (nothing where none is due)."""
     selections.compress(step, {layer: looks})
 
 
-@leaf
+@at_the_cache
 def allocate(step: Step, layers: Sequence[int], *looks: selections.Looks) -> None:
     """Split one budget over all the given layers by their scores, then drop what is not kept."""
     selections.compress(step, dict(zip(layers, looks, strict=True)))
 
 
-@leaf
+@at_the_cache
 def trim(kv: LayerCache, step: Step, layer: int) -> None:
     """Free what a sliding layer can never see again."""
     selections.trim(kv, step, step.cache.plan.layers[layer])
 
 
-@leaf
+@at_the_cache
 def settle(kv: LayerCache, step: Step, layer: int) -> None:
     """Encode the tokens that are older than the residual: after a selection, a prefill, or every few decoded tokens.
 
@@ -155,19 +165,19 @@ def settle(kv: LayerCache, step: Step, layer: int) -> None:
         step.cache.encoded()
 
 
-@leaf
+@at_the_cache
 def prefetch(step: Step, layer: int) -> None:
     """Begin to bring an offloaded layer's store to the device, beside what is computed until its `fetch`."""
     step.cache.layers[layer].prefetch()
 
 
-@leaf
+@at_the_cache
 def fetch(step: Step, layer: int) -> None:
     """An offloaded layer's store is on the device from here on."""
     step.cache.layers[layer].fetch()
 
 
-@leaf
+@at_the_cache
 def park(step: Step, layer: int) -> None:
     """Put an offloaded layer's store into host memory until the next pass."""
     step.cache.layers[layer].park()
