@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcompile.errors import KvcompileError
 from kvcompile.storage import Codec
 
 DTYPES = {
@@ -29,6 +30,7 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     Integers: scale = (max - min) / (2^bits - 1), zero = min over each group, both rounded to float16 before the
     codes are taken, so that decoding uses the very numbers that encoding did; a constant group has scale 0, codes 0.
     """
+    _require_known(codec)
     if not codec.scaled:
         return x.to(DTYPES[codec.kind]), None
     grouped = _grouped(x.float(), codec)
@@ -47,6 +49,7 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
 
 def decode(codes: Tensor, scales: Tensor | None, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
     """`[..., n, D]` from what `encode` gave: code * scale + zero."""
+    _require_known(codec)
     if scales is None:
         return codes.to(dtype)
     values = codes.to(dtype) if codec.kind == "float8" else unpack(codes, codec.bits).to(dtype)
@@ -59,6 +62,11 @@ def decode(codes: Tensor, scales: Tensor | None, codec: Codec, dtype: torch.dtyp
     if len(split) == 2:
         decoded = decoded + split[1]
     return decoded.reshape(values.shape)
+
+
+def _require_known(codec: Codec) -> None:
+    if codec.kind not in DTYPES:
+        raise KvcompileError(f"number formats are {', '.join(DTYPES)}", codec.name)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

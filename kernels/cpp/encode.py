@@ -112,7 +112,13 @@ KEEP_TOKENS = """
 @opaque
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     """Same contract as `codecs.encode`, which also does what C++ is not here for (other devices, no compiler)."""
-    if x.device.type != "cpu" or x.dtype not in TYPES or not codec.scaled or not x.numel():
+    if (
+        x.device.type != "cpu"
+        or x.dtype not in TYPES
+        or codec.kind not in ELEMENTS
+        or not codec.scaled
+        or not x.numel()
+    ):
         return codecs.encode(x, codec)
     dim = x.shape[-1]
     run = _kernel(codec, dim, x.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.triton.files import assemble, load
-from kvcompile.kernels.triton.forms import Blocks, blocks, pieces, power_of_two
+from kvcompile.kernels.triton.forms import Blocks, blocks, known, pieces, power_of_two
 from kvcompile.kernels.triton.launch import launch
 from kvcompile.kernels.triton.parts import POINTERS, Argument, Lines, indent
 from kvcompile.kernels.triton.tuning import Choice
@@ -28,6 +28,7 @@ class Encoder:
     """The kernel that encodes vectors of `dim` channels: `text`, `arguments`, `tokens` a program."""
 
     def __init__(self, codec: Codec, dim: int) -> None:
+        known(codec)
         self.codec, self.dim = codec, dim
         self.blocks: Blocks = blocks(dim, [codec])
         self.tokens = codec.group if codec.axis == "channel" else TOKENS

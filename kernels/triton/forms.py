@@ -9,6 +9,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.storage import Codec
 
+KINDS = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "int2")  # what there are fragments for
 SMALLEST = 16  # the shortest side of a matrix product on a tensor core
 WIDEST = 256  # channels that go together; of wider vectors (latents) one block after the other is read and multiplied
 
@@ -110,12 +111,17 @@ def rows_for(spec: KernelSpec) -> int:
     return max(SMALLEST, power_of_two(spec.group))
 
 
+def known(codec: Codec) -> None:
+    """Raise KvcompileError for a number format that nothing here was written for."""
+    if codec.kind not in KINDS:
+        raise KvcompileError(f"kernels=triton knows {', '.join(KINDS)}", codec.name, "set kernels=reference")
+
+
 def check(spec: KernelSpec) -> None:
     """Raise KvcompileError for a spec that no generated kernel covers."""
     for part in spec.parts:
         for codec, dim in ((part.key, spec.head_dim), (part.value, spec.value_dim)):
-            if codec.kind == "float64":
-                raise KvcompileError("kernels=triton reads no float64", spec.name, "set kernels=reference")
+            known(codec)
             if dim % pieces(codec) or (codec.axis == "token" and codec.group and dim % codec.group):
                 raise KvcompileError("channels must fill whole bytes and groups", f"{codec.name} of {dim} channels")
             if part.layout == "paged" and codec.axis == "channel" and part.page % codec.group:
