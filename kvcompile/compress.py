@@ -249,7 +249,7 @@ def compress(step: Step, looks: dict[int, Looks]) -> None:
     for b in range(len(step.cache.seen)):
         mine = {i: found[b] for i in layers if (found := looks[i]) is not None}
         scored = {i: look for i, look in mine.items() if look is not None}
-        counts = _counts(step, scored)
+        counts = _counts(step, scored, step.coming[b] if step.coming else 0)
         for i in layers:
             if i in scored:
                 indices[i] += _top(scored[i].scores, counts[i])
@@ -260,11 +260,11 @@ def compress(step: Step, looks: dict[int, Looks]) -> None:
             _keep(step, i, indices[i])
 
 
-def _counts(step: Step, scored: dict[int, LayerScores]) -> dict[int, Tensor]:
-    """Tokens per head `[H_kv]` for each scored layer of one sequence."""
+def _counts(step: Step, scored: dict[int, LayerScores], coming: int) -> dict[int, Tensor]:
+    """Tokens per head `[H_kv]` for each scored layer of one sequence, of whose prompt so many tokens are `coming`."""
     plan, counts, dynamic = step.cache.plan, {}, []
     for i, look in scored.items():
-        fixed = plan.kept(i, look.newest + 1)
+        fixed = plan.kept(i, look.newest + 1, coming)
         if fixed is None:
             dynamic.append(i)
         else:

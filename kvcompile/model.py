@@ -19,6 +19,7 @@ from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.opaque import opaque
 from kvcompile.plan import Plan
+from kvcompile.prompt import Prompt
 
 # what `generate` and `Trainer` pass on to every model, and no model reads
 IGNORED = {"cache_position", "token_type_ids", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
@@ -144,26 +145,26 @@ class CompiledMixin:
         """The graph over the prompt in chunks of `prefill_chunk` tokens; logits of the wanted tokens only."""
         count = ids.shape[1]
         chunk = self.kvcompile.plan.prefill_chunk if caching else 0
-        chunk = chunk or count
+        prompt = Prompt(ids, positions, mask)
+        if 0 < chunk < count:
+            prompt = prompt.aligned()
         wanted = _wanted(keep, count)
+        columns = list(range(count)) if wanted is None else wanted
+        asked = None if wanted is None and prompt.places is None else prompt.asked(columns)
         pieces = []
-        for first in range(0, count, chunk):
-            stop = min(first + chunk, count)
-            cache.chunk(prompting=count > 1, last=stop == count)
+        for part in prompt.chunks(chunk or count):
+            cache.chunk(count > 1, part.last, part.coming)
             mine: Any = slice(None)
-            if wanted is not None:
-                mine = torch.tensor(
-                    [i - first for i in sorted(wanted) if first <= i < stop], dtype=torch.long, device=ids.device
-                )
-            at = positions[:, first:stop]
+            if asked is not None:
+                here = [i - part.first for i in asked if part.first <= i < part.stop]
+                mine = torch.tensor(here, dtype=torch.long, device=ids.device)
+            at = prompt.positions[:, part.first : part.stop]
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
-            seen = None if mask is None else mask[:, : mask.shape[1] - (count - stop)]
-            pieces.append(self.kvcompile.graph(ids[:, first:stop], seen, at, cache, mine))
+            seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
+            pieces.append(self.kvcompile.graph(prompt.ids[:, part.first : part.stop], seen, at, cache, mine))
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        if wanted is None or wanted == sorted(wanted):
-            return logits
-        return logits[:, [sorted(wanted).index(i) for i in wanted]]
+        return logits if asked is None else prompt.restored(logits, asked, columns)
 
     def _prepare_cache_for_generation(
         self,

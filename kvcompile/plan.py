@@ -197,8 +197,12 @@ class Plan:
                     f"stack.{s.policy}.budget={sinks + recent} or more",
                 )
 
-    def kept(self, index: int, tokens: int) -> tuple[int, ...] | None:
-        """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input."""
+    def kept(self, index: int, tokens: int, coming: int = 0) -> tuple[int, ...] | None:
+        """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input.
+
+        Between chunks, where `coming` tokens of the prompt are still to be read, a layer also keeps what it needs to
+        hold its share of the whole prompt at the end.
+        """
         p = self.layers[index]
         full = p.span(tokens)
         if p.selection is None:
@@ -207,7 +211,11 @@ class Plan:
             return None
         budget, floor = p.selection.resolve(full)
         place, count = self.rank(index)
-        return p.selection.allocation.static(place, count, p.kv_heads, budget, full, floor)
+        now = p.selection.allocation.static(place, count, p.kv_heads, budget, full, floor)
+        later = self.kept(index, tokens + coming) if now is not None and coming else None
+        if now is None or later is None:
+            return now
+        return tuple(max(a, min(full, b - coming)) for a, b in zip(now, later, strict=True))
 
     def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
         """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""

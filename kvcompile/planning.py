@@ -115,6 +115,8 @@ def show(plan: Plan, config: Config, console: Console) -> None:
                 "the rows above are an estimate",
                 highlight=False,
             )
+    for note in notes(plan):
+        console.print(note, highlight=False)
     if wanted.memory:
         fit, before = (tokens_that_fit(plan, wanted.batch, wanted.memory, dense=d) for d in (False, True))
         console.print(
@@ -122,6 +124,18 @@ def show(plan: Plan, config: Config, console: Console) -> None:
             f"(cache only, batch {wanted.batch})",
             highlight=False,
         )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What of a plan is not exact though nothing is dropped: prompts in chunks over codes."""
+    between = [p for p in plan.owners if p.selection is None or p.selection.schedule.between_chunks]
+    coded = sorted({p.storage.policy for p in between if p.storage.coded})
+    if not plan.prefill_chunk or not coded:
+        return []
+    return [
+        f"{', '.join(coded)}: later chunks of a prompt read the codes of earlier ones (prefill_chunk="
+        f"{plan.prefill_chunk:,}), so that its own logits are not exact. prefill_chunk=0 reads a prompt exactly."
+    ]
 
 
 def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:

@@ -21,6 +21,7 @@ from kvcompile.heldout import longest, windows
 from kvcompile.needle import NeedleResult, NeedleTask, score
 from kvcompile.perplexity import of_windows
 from kvcompile.plan import Plan
+from kvcompile.planning import notes
 from kvcompile.progress import Progress
 from kvcompile.report import LayerRow, Report
 from kvcompile.speed import Comparison, compare
@@ -199,7 +200,7 @@ def _kernels(model: Any) -> list[str]:
 def warnings(model: Any, made: Report) -> list[str]:
     """What a reader of the numbers must know."""
     plan: Plan = model.kvcompile.plan
-    found = []
+    found = notes(plan)
     before, after = made.perplexity or (1.0, 1.0)
     if converts(plan) and made.healed is None and not after <= WORSE * before:
         names = ", ".join(each.name for each in plan.applied if each.family == "structure")

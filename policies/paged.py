@@ -8,6 +8,8 @@ from typing import ClassVar
 from kvcompile.plan import LayerPlan
 from kvcompile.policies.coded import StoragePolicy
 
+LARGEST = 4096  # tokens; every row of every layer takes a whole page with its first token
+
 
 @dataclass(frozen=True)
 class Paged(StoragePolicy):
@@ -16,7 +18,7 @@ class Paged(StoragePolicy):
     A selection hands emptied pages back. Beams, repeated sequences and `KVCache.fork()` share pages, and copy one only
     to write to it. Under a policy that encodes old tokens (kivi) their codes lie in pages, the newest tokens do not.
 
-    page: tokens a page, rounded up to whole groups of tokens that share scales. Half a page a row is spare on average;
+    page: tokens a page, 1 to 4,096, rounded up to whole groups of tokens that share scales. Half a page a row is spare on average;
     pages in the order of memory, as a prompt leaves them, are read like one stretch whatever their size. Of scattered
     ones, large pages are read faster (`benchmarks/results/cpu_kernels.md`).
     """
@@ -27,7 +29,7 @@ class Paged(StoragePolicy):
     page: int = 16
 
     def __post_init__(self) -> None:
-        self.require(self.page >= 1, "page", "1 or more")
+        self.require(1 <= self.page <= LARGEST, "page", f"1 to {LARGEST:,} tokens; a row fills its last page by half")
 
     def store(self, p: LayerPlan) -> LayerPlan:
         """In pages."""

@@ -218,6 +218,26 @@ def test_a_prompt_in_chunks_ends_in_the_planned_bytes(stack: Options, logits: fl
         assert [r.bytes for r in rows] == [r.planned_bytes for r in rows]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@every
+def test_chunks_of_a_padded_batch_are_encoded_as_those_of_its_sequences(
+    stack: Options, logits: float, side: str
+) -> None:
+    """Later chunks read codes, so that it matters where a sequence is cut: batch N is N times batch 1."""
+    model, ids, lengths = compiled(stack, kernels="sdpa", prefill_chunk=16), tiny_ids(3, TOKENS), (TOKENS, 41, 23)
+    mask = torch.zeros_like(ids)
+    places = [slice(TOKENS - n, TOKENS) if side == "left" else slice(n) for n in lengths]
+    for b, place in enumerate(places):
+        mask[b, place] = 1
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask)
+        for b, place in enumerate(places):
+            alone = model(ids[b : b + 1, place])
+            torch.testing.assert_close(together.logits[b : b + 1, place], alone.logits, atol=1e-4, rtol=1e-4)
+            rows = [per_layer[b * HEADS : (b + 1) * HEADS] for per_layer in kept_positions(together.past_key_values)]
+            assert rows == kept_positions(alone.past_key_values)
+
+
 @pytest.mark.parametrize("stack", [KIVI8, STORED["int8"][0]], ids=["kivi", "int8"])
 def test_crop_is_exact_or_refused(stack: Options) -> None:
     ids = tiny_ids(1, TOKENS + 60)

@@ -35,6 +35,7 @@ class Step:
     last: bool  # the last chunk of the prompt, or a decoded token
     tick: int = 0  # tokens decoded since the last prefill, this one included
     shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
+    coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
     shared: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
 
     def due(self, decode_every: int, between_chunks: bool = True) -> bool:
@@ -75,11 +76,11 @@ class KVCache(Cache):  # type: ignore[misc]
         self.shift: Tensor | None = None
         self.tick = 0
         self.croppable = 0
-        self.prompting, self.last_chunk = False, True
+        self.chunk(prompting=False, last=True)
 
-    def chunk(self, prompting: bool, last: bool) -> None:
-        """Say of the next pass whether it is part of a prompt, and the last part of it."""
-        self.prompting, self.last_chunk = prompting, last
+    def chunk(self, prompting: bool, last: bool, coming: list[int] | None = None) -> None:
+        """Say of the next pass whether it is part of a prompt, the last part of it, and what is `coming` after it."""
+        self.prompting, self.last_chunk, self.coming = prompting, last, coming
 
     def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
         """Open a forward pass over new `tokens [B, Q]`; the mask `[B, seen + Q]` says which are padding.
@@ -103,7 +104,7 @@ class KVCache(Cache):  # type: ignore[misc]
             self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
         self.tick = 0 if prefill else self.tick + 1
         self.croppable = self.croppable + count if valid is None else 0
-        return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift)
+        return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
 
     def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
         if mask is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from contract_table import SNAPKV, compiled
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import tiny_ids
 from torch._subclasses import FakeTensorMode
 
 from kvcompile.policies.adakv import AdaptiveHeads, hits
@@ -15,6 +18,7 @@ from kvcompile.policies.allocation import largest_remainder, water_fill
 from kvcompile.policies.pyramidkv import Pyramid
 from kvcompile.policies.zigzag import Uncertainty, minimal_budget
 from kvcompile.program.select import Look, allotted
+from kvcompile.prove import prove
 from kvcompile.selection import Allocation, Demand, LayerScores, Uniform
 
 INF = float("inf")
@@ -279,3 +283,33 @@ def test_zigzag_in_a_program_is_zigzag(drawn: tuple[list[LayerScores], Uncertain
     most = how.most([Demand(len(x.lengths), int(x.budget), int(x.floor), int(x.lengths[0])) for x in layers])
     spent = [k.double().mean() if how.competing else k.max() for k in got]
     assert all(k <= limit for k, limit in zip(spent, most, strict=True))
+
+
+CHUNKED = {
+    "uniform": {"knorm": {}},
+    "pyramidkv": {"pyramidkv": {}},
+    "pyramidkv, steeper": {"snapkv": SNAPKV, "pyramidkv": {"beta": 2.0}},
+    "adakv": {"adakv": {}},
+    "zigzag": {"zigzag": {}},
+    "retrieval_heads": {"retrieval_heads": {"heads": [[0, 1], [2, 0]], "recent": 4}},
+}
+
+
+@pytest.mark.parametrize("stack", CHUNKED.values(), ids=CHUNKED)
+@example(0.6, 3, 60, "llama")  # steeper than one token a token
+@example(40, 3, 60, "llama")  # uniform at first, a pyramid at the end
+@example(0.6, 128, 200, "llama")  # a pyramid at first, uniform at the end
+@given(
+    st.sampled_from([0.3, 0.52, 0.9, 24, 40, 60, 100]),
+    st.sampled_from([5, 16, 40, 128]),
+    st.integers(20, 230),
+    st.sampled_from(["llama", "gemma2"]),
+)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+def test_a_prompt_in_chunks_ends_in_the_planned_tokens(
+    stack: dict[str, dict[str, Any]], budget: float, chunk: int, tokens: int, architecture: str
+) -> None:
+    """What an early chunk evicts must not be what the split of the whole prompt keeps."""
+    fields = {name: {**own, "budget": budget} if name == list(stack)[-1] else own for name, own in stack.items()}
+    rows, _ = prove(compiled(fields, architecture, kernels="sdpa", prefill_chunk=chunk), tiny_ids(1, tokens))
+    assert all(row.planned in (None, row.kept) for row in rows)

@@ -1,0 +1,72 @@
+"""How a prompt is cut into chunks: after so many real tokens of each sequence, wherever its padding is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One pass over the columns `first : stop` of a prompt; `coming[b]` real tokens of a sequence are still to come."""
+
+    first: int
+    stop: int
+    last: bool
+    coming: list[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """New tokens `ids [B, Q]`, true positions `[B, Q]`, and the padding mask `[B, past + Q]` (None: no padding).
+
+    `places [B, Q]`: the column here of each column as it was given (None: the same).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    places: Tensor | None = None
+
+    def aligned(self) -> Prompt:
+        """The same with every sequence's real tokens first, so that chunks cut it as they cut it alone."""
+        batch, count = self.ids.shape
+        mask = self.mask
+        if mask is None or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < count:
+            return self  # of a wrong shape: the cache will say so
+        padding = mask[:, -count:].eq(0)
+        if not bool(padding.any()):
+            return self
+        order = padding.int().argsort(dim=1, stable=True)
+        moved = torch.cat((mask[:, :-count], mask[:, -count:].gather(1, order)), 1)
+        positions = self.positions.expand(batch, -1).gather(1, order)
+        return Prompt(self.ids.gather(1, order), positions, moved, order.argsort(dim=1))
+
+    def chunks(self, length: int) -> Iterator[Chunk]:
+        """Passes over `length` columns each; the last one may be shorter."""
+        batch, count = self.ids.shape
+        for first in range(0, count, length):
+            stop = min(first + length, count)
+            after = count - stop
+            masked = self.mask is not None and after
+            coming = self.mask[:, -after:].ne(0).sum(1).tolist() if masked else [after] * batch
+            yield Chunk(first, stop, stop == count, coming)
+
+    def asked(self, columns: Sequence[int]) -> list[int]:
+        """Columns here, ascending, that hold any sequence's token of the given `columns`."""
+        if self.places is None:
+            return sorted(set(columns))
+        return sorted(set(self.places[:, list(columns)].flatten().tolist()))
+
+    def restored(self, results: Tensor, asked: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """`[B, len(columns), V]`, as the tokens were given, out of `results [B, len(asked), V]`."""
+        found = {column: i for i, column in enumerate(asked)}
+        if self.places is None:
+            same = list(asked) == list(columns)
+            return results if same else results[:, [found[column] for column in columns]]
+        rows = [[found[c] for c in row] for row in self.places[:, list(columns)].tolist()]
+        at = torch.tensor(rows, dtype=torch.long, device=results.device)
+        return results[torch.arange(len(rows), device=results.device).unsqueeze(1), at]
