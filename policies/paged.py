@@ -18,9 +18,9 @@ class Paged(StoragePolicy):
     A selection hands emptied pages back. Beams, repeated sequences and `KVCache.fork()` share pages, and copy one only
     to write to it. Under a policy that encodes old tokens (kivi) their codes lie in pages, the newest tokens do not.
 
-    page: tokens a page, 1 to 4,096, rounded up to whole groups of tokens that share scales. Half a page a row is spare on average;
-    pages in the order of memory, as a prompt leaves them, are read like one stretch whatever their size. Of scattered
-    ones, large pages are read faster (`benchmarks/results/cpu_kernels.md`).
+    page: tokens a page, 1 to 4,096, rounded up to whole groups of tokens that share scales. Half a page a row is spare
+    on average; pages in the order of memory, as a prompt leaves them, are read like one stretch whatever their size. Of
+    scattered ones, large pages are read faster (`benchmarks/results/cpu_kernels.md`).
     """
 
     name: ClassVar[str] = "paged"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from io import StringIO
+from typing import Any
 
+import contract_table
 import pytest
 from rich.console import Console
 
@@ -70,6 +72,23 @@ def test_a_plan_that_calibration_may_change_says_so(given: list[str], said: bool
     config = compose(["recipe=retrieval_heads", *given])
     text = " ".join(shown(planning.plan_of(config), config).split())
     assert ("not calibrated: retrieval_heads finds out which heads retrieve when a model is compiled" in text) == said
+
+
+@pytest.mark.parametrize(
+    ("stack", "chunk", "said"),
+    [
+        ({"int8": {}}, 64, True),
+        ({"snapkv": {"between_chunks": True}, "kivi": {}}, 64, True),
+        ({"snapkv": {"between_chunks": False}, "kivi": {}}, 64, False),
+        ({"int8": {}}, 0, False),
+        ({"snapkv": {}}, 64, False),
+    ],
+)
+def test_a_plan_whose_prompts_are_read_over_codes_says_so(
+    stack: dict[str, dict[str, Any]], chunk: int, said: bool
+) -> None:
+    found = planning.notes(contract_table.plan_of(stack, prefill_chunk=chunk))
+    assert [("prefill_chunk=64" in note, "codes" in note) for note in found] == [(True, True)] * said
 
 
 def test_summary_row_has_the_totals() -> None:

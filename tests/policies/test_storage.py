@@ -39,6 +39,7 @@ def test_two_number_formats_on_one_layer_are_refused_by_name() -> None:
         ("kivi", {"group": 32, "residual": 100}, "residual must be a multiple of the group, 32"),
         ("kivi", {"residual": -32}, "residual must be 0 or more"),
         ("int8", {"residual": -1}, "residual must be 0 or more"),
+        *(("paged", {"page": page}, "page must be 1 to 4,096") for page in (10**9, 10**30, 4097, 0, -1)),
     ],
 )
 def test_fields_out_of_range_are_refused(name: str, fields: dict[str, Any], rule: str) -> None:
