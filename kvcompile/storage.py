@@ -7,7 +7,7 @@ from typing import Literal
 
 Axis = Literal["none", "token", "channel"]
 BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
-SCALE_BYTES = 2  # scales and zeros are float16
+SCALE_BYTES = 2  # scales and zeros are float16; what they cannot hold is refused (see `cache.scales`)
 FLUSH = 32  # decoded tokens between two encodings of a layer: some twenty small calls, however many rows they are for
 
 

@@ -13,6 +13,7 @@ from kvcompile.cache.body import Body, Codes, Format, RaggedBody
 from kvcompile.cache.paged import paged
 from kvcompile.cache.paged_body import PagedBody
 from kvcompile.cache.ragged import padded
+from kvcompile.cache.scales import require_held
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Mover, compact
@@ -33,9 +34,14 @@ class CodedStore:
     layout = "coded"
 
     def __init__(
-        self, storage: Storage, tail: plain.PlainStore, encoder: Encoder = encode, mover: Mover = compact
+        self,
+        storage: Storage,
+        tail: plain.PlainStore,
+        encoder: Encoder = encode,
+        mover: Mover = compact,
+        layer: int = 0,
     ) -> None:
-        self.storage, self.tail, self.mover = storage, tail, mover
+        self.storage, self.tail, self.mover, self.layer = storage, tail, mover, layer
         self.body: Body | None = None
         dtype = tail.keys.dtype
         self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
@@ -74,13 +80,15 @@ class CodedStore:
     def settle(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
 
-        Returns whether anything was encoded.
+        Returns whether anything was encoded. Raises KvcompileError for numbers that float16 scales cannot hold.
         """
         lengths = self.tail.lengths
         if max(lengths) < self.storage.residual + self.format.block:
             return False
         counts = [self.storage.encoded(n) for n in lengths]
-        new = Codes.of(*self.tail.oldest(counts), self.format)
+        keys, values, positions = self.tail.oldest(counts)
+        new = Codes.of(keys, values, positions, self.format)
+        require_held(new, (keys, values), self.format, self.storage.policy, self.layer)
         if self.body is None:
             self.body = self._opened(new, counts, headroom)
         self.body.append(counts, new, headroom, self.mover)

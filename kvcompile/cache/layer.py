@@ -92,7 +92,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if self.store is None:
             storage = self.plan.storage
             first = plain.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page, latent)
-            self.store = CodedStore(storage, first, self.encoder, self.mover) if storage.coded else first
+            coded = (storage, first, self.encoder, self.mover, self.plan.index)
+            self.store = CodedStore(*coded) if storage.coded else first
             self.is_initialized = True
         if self.shuttle is not None and self.shuttle.home is not None:
             self.shuttle.appended.append(((keys, values, positions, valid), headroom))
