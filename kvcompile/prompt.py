@@ -51,8 +51,9 @@ class Prompt:
         for first in range(0, count, length):
             stop = min(first + length, count)
             after = count - stop
-            masked = self.mask is not None and after
-            coming = self.mask[:, -after:].ne(0).sum(1).tolist() if masked else [after] * batch
+            coming = [after] * batch
+            if self.mask is not None and after:
+                coming = self.mask[:, -after:].ne(0).sum(1).tolist()
             yield Chunk(first, stop, stop == count, coming)
 
     def asked(self, columns: Sequence[int]) -> list[int]:

@@ -23,13 +23,16 @@ def require_held(codes: Codes, given: Sequence[Tensor], format: Format, policy: 
     Read back are the largest scale of keys and that of values, no more, unless one is out of the ordinary. An encoding
     is judged as a whole: small groups beside large ones are off by 255 x 2^-25 at most.
     """
-    sides = (("keys", given[0], codes.keys, codes.key_scales, format.key),)
-    sides += (("values", given[1], codes.values, codes.value_scales, format.value),)
-    scaled = [side for side in sides if side[3] is not None and side[3].numel()]
-    largest = [side[3][..., 0, :].abs().amax() for side in scaled]  # type: ignore[index]  # zeros lie behind them
-    if not largest:
+    keys, values = given
+    sides = (
+        ("keys", keys, codes.keys, codes.key_scales, format.key),
+        ("values", values, codes.values, codes.value_scales, format.value),
+    )
+    scaled = [(*side, side[3][..., 0, :]) for side in sides if side[3] is not None]  # zeros lie behind scales
+    if not scaled:
         return
-    for (name, x, stored, scales, codec), scale in zip(scaled, torch.stack(largest).tolist(), strict=True):
+    largest = torch.stack([part.abs().amax() for *_, part in scaled]).tolist()
+    for (name, x, stored, scales, codec, _), scale in zip(scaled, largest, strict=True):
         fine = math.isfinite(scale) and scale >= COARSE
         if not fine and _lost(x, stored, scales, codec):
             raise KvcompileError(
@@ -44,7 +47,7 @@ def _lost(x: Tensor, stored: Tensor, scales: Tensor | None, codec: Codec) -> boo
     most = float(x.abs().amax())
     if not math.isfinite(most) or not most:
         return False  # the model's own infinity; zeros are zeros
-    unit = 2.0 ** -math.floor(math.log2(most))
+    unit = 2.0 ** min(1000, -math.floor(math.log2(most)))
     ideal = x.double() * unit
     error = (decode(stored, scales, codec, torch.float64) * unit - ideal).square().mean()
     expected = (decode(*encode(ideal, codec), codec, torch.float64) - ideal).square().mean()
