@@ -70,4 +70,4 @@ class Prompt:
             return results if same else results[:, [found[column] for column in columns]]
         rows = [[found[c] for c in row] for row in self.places[:, list(columns)].tolist()]
         at = torch.tensor(rows, dtype=torch.long, device=results.device)
-        return results[torch.arange(len(rows), device=results.device).unsqueeze(1), at]
+        return results[torch.arange(len(rows), dtype=torch.long, device=results.device).unsqueeze(1), at]
