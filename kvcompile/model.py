@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from kvcompile.kernels.opaque import opaque
 from kvcompile.plan import Plan
 from kvcompile.prompt import Prompt
 
+log = logging.getLogger(__name__)
 # what `generate` and `Trainer` pass on to every model, and no model reads
 IGNORED = {"cache_position", "token_type_ids", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 
@@ -37,6 +39,7 @@ class Compiled:
     recipe: str
     changes: dict[str, int]
     healed: HealRecord | None = None
+    told: bool = False  # that one pass over a text does not read its cache
 
 
 class CompiledMixin:
@@ -149,6 +152,8 @@ class CompiledMixin:
         if 0 < chunk < count:
             prompt = prompt.aligned()
         wanted = _wanted(keep, count)
+        if wanted is None and count > 1:
+            self._tell_of_one_pass()
         columns = list(range(count)) if wanted is None else wanted
         asked = None if wanted is None and prompt.places is None else prompt.asked(columns)
         pieces = []
@@ -165,6 +170,17 @@ class CompiledMixin:
             pieces.append(self.kvcompile.graph(prompt.ids[:, part.first : part.stop], seen, at, cache, mine))
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         return logits if asked is None else prompt.restored(logits, asked, columns)
+
+    def _tell_of_one_pass(self) -> None:
+        """Log once that logits of every token of a prompt, as a benchmark may score them, say nothing of the stack."""
+        compiled = self.kvcompile
+        lossy = any(p.selection is not None or p.storage.coded for p in compiled.plan.owners)
+        if lossy and not compiled.told and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            compiled.told = True
+            log.warning(
+                "kvcompile: logits of a whole prompt are computed before its cache is compressed. A loss or benchmark "
+                "made of them measures the uncompressed model; kvcompile.perplexity reads the compressed cache."
+            )
 
     def _prepare_cache_for_generation(
         self,

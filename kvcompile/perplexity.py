@@ -1,4 +1,4 @@
-"""Perplexity of text read through the cache: prefill, then one token at a time, as in generation."""
+"""Perplexity and log-likelihood of text read through the cache: prefill, then one token at a time, as in generation."""
 
 from __future__ import annotations
 
@@ -31,6 +31,32 @@ def cached_perplexity(
 def of_windows(model: Any, rows: Tensor, context: int, progress: Progress = silent) -> float:
     """`cached_perplexity` of windows `[windows, context + tokens + 1]` (see `spread`)."""
     return math.exp(_losses(model, rows.to(model.device), context, progress).mean().item())
+
+
+@torch.inference_mode()
+def cached_log_likelihood(model: Any, context: Tensor, continuation: Tensor) -> tuple[float, bool]:
+    """Log-likelihood (nats) of a continuation read through the cache, and whether it is what greedy decoding gives.
+
+    sum over i of log p(y[i] | cache of x[:-1], x[-1], y[:i]): the prompt is compressed one token before its end, so
+    that each token of the continuation, the first one too, is predicted by a query over the compressed cache.
+    context: ids `[n]`, continuation: ids `[m]`, n and m 1 or more. A context of one token leaves nothing to compress.
+    Raises KvcompileError if one of them is empty.
+    """
+    context, continuation = (ids.reshape(1, -1).to(model.device) for ids in (context, continuation))
+    if not context.numel() or not continuation.numel():
+        raise KvcompileError(
+            "context and continuation must hold a token each",
+            f"{context.numel()} and {continuation.numel()}",
+            "give an empty context the token that texts begin with",
+        )
+    cache = forward(model, context[:, :-1])[1] if context.numel() > 1 else None
+    total, greedy, token = 0.0, True, context[:, -1:]
+    for target in continuation[0]:
+        logits, cache = forward(model, token, cache)
+        total += float(logits[0].float().log_softmax(-1)[target])
+        greedy = greedy and int(logits[0].argmax()) == int(target)
+        token = target.reshape(1, 1)
+    return total, greedy
 
 
 def spread(ids: Tensor, context: int, tokens: int, windows: int) -> Tensor:

@@ -302,5 +302,5 @@ def test_refusals(what: str, chunked: Any) -> None:
 
 def test_only_a_causal_lm_is_compiled() -> None:
     for model, kind in ((torch.nn.Linear(3, 3), "Linear"), (tiny_model().model, "LlamaModel"), (None, "NoneType")):
-        with pytest.raises(KvcompileError, match=f"causal LM of transformers is compiled, got {kind}"):
+        with pytest.raises(KvcompileError, match=f"only a causal LM of transformers can be compiled, got {kind}"):
             kvcompile.compile(model, "zigzag")
