@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kvcompile.cache import KVCache
 from kvcompile.cache.cache import Rotary
 from kvcompile.errors import KvcompileError
+from kvcompile.graph.entries import from_embeddings, with_states
 from kvcompile.graph.live import LiveGraph, Skeleton
 from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
@@ -40,6 +41,17 @@ class Compiled:
     changes: dict[str, int]
     healed: HealRecord | None = None
     told: bool = False  # that one pass over a text does not read its cache
+    entries: dict[tuple[bool, bool], LiveGraph] = field(default_factory=dict)
+
+    def entry(self, embeddings: bool, states: bool) -> LiveGraph:
+        """The graph, or one that begins at embeddings, or that returns hidden states beside logits, or both."""
+        if not (embeddings or states):
+            return self.graph
+        made = self.entries.get((embeddings, states))
+        if made is None:
+            made = from_embeddings(self.graph) if embeddings else self.graph
+            made = self.entries[embeddings, states] = with_states(made) if states else made
+        return made
 
 
 class CompiledMixin:
@@ -60,43 +72,43 @@ class CompiledMixin:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """One forward pass over `input_ids [B, Q]`; a prompt is compressed at its end (and between its chunks).
+        """One forward pass over `input_ids [B, Q]`, or `inputs_embeds [B, Q, hidden]` in their place.
 
+        A prompt is compressed at its end (and between its chunks). What is None is as the config says.
         Raises KvcompileError for inputs the compiled graph does not take.
         """
-        _refuse(kwargs)
+        config: Any = self.config  # type: ignore[attr-defined]
+        _refuse({"output_attentions": config.output_attentions, **kwargs})
         self.kvcompile.skeleton.check()
-        if input_ids is None:
-            raise KvcompileError("a compiled model reads input_ids", "none", "pass input_ids, not inputs_embeds")
-        if input_ids.ndim != 2 or not input_ids.shape[1]:
-            raise KvcompileError(
-                "a pass needs new tokens, input_ids [B, Q]",
-                list(input_ids.shape),
-                "with the cache of a first turn, give generate the whole conversation",
-            )
-        if use_cache is None:
-            use_cache = self.config.use_cache  # type: ignore[attr-defined]
+        use_cache = config.use_cache if use_cache is None else use_cache
+        states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        tokens = _tokens(input_ids, inputs_embeds)
         cache = self._own(past_key_values)
         _require_tokens(attention_mask)
         if position_ids is None:
-            position_ids = _positions(input_ids, attention_mask, cache.seen)
-        elif position_ids.shape[-1] != input_ids.shape[1]:
+            position_ids = _positions(tokens, attention_mask, cache.seen)
+        elif position_ids.shape[-1] != tokens.shape[1]:
             raise KvcompileError(
                 "every new token has a position, and a place in the attention mask",
-                f"position_ids {list(position_ids.shape)} of input_ids {list(input_ids.shape)}",
+                f"position_ids {list(position_ids.shape)} of new tokens {list(tokens.shape)}",
             )
-        logits = self._run(input_ids, attention_mask, position_ids, cache, logits_to_keep, use_cache is not False)
+        prompt = Prompt(tokens, position_ids, attention_mask)
+        chunk = self.kvcompile.plan.prefill_chunk if use_cache else 0
+        logits, hidden = self._run(prompt, cache, logits_to_keep, chunk, states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)  # type: ignore[attr-defined]
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
-        whole = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size)  # type: ignore[attr-defined]
+        kept = cache if use_cache else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept, hidden_states=hidden or None)
+        whole = config.return_dict if return_dict is None else return_dict
         return output if whole else output.to_tuple()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -143,12 +155,14 @@ class CompiledMixin:
         return cache
 
     def _run(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache, keep: int | Tensor, caching: bool
-    ) -> Tensor:
-        """The graph over the prompt in chunks of `prefill_chunk` tokens; logits of the wanted tokens only."""
-        count = ids.shape[1]
-        chunk = self.kvcompile.plan.prefill_chunk if caching else 0
-        prompt = Prompt(ids, positions, mask)
+        self, prompt: Prompt, cache: KVCache, keep: int | Tensor, chunk: int, states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The graph over the prompt in chunks of so many tokens (0: in one): logits of the wanted tokens only.
+
+        Beside them what enters each layer and leaves the last, of all tokens; nothing unless `states` are asked for.
+        """
+        count, device = prompt.ids.shape[1], prompt.ids.device
+        graph = self.kvcompile.entry(prompt.ids.ndim == 3, states)
         if 0 < chunk < count:
             prompt = prompt.aligned()
         wanted = _wanted(keep, count)
@@ -156,20 +170,25 @@ class CompiledMixin:
             self._tell_of_one_pass()
         columns = list(range(count)) if wanted is None else wanted
         asked = None if wanted is None and prompt.places is None else prompt.asked(columns)
-        pieces = []
+        pieces, inner = [], []
         for part in prompt.chunks(chunk or count):
             cache.chunk(count > 1, part.last, part.coming)
             mine: Any = slice(None)
             if asked is not None:
                 here = [i - part.first for i in asked if part.first <= i < part.stop]
-                mine = torch.tensor(here, dtype=torch.long, device=ids.device)
+                mine = torch.tensor(here, dtype=torch.long, device=device)
             at = prompt.positions[:, part.first : part.stop]
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
             seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
-            pieces.append(self.kvcompile.graph(prompt.ids[:, part.first : part.stop], seen, at, cache, mine))
+            out = graph(prompt.ids[:, part.first : part.stop], seen, at, cache, mine)
+            logits, between = out if states else (out, ())
+            pieces.append(logits)
+            inner.append(between)
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        return logits if asked is None else prompt.restored(logits, asked, columns)
+        every = list(range(count))
+        hidden = tuple(prompt.restored(torch.cat(x, 1), every, every) for x in zip(*inner, strict=True))
+        return logits if asked is None else prompt.restored(logits, asked, columns), hidden
 
     def _tell_of_one_pass(self) -> None:
         """Log once that logits of every token of a prompt, as a benchmark may score them, say nothing of the stack."""
@@ -221,13 +240,28 @@ class CompiledMixin:
             given._is_user_defined = True
 
 
+def _tokens(ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """The new tokens, ids `[B, Q]` or embeddings `[B, Q, hidden]`, whichever were given. Raises KvcompileError."""
+    if (ids is None) == (embeddings is None):
+        found = "neither" if ids is None else "both"
+        raise KvcompileError("a pass reads input_ids or inputs_embeds", found, "pass one of them")
+    tokens, shape = (ids, "input_ids [B, Q]") if embeddings is None else (embeddings, "inputs_embeds [B, Q, hidden]")
+    if tokens is None or tokens.ndim != shape.count(",") + 1 or not tokens.shape[1]:
+        raise KvcompileError(
+            f"a pass needs new tokens, {shape}",
+            None if tokens is None else list(tokens.shape),
+            "with the cache of a first turn, give generate the whole conversation",
+        )
+    return tokens
+
+
 @opaque
 def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
     """True positions `[B, Q]` of new tokens: how many real ones each sequence had before; padding is not counted.
 
     mask `[B, past + Q]` says which tokens are real (None: all). `seen`: tokens of each sequence so far.
     """
-    batch, count = ids.shape
+    batch, count = ids.shape[:2]
     start = torch.tensor(seen if len(seen) == batch else [0] * batch, device=ids.device, dtype=torch.int64).unsqueeze(1)
     if mask is None or mask.ndim != 2 or mask.shape[0] != batch:  # of a wrong shape: the cache will say so
         return start + torch.arange(count, device=ids.device, dtype=torch.int64)
@@ -253,9 +287,9 @@ def _refuse(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if name not in IGNORED and value is not None and value is not False:
             raise KvcompileError(
-                "a compiled model takes input_ids, attention_mask, position_ids, past_key_values, labels",
+                "a compiled model takes tokens, attention_mask, position_ids, past_key_values, labels",
                 f"{name}",
-                "leave it out; attentions, hidden states and embeddings are not part of the compiled graph",
+                "leave it out; the weights of attentions are never computed",
             )
 
 

@@ -21,7 +21,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Prompt:
-    """New tokens `ids [B, Q]`, true positions `[B, Q]`, and the padding mask `[B, past + Q]` (None: no padding).
+    """New tokens, true positions `[B, Q]`, and the padding mask `[B, past + Q]` (None: no padding).
+
+    `ids`: ids `[B, Q]` or embeddings `[B, Q, hidden]`.
 
     `places [B, Q]`: the column here of each column as it was given (None: the same).
     """
@@ -33,7 +35,7 @@ class Prompt:
 
     def aligned(self) -> Prompt:
         """The same with every sequence's real tokens first, so that chunks cut it as they cut it alone."""
-        batch, count = self.ids.shape
+        batch, count = self.ids.shape[:2]
         mask = self.mask
         if mask is None or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < count:
             return self  # of a wrong shape: the cache will say so
@@ -43,11 +45,12 @@ class Prompt:
         order = padding.int().argsort(dim=1, stable=True)
         moved = torch.cat((mask[:, :-count], mask[:, -count:].gather(1, order)), 1)
         positions = self.positions.expand(batch, -1).gather(1, order)
-        return Prompt(self.ids.gather(1, order), positions, moved, order.argsort(dim=1))
+        sequences = torch.arange(batch, device=order.device, dtype=torch.int64).unsqueeze(1)
+        return Prompt(self.ids[sequences, order], positions, moved, order.argsort(dim=1))
 
     def chunks(self, length: int) -> Iterator[Chunk]:
         """Passes over `length` columns each; the last one may be shorter."""
-        batch, count = self.ids.shape
+        batch, count = self.ids.shape[:2]
         for first in range(0, count, length):
             stop = min(first + length, count)
             after = count - stop

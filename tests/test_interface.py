@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_ids, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 import kvcompile
@@ -103,3 +103,55 @@ def test_keys_of_rows_of_several_lengths_are_refused() -> None:
         cache = ours()(IDS.expand(2, -1), attention_mask=mask).past_key_values
     with pytest.raises(KvcompileError, match=r"several lengths.*got 31 to 40 tokens.*held\.rows\(\)"):
         _ = cache.layers[2].keys
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    ids, mask = tiny_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    ids[1, :9], mask[1, :9] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hidden_states_and_embeddings(name: str, chunk: int) -> None:
+    """Of every layer and of the norm behind the last, for all tokens, wherever padding and chunks cut the prompt."""
+    original, (ids, mask) = tiny_model(name), padded()
+    overrides = ["policy=[]", "kernels=sdpa", f"prefill_chunk={chunk}"]
+    model = kvcompile.compile(tiny_model(name), overrides=overrides)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        true = original(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        embeddings = model.get_input_embeddings()(ids)
+        for tokens in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+            out = model(**tokens, attention_mask=mask, output_hidden_states=True, logits_to_keep=3)
+            torch.testing.assert_close(out.logits, true.logits[:, -3:], rtol=1e-4, atol=1e-4)
+            for got, expected in zip(out.hidden_states, true.hidden_states, strict=True):
+                torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_from_embeddings() -> None:
+    ids, mask = padded()
+    models = tiny_model(), ours()
+    expected, got = (
+        m.generate(inputs_embeds=m.get_input_embeddings()(ids) * 0.9, attention_mask=mask, **GREEDY) for m in models
+    )
+    assert torch.equal(got, expected)
+
+
+def test_hidden_states_of_a_generation() -> None:
+    options: dict[str, Any] = {"output_hidden_states": True, "return_dict_in_generate": True}
+    expected, got = (m.generate(IDS, **GREEDY, **options).hidden_states for m in (tiny_model(), ours()))
+    assert len(got) == len(expected) == 10
+    for mine, theirs in zip(got, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_embeddings() -> None:
+    """What prompt tuning trains."""
+    gradients = []
+    for model in (tiny_model(), ours("h2o")):
+        embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=IDS).loss.backward()
+        gradients.append(embeddings.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)

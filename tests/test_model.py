@@ -252,15 +252,17 @@ def refusals() -> dict[str, tuple[Any, str]]:
     padding = torch.tensor([[1] * 8, [0] * 8])
     two = tiny_ids(2, 8)
     return {
-        "embeddings": (lambda m: m(inputs_embeds=embeds), "inputs_embeds"),
-        "generate-embeddings": (lambda m: generate(m, ids, inputs_embeds=embeds), "inputs_embeds"),
+        "embeddings-beside-ids": (lambda m: m(ids, inputs_embeds=embeds), "input_ids or inputs_embeds, got both"),
+        "embeddings-of-one-sequence": (
+            lambda m: m(inputs_embeds=embeds[0]),
+            r"inputs_embeds \[B, Q, hidden\], got \[8, 64",
+        ),
         "attentions": (lambda m: m(ids, output_attentions=True), "output_attentions"),
         "generate-attentions": (
             lambda m: generate(m, ids, output_attentions=True, return_dict_in_generate=True),
             "output_attentions",
         ),
-        "hidden-states": (lambda m: m(ids, output_hidden_states=True), "output_hidden_states"),
-        "nothing": (lambda m: m(), "reads input_ids"),
+        "nothing": (lambda m: m(), "input_ids or inputs_embeds, got neither"),
         "one-dimension": (lambda m: m(ids[0]), r"input_ids \[B, Q\], got \[8\]"),
         "no-token": (lambda m: m(ids[:, :0]), r"new tokens, .*got \[1, 0\]"),
         "second-turn-alone": (

@@ -83,11 +83,11 @@ class KVCache(Cache):  # type: ignore[misc]
         self.prompting, self.last_chunk, self.coming = prompting, last, coming
 
     def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
-        """Open a forward pass over new `tokens [B, Q]`; the mask `[B, seen + Q]` says which are padding.
+        """Open a forward pass over new `tokens [B, Q]` or embeddings of them; the mask `[B, seen + Q]` marks padding.
 
         Raises KvcompileError for masks that are no padding masks or batches of another size.
         """
-        batch, count = tokens.shape
+        batch, count = tokens.shape[:2]
         if len(self.seen or tokens) != batch:
             raise KvcompileError(
                 "a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache"
