@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompile.artifact import from_pretrained as from_pretrained
     from kvcompile.artifact import load as load
+    from kvcompile.artifact import save as save
     from kvcompile.compiler import compile as compile
     from kvcompile.doors.export import export as export
     from kvcompile.errors import KvcompileError as KvcompileError
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "compile": "kvcompile.compiler",
     "load": "kvcompile.artifact",
+    "save": "kvcompile.artifact",
     "from_pretrained": "kvcompile.artifact",
     "export": "kvcompile.doors.export",
     "KvcompileError": "kvcompile.errors",
 }
-__all__ = ["KvcompileError", "__version__", "compile", "export", "from_pretrained", "load"]
+__all__ = ["KvcompileError", "__version__", "compile", "export", "from_pretrained", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

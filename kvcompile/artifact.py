@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile import atomic, card, manifest, sources
-from kvcompile.errors import KvcompileError
+from kvcompile import artifact_weights, atomic, card, manifest, sources
+from kvcompile.errors import KvcompileError, first_line, told
 from kvcompile.folders import require_here, require_short, sync
 from kvcompile.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
-from kvcompile.progress import no_foreign_bars
-from kvcompile.stack import first_line
 
 if TYPE_CHECKING:
     from kvcompile.plan import Plan
 
-__all__ = ["from_pretrained", "load", "save", "versions"]
+__all__ = ["from_pretrained", "load", "push", "save", "versions"]
 
 GRAPH = "graph.txt"
-TOLD = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
-SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
-HEADS = "num_key_value_heads"
-DATA_ONLY = {"local_files_only": True, "trust_remote_code": False}
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+PLACES = ("auto", "balanced", "balanced_low_0", "sequential")  # what transformers calls "wherever it fits"
 
 
 def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[[Path], object] | None = None) -> Path:
@@ -40,7 +35,7 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
     Raises KvcompileError for a model that was not compiled from a recipe, for weights that would load differently, for
     a folder that holds something else than an artifact, and where writing fails.
     """
-    _require_saveable(model)
+    artifact_weights.require_saveable(model)
     folder = place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,57 +54,65 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
     return folder
 
 
-def load(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
+def load(
+    path: str | Path,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    device_map: Any = None,
+    torch_dtype: Any = None,
+    **hub: Any,
+) -> Any:
     """The compiled model that an artifact holds, in eval mode: the same class, the same logits to the bit.
 
-    device: where to put it (default: the CPU, as in transformers). dtype: `"bfloat16"`, `torch.bfloat16`, ... (default:
-    as saved). Data only is read: no pickle, no code, no `_target_`.
+    path: its folder, or its id on the Hugging Face hub (`"owner/name"`), from where it is fetched; hub: `revision`,
+    `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
+    device: where to put it (default: the CPU, as in transformers), or, as transformers says it, device_map: a device or
+    `"auto"`, which is the accelerator if there is one. dtype (torch_dtype): `"bfloat16"`, `torch.bfloat16`, ...
+    (default, and `"auto"`: as saved). Data only is read: no pickle, no code, no `_target_`.
     Warns where another version of kvcompile wrote the texts of the kernels, and they differ from those that run.
     Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
     """
     from kvcompile.compiler import build, plan_of
     from kvcompile.config import from_recipe, to_recipe
 
-    folder = Path(path).expanduser()
+    wanted, place = _dtype(torch_dtype if dtype is None else dtype), _device(device, device_map)
+    folder = _local(path, hub)
     facts = manifest.verify(folder)
-    wanted = _dtype(dtype)
-    with _told(f"{folder / RECIPE} must be a recipe"):
-        config = from_recipe((folder / RECIPE).read_text(encoding="utf-8"))
-    original = _original(folder)
-    policies = config.policies()
-    model = _placed(_weights(folder, wanted, original, plan_of(original, "float32", config, policies)), device)
-    plan = plan_of(original, str(model.dtype).removeprefix("torch."), config, policies)
+    with told(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
+        config = from_recipe(manifest.read_text(folder / RECIPE))
+    stored = artifact_weights.Stored(folder, facts)
+    original = artifact_weights.original_config(folder, stored)
+    with told(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
+        plan = plan_of(original, wanted or stored.dtype, config, config.policies())
+    model = _placed(artifact_weights.read(folder, stored, original, plan), place)
     model = build(model, plan, config.kernels, to_recipe(config), converted=True)
     sources.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=wanted is not None), folder, facts)
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     return model
 
 
-def from_pretrained(path: str | Path, device: Any = None, dtype: Any = None) -> Any:
-    """`load` under the name that users of transformers expect."""
-    return load(path, device, dtype)
+def from_pretrained(path: str | Path, **options: Any) -> Any:
+    """`load` under the name, and with the keywords, that users of transformers expect: dtype, device_map, revision."""
+    return load(path, **options)
 
 
-def _require_saveable(model: Any) -> None:
-    compiled = getattr(model, "kvcompile", None)
-    if compiled is None or not compiled.recipe:
-        raise KvcompileError(
-            "an artifact holds a model compiled from a recipe",
-            type(model).__name__,
-            "kvcompile.compile(model, recipe=...) first; an ordinary model has save_pretrained",
-        )
-    kinds = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
-    if len(kinds) > 1:
-        raise KvcompileError("all weights must have one dtype to load as saved", ", ".join(sorted(kinds)))
-    kept = set(model.state_dict())
-    for name, buffer in model.named_buffers():
-        # rebuilt at load, in float32: what `.to(bfloat16)` rounded away would come back and change the logits
-        if name not in kept and name.endswith("inv_freq") and str(buffer.dtype) != "torch.float32":
-            raise KvcompileError(
-                f"{name} must be float32 to load as saved",
-                buffer.dtype,
-                "give from_pretrained the dtype instead of casting the model afterwards",
-            )
+def push(
+    model: Any, repo_id: str, tokenizer: Any = None, private: bool | None = None, token: Any = None, **commit: Any
+) -> str:
+    """Save a compiled model as an artifact and upload it to the Hugging Face hub; return the address of the commit.
+
+    commit: what `huggingface_hub.upload_folder` takes: `commit_message`, `revision`, `create_pr`, ...
+    Raises KvcompileError as `save` does, and where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save(model, Path(scratch, "artifact"), tokenizer)
+        with told(f"the artifact could not be uploaded to {repo_id}", "hf auth login, with a right to write there"):
+            hub = HfApi(token=token)
+            repo = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return str(hub.upload_folder(repo_id=repo, folder_path=folder, **commit))
 
 
 def place(folder: str | Path) -> Path:
@@ -129,17 +132,9 @@ def place(folder: str | Path) -> Path:
     return folder
 
 
-def write_checkpoint(model: Any, folder: Path, tokenizer: Any = None) -> None:
-    """What transformers saves of a compiled model: config, generation config, weights, and its tokenizer."""
-    with _borrowed_config(model), _told("transformers must be able to save the model", SAVEABLE):
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
 def _write(model: Any, folder: Path, tokenizer: Any) -> None:
     compiled = model.kvcompile
-    write_checkpoint(model, folder, tokenizer)
+    artifact_weights.write(model, folder, tokenizer)
     (folder / RECIPE).write_text(compiled.recipe, encoding="utf-8")
     (folder / PLAN).write_text(json.dumps(compiled.plan.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / GRAPH).write_text(_graph_text(model), encoding="utf-8")
@@ -147,19 +142,6 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
     (folder / sources.FOLDER).mkdir()
     for name, text in sources.of_model(model).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def _borrowed_config(model: Any) -> Iterator[None]:
-    """Let transformers write into a copy of the config: it sets dtype and architectures when it saves."""
-    original = model.config
-    model.config = copy.deepcopy(original)
-    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
-    try:
-        with no_foreign_bars():
-            yield
-    finally:
-        model.config = original
 
 
 def _graph_text(model: Any) -> str:
@@ -181,78 +163,47 @@ def _sync(folder: Path) -> None:
         sync(path)
 
 
-@contextmanager
-def _told(rule: object, fix: str = manifest.REMADE) -> Iterator[None]:
-    """Turn what goes wrong inside into one line that begins with `rule`."""
-    from safetensors import SafetensorError
+def _local(path: str | Path, hub: dict[str, Any]) -> Path:
+    """The folder of an artifact; one on the hub is fetched, once its manifest shows that it is one."""
+    folder = Path(path).expanduser()
+    unknown = [name for name in hub if name not in ("revision", "token", "cache_dir", "local_files_only")]
+    if unknown:
+        raise KvcompileError(
+            "an artifact is loaded with device, dtype, and where it lies on a hub", unknown[0], "leave it out"
+        )
+    if folder.exists() or not ON_HUB.fullmatch(str(path)):
+        return folder
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    try:
-        yield
-    except KvcompileError as error:
-        raise KvcompileError(f"{rule}: {error.rule}", error.got, error.fix or fix) from error
-    except (SafetensorError, *TOLD) as error:
-        raise KvcompileError(str(rule), f"{type(error).__name__}: {first_line(error)}", fix) from error
+    with told(f"{path} must be the folder of an artifact, or its id on the hub", manifest.OURS):
+        hf_hub_download(str(path), manifest.MANIFEST, **hub)
+        return Path(snapshot_download(str(path), **hub))
 
 
 def _dtype(dtype: Any) -> str | None:
-    if dtype is None:
+    if dtype is None or dtype == "auto":
         return None
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise KvcompileError(f"dtype must be one of {', '.join(DTYPES)}", dtype)
+    if name not in artifact_weights.DTYPES:
+        raise KvcompileError(f"dtype must be one of {', '.join(artifact_weights.DTYPES)}", dtype)
     return name
 
 
-def _original(folder: Path) -> Any:
-    """The config of the model before its weights were converted: what the recipe was for."""
-    from transformers import AutoConfig
-
-    from kvcompile.adapters.registry import architecture_of
-
-    with _told(f"{folder / CONFIG} must describe a known model"):
-        config = AutoConfig.from_pretrained(folder, **DATA_ONLY)
-        architecture_of(config)
-        heads = (getattr(config, "kvcompile", None) or {}).get("original", {}).get(HEADS)
-        if heads is not None:
-            if not isinstance(heads, int) or heads < 1 or config.num_attention_heads % heads:
-                raise KvcompileError(f"kvcompile.original.{HEADS} must divide the query heads", repr(heads))
-            setattr(config, HEADS, heads)
-    return config
-
-
-def _weights(folder: Path, dtype: str | None, original: Any, plan: Plan) -> Any:
-    """The uncompiled model, its modules shaped by the plan before the weights arrive.
-
-    Attention is `eager` because ours replaces it: no name in the config can fetch a kernel.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from kvcompile.structure.convert import reshape
-
-    cls = AutoModelForCausalLM._model_mapping[type(original)]
-
-    def init(self: Any, config: Any) -> None:
-        cls.__init__(self, config)
-        reshape(self, plan)
-
-    shaped: Any = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
-    with _told(f"{folder} must hold the weights of its config"):
-        model, info = shaped.from_pretrained(
-            folder,
-            config=original,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-            **DATA_ONLY,
+def _device(device: Any, device_map: Any) -> Any:
+    """The one device of `device`, or of transformers' `device_map`; None: where the weights are read to."""
+    if isinstance(device_map, dict):
+        device_map = device_map[""] if set(device_map) == {""} else list(device_map.items())
+    if device_map is None:
+        return device
+    if device is not None or isinstance(device_map, list):
+        raise KvcompileError(
+            "a compiled model lies on one device", f"device={device}, device_map={device_map}", "give device=<one>"
         )
-        wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
-        if wrong:
-            raise KvcompileError(
-                "weights must be those of the config, none missing, none left over", f"{len(wrong)}, first {wrong[0]}"
-            )
-    model.__class__ = cls
-    return model.eval()
+    if device_map not in PLACES:
+        return device_map
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _placed(model: Any, device: Any) -> Any:
@@ -260,14 +211,14 @@ def _placed(model: Any, device: Any) -> Any:
         return model
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise KvcompileError("device must be a device of this machine", f"{device}: {first_line(error)}") from error
 
 
 def _as_saved(plan: Plan, folder: Path, facts: Manifest, converted: bool) -> Plan:
     """The plan in the dtype that was saved; it must be the plan that was saved."""
-    with _told(f"{folder / PLAN} must be a plan"):
-        saved = dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    with told(f"{folder / PLAN} must be a plan", manifest.REMADE):
+        saved = dict(json.loads(manifest.read_text(folder / PLAN)))
         if converted:  # the dtype that the user asked for is not a difference
             plan = replace(plan, dtype=saved["dtype"])
     now = json.loads(json.dumps(plan.to_json()))

@@ -22,7 +22,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=30)[0]))
 ```
 
-transformers alone loads the weights, but without the policies of the cache."""
+transformers alone does not open this folder: it would run the model without what was compiled into it."""
 
 
 def write(model: Any, folder: Path, usage: str, measured: Report | None = None) -> Path:
@@ -41,7 +41,7 @@ def text(model: Any, usage: str, measured: Report | None = None) -> str:
     title = f"{base.name}, compiled with {' -> '.join(policies) or 'no policy'}"
     facts = before_and_after(measured) if measured else "Nothing was measured when this was saved."
     parts = [
-        f"---\n{_front(base, policies)}\n---",
+        f"---\n{_front(base, policies, 'kvcompile' if usage == ARTIFACT else 'transformers')}\n---",
         f"# {title}",
         _lead(base),
         f"## How to load\n\n{usage}" if usage else "",
@@ -54,13 +54,13 @@ def text(model: Any, usage: str, measured: Report | None = None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front(base: Base, policies: list[str]) -> str:
+def _front(base: Base, policies: list[str], library: str) -> str:
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
         license=base.licence,
         base_model=base.hub,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["kvcompile", "kv-cache", *policies],
     )

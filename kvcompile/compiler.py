@@ -53,10 +53,12 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     from kvcompile.kernels.dispatch import choose
     from kvcompile.kernels.linear import lower
     from kvcompile.model import Compiled, adopt
+    from kvcompile.models import align_weights
     from kvcompile.structure.convert import convert, prune
     from kvcompile.structure.rotate import fold_rotation
 
     route = choose(kernels, model.device)  # one that cannot run here fails before any work
+    align_weights(model)
     if not converted:
         convert(model, plan)
         fold_rotation(model, plan)
@@ -86,7 +88,7 @@ def assemble(
     from kvcompile.manifest import stamp
     from kvcompile.models import require_vocabulary
     from kvcompile.structure.activations import calibration_ids
-    from kvcompile.structure.convert import convert, text_wanted
+    from kvcompile.structure.convert import convert, require_convertible, text_wanted
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
@@ -96,7 +98,7 @@ def assemble(
     teacher = shared(model) if config.heal.tokens else None
     dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
     policies = config.policies()
-    plan_of(original, dtype, config, policies)
+    require_convertible(model, plan_of(original, dtype, config, policies))  # before anything is calibrated
     calibrator = ModelCalibrator(model, tokenizer, progress)
     structure = tuple(p.calibrated(calibrator) for p in policies if p.family == "structure")
     shape = plan_of(original, dtype, config, structure)

@@ -33,8 +33,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from kvcompile.config import Config, finish
 from kvcompile.doors import registry
-from kvcompile.errors import KvcompileError
-from kvcompile.stack import discover, first_line, orphan, policy_class, schema, suggest
+from kvcompile.errors import KvcompileError, first_line
+from kvcompile.stack import discover, orphan, policy_class, schema, suggest
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 ONCE = {"policy": "each policy may be in the stack once", "export": "each exporter may be in export once"}

@@ -11,8 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kvcompile.errors import KvcompileError
-from kvcompile.stack import build_stack, first_line, options_of, policy_class, suggest
+from kvcompile.errors import KvcompileError, first_line
+from kvcompile.stack import build_stack, options_of, policy_class, suggest
 
 if TYPE_CHECKING:
     from kvcompile.doors.door import Door
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "cpp", "triton", "sdpa", "reference")
 MODES = ("run", "only")
+RECIPE_NODES = 20_000  # in a recipe of 126 layers and 128 heads, each named, there are fewer
 
 
 @dataclass
@@ -293,6 +294,7 @@ def from_recipe(text: str) -> Config:
     Raises KvcompileError for broken YAML, unknown keys, wrong types and values out of range.
     """
     try:
+        _require_small(text)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise KvcompileError("a recipe must be YAML", first_line(error)) from error
@@ -305,6 +307,17 @@ def from_recipe(text: str) -> Config:
     except OmegaConfBaseException as error:
         raise KvcompileError(f"recipe: {first_line(error)}", getattr(error, "full_key", None)) from error
     return finish(config)
+
+
+def _require_small(text: str) -> None:
+    """Refuse what a few bytes blow up to millions of values, and lists that no model has layers or heads for."""
+    nodes = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        nodes += isinstance(event, yaml.NodeEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise KvcompileError("a resolved recipe holds plain values", f"the alias *{event.anchor}", "write it out")
+        if nodes > RECIPE_NODES:
+            raise KvcompileError(f"a recipe has at most {RECIPE_NODES:,} values", "more")
 
 
 def _refuse_interpolation(value: Any) -> None:

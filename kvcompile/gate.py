@@ -6,10 +6,9 @@ from pathlib import Path
 
 from kvcompile import atomic, report
 from kvcompile.config import GateConfig
-from kvcompile.errors import KvcompileError, QualityError
+from kvcompile.errors import KvcompileError, QualityError, first_line
 from kvcompile.manifest import RECIPE
 from kvcompile.report import Report
-from kvcompile.stack import first_line
 
 KEPT = {*report.FILES, RECIPE}
 

@@ -11,19 +11,18 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, told
 from kvcompile.models import sha256
 from kvcompile.provenance import base_of
 
 if TYPE_CHECKING:
     from kvcompile.plan import Plan
 
-FORMAT = 1
+FORMAT = 2
+TEXT_BYTES = 16 << 20  # most that a text in an artifact may have: reading it must end
 MANIFEST, CONFIG, RECIPE, PLAN = "manifest.json", "config.json", "recipe.yaml", "plan.json"
 REQUIRED = (CONFIG, RECIPE, PLAN)
-# what transformers may look for in a checkpoint folder; such a file must be in the manifest
 CARD = "README.md"
-READABLE = {".json", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".py", ".gguf", ".jinja"}
 OURS = "give the folder that kvcompile wrote"
 REMADE = "compile again, or copy the whole folder again from where it was made"
 
@@ -86,7 +85,8 @@ def verify(folder: Path) -> Manifest:
     """The manifest of the artifact in `folder`, once every file has been found to be what it says.
 
     Raises KvcompileError, naming the file and the fix: no folder, no artifact, a newer format, a broken manifest, or a
-    file that is missing, truncated, altered, or unlisted though transformers might read it.
+    file that is missing, truncated, altered, or unlisted (but for the card and hidden files): transformers would read
+    a tokenizer from it.
     """
     manifest = read(folder)
     for name, fact in manifest.files.items():
@@ -97,8 +97,13 @@ def verify(folder: Path) -> Manifest:
         if size != fact.bytes:
             raise KvcompileError(f"{path} must have {fact.bytes} bytes", f"{size}: truncated or altered", REMADE)
     for path in _files(folder):
-        if path.suffix in READABLE and path.relative_to(folder).as_posix() not in manifest.files:
-            raise KvcompileError("an artifact holds no file that its manifest does not list", path, "move it away")
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and path.name != CARD and not name.startswith("."):
+            raise KvcompileError(
+                f"{folder}: an artifact holds no file that its manifest does not list",
+                name,
+                "move it away; a tokenizer is saved with its model: kvcompile.save(model, folder, tokenizer)",
+            )
     for name, fact in manifest.files.items():
         if sha256(folder / name) != fact.sha256:
             raise KvcompileError(f"{folder / name} must be as it was saved", "other content of the same size", REMADE)
@@ -115,21 +120,27 @@ def read(folder: Path) -> Manifest:
     if not path.is_file():
         raise _no_manifest(folder)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise KvcompileError(f"{path} must be JSON", error, REMADE) from error
-    if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+    if not isinstance(data, dict) or type(data.get("format")) is not int:
         raise KvcompileError("the manifest of an artifact has a format number", f"{path} without", OURS)
-    if data["format"] > FORMAT:
+    if data["format"] != FORMAT:
         raise KvcompileError(
-            f"{path}: this kvcompile reads artifacts up to format {FORMAT}",
+            f"{path}: this kvcompile reads artifacts of format {FORMAT}",
             f"format {data['format']}, made by kvcompile {_maker(data)}",
-            "upgrade kvcompile",
+            "upgrade kvcompile" if data["format"] > FORMAT else "compile again",
         )
-    try:
+    with told(f"{path} must be a manifest of format {FORMAT}", REMADE):
         return _parse(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KvcompileError(f"{path} must be a manifest of format {FORMAT}", repr(error), REMADE) from error
+
+
+def read_text(path: Path) -> str:
+    """A text of an artifact. Raises ValueError for one that is longer than any that kvcompile writes."""
+    size = path.stat().st_size
+    if size > TEXT_BYTES:
+        raise ValueError(f"{size:,} bytes, more than the {TEXT_BYTES:,} that are read")
+    return path.read_text(encoding="utf-8")
 
 
 def _parse(data: dict[str, Any]) -> Manifest:
@@ -137,6 +148,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise ValueError(f"{name!r} leads out of the folder")
+        if not name.isprintable() or len(name) > 255:
+            raise ValueError(f"{name!r} is no name of a file")
     for name in REQUIRED:
         if name not in files:
             raise ValueError(f"{name} is not listed")
@@ -155,14 +168,14 @@ def _maker(data: dict[str, Any]) -> str:
 
 def _no_manifest(folder: Path) -> KvcompileError:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / CONFIG))
     except (OSError, ValueError, RecursionError):
         return KvcompileError("an artifact has a manifest.json", f"{folder}: none", OURS)
     if isinstance(config, dict) and "kvcompile" in config:
         return KvcompileError(
             "an artifact has a manifest.json",
-            f"{folder}: a compiled model's weights without it, as save_pretrained writes them",
-            f"save with kvcompile.artifact.save(model, folder), or compile again with model.pretrained={folder}",
+            f"{folder}: weights of a compiled model without it, as export=[hf] writes them",
+            "AutoModelForCausalLM.from_pretrained(folder) opens an export, kvcompile.load what kvcompile.save wrote",
         )
     return KvcompileError(
         "an artifact has a manifest.json",

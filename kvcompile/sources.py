@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import KvcompileError
-from kvcompile.manifest import REMADE, Manifest, versions
+from kvcompile.errors import FOREIGN, KvcompileError, shortened
+from kvcompile.manifest import REMADE, Manifest, read_text, versions
 
 if TYPE_CHECKING:
     from kvcompile.cache import KVCache
@@ -89,12 +89,14 @@ def _written_for(path: Path) -> tuple[str, str]:
     from kvcompile.kernels.dispatch import ROUTES
 
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_text(path))
         route, device = index["route"], index["device"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise KvcompileError(f"{path} must name a route and a device", repr(error), REMADE) from error
     if route not in list(ROUTES) or not isinstance(device, str):
-        raise KvcompileError(f"{path} must name one of the routes {', '.join(ROUTES)}", repr(route), REMADE)
+        raise KvcompileError(
+            f"{path} must name one of the routes {', '.join(ROUTES)}", shortened(repr(route), FOREIGN), REMADE
+        )
     return route, device
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.plan import Plan
 
 if TYPE_CHECKING:
@@ -203,8 +203,3 @@ def apply_stack(plan: Plan, policies: Iterable[Policy]) -> Plan:
         plan = policy.apply(plan)
     plan.check()
     return plan
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of somebody else's message that says something."""
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, pipeline
 
 import kvcompile
 from kvcompile import artifact, atomic, manifest
@@ -93,9 +95,8 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
     loaded = kvcompile.load(path)
     assert_same(model, loaded)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert (
-        manifest.read(path).files["model.safetensors"].bytes < 4 * sum(p.numel() for p in loaded.parameters()) + 10_000
-    )
+    saved = manifest.read(path).files["model.kvcompile.safetensors"].bytes
+    assert saved < 4 * sum(p.numel() for p in loaded.parameters()) + 10_000
 
 
 def test_dtype_is_as_saved_unless_asked_for(tmp_path: Path) -> None:
@@ -119,14 +120,19 @@ def test_the_folder_holds_what_it_promises(made: Path, model: Any) -> None:
     files = set(manifest.read(made).files)
     there = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
     assert files == there - {"manifest.json", "README.md"}
-    assert {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "plan.json"} <= files
+    assert {"config.json", "generation_config.json", "model.kvcompile.safetensors", "recipe.yaml", "plan.json"} <= files
     assert json.loads((made / "plan.json").read_text()) == json.loads(json.dumps(model.kvcompile.plan.to_json()))
     assert "kv_append" in (made / "graph.txt").read_text()
     assert "layer   3 reads the KV of layer   3" in (made / "graph.txt").read_text()
     assert f"| 3       | {choose('auto'):7} | dense-float32-g2-d16" in (made / "kernels/layers.md").read_text()
     assert AutoTokenizer.from_pretrained(made)("w7 w9")["input_ids"] == [7, 9]
     config = json.loads((made / "config.json").read_text())
-    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
+    original = config["kvcompile"]["original"]
+    assert (original["architectures"], original["model_type"], config["dtype"]) == (
+        ["LlamaForCausalLM"],
+        "llama",
+        "float32",
+    )
     assert config["kvcompile"]["policies"] == ["snapkv"]
     assert config["kvcompile"]["plan"] == manifest.read(made).plan == model.kvcompile.plan.digest()
     assert {*manifest.read(made).versions} == {"kvcompile", "torch", "transformers"}
@@ -153,9 +159,35 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert config.kvcompile == manifest.stamp(model.kvcompile.plan, config)
 
 
-def test_transformers_alone_reads_the_uncompressed_model(made: Path) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(made)
-    assert torch.allclose(dense(tiny_ids(1, 12)).logits, tiny_model()(tiny_ids(1, 12)).logits)
+OPENERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "config": (AutoConfig.from_pretrained, "open with kvcompile.load"),
+    "model": (AutoModelForCausalLM.from_pretrained, "open with kvcompile.load"),
+    "pipeline": (lambda folder: pipeline("text-generation", model=str(folder)), "open with kvcompile.load"),
+    "its own class": (LlamaForCausalLM.from_pretrained, "no file named model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("stack", ["snapkv", "cla"])
+def test_transformers_alone_opens_no_artifact(opener: str, stack: str, tmp_path: Path) -> None:
+    """It would run another model in silence: the uncompressed one, or one with random layers."""
+    made = artifact.save(compiled(stack=(f"policy=[{stack}]", "kernels=sdpa")), tmp_path / "a", tiny_tokenizer())
+    opened, words = OPENERS[opener]
+    with pytest.raises((ValueError, OSError), match=words):
+        opened(made)
+
+
+def test_a_tokenizer_is_read_by_transformers_without_a_warning(made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert AutoTokenizer.from_pretrained(made)("w7 w9")["input_ids"] == [7, 9]
+    assert not caplog.records
+
+
+def test_what_an_artifact_says_of_its_model_is_not_taken_for_a_checkpoint(made: Path) -> None:
+    from kvcompile.config import ModelConfig
+    from kvcompile.models import config_of
+
+    with pytest.raises(KvcompileError, match=r"an artifact\. Fix: kvcompile\.load opens it"):
+        config_of(ModelConfig(pretrained=str(made)))
 
 
 # saving: all or nothing
@@ -170,7 +202,7 @@ def _interrupt(*args: Any, **kwargs: Any) -> Any:
 
 
 WRITERS = {
-    "weights": lambda patch, model: patch.setattr(type(model), "save_pretrained", _interrupt),
+    "weights": lambda patch, model: patch.setattr(PreTrainedModel, "save_pretrained", _interrupt),
     "safetensors": lambda patch, model: patch.setattr("transformers.modeling_utils.safe_save_file", _interrupt),
     "graph": lambda patch, model: patch.setattr(artifact, "_graph_text", _interrupt),
     "manifest": lambda patch, model: patch.setattr(manifest, "write", _interrupt),
@@ -296,7 +328,7 @@ def test_what_would_not_come_back_is_not_saved(tmp_path: Path) -> None:
         artifact.save(tiny_model(), tmp_path / "a")
     mixed = compiled()
     mixed.lm_head.to(torch.bfloat16)
-    with pytest.raises(KvcompileError, match=r"one dtype .* got torch\.bfloat16, torch\.float32"):
+    with pytest.raises(KvcompileError, match=r"one dtype .* got bfloat16, float32"):
         artifact.save(mixed, tmp_path / "a")
     with pytest.raises(KvcompileError, match="inv_freq must be float32"):
         artifact.save(kvcompile.compile(tiny_model().to(torch.bfloat16), overrides=SNAPKV), tmp_path / "a")
@@ -309,3 +341,138 @@ def test_bfloat16_checkpoints_come_back(name: str, tmp_path: Path) -> None:
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
     model = kvcompile.compile(half, overrides=SNAPKV)
     assert_same(model, kvcompile.load(artifact.save(model, tmp_path / "a")))
+
+
+# weights that are not plain
+
+
+class Codes(torch.Tensor):
+    """Stands for a quantised weight."""
+
+
+def _quantised(model: Any) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Codes))
+
+
+def _packed(model: Any) -> None:
+    model.lm_head.register_buffer("codes", torch.zeros(4, dtype=torch.int8))
+
+
+def _adapted(model: Any) -> None:
+    model.lm_head.extra = torch.nn.Linear(2, 2)
+
+
+def _poisoned(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("inf")
+
+
+UNSAVEABLE: dict[str, tuple[Callable[[Any], None], str]] = {
+    "quantised": (_quantised, r"plain floating-point weights, got lm_head\.weight: Codes of float32"),
+    "packed": (_packed, r"plain floating-point weights, got lm_head\.codes: Tensor of int8"),
+    "adapted": (_adapted, r"those of a LlamaForCausalLM, got lm_head\.extra\.weight: \[2, 2\] where nothing belongs"),
+    "not finite": (_poisoned, r"finite, got lm_head\.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSAVEABLE)
+def test_weights_that_would_not_load_are_refused_before_they_are_written(kind: str, tmp_path: Path) -> None:
+    change, words = UNSAVEABLE[kind]
+    model = compiled(stack=("policy=[snapkv]", "kernels=sdpa"))
+    change(model)
+    with pytest.raises(KvcompileError, match=words):
+        kvcompile.save(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_refuses_quantised_weights_before_it_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kvcompile import compiler
+    from kvcompile.compose import compose
+    from kvcompile.progress import silent
+    from kvcompile.prove import compile_and_report
+
+    model = tiny_model()
+    _quantised(model)
+    monkeypatch.setattr(compiler, "assemble", _interrupt)
+    with pytest.raises(KvcompileError, match="plain floating-point weights"):
+        compile_and_report(model, tiny_tokenizer(), compose(["policy=[snapkv]", f"output={tmp_path}/a"]), silent)
+
+
+# where weights lie, and how transformers' users ask for them
+
+
+def test_weights_lie_where_torch_would_lay_them(tmp_path: Path) -> None:
+    """Elsewhere (in a mapped file) libraries sum in another order, and logits differ in their last bits."""
+    model = tiny_model()
+    for parameter in model.parameters():
+        room = torch.empty(parameter.numel() + 1)
+        parameter.data = room[1:].view_as(parameter).copy_(parameter.detach())
+    model = kvcompile.compile(model, overrides=[*SNAPKV, "kernels=sdpa"])
+    loaded = kvcompile.load(artifact.save(model, tmp_path / "a"))
+    for one in (model, loaded):
+        assert not [name for name, p in one.named_parameters() if p.data_ptr() % 64]
+    assert_same(model, loaded)
+
+
+def test_save_pretrained_writes_a_whole_artifact(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a", tokenizer=tiny_tokenizer())
+    loaded = kvcompile.from_pretrained(tmp_path / "a", torch_dtype="auto", device_map="auto")
+    assert_same(model, loaded)
+    loaded.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(KvcompileError, match=r"saved with save_directory and tokenizer, got variant"):
+        model.save_pretrained(tmp_path / "b", variant="fp16")
+
+
+def test_keywords_of_transformers(made: Path) -> None:
+    assert kvcompile.from_pretrained(made, dtype=torch.bfloat16, device_map="cpu").dtype == torch.bfloat16
+    assert kvcompile.load(made, torch_dtype="float16", device_map={"": "cpu"}).dtype == torch.float16
+    with pytest.raises(KvcompileError, match=r"one device, .* Fix: give device=<one>"):
+        kvcompile.load(made, device_map={"model.embed_tokens": "cpu", "lm_head": "disk"})
+    with pytest.raises(KvcompileError, match="got attn_implementation"):
+        kvcompile.from_pretrained(made, attn_implementation="sdpa")
+
+
+def test_an_artifact_on_the_hub(model: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repo: str, name: str = "all", revision: str | None = None) -> str:
+        asked.append((repo, name, revision))
+        return str(made)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_same(model, kvcompile.load("someone/small-cache", revision="v1"))
+    assert asked == [("someone/small-cache", "manifest.json", "v1"), ("someone/small-cache", "all", "v1")]
+
+    def nothing(*args: Any, **kwargs: Any) -> str:
+        raise OSError("404 Client Error.\n\nEntry Not Found")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", nothing)
+    with pytest.raises(KvcompileError, match=r"someone/large must be the folder of an artifact, or its id on the hub"):
+        kvcompile.load("someone/large")
+
+
+def test_push_to_hub_uploads_a_whole_artifact(
+    model: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            self.token = token
+
+        def create_repo(self, repo: str, private: bool | None, exist_ok: bool) -> Any:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            shutil.copytree(folder_path, tmp_path / "there")
+            return f"{repo_id}: {commit_message}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    done = model.push_to_hub("someone/small-cache", tiny_tokenizer(), private=True, commit_message="first")
+    assert done == "someone/small-cache: first"
+    assert manifest.read(tmp_path / "there").files == manifest.read(made).files
+    assert_same(model, kvcompile.load(tmp_path / "there"))

@@ -30,7 +30,7 @@ def test_every_artifact_has_a_card(tmp_path: Path) -> None:
     found = read(artifact.save(model, tmp_path / "a"))
     assert found.data.license == "unknown"
     assert found.data.base_model is None
-    assert found.data.library_name == "transformers"
+    assert found.data.library_name == "kvcompile", "what the hub says opens it"
     assert {"kvcompile", "kv-cache", "mqa", "streaming"} == set(found.data.tags)
     assert "unknown: check it before you pass this on" in found.text
     assert "# a llama model, compiled with mqa -> streaming" in found.text
@@ -52,6 +52,7 @@ def test_a_compile_puts_what_it_measured_into_every_card(tmp_path: Path) -> None
         assert "| cache after" in text
         assert "tokens/s" in text
     assert "AutoModelForCausalLM" in read(tmp_path / "made/export/hf").text
+    assert read(tmp_path / "made/export/hf").data.library_name == "transformers"
     kvcompile.export(tmp_path / "made", "hf", tmp_path / "later")
     assert read(tmp_path / "later").text == read(tmp_path / "made/export/hf").text
 

@@ -15,7 +15,7 @@ from forged import refused, signed
 from tiny import tiny_ids, tiny_model
 
 import kvcompile
-from kvcompile import artifact
+from kvcompile import artifact, artifact_weights
 from kvcompile.errors import KvcompileError
 
 
@@ -43,14 +43,14 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _truncate(folder: Path) -> None:
-    weights = folder / "model.safetensors"
+    weights = folder / "model.kvcompile.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
 def _flip(folder: Path) -> None:
-    data = bytearray((folder / "model.safetensors").read_bytes())
+    data = bytearray((folder / "model.kvcompile.safetensors").read_bytes())
     data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
+    (folder / "model.kvcompile.safetensors").write_bytes(data)
 
 
 def _set(key: str, value: Any) -> Callable[[Path], None]:
@@ -65,18 +65,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, r"artifact: no such folder\. Fix: "),
     "missing file": (lambda f: (f / "recipe.yaml").unlink(), r"recipe\.yaml: missing\. Fix: compile again"),
     "missing weights": (
-        lambda f: (f / "model.safetensors").unlink(),
-        r"model\.safetensors: missing\. Fix: compile again",
+        lambda f: (f / "model.kvcompile.safetensors").unlink(),
+        r"model\.kvcompile\.safetensors: missing\. Fix: compile again",
     ),
     "truncated": (
         _truncate,
-        r"model\.safetensors must have \d+ bytes, got \d+: truncated or altered\. Fix: compile again",
+        r"model\.kvcompile\.safetensors must have \d+ bytes, got \d+: truncated or altered\. Fix: compile again",
     ),
-    "altered": (_flip, r"model\.safetensors must be as it was saved, got other content"),
+    "altered": (_flip, r"model\.kvcompile\.safetensors must be as it was saved, got other content"),
     "altered text": (lambda f: (f / "graph.txt").write_text("x"), r"graph\.txt must have"),
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
-        r"a compiled model's weights without it, as save_pretrained",
+        r"weights of a compiled model without it, as export=\[hf\]",
     ),
     "empty manifest": (
         lambda f: (f / "manifest.json").write_text(""),
@@ -89,14 +89,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"format number, got .*manifest\.json without\. Fix: give",
     ),
     "no format": (_set("format", None), r"format number"),
-    "newer": (_set("format", 99), r"up to format 1, got format 99, made by kvcompile \d.*Fix: upgrade kvcompile"),
-    "no files": (_set("files", None), r"manifest\.json must be a manifest of format 1.*Fix: compile again"),
+    "newer": (_set("format", 99), r"of format 2, got format 99, made by kvcompile \d.*Fix: upgrade kvcompile"),
+    "older": (_set("format", 1), r"of format 2, got format 1, made by kvcompile \d.*Fix: compile again"),
+    "format true": (_set("format", True), r"format number"),
+    "no files": (_set("files", None), r"manifest\.json must be a manifest of format 2.*Fix: compile again"),
     "no digest": (_set("plan", "?"), r"digest is no SHA-256"),
     "unlisted recipe": (
         _listing(lambda m: {k: v for k, v in m.items() if k != "recipe.yaml"}),
         r"recipe.yaml is not listed",
     ),
-    "unlisted weights": (_listing(lambda m: {k: v for k, v in m.items() if k != "model.safetensors"}), r"no weights"),
+    "unlisted weights": (_listing(lambda m: {k: v for k, v in m.items() if ".safetensors" not in k}), r"no weights"),
     "path out": (_listing(lambda m: {**m, "../x": m["recipe.yaml"]}), r"leads out of the folder"),
     "no facts": (_listing(lambda m: {**m, "recipe.yaml": {}}), r"manifest\.json must be a manifest"),
     "stranger": (
@@ -129,10 +131,8 @@ def test_folders_of_transformers_are_told_apart(model: Any, made: Path, tmp_path
     tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(KvcompileError, match=r"never compiled\. Fix: kvcompile recipe=<name> model\.pretrained="):
         kvcompile.load(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "weights")
-    with pytest.raises(
-        KvcompileError, match=r"as save_pretrained writes them\. Fix: save with kvcompile\.artifact\.save"
-    ):
+    artifact_weights.write_checkpoint(model, tmp_path / "weights")
+    with pytest.raises(KvcompileError, match=r"as export=\[hf\] writes them\. Fix: AutoModelForCausalLM"):
         kvcompile.load(tmp_path / "weights")
     (tmp_path / "empty").mkdir()
     with pytest.raises(KvcompileError, match=r"empty: none\. Fix: give the folder"):
@@ -148,6 +148,14 @@ def _recipe(folder: Path, old: str, new: str) -> None:
     text = (folder / "recipe.yaml").read_text()
     assert old in text
     (folder / "recipe.yaml").write_text(text.replace(old, new))
+
+
+def _original(folder: Path, key: str, value: Any) -> None:
+    def change(config: Any) -> Any:
+        config["kvcompile"]["original"][key] = value
+        return config
+
+    edit(folder / "config.json", change)
 
 
 FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -168,15 +176,15 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "yaml tag": (lambda f: _recipe(f, "stack:", "x: !!python/object/apply:os.abort []\nstack:"), r"must be YAML"),
     "interpolation": (lambda f: _recipe(f, "name: llama", "name: ${oc.env:HOME}"), r"plain values"),
     "broken weights": (
-        lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
+        lambda f: (f / "model.kvcompile.safetensors").write_bytes(b"x" * 99),
         r"must hold the weights of its config",
     ),
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json must describe a known model"),
     "foreign model": (
-        lambda f: edit(f / "config.json", lambda c: {**c, "model_type": "gpt2"}),
+        lambda f: _original(f, "model_type", "gpt2"),
         r"config\.json must describe a known model: the architecture must be one that kvcompile has .*, got 'gpt2'",
     ),
-    "more layers": (lambda f: edit(f / "config.json", lambda c: {**c, "num_hidden_layers": 5}), r"none missing"),
+    "more layers": (lambda f: edit(f / "config.json", lambda c: {**c, "num_hidden_layers": 5}), r"\d numbers, got"),
 }
 
 
@@ -207,7 +215,7 @@ def test_nothing_in_an_artifact_is_executed(folder: Path, model: Any) -> None:
 
 
 def test_weights_are_never_unpickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.kvcompile.safetensors").rename(folder / "pytorch_model.bin")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     (folder / "decoy.safetensors").write_bytes(b"")
     signed(folder)

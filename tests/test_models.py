@@ -184,7 +184,7 @@ def test_hub_errors_are_shortened_and_revision_is_passed_on(monkeypatch: pytest.
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(KvcompileError, match=r"OSError: org/name is gated\. Fix"):
         models.config_of(asked("org/name", revision="abc"))
-    assert seen == {"source": "org/name", "revision": "abc"}
+    assert seen == {"source": "org/name", "revision": "abc", "trust_remote_code": False}
 
 
 def test_missing_gguf_package_names_the_extra(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from kvcompile import atomic
 from kvcompile.doors.door import Door, Exported
 from kvcompile.doors.registry import build_doors, require_open
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.folders import require_here, require_short
 from kvcompile.progress import Progress, no_foreign_bars, silent
-from kvcompile.stack import first_line
 
 if TYPE_CHECKING:
     from kvcompile.report import Report
@@ -40,7 +39,8 @@ def opened(artifact: str | Path) -> tuple[Any, Any, Report | None]:
     from transformers import AutoTokenizer
 
     from kvcompile import report
-    from kvcompile.artifact import DATA_ONLY, load
+    from kvcompile.artifact import load
+    from kvcompile.artifact_weights import DATA_ONLY
 
     folder = Path(artifact).expanduser()
     with no_foreign_bars():

@@ -30,6 +30,6 @@ class HF(Door):
 
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Config, generation config, weights and tokenizer, as transformers saves them."""
-        from kvcompile.artifact import write_checkpoint
+        from kvcompile.artifact_weights import write_checkpoint
 
         write_checkpoint(model, folder, tokenizer)

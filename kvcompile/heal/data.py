@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kvcompile.config import HealConfig
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.heal.extras import needed
-from kvcompile.stack import first_line
 from kvcompile.text import HELD_OUT, sentences, split
 
 KINDS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.program.cache import State
 from kvcompile.program.lower import Program
-from kvcompile.stack import first_line
 
 LEAST = 2  # tokens of a prompt: a dimension that may be 1 is another program to torch.export
 

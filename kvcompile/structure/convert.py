@@ -28,13 +28,24 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
     text: token ids `[1, n]`, wanted where heads are aligned.
     Raises KvcompileError for weights that are not in memory, tied to others or not plain, and without such a text.
     """
-    from kvcompile.models import require_weights
-
+    require_convertible(model, plan)
     if not converts(plan):
         return
-    require_weights(model)
-    _require_untied(model)
     _rewrite(model, plan, _turns(model, plan, text), factorise(model, plan, text))
+
+
+def require_convertible(model: Any, plan: Plan) -> None:
+    """Raise KvcompileError for weights that a plan asks to edit and that cannot be: absent, tied, or not plain."""
+    from kvcompile.adapters.registry import attentions
+    from kvcompile.models import require_weights
+
+    if not converts(plan) and not any(p.storage.rotated for p in plan.layers):
+        return
+    require_weights(model)
+    if converts(plan):
+        _require_untied(model)
+    for attention, p in zip(attentions(model), plan.layers, strict=True):
+        layout_of(model, attention, p).read()
 
 
 def reshape(model: Any, plan: Plan) -> None:

@@ -239,10 +239,11 @@ def precise(x: Tensor) -> Tensor:
 def plain(attention: nn.Module, name: str) -> nn.Linear:
     """The projection called `name`. Raises KvcompileError for one that is no plain `nn.Linear` (quantised, LoRA)."""
     linear = getattr(attention, name)
-    if type(linear) is not nn.Linear:
+    weight = linear.weight
+    if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise KvcompileError(
             f"{name} must be a plain nn.Linear to be converted",
-            type(linear).__name__,
+            f"{type(linear).__name__} with {type(weight).__name__} of {weight.dtype}",
             "merge adapters and load unquantised weights first",
         )
     return linear

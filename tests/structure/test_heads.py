@@ -11,6 +11,7 @@ from converted import WIDE, converted, copied, edit, logits, parameters, planned
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
+import kvcompile
 from kvcompile.adapters.registry import attentions, describe
 from kvcompile.errors import KvcompileError
 from kvcompile.policies.gqa import divisor
@@ -228,9 +229,27 @@ def _quantised(model: Any) -> None:
     model.model.layers[2].self_attn.v_proj.__class__ = Int4Linear
 
 
+class Codes(torch.Tensor):
+    """Stands for a quantised weight."""
+
+
+def _codes(model: Any) -> None:
+    linear = model.model.layers[2].self_attn.v_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Codes))
+
+
+def test_quantised_weights_are_refused_before_anything_is_calibrated() -> None:
+    model = tiny_model("llama")
+    _codes(model)
+    for stack in (["policy=[gqa]", "stack.gqa.merge=similarity"], ["policy=[rotate]"]):
+        with pytest.raises(KvcompileError, match=r"v_proj must be a plain nn\.Linear .* got Linear with Codes"):
+            kvcompile.compile(model, overrides=stack)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (_codes, "Linear with Codes of torch.float32"),
         (_offloaded, r"layers\.2\.self_attn\.v_proj"),
         (_tied, "layer 1: v_proj.weight is tied"),
         (_quantised, "Int4Linear"),
