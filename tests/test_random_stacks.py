@@ -58,12 +58,6 @@ def positions_are_true(cache: Any, case: Case) -> None:
                 assert at[-1] < seen
 
 
-def is_cut_alike(plan: Plan, case: Case) -> bool:
-    """Whether a padded sequence meets the cuts between chunks that it meets alone, or nothing happens there."""
-    acts = any(p.storage.coded or (p.selection and p.selection.schedule.between_chunks) for p in plan.owners)
-    return len(set(case.lengths)) == 1 or not 0 < case.chunk < case.width or not acts
-
-
 def is_whole(cache: Any, case: Case) -> bool:
     """Whether nothing was converted, dropped or encoded, so that logits are the uncompressed model's."""
     plan = cache.plan
@@ -99,7 +93,7 @@ def test_a_random_stack_is_refused_in_one_line_or_keeps_its_plan(case: Case) -> 
     assert logits.isfinite().all()
     positions_are_true(cache, case)
     write_kernels(cache, DTYPES[case.dtype])
-    if len(everyone) > 1 and is_cut_alike(model.kvcompile.plan, case):
+    if len(everyone) > 1:
         event("batch of N is N x 1")
         for b in everyone:
             alone, single = run(model, case, [b])
