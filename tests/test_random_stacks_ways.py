@@ -36,8 +36,6 @@ def loads_as_saved(model: Any, case: Case) -> None:
     logits, cache = run(model, case)
     with tempfile.TemporaryDirectory() as folder:
         loaded = artifact.load(artifact.save(model, Path(folder, "artifact")))
-    for parameter in loaded.parameters():  # a library's product sums up in another order at another alignment
-        parameter.data = parameter.data.clone()
     got, again = run(loaded, case)
     assert torch.equal(got, logits)
     assert held(again, case) == held(cache, case)
