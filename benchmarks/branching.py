@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile import compress
-from kvcompile.adapters.registry import describe
-from kvcompile.cache import KVCache, Step
-from kvcompile.cache.coded import CodedStore
-from kvcompile.calibrator import Everything, shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import Everything, shared
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
-from kvcompile.selection import Schedule, Score, Selection
+from kvcompile.runtime import eviction
+from kvcompile.runtime.cache import KVCache, Step
+from kvcompile.stores.quantized import CodedStore
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class Branching:
             if mine.plan.storage.coded:
                 mine.store = CodedStore(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
-        looks = {p.index: compress.look(branch.layers[p.index], step, p) for p in plan.selected}
+        looks = {p.index: eviction.look(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.cross_layer]
         if together:
-            compress.compress(step, {i: looks[i] for i in together})
+            eviction.compress(step, {i: looks[i] for i in together})
         for i in set(looks) - set(together):
-            compress.compress(step, {i: looks[i]})
+            eviction.compress(step, {i: looks[i]})
         for layer in branch.layers:
             layer.settle(branch.headroom, release=True)
         return branch

@@ -22,12 +22,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from kvcompile.cache import KVCache
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import assemble
-from kvcompile.config import Config, ModelConfig, finish
-from kvcompile.models import load
-from kvcompile.text import sentences
+from kvcompile.config.schema import Config, ModelConfig, finish
+from kvcompile.models.loading import load
+from kvcompile.runtime.cache import KVCache
 
 POLICIES = {"h2o": 16, "tova": 1}  # decoded tokens between two selections
 WAYS = ("kernel", "again", "plain")

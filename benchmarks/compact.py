@@ -25,15 +25,15 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kvcompile.cache import plain
-from kvcompile.cache.body import Body, Codes, Format, RaggedBody
-from kvcompile.cache.cache import HEADROOM
-from kvcompile.cache.paged import PagedStore
-from kvcompile.cache.paged_body import PagedBody
 from kvcompile.kernels.compact import Arrays, Mover
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.dispatch import mover
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
+from kvcompile.runtime.cache import HEADROOM
+from kvcompile.stores import factory
+from kvcompile.stores.codes import Body, Codes, Format, RaggedBody
+from kvcompile.stores.paged import PagedStore
+from kvcompile.stores.paged_codes import PagedBody
 
 SHAPES = {"8x128": (8, 128), "3x64": (3, 64)}
 PAGE, GROUP = 32, 32
@@ -42,7 +42,7 @@ WAYS = ("dense - dense", "dense - ragged", "paged in place")
 CASES = [(kind, way) for kind in ("float32", "bfloat16") for way in WAYS]
 CASES += [("int4", "ragged - ragged"), ("int4", "paged in place")]
 MOVERS = {"torch": mover("sdpa"), "C++": mover("cpp")}
-Store = plain.PlainStore | Body
+Store = factory.PlainStore | Body
 
 
 def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[], Store]:
@@ -53,7 +53,7 @@ def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[
         keys, values = (x.to(getattr(torch, kind)) for x in (keys, values))
 
         def plain_store() -> Store:
-            store = plain.opened(keys, values, None, HEADROOM, page)
+            store = factory.opened(keys, values, None, HEADROOM, page)
             store.append(keys, values, at, HEADROOM)
             return store
 
@@ -83,7 +83,7 @@ def kept(store: Store, indices: list[Tensor], move: Mover) -> Store:
     """What the selection leaves."""
     if isinstance(store, RaggedBody | PagedBody):
         return store.take(indices, HEADROOM, move)
-    return plain.taken(store, indices, HEADROOM, move)  # type: ignore[arg-type]
+    return factory.taken(store, indices, HEADROOM, move)  # type: ignore[arg-type]
 
 
 def arrays(store: Store) -> Arrays:

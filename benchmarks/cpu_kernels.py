@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from kvcompile.cache import memory
 from kvcompile.kernels import codecs, reference, sdpa
-from kvcompile.kernels.cpp import attention, build
+from kvcompile.kernels.cpp import backend, build
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.storage import Codec, Storage
+from kvcompile.plan.storage import Codec, Storage
+from kvcompile.stores import hugepages
 
 PAGES = {"paged": 16, "scattered": 16, "large": 128}  # entries
 FORMATS = {
@@ -64,7 +64,7 @@ def stored(name: str, rows: int, tokens: int, dim: int) -> tuple[tuple[Tensor, T
     made = []
     for codec in FORMATS[name]:
         codes, scales = codecs.encode(torch.randn(tokens, dim), codec)
-        made.append(tuple(x if x is None else memory.empty(x, rows, *x.shape).copy_(x) for x in (codes, scales)))
+        made.append(tuple(x if x is None else hugepages.empty(x, rows, *x.shape).copy_(x) for x in (codes, scales)))
     return tuple(made)  # type: ignore[return-value]
 
 
@@ -134,11 +134,11 @@ def kernels(
     for layout in layouts:
         views, size = copies(name, layout, batch, kv_heads, tokens, dim)
         one, turn = spec(name, layout, shape), cycle(views)
-        found[layout] = (lambda s=one, t=turn: attention.attend(queries, next(t), s)), size
+        found[layout] = (lambda s=one, t=turn: backend.attend(queries, next(t), s)), size
         if layout == "dense":
             sums = torch.zeros(batch * kv_heads, tokens)
             one = spec(name, layout, shape, True)
-            found["scores"] = (lambda s=one, t=turn, to=sums: attention.attend(queries, next(t), s, to)), size
+            found["scores"] = (lambda s=one, t=turn, to=sums: backend.attend(queries, next(t), s, to)), size
     return found
 
 
@@ -179,7 +179,7 @@ def agree() -> None:
                 queries = Queries(torch.randn(2, heads, 1, dim).to(dtype), torch.full((2, 1), 2000))
                 one = spec(name, layout, shape, layout == "dense")
                 sums = [torch.zeros(2 * kv_heads, 2000) if one.scores else None for _ in range(2)]
-                got = attention.attend(queries, held, one, sums[0]).double()
+                got = backend.attend(queries, held, one, sums[0]).double()
                 expected = reference.attend(queries, held, one, sums[1]).double()
                 wrong = float((got - expected).norm() / expected.norm())
                 if one.scores:

@@ -26,12 +26,12 @@ from needle_sweep import plans, stacks
 from tabulate import tabulate
 from transformers import DynamicCache
 
-from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import build
-from kvcompile.config import ModelConfig
-from kvcompile.models import load
-from kvcompile.speed import cache_bytes
-from kvcompile.text import sentences
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.speed import cache_bytes
+from kvcompile.models.loading import load
 
 
 def transformers_cache(dense: Any) -> DynamicCache:

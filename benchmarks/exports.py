@@ -29,11 +29,11 @@ from exports_run import timed
 from tabulate import tabulate
 
 import kvcompile
-from kvcompile.config import ModelConfig
-from kvcompile.doors.registry import discover
+from kvcompile.calibration.text import sentences
+from kvcompile.config.schema import ModelConfig
 from kvcompile.errors import KvcompileError
-from kvcompile.models import load
-from kvcompile.text import sentences
+from kvcompile.exporters.registry import discover
+from kvcompile.models.loading import load
 
 RUN = Path(__file__).with_name("exports_run.py")
 TAIL = 60  # lines that are kept of what a failed run said

@@ -34,10 +34,10 @@ from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import DTYPES, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.kernels.triton import route, tuning
+from kvcompile.kernels.triton import backend, tuning
 from kvcompile.kernels.triton.launch import Call, attend, interpreted
 from kvcompile.kernels.triton.tuning import TABLE, Choice
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 HEADS, GROUP, DIM, PAGE, RESIDUAL = 8, 4, 128, 16, 128
 KIVI = {bits: (Codec(f"int{bits}", "channel", 32), Codec(f"int{bits}", "token", 32)) for bits in (4, 2)}
@@ -133,7 +133,7 @@ def gate(device: str) -> None:
         longest = sum(max(s.lengths) if not isinstance(s, DenseView) else s.keys.shape[2] for s in parts(view))
         got_sums = torch.zeros(2 * HEADS, longest, device=device)
         want_sums = got_sums.clone()
-        got = route.attend(queries, view, spec, got_sums if scores else None).double()
+        got = backend.attend(queries, view, spec, got_sums if scores else None).double()
         want = reference.attend(queries, view, spec, want_sums if scores else None).double()
         error = float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
         lost = float((got_sums - want_sums).abs().max())
@@ -208,7 +208,7 @@ def tune(context: int, batch: int) -> None:
     table = yaml.safe_load(TABLE.read_text("utf-8")) or {}
     for store in STORES:
         spec, view, queries = problem(store, context, batch, "cuda")
-        call = Call(spec, *route.operands(queries, view))
+        call = Call(spec, *backend.operands(queries, view))
         want, timed = attend(call), []
         for choice in choices(spec):
             try:
@@ -235,7 +235,7 @@ def measure(contexts: list[int], batches: list[int]) -> str:
         for store in STORES:
             spec, view, queries = problem(store, context, batch, "cuda")
             size = nbytes(spec, view)
-            step = captured(partial(route.attend, queries, view, spec))
+            step = captured(partial(backend.attend, queries, view, spec))
             runs = {f"triton {store}": step}
             if store == "float16 dense":
                 assert isinstance(view, DenseView)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from kvcompile import report
 from kvcompile.heal.record import HealRecord
-from kvcompile.report_plot import draw
-from kvcompile.report_view import markdown
+from kvcompile.report import report
+from kvcompile.report.plot import draw
+from kvcompile.report.tables import markdown
 
 
 def main() -> None:

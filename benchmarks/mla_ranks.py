@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import assemble
-from kvcompile.compose import compose
-from kvcompile.models import load
-from kvcompile.perplexity import cached_perplexity
-from kvcompile.plan import Plan
+from kvcompile.config.compose import compose
+from kvcompile.evaluation.perplexity import cached_perplexity
+from kvcompile.models.loading import load
+from kvcompile.plan.plan import Plan
 from kvcompile.structure import absorb
-from kvcompile.text import sentences
 
 ROWS = {
     "dense": [],

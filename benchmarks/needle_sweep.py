@@ -23,14 +23,14 @@ import torch
 from branching import Branching
 from tabulate import tabulate
 
-from kvcompile.calibrator import ModelCalibrator
+from kvcompile.calibration.probe import ModelCalibrator
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import plan_of
-from kvcompile.compose import compose
-from kvcompile.config import ModelConfig
-from kvcompile.models import load
-from kvcompile.needle import NeedleTask
-from kvcompile.plan import Plan
-from kvcompile.text import sentences
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.needle import NeedleTask
+from kvcompile.models.loading import load
+from kvcompile.plan.plan import Plan
 
 
 def stacks(path: str) -> dict[str, list[str]]:

@@ -28,14 +28,14 @@ from tabulate import tabulate
 from transformers import QuantizedCache
 from turns import Contestant, found, race, tensors_bytes
 
-from kvcompile.adapters.registry import describe
-from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import build, plan_of
-from kvcompile.compose import compose
-from kvcompile.config import ModelConfig
-from kvcompile.models import load
-from kvcompile.needle import NeedleTask
-from kvcompile.text import sentences
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.needle import NeedleTask
+from kvcompile.models.loading import load
 
 HERE = Path(__file__).parent
 PARTS = ("needle", "ours", "kvpress", "llama")

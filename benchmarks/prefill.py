@@ -24,11 +24,11 @@ import torch.fx as fx
 from tabulate import tabulate
 from whole_model import models
 
-from kvcompile.config import ModelConfig
+from kvcompile.calibration.text import sentences
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.speed import forward
 from kvcompile.graph import ops
-from kvcompile.models import load
-from kvcompile.speed import forward
-from kvcompile.text import sentences
+from kvcompile.models.loading import load
 
 SELECTING = (ops.observe, ops.compress, ops.allocate, ops.trim, ops.settle)
 

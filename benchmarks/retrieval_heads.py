@@ -4,7 +4,7 @@ r"""How many retrieval heads, and what for the others: one calibration of the de
     python benchmarks/retrieval_heads.py --samples 10 --seed 1 --rows recipe \
         --out benchmarks/results/retrieval_heads-held_out
 
-Calibration uses the forms of `kvcompile.calibration`, the scores those of `kvcompile.needle`: no form is in both.
+Calibration uses the forms of `kvcompile.calibration.retrieval`, the scores those of `kvcompile.evaluation.needle`: no form is in both.
 Columns: share of KV bytes held after prefill (measured), exact-match needle score per form and length, perplexity of
 128 tokens read after 512 over the compressed cache. The calibration itself goes to
 `<out>-calibration.json` (unless --rows is given).
@@ -21,15 +21,15 @@ from typing import Any
 from needle_sweep import bases, needles, perplexities
 from tabulate import tabulate
 
-from kvcompile.calibration import CalibrationResult, retrieval_scores
-from kvcompile.calibrator import ModelCalibrator
+from kvcompile.calibration.probe import ModelCalibrator
+from kvcompile.calibration.retrieval import CalibrationResult, retrieval_scores
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import plan_of
-from kvcompile.compose import compose
-from kvcompile.config import ModelConfig
-from kvcompile.models import load
-from kvcompile.needle import NeedleTask
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.needle import NeedleTask
+from kvcompile.models.loading import load
 from kvcompile.stack import build_policy
-from kvcompile.text import sentences
 
 LESS = {"budget": 18, "recent": 14}
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {  # label -> number of heads, fields of the policy

@@ -21,15 +21,15 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from kvcompile.cache import plain
-from kvcompile.cache.cache import HEADROOM
-from kvcompile.cache.coded import CodedStore
 from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.compact import Mover
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.dispatch import encoder, mover
 from kvcompile.kernels.layout import RaggedView
-from kvcompile.storage import FLUSH, Codec, Storage
+from kvcompile.plan.storage import FLUSH, Codec, Storage
+from kvcompile.runtime.cache import HEADROOM
+from kvcompile.stores import factory
+from kvcompile.stores.quantized import CodedStore
 
 FORMATS = {
     "kivi int4": (Codec("int4", "channel", 32), Codec("int4", "token", 32), 128),
@@ -66,7 +66,7 @@ def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Mover)
     key, value, residual = FORMATS[format]
     heads, dim = SHAPES[shape]
     fresh = new(heads, tokens, dim, 0)
-    tail = plain.opened(*fresh[:2], None, 0)
+    tail = factory.opened(*fresh[:2], None, 0)
     store = CodedStore(Storage(key, value, residual), tail, encode, move)
     store.append(*fresh, 0)
     return store

@@ -25,8 +25,8 @@ from tabulate import tabulate
 
 from kvcompile.kernels.compact import CompactSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.plan import Plan
-from kvcompile.storage import Codec
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.storage import Codec
 
 KIVI4 = Codec("int4", "channel", 32), Codec("int4", "token", 32)
 KIVI2 = Codec("int2", "channel", 32), Codec("int2", "token", 32)
@@ -69,7 +69,7 @@ def plans() -> Iterator[tuple[str, str, Plan]]:
     from transformers import LlamaConfig
 
     from kvcompile.compiler import plan_of
-    from kvcompile.compose import compose
+    from kvcompile.config.compose import compose
 
     for dtype, shape in SHAPES.items():
         for recipe in sorted(f.name.removesuffix(".yaml") for f in files("kvcompile.recipes.recipe").iterdir()):
@@ -82,7 +82,7 @@ def of_recipes(window: bool = False) -> dict[tuple[KernelSpec, str], list[str]]:
 
     window: those of column sums for scores, in place of those that attend.
     """
-    from kvcompile.cache import KVCache
+    from kvcompile.runtime.cache import KVCache
 
     found: dict[tuple[KernelSpec, str], list[str]] = {}
     for dtype, recipe, plan in plans():
@@ -129,7 +129,7 @@ def jobs_of_all() -> list[Job]:
 
 def compactions() -> dict[CompactSpec, list[str]]:
     """What moves kept entries, and the recipes that lead to it, on the shapes of the two models."""
-    from kvcompile.cache.moves import expected
+    from kvcompile.artifact.compactions import expected
 
     found: dict[CompactSpec, list[str]] = {}
     for dtype, recipe, plan in plans():

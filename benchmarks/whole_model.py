@@ -22,14 +22,14 @@ import torch
 from needle_sweep import stacks
 from tabulate import tabulate
 
-from kvcompile.adapters.registry import describe
-from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.calibration.text import sentences
 from kvcompile.compiler import build, plan_of
-from kvcompile.compose import compose
-from kvcompile.config import ModelConfig
-from kvcompile.models import load
-from kvcompile.speed import Comparison, compare
-from kvcompile.text import sentences
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import ModelConfig
+from kvcompile.evaluation.speed import Comparison, compare
+from kvcompile.models.loading import load
 
 DEFAULT = "benchmarks/stacks/speed.txt"
 

@@ -18,10 +18,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from kvcompile.kernels.cpp import attention as cpp
+from kvcompile.kernels.cpp import backend as cpp
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, plain
-from kvcompile.observe import Observation
+from kvcompile.runtime.observation import Observation
 
 SHAPES = {"9/3x64": (9, 3, 64), "32/8x128": (32, 8, 128)}
 ROUNDS = 15

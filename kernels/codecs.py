@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 DTYPES = {
     "float64": torch.float64,

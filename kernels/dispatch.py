@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs, compact, reference, sdpa
-from kvcompile.kernels.cpp import attention as cpp
+from kvcompile.kernels.cpp import backend as cpp
 from kvcompile.kernels.cpp import build, encode
 from kvcompile.kernels.cpp import compact as cpp_compact
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.kernels.triton import route as triton
+from kvcompile.kernels.triton import backend as triton
 
 
 class Route(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from kvcompile.kernels.compact import CompactSpec
-from kvcompile.kernels.cpp import attention, compact, encode, simd
+from kvcompile.kernels.cpp import backend, compact, encode, simd
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.compact import Compaction
 from kvcompile.kernels.triton.emit import Kernels
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 VECTORS = "simd.h"
 SPLIT = (("", 1), ("-split", 2))  # ends of names of kernels whose rows one program reads, or several
@@ -30,8 +30,8 @@ def texts(route: str, spec: KernelSpec, dtype: str, device: str = "") -> dict[st
 
 def window(route: str, spec: KernelSpec, dtype: str, device: str = "") -> dict[str, str]:
     """Kernels that add up attention of the last queries over a spec with scores on a route, named as in `texts`."""
-    if route == "cpp" and attention.describe(spec, getattr(torch, dtype)) == "cpp":
-        return {"window.cpp": _including(attention.source(spec, getattr(torch, dtype), many=True, values=False))}
+    if route == "cpp" and backend.describe(spec, getattr(torch, dtype)) == "cpp":
+        return {"window.cpp": _including(backend.source(spec, getattr(torch, dtype), many=True, values=False))}
     if route == "triton":
         choice = tuning.choose(device, spec, "many")
         return {f"window{end}.py": Kernels(spec, tuning.form(choice, "many", n, "lse")).text for end, n in SPLIT}
@@ -58,9 +58,9 @@ def shared(route: str) -> dict[str, str]:
 
 
 def _cpp(spec: KernelSpec, dtype: torch.dtype) -> dict[str, str]:
-    if attention.describe(spec, dtype) != "cpp":
+    if backend.describe(spec, dtype) != "cpp":
         return {}
-    sources = {"step": attention.source(spec, dtype), "chunk": attention.source(spec, dtype, many=True)}
+    sources = {"step": backend.source(spec, dtype), "chunk": backend.source(spec, dtype, many=True)}
     return {f"{name}.cpp": _including(text) for name, text in sources.items()}
 
 

@@ -6,21 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcompile.artifact import from_pretrained as from_pretrained
-    from kvcompile.artifact import load as load
-    from kvcompile.artifact import save as save
+    from kvcompile.artifact.artifact import from_pretrained, load, save
     from kvcompile.compiler import compile as compile
-    from kvcompile.doors.export import export as export
     from kvcompile.errors import KvcompileError as KvcompileError
+    from kvcompile.exporters.write import export
 
     __version__: str
 
 _PUBLIC = {
     "compile": "kvcompile.compiler",
-    "load": "kvcompile.artifact",
-    "save": "kvcompile.artifact",
-    "from_pretrained": "kvcompile.artifact",
-    "export": "kvcompile.doors.export",
+    "load": "kvcompile.artifact.artifact",
+    "save": "kvcompile.artifact.artifact",
+    "from_pretrained": "kvcompile.artifact.artifact",
+    "export": "kvcompile.exporters.write",
     "KvcompileError": "kvcompile.errors",
 }
 __all__ = ["KvcompileError", "__version__", "compile", "export", "from_pretrained", "load", "save"]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvcompile.folders import sync
+from kvcompile.paths import sync
 
 LOCK, REPLACED = ".lock", ".replaced"
 YOUNG_SECONDS = 5.0  # an older lock that nobody holds belongs to a process that is gone

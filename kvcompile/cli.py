@@ -18,13 +18,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from kvcompile import multirun
-from kvcompile.compose import CONFIG_MODULE, CONFIG_NAME, FOREIGN, VERSION_BASE, check, one_line, register, resolve
-from kvcompile.config import Config
-from kvcompile.doors import registry
+from kvcompile.config import sweep
+from kvcompile.config.compose import (
+    CONFIG_MODULE,
+    CONFIG_NAME,
+    FOREIGN,
+    VERSION_BASE,
+    check,
+    one_line,
+    register,
+    resolve,
+)
+from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import require_here
+from kvcompile.exporters import registry
 from kvcompile.output import room_to_write, standard_output
+from kvcompile.paths import require_here
 from kvcompile.stack import discover
 
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
@@ -67,7 +76,7 @@ def _hydra(arguments: Sequence[str]) -> None:
     except FOREIGN as error:
         raise error if isinstance(error, KvcompileError) else one_line(error) from error
     finally:  # also after an interrupt: the jobs that are done are not lost
-        failed, jobs = multirun.summarise(_console())
+        failed, jobs = sweep.summarise(_console())
     if failed:
         sys.exit(f"{failed} of {jobs} jobs failed")
 
@@ -113,37 +122,37 @@ def _app(cfg: DictConfig) -> None:
         return
     folder = Path(context.runtime.output_dir)
 
-    def work() -> multirun.Done:
+    def work() -> sweep.Done:
         config = resolve(cfg, context.runtime.choices, overrides)
         place = Path(cfg.output, str(context.job.num)) if cfg.output else folder / config.label
         return _work(replace(config, output=str(place)))
 
-    multirun.run_job(folder, int(context.job.num), overrides, work)
+    sweep.run_job(folder, int(context.job.num), overrides, work)
 
 
-def _work(config: Config) -> multirun.Done:
+def _work(config: Config) -> sweep.Done:
     """Compile, or only plan, or only export; returns (output folder, summary row)."""
     if config.artifact:
         return _export(config.artifact, config)
     if config.plan.mode == "only":
-        from kvcompile import planning
+        from kvcompile.report import plan_table
 
-        plan = planning.plan_of(config)
-        planning.show(plan, config, _console())
-        return None, planning.summary(plan, config)
+        plan = plan_table.plan_of(config)
+        plan_table.show(plan, config, _console())
+        return None, plan_table.summary(plan, config)
     from kvcompile.compiler import compile_config
 
     outcome = compile_config(config)
     return outcome.path, outcome.summary
 
 
-def _export(artifact: str, config: Config) -> multirun.Done:
+def _export(artifact: str, config: Config) -> sweep.Done:
     """Export what lies in an artifact, each door into its folder below `output`."""
-    from kvcompile.doors.export import opened, write_new
-    from kvcompile.planning import size
+    from kvcompile.exporters.write import opened, write_new
     from kvcompile.progress import progress_bar
+    from kvcompile.report.plan_table import size
 
-    summary: dict[str, multirun.Cell] = {}
+    summary: dict[str, sweep.Cell] = {}
     with progress_bar() as progress:
         model, tokenizer, measured = opened(artifact)
         registry.require_open(config.doors(), model.kvcompile.plan, model.config)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.compose import compose
-from kvcompile.config import Config, from_recipe, to_recipe
+from kvcompile.artifact.manifest import RECIPE
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import Config, from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
-from kvcompile.manifest import RECIPE
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
 from kvcompile.progress import Progress, progress_bar, silent
 from kvcompile.stack import apply_stack
 
@@ -32,7 +32,7 @@ def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Po
     """The checked plan of a stack on a model, from the model's config alone."""
     from dataclasses import replace
 
-    from kvcompile.adapters.registry import describe
+    from kvcompile.adapters.architectures import describe
 
     plan = replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
     return apply_stack(plan, policies)
@@ -45,15 +45,15 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     converted: the weights are those of the plan already.
     Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
     """
+    from kvcompile.adapters.architectures import rotations, swap
     from kvcompile.adapters.latent import latent_rotations
-    from kvcompile.adapters.registry import rotations, swap
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import skeleton, trace
     from kvcompile.graph.wiring import verify
     from kvcompile.kernels.dispatch import choose
     from kvcompile.kernels.linear import lower
-    from kvcompile.model import Compiled, adopt
-    from kvcompile.models import align_weights
+    from kvcompile.models.loading import align_weights
+    from kvcompile.runtime.model import Compiled, adopt
     from kvcompile.structure.convert import convert, prune
     from kvcompile.structure.rotate import fold_rotation
 
@@ -82,12 +82,12 @@ def assemble(
     others calibrate on what came out. workspace: folder for the checkpoints of a healing (None: it keeps none).
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
-    from kvcompile.adapters.registry import require_as_configured
-    from kvcompile.calibrator import ModelCalibrator, shared
+    from kvcompile.adapters.architectures import require_as_configured
+    from kvcompile.artifact.manifest import stamp
+    from kvcompile.calibration.activations import calibration_ids
+    from kvcompile.calibration.probe import ModelCalibrator, shared
     from kvcompile.heal.repair import repair
-    from kvcompile.manifest import stamp
-    from kvcompile.models import require_vocabulary
-    from kvcompile.structure.activations import calibration_ids
+    from kvcompile.models.loading import require_vocabulary
     from kvcompile.structure.convert import convert, require_convertible, text_wanted
     from kvcompile.structure.rotate import fold_rotation
 
@@ -144,7 +144,7 @@ def compile(
     given = [overrides] if isinstance(overrides, str) else overrides
     config = compose([*wanted, *([f"model={model}"] if named else []), *given])
     if named:
-        from kvcompile.models import load
+        from kvcompile.models.loading import load
 
         model, tokenizer = load(config.model)
     return assemble(model, config, tokenizer)
@@ -152,12 +152,12 @@ def compile(
 
 def compile_config(config: Config) -> Outcome:
     """One job of the command line: load, measure, compile, prove, measure again, report, save."""
-    from kvcompile import planning
-    from kvcompile.models import load
-    from kvcompile.prove import compile_and_report
+    from kvcompile.job import compile_and_report
+    from kvcompile.models.loading import load
+    from kvcompile.report import plan_table
 
     target(config)  # what cannot work, or cannot be written, fails before weights are read
-    planning.plan_of(config)
+    plan_table.plan_of(config)
     with progress_bar() as progress:
         model, tokenizer = load(config.model, progress)
         return compile_and_report(model, tokenizer, config, progress)
@@ -165,7 +165,7 @@ def compile_config(config: Config) -> Outcome:
 
 def target(config: Config) -> Path:
     """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours, or has another stack."""
-    from kvcompile.artifact import place
+    from kvcompile.artifact.artifact import place
 
     if config.output is None:
         raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvcompile.errors import KvcompileError, first_line
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
     from kvcompile.policies.base import Policy

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvcompile.plan.selection import Allocation, Demand, LayerScores, Scope
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
-from kvcompile.selection import Allocation, Demand, LayerScores, Scope
 
 if TYPE_CHECKING:
     from torch import Tensor

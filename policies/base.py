@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
-from kvcompile.selection import Allocation, Budget, Schedule, Score, Selection, Uniform
+from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.selection import Allocation, Budget, Schedule, Score, Selection, Uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.runtime.observation import Observation
 
 
 class Calibrator(Protocol):

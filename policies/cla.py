@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.structure import Fold
 from kvcompile.policies.base import Calibrator, Policy
-from kvcompile.structure.data import Fold
 
 Variant = Literal["uniform", "keep_ends", "dense_front", "dense_back"]
 Pairs = Literal["fixed", "kv", "activations"]
@@ -55,7 +55,7 @@ class CLA(Policy):
         """The policy with `pattern` filled in where pairs are chosen by similarity."""
         if self.pairs == "fixed" or self.pattern or self.share == 1:
             return self
-        from kvcompile.structure.activations import calibration_ids
+        from kvcompile.calibration.activations import calibration_ids
         from kvcompile.structure.pairing import best_pattern
 
         ids = calibration_ids(calibrator.tokenizer, self.tokens, self.name)

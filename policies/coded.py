@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.storage import Codec
 from kvcompile.policies.base import Policy, require_layers
-from kvcompile.storage import Codec
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvcompile.plan.selection import Allocation, LayerScores, Schedule, Scope, Selection
 from kvcompile.policies.base import CarriedScore, TokenPolicy
-from kvcompile.selection import Allocation, LayerScores, Schedule, Scope, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.runtime.observation import Observation
 
 ROUNDING = 1e-5  # uniform attention sits exactly on the threshold, up to the float32 softmax
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvcompile.plan.selection import Score
 from kvcompile.policies.base import SelectionPolicy
-from kvcompile.selection import Score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Moments, Observation
+    from kvcompile.runtime.observation import Moments, Observation
 
 ENTRY_BLOCK = 1024  # keys at a time: their products with all query heads stay in the processor's cache
 
@@ -41,7 +41,7 @@ class FutureAttention(Score):
         """Scores `[H_kv, n]`; before the fifth token there are no moments, and all entries are expected alike."""
         import torch
 
-        from kvcompile.observe import pool
+        from kvcompile.runtime.observation import pool
 
         sizes: Tensor = torch.linalg.vector_norm(seen.values.float(), dim=-1)
         if seen.moments is None:

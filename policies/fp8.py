@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvcompile.plan.storage import Codec
 from kvcompile.policies.coded import CodedPolicy
-from kvcompile.storage import Codec
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.structure import Align, Groups, Heads, Merge, contiguous
 from kvcompile.policies.base import Calibrator, Policy
-from kvcompile.structure.data import Align, Groups, Heads, Merge, contiguous
 
 Method = Literal["mean", "first", "similarity"]
 
@@ -49,7 +49,7 @@ class HeadMerging(Policy):
         """The policy with `groups` filled in where heads are grouped by similarity."""
         if self.merge != "similarity" or self.groups:
             return self
-        from kvcompile.structure.activations import calibration_ids, keys_values
+        from kvcompile.calibration.activations import calibration_ids, keys_values
         from kvcompile.structure.grouping import by_similarity
 
         seen = keys_values(calibrator.model, calibration_ids(calibrator.tokenizer, self.tokens, self.name))

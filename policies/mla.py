@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Family, LayerPlan, Plan
+from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.structure import Factor, Latent
 from kvcompile.policies.base import Calibrator, Policy
-from kvcompile.structure.data import Factor, Latent
 
 Select = Literal["position", "norm", "high", "low", "uniform"]
 MEASURED = ("position", "norm")
@@ -69,9 +69,9 @@ class MLA(Policy):
         """The policy with `ranks` and `frequencies` filled in where the loaded model decides."""
         if self.uncalibrated is None:
             return self
-        from kvcompile.adapters.registry import describe
+        from kvcompile.adapters.architectures import describe
+        from kvcompile.calibration.activations import calibration_ids
         from kvcompile.structure.absorb import calibrate
-        from kvcompile.structure.activations import calibration_ids
 
         model: Any = calibrator.model
         plan = self.apply(describe(model.config, str(model.dtype).removeprefix("torch.")))

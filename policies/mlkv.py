@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.structure import Fold
 from kvcompile.policies.cla import share
 from kvcompile.policies.gqa import HeadMerging, divisor
-from kvcompile.structure.data import Fold
 
 
 @dataclass(frozen=True)

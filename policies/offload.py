@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.policies.coded import StoragePolicy
 
 

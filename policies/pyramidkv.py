@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from kvcompile.plan.selection import Allocation, Selection
 from kvcompile.policies.allocation import largest_remainder
 from kvcompile.policies.base import AllocationPolicy, scored_by
-from kvcompile.selection import Allocation, Selection
 
 WINDOW = 8
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvcompile.plan.selection import Score
 from kvcompile.policies.base import SelectionPolicy
-from kvcompile.selection import Score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.runtime.observation import Observation
 
 MIX = 1_000_003  # a prime, so that (seed, layer, tokens) rarely share a stream
 

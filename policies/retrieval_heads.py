@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Allocation, Budget, Schedule, Scope, Selection, Uniform
 from kvcompile.policies.base import Calibrator, TokenPolicy, choose, require_budget, scored_by
-from kvcompile.selection import Allocation, Budget, Schedule, Scope, Selection, Uniform
 
 RECENCY = "streaming"
 
@@ -80,11 +80,11 @@ class RetrievalHeads(TokenPolicy):
         self.require(self.tokens >= 128, "tokens", "128 or more")
 
     def calibrated(self, calibrator: Calibrator) -> RetrievalHeads:
-        """The policy with `heads` filled in by `kvcompile.calibration`; as it is, where they are given."""
+        """The policy with `heads` filled in by `kvcompile.calibration.retrieval`; as it is, where they are given."""
         if self.heads:
             return self
-        from kvcompile.calibration import retrieval_scores
-        from kvcompile.text import sentences
+        from kvcompile.calibration.retrieval import retrieval_scores
+        from kvcompile.calibration.text import sentences
 
         if calibrator.tokenizer is None:
             raise KvcompileError(

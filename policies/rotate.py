@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvcompile.plan import LayerPlan
+from kvcompile.plan.plan import LayerPlan
 from kvcompile.policies.coded import StoragePolicy
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvcompile.plan.selection import Score
 from kvcompile.policies.base import SelectionPolicy
-from kvcompile.selection import Score
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.runtime.observation import Observation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WindowAttention(Score):
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`."""
-        from kvcompile.observe import pool
+        from kvcompile.runtime.observation import pool
 
         votes = seen.mean_attention() if self.averages else seen.attention().amax(dim=(1, 2))
         if self.kernel == 1:

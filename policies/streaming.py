@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvcompile.plan.selection import Score, Selection
 from kvcompile.policies.base import SelectionPolicy
-from kvcompile.selection import Score, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.observe import Observation
+    from kvcompile.runtime.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from kvcompile.plan.selection import Allocation, Demand, LayerScores, Scope, Selection
 from kvcompile.policies.adakv import AdaptiveHeads
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
 from kvcompile.policies.snapkv import WindowAttention
-from kvcompile.selection import Allocation, Demand, LayerScores, Scope, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from tiny import tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.registry import describe
-from kvcompile.calibrator import shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import build
-from kvcompile.plan import Plan
-from kvcompile.rotation import turn_basis
+from kvcompile.plan.plan import Plan
+from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.stack import apply_stack, build_stack
 
 LAYERS, HEADS, DIM = 4, 2, 16  # of the tiny models (KV heads)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import kvcompile
-from kvcompile import manifest
+from kvcompile.artifact import manifest
 from kvcompile.errors import KvcompileError
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import kvcompile
 from kvcompile.compiler import plan_of
-from kvcompile.compose import compose
-from kvcompile.plan import Plan
+from kvcompile.config.compose import compose
+from kvcompile.plan.plan import Plan
 
 
 def compiled(architecture: str, overrides: list[str], **over: Any) -> Any:

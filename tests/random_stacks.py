@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_ids
 from torch import Tensor
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config import Config, finish
+from kvcompile.config.schema import Config, finish
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import ORDER
+from kvcompile.plan.plan import ORDER
 from kvcompile.stack import build_policy, discover, policy_class
 
 EXAMPLES = int(os.environ.get("KVCOMPILE_EXAMPLES", "0"))  # 0: those of every run, always the same ones

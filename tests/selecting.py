@@ -10,11 +10,11 @@ import torch
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.registry import describe
-from kvcompile.cache import KVCache
+from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import build
-from kvcompile.observe import Observation
-from kvcompile.selection import Allocation, Budget, LayerScores, Scope, Score, Selection
+from kvcompile.plan.selection import Allocation, Budget, LayerScores, Scope, Score, Selection
+from kvcompile.runtime.cache import KVCache
+from kvcompile.runtime.observation import Observation
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
 

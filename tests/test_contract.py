@@ -27,14 +27,14 @@ from contract_table import (
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile import artifact
-from kvcompile.cache import KVCache, Step
-from kvcompile.calibrator import shared
+from kvcompile.artifact import artifact
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.compress import compress, observe
-from kvcompile.config import Config, finish
+from kvcompile.config.schema import Config, finish
+from kvcompile.job import prove
 from kvcompile.policies.coded import StoragePolicy
-from kvcompile.prove import prove
+from kvcompile.runtime.cache import KVCache, Step
+from kvcompile.runtime.eviction import compress, observe
 from kvcompile.stack import discover
 
 TOKENS, BUDGET = 60, 24

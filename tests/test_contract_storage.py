@@ -24,15 +24,15 @@ from test_contract import steps
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile import artifact
-from kvcompile.calibrator import shared
+from kvcompile.artifact import artifact
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config import Config, finish
+from kvcompile.config.schema import Config, finish
 from kvcompile.errors import KvcompileError
+from kvcompile.job import prove
 from kvcompile.kernels.codecs import decode, encode
-from kvcompile.prove import prove
-from kvcompile.rotation import turn_basis
-from kvcompile.storage import FLUSH, Storage
+from kvcompile.plan.storage import FLUSH, Storage
+from kvcompile.runtime.hadamard import turn_basis
 
 TOKENS, NEW = 60, 70  # far enough to encode twice while decoding, from any residual below
 every = pytest.mark.parametrize(("stack", "logits"), STORED.values(), ids=STORED)

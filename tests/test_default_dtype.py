@@ -15,7 +15,7 @@ from test_contract import steps
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import build
 from kvcompile.structure.convert import convert
 

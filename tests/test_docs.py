@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvcompile.adapters.registry import ARCHITECTURES
-from kvcompile.compose import check
+from kvcompile.adapters.architectures import ARCHITECTURES
+from kvcompile.config.compose import check
 from kvcompile.stack import discover
 
 ROOT = Path(__file__).resolve().parent.parent

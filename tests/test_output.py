@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import require_short
+from kvcompile.paths import require_short
 
 FAKE = """
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 import kvcompile.compiler as compiler
 
 def compile_config(config):
-    from kvcompile.artifact import place
+    from kvcompile.artifact.artifact import place
     folder = place(config.output)
     print("measured " * 2000)
     folder.mkdir(parents=True)

@@ -39,7 +39,7 @@ def run(code: str, where: Path, path: Path | None = None) -> str:
 
 LOOK = """
 import importlib.util, json, kvcompile.policies, kvcompile.kernels
-from kvcompile.compose import compose
+from kvcompile.config.compose import compose
 from kvcompile.stack import discover
 print(json.dumps({
     "home": kvcompile.__file__,
@@ -125,4 +125,4 @@ def test_no_config_names_code_to_run() -> None:
     found = [p.name for top in ("conf", "recipes") for p in (ROOT / top).rglob("*.yaml") if "_target_" in p.read_text()]
     assert found == ["config.yaml"], "only Hydra's own callback may"
     text = (ROOT / "conf" / "config.yaml").read_text("utf-8")
-    assert text.count("_target_") == text.count("_target_: kvcompile.multirun.SweepFolder") == 1
+    assert text.count("_target_") == text.count("_target_: kvcompile.config.sweep.SweepFolder") == 1

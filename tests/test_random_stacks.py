@@ -21,8 +21,8 @@ from random_stacks import (
     uncompressed,
 )
 
-from kvcompile.kernels.cpp import attention
-from kvcompile.plan import Plan
+from kvcompile.kernels.cpp import backend
+from kvcompile.plan.plan import Plan
 from kvcompile.structure.convert import converts
 
 
@@ -76,7 +76,7 @@ def write_kernels(cache: Any, dtype: torch.dtype) -> None:
         for spec in (*cache.first(p.index), *cache.expected(p.index)):
             for many in (False, True):
                 if dtype != torch.float64:
-                    assert attention.source(spec, dtype, many)
+                    assert backend.source(spec, dtype, many)
 
 
 @random_examples

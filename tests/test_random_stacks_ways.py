@@ -11,7 +11,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from random_stacks import TOLERANCE, Case, cases, compiled, decoded, kept, off, prefilled, prompts, random_examples, run
 
-from kvcompile import artifact
+from kvcompile.artifact import artifact
 
 
 def everyone(case: Case) -> list[int]:

@@ -17,15 +17,15 @@ import torch
 from contract_table import TABLE, compiled, dense, kept_positions
 from tiny import tiny_ids
 
-from kvcompile.adapters.registry import describe
-from kvcompile.calibration import FORMS as CALIBRATED
-from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.calibration.retrieval import FORMS as CALIBRATED
 from kvcompile.compiler import build, plan_of
-from kvcompile.compose import compose
-from kvcompile.config import ModelConfig
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import ModelConfig
 from kvcompile.errors import KvcompileError
-from kvcompile.needle import FORMS, NeedleTask
-from kvcompile.plan import Plan
+from kvcompile.evaluation.needle import FORMS, NeedleTask
+from kvcompile.plan.plan import Plan
 
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "branching.py"
 TOKENS, SAMPLES = 1024, 12
@@ -88,7 +88,7 @@ def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
 class Found:
     """Answers and shares of bytes held, one a prompt.
 
-    `contained` is RULER's measure (the answer's digits come in what is said), `exact` that of `kvcompile.needle`
+    `contained` is RULER's measure (the answer's digits come in what is said), `exact` that of `kvcompile.evaluation.needle`
     (they are a number of their own: a model that does not stop after them fails).
     """
 
@@ -132,7 +132,7 @@ class Real:
 
 @pytest.fixture(scope="module")
 def real(real_model_dir: Path) -> Real:
-    from kvcompile.models import load
+    from kvcompile.models.loading import load
 
     model, tokenizer = load(ModelConfig(dtype="float32", device="cpu"))
     calibrator = ModelCalibrator(model, tokenizer, lambda *_: None)

@@ -14,10 +14,10 @@ from rich.console import Console
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import planning
-from kvcompile.compose import compose
-from kvcompile.config import Config, from_recipe
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import Config, from_recipe
 from kvcompile.policies.coded import StoragePolicy
+from kvcompile.report import plan_table
 from kvcompile.stack import discover, policy_class
 
 SHIPPED = {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files("kvcompile.recipes.recipe").iterdir()}
@@ -63,10 +63,10 @@ def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
 @every
 def test_plan_only(name: str) -> None:
     config = compose([f"recipe={name}", "plan=only", "plan.context=2048", "plan.memory=1"])
-    plan, out = planning.plan_of(config), io.StringIO()
-    planning.show(plan, config, Console(file=out, width=140))
+    plan, out = plan_table.plan_of(config), io.StringIO()
+    plan_table.show(plan, config, Console(file=out, width=140))
     assert f"{name}-llama: llama" in out.getvalue()
-    held, uncompressed = planning.cache_bytes(plan, 1, 2048)
+    held, uncompressed = plan_table.cache_bytes(plan, 1, 2048)
     assert held < uncompressed or name == "corm"  # a threshold promises nothing
 
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 import kvcompile.stack as stack
-from kvcompile.compose import compose
-from kvcompile.config import from_recipe, to_recipe
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import ORDER, Family, LayerPlan, Plan
+from kvcompile.plan.plan import ORDER, Family, LayerPlan, Plan
 from kvcompile.policies.base import Policy
 from kvcompile.stack import apply_stack, build_stack, discover, options_of, policy_class
 
@@ -197,7 +197,7 @@ def test_apply_stack_checks_the_result(plug: Any) -> None:
 def test_nothing_heavy_is_imported_on_the_way_to_a_stack() -> None:
     code = (
         "import sys, kvcompile, kvcompile.cli\n"
-        "from kvcompile.compose import compose\n"
+        "from kvcompile.config.compose import compose\n"
         "compose(['policy=[snapkv]'])\n"
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])\n"
     )

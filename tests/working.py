@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompile.cache.layer import LayerCache
-from kvcompile.plan import LayerPlan
-from kvcompile.storage import Codec, Storage
-from kvcompile.structure.data import Latent
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.plan.storage import Codec, Storage
+from kvcompile.plan.structure import Latent
+from kvcompile.runtime.layer import LayerCache
 
 HEADS, DIM, HEADROOM = 2, 8, 8
 INT4 = Codec("int4", "channel", 4), Codec("int4", "token", 4)

@@ -27,8 +27,8 @@ import torch
 
 from kvcompile.atomic import making
 from kvcompile.errors import KvcompileError
-from kvcompile.folders import make_private, private_folder
 from kvcompile.kernels.cpp import library
+from kvcompile.paths import make_private, private_folder
 
 COMPILERS = ("c++", "g++", "clang++")
 LANGUAGE = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcompile.kernels import compact as reference
 from kvcompile.kernels.compact import Arrays, CompactSpec, spec_of
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
-from kvcompile.kernels.cpp.stored import ELEMENTS, Stored
-from kvcompile.kernels.cpp.text import fill
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
+from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 SMALL = 1 << 15  # numbers below which one thread is faster than two

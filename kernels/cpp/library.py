@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvcompile.folders import ours, sync
+from kvcompile.paths import ours, sync
 
 LOCK_SECONDS = 120.0  # waited for another process that builds the same
 PAUSE = 0.05

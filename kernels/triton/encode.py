@@ -19,7 +19,7 @@ from kvcompile.kernels.triton.forms import Blocks, blocks, known, pieces, power_
 from kvcompile.kernels.triton.launch import launch
 from kvcompile.kernels.triton.parts import POINTERS, Argument, Lines, indent
 from kvcompile.kernels.triton.tuning import Choice
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 TOKENS = 32  # of a program, where every token has its own scales
 

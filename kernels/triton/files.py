@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from kvcompile.folders import make_private, ours, private_folder
+from kvcompile.paths import make_private, ours, private_folder
 
 FRAGMENTS = Path(__file__).with_name("fragments.py")
 _lock = threading.Lock()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 KINDS = ("float32", "float16", "bfloat16", "float8", "int8", "int4", "int2")  # what there are fragments for
 SMALLEST = 16  # the shortest side of a matrix product on a tensor core

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.launch import Call, attend
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 SCHEMA = "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str spec, SymInt[] longest) -> Tensor"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.forms import Blocks, Form, key_blocks, mode, one_page, pieces, tile, value_blocks
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 Lines = list[str]

@@ -9,10 +9,10 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from kvcompile.adapters.latent import Latent
-from kvcompile.cache import Step
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.plan import LayerPlan
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.runtime.cache import Step
 
 
 class Attention(nn.Module):

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvcompile.cache import Step
-from kvcompile.cache.cache import Rotary
-from kvcompile.cache.dense import DenseStore
-from kvcompile.cache.layer import LayerCache
-from kvcompile.compress import sums_wanted
 from kvcompile.graph import ops
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.runtime.cache import Rotary, Step
+from kvcompile.runtime.eviction import sums_wanted
+from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.dense import DenseStore
 
 
 class PerHead(nn.Module):

@@ -6,7 +6,7 @@ import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.base import Pass
+from kvcompile.graph.pass_base import Pass
 from kvcompile.graph.wiring import appends
 
 

@@ -11,15 +11,15 @@ import torch.fx
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from kvcompile import compress as selections
-from kvcompile.cache import KVCache, Step
-from kvcompile.cache.layer import LayerCache
 from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.opaque import opaque
-from kvcompile.rotation import turn_basis
-from kvcompile.selection import Schedule
-from kvcompile.storage import FLUSH
+from kvcompile.plan.selection import Schedule
+from kvcompile.plan.storage import FLUSH
+from kvcompile.runtime import eviction as selections
+from kvcompile.runtime.cache import KVCache, Step
+from kvcompile.runtime.hadamard import turn_basis
+from kvcompile.runtime.layer import LayerCache
 
 if TYPE_CHECKING:
     from kvcompile.adapters.latent import Expansion

@@ -9,12 +9,12 @@ import torch.fx as fx
 
 from kvcompile.errors import BUG, KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.base import Pass, last_readers
 from kvcompile.graph.offload import InsertOffload
+from kvcompile.graph.pass_base import Pass, last_readers
+from kvcompile.graph.quantize import InsertSettling, RotateHeads
 from kvcompile.graph.share import ShareKV
-from kvcompile.graph.storage import InsertSettling, RotateHeads
 from kvcompile.graph.wiring import appends, observes
-from kvcompile.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan
 
 
 class DropObservers(Pass):

@@ -6,9 +6,9 @@ import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.base import Pass, last_readers
+from kvcompile.graph.pass_base import Pass, last_readers
 from kvcompile.graph.wiring import appends, attends, observes, verify
-from kvcompile.plan import LayerPlan
+from kvcompile.plan.plan import LayerPlan
 
 
 class ShareKV(Pass):

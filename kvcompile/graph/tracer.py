@@ -17,7 +17,7 @@ from torch import nn
 from kvcompile.adapters.base import Attention
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.graph.live import LiveGraph, Skeleton
+from kvcompile.runtime.live import LiveGraph, Skeleton
 
 _TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 

@@ -6,7 +6,7 @@ import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
 
 
 def _by_layer(graph: fx.Graph, op: object, place: int) -> dict[int, fx.Node]:

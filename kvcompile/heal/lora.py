@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kvcompile.heal.extras import needed
+from kvcompile.heal.optional import needed
 
 
 def inject(model: nn.Module, names: Sequence[str], rank: int) -> None:

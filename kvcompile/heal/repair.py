@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvcompile.calibrator import shared
-from kvcompile.config import Config
+from kvcompile.calibration.probe import shared
+from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
-from kvcompile.heal import workspace
-from kvcompile.heal.data import Blocks, Windows, corpus
-from kvcompile.heal.extras import needed
+from kvcompile.evaluation.heldout import windows
+from kvcompile.heal import checkpoints
+from kvcompile.heal.budget import Pace
+from kvcompile.heal.corpus import Blocks, Windows, corpus
 from kvcompile.heal.lora import inject, merge
 from kvcompile.heal.losses import next_token
-from kvcompile.heal.pace import Pace
+from kvcompile.heal.optional import needed
 from kvcompile.heal.record import HealRecord
 from kvcompile.heal.weights import fill, flags_kept, own, projections, train_only
-from kvcompile.heldout import windows
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
 from kvcompile.progress import Progress, no_foreign_bars
 from kvcompile.structure.convert import converts
 
@@ -50,12 +50,12 @@ def repair(
     from kvcompile.heal.trainer import arguments
 
     args = arguments(config.heal, model.device)  # from here on the processes know of each other
-    with workspace.opened(folder) as place, flags_kept(model), no_foreign_bars():
+    with checkpoints.opened(folder) as place, flags_kept(model), no_foreign_bars():
         args.output_dir = str(place)
         training = Training(model, original, plan, config, tokenizer)
         trainer = training.trainer(args, progress, saves=folder is not None)
-        workspace.claim(place, workspace.fingerprint(config, plan))
-        trainer.train(resume_from_checkpoint=workspace.newest(place) if config.heal.resume else None)
+        checkpoints.claim(place, checkpoints.fingerprint(config, plan))
+        trainer.train(resume_from_checkpoint=checkpoints.newest(place) if config.heal.resume else None)
         record = training.finish(trainer)
     _leave(trainer)
     model.eval()
@@ -66,7 +66,7 @@ class Training:
     """What one training is made of; the student learns with the weights of `model`."""
 
     def __init__(self, model: Any, original: Any, plan: Plan, config: Config, tokenizer: Any) -> None:
-        from kvcompile.adapters.registry import describe
+        from kvcompile.adapters.architectures import describe
         from kvcompile.heal.student import Teacher, student
 
         self.model, self.config, self.heal, self.tokenizer = model, config, config.heal, tokenizer

@@ -9,12 +9,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
+from kvcompile.heal.budget import Stage
 from kvcompile.heal.losses import divergence, next_token, relative_error
-from kvcompile.heal.pace import Stage
 from kvcompile.heal.taps import attentions_alone, tapped
-from kvcompile.model import CompiledMixin
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.runtime.model import CompiledMixin
 
 Targets = dict[str, Any]  # "states", "outputs" and "logits" of the original
 

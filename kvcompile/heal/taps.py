@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
-from kvcompile.graph.live import LiveGraph
 from kvcompile.graph.wiring import attends
+from kvcompile.runtime.live import LiveGraph
 
 
 @dataclass(frozen=True)

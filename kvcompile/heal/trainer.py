@@ -10,8 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kvcompile.config import HealConfig
-from kvcompile.heal.pace import Pace
+from kvcompile.config.schema import HealConfig
+from kvcompile.heal.budget import Pace
 from kvcompile.heal.record import Point
 from kvcompile.heal.student import Teacher
 from kvcompile.progress import Progress

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 def projections(model: Any, scope: str, lora: bool) -> list[str]:
     """Names of matrices of the attentions, or of all but the output embedding (`scope="all"`); `lora`: Linear ones."""
+    from kvcompile.adapters.architectures import attentions
     from kvcompile.adapters.latent import PerHead
-    from kvcompile.adapters.registry import attentions
 
     kinds = nn.Linear if lora else (nn.Linear, PerHead)
     inside = {id(m) for attention in attentions(model) for m in attention.modules()}

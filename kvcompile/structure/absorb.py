@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.latent import Latent as Module
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan, Plan
-from kvcompile.structure.data import Latent
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.structure import Latent
 from kvcompile.structure.latent import Factors, components, decompose
 from kvcompile.structure.layout import Layout, Weights, linear_like, plain, precise
 from kvcompile.structure.moments import moments
@@ -23,7 +23,7 @@ def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]
 
     Raises KvcompileError without such a text, and for a rank that no layer of this width has.
     """
-    from kvcompile.adapters.registry import attentions
+    from kvcompile.adapters.architectures import attentions
     from kvcompile.structure.convert import layout_of
 
     mine = [(p, p.latent) for p in plan.layers if p.latent is not None]
@@ -53,7 +53,7 @@ def calibrate(
     plan: with latents of the wanted sizes. by: `norm` or `position` (None: frequencies as planned); energy: None for
     ranks as planned. What is not asked for comes back empty.
     """
-    from kvcompile.adapters.registry import attentions
+    from kvcompile.adapters.architectures import attentions
     from kvcompile.structure.convert import layout_of
 
     ranks, frequencies, modules = [], [], attentions(model)
@@ -74,7 +74,7 @@ def calibrate(
 
 def _amplitude(model: Any, p: LayerPlan) -> float:
     """By how much the layer's RoPE stretches what it turns. Raises KvcompileError where it turns something else."""
-    from kvcompile.adapters.registry import rotary
+    from kvcompile.adapters.architectures import rotary
 
     cos, _ = rotary(model, p.index)(torch.zeros(1, dtype=torch.long, device=model.device))
     if p.rotates and cos.shape[-1] != p.rotary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.structure.data import Groups
+from kvcompile.plan.structure import Groups
 from kvcompile.structure.layout import precise
 
 ROUNDS = 8  # of a generalised Procrustes fit; the mean moves by less than 1e-3 after a few

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.structure.absorb import factorise, modules_of
 from kvcompile.structure.heads import fold_layers, merge_heads
 from kvcompile.structure.latent import Factors
@@ -36,8 +36,8 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
 
 def require_convertible(model: Any, plan: Plan) -> None:
     """Raise KvcompileError for weights that a plan asks to edit and that cannot be: absent, tied, or not plain."""
-    from kvcompile.adapters.registry import attentions
-    from kvcompile.models import require_weights
+    from kvcompile.adapters.architectures import attentions
+    from kvcompile.models.loading import require_weights
 
     if not converts(plan) and not any(p.storage.rotated for p in plan.layers):
         return
@@ -74,7 +74,7 @@ def prune(model: nn.Module) -> None:
 
 
 def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
-    from kvcompile.adapters.registry import attentions
+    from kvcompile.adapters.architectures import attentions
 
     kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
     if len(kv_heads) > 1:
@@ -104,7 +104,7 @@ def _merged(weights: Weights, p: LayerPlan, turns: Turns) -> Weights:
 
 def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
     """The projections of one attention of an uncompiled model. Raises KvcompileError for families without a layout."""
-    from kvcompile.adapters.registry import architecture_of
+    from kvcompile.adapters.architectures import architecture_of
 
     adapter = architecture_of(model.config).adapter
     if adapter not in LAYOUTS:
@@ -116,7 +116,7 @@ def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
 
 
 def _require_untied(model: Any) -> None:
-    from kvcompile.adapters.registry import attentions
+    from kvcompile.adapters.architectures import attentions
 
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for index, attention in enumerate(attentions(model)):
@@ -131,8 +131,8 @@ def _require_untied(model: Any) -> None:
 
 @torch.no_grad()
 def _turns(model: Any, plan: Plan, text: Tensor | None) -> Turns:
-    from kvcompile.adapters.registry import rotary
-    from kvcompile.structure.activations import keys_values
+    from kvcompile.adapters.architectures import rotary
+    from kvcompile.calibration.activations import keys_values
     from kvcompile.structure.align import alignment
 
     wanted = {p.index: p.heads for p in plan.layers if p.heads is not None and p.heads.align != "none"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompile.structure.activations import LayerKV
-from kvcompile.structure.data import Groups, contiguous
+from kvcompile.calibration.activations import LayerKV
+from kvcompile.plan.structure import Groups, contiguous
 from kvcompile.structure.layout import precise
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcompile.structure.data import Fold, Heads, Merge
+from kvcompile.plan.structure import Fold, Heads, Merge
 from kvcompile.structure.layout import Projection, Weights, precise
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompile.plan import LayerPlan
-from kvcompile.structure.data import Latent
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.plan.structure import Latent
 from kvcompile.structure.layout import Projection, Weights, precise
 from kvcompile.structure.moments import Moments
 

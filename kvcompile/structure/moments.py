@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcompile.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.structure.layout import Layout, Projection, Weights
 
 WINDOW = 512  # tokens that the text is read in at a time
@@ -50,7 +50,7 @@ def moments(model: Any, plan: Plan, ids: Tensor, keep: bool = False) -> list[Mom
 
 @torch.no_grad()
 def _measured(model: Any, plan: Plan, ids: Tensor) -> list[Moments]:
-    from kvcompile.adapters.registry import attentions, rotary
+    from kvcompile.adapters.architectures import attentions, rotary
     from kvcompile.structure.convert import layout_of
 
     modules = attentions(model)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvcompile.calibration.activations import attention_inputs, keys_values
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Plan
-from kvcompile.structure.activations import attention_inputs, keys_values
-from kvcompile.structure.data import Fold
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.structure import Fold
 from kvcompile.structure.layout import precise
 
 By = Literal["kv", "activations"]
@@ -23,7 +23,7 @@ def best_pattern(model: Any, ids: Tensor, factor: int, by: By, fold: Fold) -> li
     Hurt is the mean KL divergence of the next token from the original model's over `ids [1, n]`.
     Raises KvcompileError for a model in which no two layers may share.
     """
-    from kvcompile.adapters.registry import describe
+    from kvcompile.adapters.architectures import describe
 
     plan = describe(model.config, str(model.dtype).removeprefix("torch."))
     alike = layer_similarity(model, ids, by)
@@ -70,7 +70,7 @@ def with_owners(plan: Plan, owners: list[int], fold: Fold) -> Plan:
 @torch.no_grad()
 def divergence(model: Any, ids: Tensor, plan: Plan) -> float:
     """KL(original || converted) of the next token, mean over `ids [1, n]`, in nats."""
-    from kvcompile.calibrator import shared
+    from kvcompile.calibration.probe import shared
     from kvcompile.compiler import build
 
     ids = ids.to(model.device)

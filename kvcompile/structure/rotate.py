@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvcompile.plan import LayerPlan, Plan
-from kvcompile.rotation import matrix
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.runtime.hadamard import matrix
 from kvcompile.structure.layout import LAYOUTS, Layout, linear_like, plain
 
 
@@ -20,8 +20,8 @@ def fold_rotation(model: Any, plan: Plan) -> None:
     query head of the output, in float64 and rounded once. New modules; no tensor is written in place.
     Raises KvcompileError for projections that are no plain Linear, or not in memory.
     """
-    from kvcompile.adapters.registry import architecture_of, attentions
-    from kvcompile.models import require_weights
+    from kvcompile.adapters.architectures import architecture_of, attentions
+    from kvcompile.models.loading import require_weights
 
     if not any(p.storage.rotated for p in plan.layers):
         return

@@ -10,9 +10,9 @@ import torch
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.registry import describe, rotary, swap
-from kvcompile.cache import KVCache
+from kvcompile.adapters.architectures import describe, rotary, swap
 from kvcompile.graph.tracer import trace
+from kvcompile.runtime.cache import KVCache
 
 TOKENS = 40  # more than twice the sliding window
 DECODE = [0, 37, 38, 39, 40]  # a prefill and three decoded tokens

@@ -9,9 +9,9 @@ import torch
 from tiny import ARCHITECTURES, WINDOW, tiny_config, tiny_ids, tiny_model
 from transformers import GPT2Config
 
-from kvcompile.adapters import registry
+from kvcompile.adapters import architectures
+from kvcompile.adapters.architectures import describe, rotary, rotations, swap
 from kvcompile.adapters.base import Attention
-from kvcompile.adapters.registry import describe, rotary, rotations, swap
 from kvcompile.errors import KvcompileError
 
 FULL = [None] * 4
@@ -49,7 +49,7 @@ def test_facts_from_the_config_alone(
 
 
 def test_every_known_architecture_is_tested() -> None:
-    assert set(registry.ARCHITECTURES) == set(ARCHITECTURES)
+    assert set(architectures.ARCHITECTURES) == set(ARCHITECTURES)
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
@@ -126,7 +126,9 @@ def test_heads_are_counted_on_the_tensors(name: str) -> None:
     model, shard = tiny_model(name), tiny_model(name)
     swap(model)
     swap(shard)
-    whole, half = (m.base_model.layers[1].get_submodule(registry.ARCHITECTURES[name].attention) for m in (model, shard))
+    whole, half = (
+        m.base_model.layers[1].get_submodule(architectures.ARCHITECTURES[name].attention) for m in (model, shard)
+    )
     for key, linear in half.named_children():
         if key == "qkv_proj":  # 4 query, 2 key, 2 value heads of 16
             rows = torch.cat([torch.arange(0, 32), torch.arange(64, 80), torch.arange(96, 112)])
@@ -144,7 +146,7 @@ def test_heads_are_counted_on_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rotation_is_the_one_the_layer_gets(name: str) -> None:
     model, seen = tiny_model(name), {}
-    attention = registry.ARCHITECTURES[name].attention
+    attention = architectures.ARCHITECTURES[name].attention
 
     def watch(index: int) -> Any:
         return lambda module, args, kwargs: seen.__setitem__(index, kwargs["position_embeddings"])

@@ -15,16 +15,16 @@ import torch.fx as fx
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.registry import describe, swap
+from kvcompile.adapters.architectures import describe, swap
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.passes import DropObservers, InsertCompression, Pass, TrimSliding, rewrite
 from kvcompile.graph.tracer import trace
 from kvcompile.graph.wiring import appends, attends, observes, verify, wiring
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Allocation, Budget, LayerScores, Selection
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
-from kvcompile.selection import Allocation, Budget, LayerScores, Selection
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from contract_table import Options, dense, plan_of
 from offloading import STACKS, offloaded
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops

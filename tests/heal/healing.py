@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from kvcompile.calibrator import shared
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.compose import compose
+from kvcompile.config.compose import compose
 from kvcompile.progress import Progress, silent
 
 STEP = 8 * 32  # tokens

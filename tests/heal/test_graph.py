@@ -10,8 +10,8 @@ from converted import SharingCache
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 import kvcompile
-from kvcompile.adapters.registry import describe
-from kvcompile.calibrator import shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import build
 from kvcompile.heal.student import Teacher, student
 from kvcompile.heal.taps import taps

@@ -11,7 +11,7 @@ from healing import STEP, written
 from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import report
+from kvcompile.report import report
 
 
 def test_torchrun_trains_on_two_processes_and_writes_one_artifact(tmp_path: Path) -> None:

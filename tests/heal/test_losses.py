@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_ids, tiny_model
 
-from kvcompile.adapters.registry import describe
-from kvcompile.calibrator import shared
+from kvcompile.adapters.architectures import describe
+from kvcompile.calibration.probe import shared
 from kvcompile.heal.losses import divergence, next_token, relative_error
 from kvcompile.heal.student import Teacher, student
 

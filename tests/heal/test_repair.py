@@ -12,15 +12,15 @@ from healing import QUICK, STEP, healed, learnt, words, written
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import report
 from kvcompile.compiler import assemble
-from kvcompile.compose import compose
+from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
-from kvcompile.heal import extras
-from kvcompile.heal.data import Blocks, corpus
-from kvcompile.heal.pace import Pace
+from kvcompile.heal import optional
+from kvcompile.heal.budget import Pace
+from kvcompile.heal.corpus import Blocks, corpus
+from kvcompile.job import compile_and_report
 from kvcompile.progress import silent
-from kvcompile.prove import compile_and_report
+from kvcompile.report import report
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_the_loss_falls_and_the_gap_closes(data: Path, stack: list[str], share: 
 @pytest.mark.parametrize("how", [(), ("heal.lr=0.3",), ("heal.weights=lora",)], ids=str)
 def test_what_the_record_says_is_what_the_model_does(data: Path, how: tuple[str, ...]) -> None:
     """The end is what counts, where it was better before too; whatever was frozen on the way is not any more."""
-    from kvcompile.heldout import held_out
-    from kvcompile.perplexity import cached_perplexity
+    from kvcompile.evaluation.heldout import held_out
+    from kvcompile.evaluation.perplexity import cached_perplexity
 
     model = healed(data, "policy=[mqa]", f"heal.tokens={10 * STEP}", *how)
     record = model.kvcompile.healed
@@ -153,8 +153,8 @@ def test_another_training_does_not_resume(data: Path, tmp_path: Path) -> None:
 
 
 def test_lora_merged_is_lora_beside() -> None:
-    from kvcompile.adapters.registry import describe
-    from kvcompile.calibrator import shared
+    from kvcompile.adapters.architectures import describe
+    from kvcompile.calibration.probe import shared
     from kvcompile.heal.lora import inject, merge
     from kvcompile.heal.student import student
 
@@ -309,8 +309,8 @@ def test_mistakes_are_one_line(data: Path, overrides: list[str], message: str, t
 
 @pytest.mark.parametrize(("name", "override"), [("peft", "heal.weights=lora"), ("datasets", "heal.weights=full")])
 def test_a_missing_package_is_one_line(name: str, override: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = extras.importlib.util.find_spec
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda n: None if n == name else found(n))
+    found = optional.importlib.util.find_spec
+    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda n: None if n == name else found(n))
     with pytest.raises(KvcompileError, match=rf"needs the {name} package.*pip install kvcompile\[heal\]"):
         healed(data, "policy=[mqa]", f"heal.tokens={2 * STEP}", override)
 
@@ -324,7 +324,7 @@ def test_settings_out_of_range_are_refused(wrong: str) -> None:
 
 
 def test_the_report_shows_the_way_and_the_artifact_holds_the_healed_weights(data: Path, tmp_path: Path) -> None:
-    from kvcompile.calibrator import shared
+    from kvcompile.calibration.probe import shared
 
     config = compose(
         [

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.kernels.codecs import DTYPES, decode, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View
 from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 POISON_CODE = 0xA5
 

@@ -9,7 +9,7 @@ from coded import case, decoded_error
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.codecs import decode, encode, pack, unpack
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.storage import Codec, Storage
+from kvcompile.plan.storage import Codec, Storage
 
 FORMATS = [
     *(Codec(f"int{bits}", "channel", group) for bits in (8, 4, 2) for group in (8, 32)),

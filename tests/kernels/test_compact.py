@@ -10,7 +10,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels import dispatch
 from kvcompile.kernels.compact import Arrays, compact
 from kvcompile.kernels.cpp import compact as cpp
-from kvcompile.kernels.triton import route as triton
+from kvcompile.kernels.triton import backend as triton
 
 
 @pytest.mark.parametrize(("name", "way"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(filter(None, x)))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from kvcompile.kernels import reference, sdpa
-from kvcompile.kernels.cpp import attention as cpp
+from kvcompile.kernels.cpp import backend as cpp
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 WIDE, VALUE, GROUP, ROWS, HELD = 40, 24, 9, 2, 90  # rows of 16 + 24 numbers, one for nine heads, in two sequences
 

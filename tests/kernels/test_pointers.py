@@ -16,7 +16,7 @@ from kvcompile.kernels.cpp import build, encode
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView
 from kvcompile.kernels.pointers import address
 from kvcompile.kernels.spec import KernelSpec, plain
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 pytestmark = pytest.mark.skipif(bool(build.available()), reason="no compiler")
 HELD, DIM = 8, 16

@@ -17,7 +17,7 @@ from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.dispatch import ROUTES, choose, describe, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11
 # and 2^-8 relative), and of the logits where soft-cap goes by matmul; logits here stay below about 4.

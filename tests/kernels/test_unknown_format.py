@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompile import storage
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
-from kvcompile.kernels.cpp import attention, encode
+from kvcompile.kernels.cpp import backend, encode
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import Form
-from kvcompile.storage import Codec
+from kvcompile.plan import storage
+from kvcompile.plan.storage import Codec
 
 
 def test_an_unknown_format_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_an_unknown_format_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
         parts = (Part("dense", key, value),)
         with pytest.raises(KvcompileError, match=r"kernels=triton knows float32.*got nf4t"):
             Kernels(KernelSpec(parts, 1, 64, 64, 0.125), Form())
-        assert not attention.generated(parts, "float32"), "the library decodes it, and refuses"
+        assert not backend.generated(parts, "float32"), "the library decodes it, and refuses"
     for call in (codecs.encode, encode.encode):
         with pytest.raises(KvcompileError, match="number formats are"):
             call(torch.ones(2, 64), odd)

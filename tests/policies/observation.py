@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.observe import Observation
+from kvcompile.runtime.observation import Observation
 
 
 def observation(

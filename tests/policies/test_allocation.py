@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from tiny import tiny_ids
 from torch._subclasses import FakeTensorMode
 
+from kvcompile.exporters.static.selection import Look, allotted
+from kvcompile.job import prove
+from kvcompile.plan.selection import Allocation, Demand, LayerScores, Uniform
 from kvcompile.policies.adakv import AdaptiveHeads, hits
 from kvcompile.policies.allocation import largest_remainder, water_fill
 from kvcompile.policies.pyramidkv import Pyramid
 from kvcompile.policies.zigzag import Uncertainty, minimal_budget
-from kvcompile.program.select import Look, allotted
-from kvcompile.prove import prove
-from kvcompile.selection import Allocation, Demand, LayerScores, Uniform
 
 INF = float("inf")
 sizes = st.integers(1, 60)

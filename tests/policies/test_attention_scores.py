@@ -9,11 +9,11 @@ import pytest
 import torch
 from observation import naive_attention, observation, same
 
+from kvcompile.plan.selection import LayerScores
 from kvcompile.policies.corm import CORM, LastImportant, Threshold
 from kvcompile.policies.h2o import H2O, AccumulatedAttention
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.policies.tova import TOVA, LastAttention
-from kvcompile.selection import LayerScores
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -12,13 +12,13 @@ from observation import observation, same
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.observe import Moments, Observation
 from kvcompile.policies import expected_attention
 from kvcompile.policies.expected_attention import ExpectedAttention, FutureAttention
 from kvcompile.policies.keydiff import Dissimilarity
 from kvcompile.policies.knorm import LowNorm
 from kvcompile.policies.random import Random, Uniformly
 from kvcompile.policies.streaming import Recency, Streaming
+from kvcompile.runtime.observation import Moments, Observation
 
 CASES: dict[str, dict[str, Any]] = {"plain": {}, "ragged": {"lengths": [37, 19]}, "sliding": {"sliding_window": 11}}
 

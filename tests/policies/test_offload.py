@@ -9,9 +9,9 @@ import pytest
 from contract_table import KIVI8, LAYERS, plan_of
 from rich.console import Console
 
-from kvcompile import planning
-from kvcompile.compose import compose
+from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
+from kvcompile.report import plan_table
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -39,5 +39,5 @@ def test_the_plan_says_which_layers_are_offloaded(fields: dict[str, Any], mine: 
     assert without.layers == plan_of(KIVI8).layers
     assert without.digest() != plan.digest()
     console = Console(width=160, record=True)
-    planning.show(plan, compose(["policy=[kivi,offload]", "model=llama", "plan=only"]), console)
+    plan_table.show(plan, compose(["policy=[kivi,offload]", "model=llama", "plan=only"]), console)
     assert "float32, offloaded" in console.export_text()

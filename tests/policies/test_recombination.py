@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.selection import Budget, Schedule, Selection, Uniform
 from kvcompile.policies.adakv import AdaKV, AdaptiveHeads
 from kvcompile.policies.base import Policy, scored_by
 from kvcompile.policies.corm import CORM
@@ -18,7 +19,6 @@ from kvcompile.policies.pyramidkv import Pyramid, PyramidKV
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.policies.streaming import Streaming
 from kvcompile.policies.zigzag import Uncertainty, ZigZag
-from kvcompile.selection import Budget, Schedule, Selection, Uniform
 from kvcompile.stack import apply_stack
 
 LAYERS = 4

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
-from kvcompile.adapters.registry import describe
+from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import build
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Uniform
 from kvcompile.policies.retrieval_heads import HeadShares, RetrievalHeads
-from kvcompile.selection import Uniform
 from kvcompile.stack import apply_stack, build_policy
 
 HEADS = [[2, 1], [0, 0], [2, 0]]
@@ -96,14 +96,14 @@ def test_given_heads_need_no_calibration() -> None:
 
 
 def test_calibration_needs_a_tokenizer() -> None:
-    from kvcompile.calibrator import ModelCalibrator
+    from kvcompile.calibration.probe import ModelCalibrator
 
     with pytest.raises(KvcompileError, match="tokenizer"):
         RetrievalHeads().calibrated(ModelCalibrator(tiny_model(), None, lambda *_: None))
 
 
 def test_calibration_finds_heads_of_the_model_and_keeps_everything_else() -> None:
-    from kvcompile.calibrator import ModelCalibrator
+    from kvcompile.calibration.probe import ModelCalibrator
 
     policy = RetrievalHeads(fraction=0.375, samples=1, tokens=128, budget=20, recent=8)
     found = policy.calibrated(ModelCalibrator(tiny_model(), tiny_tokenizer(), lambda *_: None))

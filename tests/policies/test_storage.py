@@ -10,12 +10,12 @@ import pytest
 from contract_table import compiled, plan_of
 from rich.console import Console
 
-from kvcompile import planning
-from kvcompile.compose import compose
+from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
+from kvcompile.plan.storage import Storage
+from kvcompile.report import plan_table
 from kvcompile.stack import build_policy
-from kvcompile.storage import Storage
 
 SMALL: dict[str, Any] = {"group": 8, "residual": 16}
 
@@ -90,7 +90,7 @@ def test_the_plan_holds_the_policy_as_data() -> None:
 
 def test_the_planning_table_shows_the_precision() -> None:
     config, out = compose(["policy=[rotate,int8]", "model=llama", "plan=only"]), io.StringIO()
-    planning.show(plan_of({"rotate": {}, "int8": {"residual": 5}}), config, Console(file=out, width=160))
+    plan_table.show(plan_of({"rotate": {}, "int8": {"residual": 5}}), config, Console(file=out, width=160))
     assert "int8t rotated, newest 5 float32" in out.getvalue()
 
 

@@ -10,10 +10,10 @@ from tiny import tiny_ids, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kvcompile.adapters.registry import attentions, describe
-from kvcompile.calibrator import shared
+from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import build
-from kvcompile.plan import Plan
+from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack, build_stack
 from kvcompile.structure.convert import layout_of
 from kvcompile.structure.layout import Weights

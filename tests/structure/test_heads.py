@@ -12,13 +12,13 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 import kvcompile
-from kvcompile.adapters.registry import attentions, describe
+from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.calibration.activations import LayerKV, keys_values
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.structure import Heads
 from kvcompile.policies.gqa import divisor
-from kvcompile.structure.activations import LayerKV, keys_values
 from kvcompile.structure.align import alignment
 from kvcompile.structure.convert import convert
-from kvcompile.structure.data import Heads
 from kvcompile.structure.grouping import by_similarity, partition, similarity
 from kvcompile.structure.heads import merge_heads
 from kvcompile.structure.layout import Projection, Weights

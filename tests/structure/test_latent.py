@@ -9,10 +9,10 @@ import torch
 from converted import planned
 from tiny import tiny_ids, tiny_model
 
-from kvcompile.adapters.registry import attentions, describe, rotary
-from kvcompile.structure.activations import attention_inputs
+from kvcompile.adapters.architectures import attentions, describe, rotary
+from kvcompile.calibration.activations import attention_inputs
+from kvcompile.plan.structure import Latent
 from kvcompile.structure.convert import layout_of
-from kvcompile.structure.data import Latent
 from kvcompile.structure.latent import Components, components, decompose
 from kvcompile.structure.moments import Moments, moments
 

@@ -13,17 +13,17 @@ from converted import converted, logits, parameters, planned
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile import artifact
-from kvcompile.adapters.registry import attentions, describe
-from kvcompile.calibrator import ModelCalibrator, shared
+from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.artifact import artifact
+from kvcompile.calibration.probe import ModelCalibrator, shared
 from kvcompile.compiler import assemble, build
-from kvcompile.config import Config, finish
+from kvcompile.config.schema import Config, finish
 from kvcompile.errors import KvcompileError
+from kvcompile.job import prove
+from kvcompile.plan.structure import Latent
 from kvcompile.progress import silent
-from kvcompile.prove import prove
 from kvcompile.structure import absorb
 from kvcompile.structure.convert import convert
-from kvcompile.structure.data import Latent
 from kvcompile.structure.latent import decompose
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2")

@@ -10,7 +10,7 @@ from converted import converted, logits, parameters, planned, sharing
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile.adapters.registry import describe
+from kvcompile.adapters.architectures import describe
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.wiring import appends, attends, observes, wiring
@@ -97,7 +97,7 @@ def test_folding_layers_takes_the_mean_of_their_weights(name: str) -> None:
     """A model whose four layers have the means of all as keys and values, with sharing alone, is the same model."""
     from converted import edit
 
-    from kvcompile.adapters.registry import attentions
+    from kvcompile.adapters.architectures import attentions
     from kvcompile.structure.convert import layout_of
     from kvcompile.structure.heads import fold_layers
     from kvcompile.structure.layout import Weights
@@ -239,7 +239,7 @@ def test_the_pattern_that_hurts_less_is_chosen(best: tuple[int, ...], monkeypatc
 
 @pytest.mark.parametrize("pairs", ["kv", "activations"])
 def test_calibrated_pairs_are_kept_in_the_recipe(pairs: str) -> None:
-    from kvcompile.structure.activations import calibration_ids
+    from kvcompile.calibration.activations import calibration_ids
     from kvcompile.structure.pairing import divergence, with_owners
 
     original, tokenizer = tiny_model("llama"), tiny_tokenizer()

@@ -13,14 +13,15 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import kvcompile
-from kvcompile import artifact, manifest, planning
-from kvcompile.calibrator import shared
+from kvcompile.artifact import artifact, manifest
+from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.compose import compose
-from kvcompile.config import Config, finish
+from kvcompile.config.compose import compose
+from kvcompile.config.schema import Config, finish
 from kvcompile.errors import KvcompileError
 from kvcompile.graph.wiring import wiring
-from kvcompile.prove import prove
+from kvcompile.job import prove
+from kvcompile.report import plan_table
 from kvcompile.stack import discover
 
 every = pytest.mark.parametrize("name", STRUCTURES)
@@ -187,11 +188,11 @@ def test_four_kinds_multiply(tmp_path: Path) -> None:
 
 def test_plan_only_shows_what_is_shared() -> None:
     config = compose(["policy=[gqa,cla,zigzag]", "stack.zigzag.budget=0.5", "plan=only"])
-    plan = planning.plan_of(config)
-    held, uncompressed = planning.cache_bytes(plan, 1, 4096)
+    plan = plan_table.plan_of(config)
+    held, uncompressed = plan_table.cache_bytes(plan, 1, 4096)
     assert held / uncompressed == pytest.approx(1 / 3 / 2 / 2)
     assert [p.owner for p in plan.layers][:4] == [0, 0, 2, 2]
-    assert "reads layer 0" in str(planning._cells(plan.layers[1], plan.bytes(1, 64)[1], plan.dtype))
+    assert "reads layer 0" in str(plan_table._cells(plan.layers[1], plan.bytes(1, 64)[1], plan.dtype))
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompile.kernels import layout, reference, sdpa
-from kvcompile.kernels.cpp import attention, build, simd
+from kvcompile.kernels.cpp import backend, build, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -77,9 +77,7 @@ def built() -> None:
     """All kernels of this file, two compilers at a time."""
     with ThreadPoolExecutor(2) as pool:
         list(
-            pool.map(
-                lambda s: attention._kernel(s[0], torch.float32, s[1]).run, [(s, m) for s in SPECS for m in (0, 1)]
-            )
+            pool.map(lambda s: backend._kernel(s[0], torch.float32, s[1]).run, [(s, m) for s in SPECS for m in (0, 1)])
         )
 
 
@@ -92,7 +90,7 @@ def check(one: KernelSpec, lengths: list[list[int]], batch: int, heads: int, **o
     made = case(one, lengths, batch, heads, **options)
     longest = max(map(sum, zip(*lengths, strict=True))) + 80
     sums = [torch.ones(batch * heads, longest) if one.scores else None for _ in range(2)]
-    got = attention.attend(made.queries, made.view, one, sums[0])
+    got = backend.attend(made.queries, made.view, one, sums[0])
     expected = reference.attend(made.queries, made.view, one, sums[1])
     assert got.dtype == made.queries.states.dtype
     assert bool(got.isfinite().all())
@@ -182,7 +180,7 @@ def added(one: KernelSpec, made: Coded, width: int) -> list[Tensor]:
         for unread in (segment.values, segment.value_scales):
             if unread is not None:
                 poison(unread)
-    attention.window_sums(made.queries, made.view, one, sums[0])
+    backend.window_sums(made.queries, made.view, one, sums[0])
     return sums
 
 
@@ -199,8 +197,8 @@ def test_column_sums_without_values(place: int) -> None:
             made = case(one, rows, 2, 2, seed=count, count=count, valid=valid)
             coded = any(p.key.scaled for p in one.parts)
             assert error(*added(one, made, sum(map(max, rows)) + 80)) < (CODED if coded else 3e-6)
-    text = attention.source(one, torch.float32, True, False)
-    assert text == attention.source(replace(one), torch.float32, True, False)
+    text = backend.source(one, torch.float32, True, False)
+    assert text == backend.source(replace(one), torch.float32, True, False)
     for absent in ("decoded_values", "tile.value_", "value_numbers", "out_token", "attend_chunk", "b.sum", "finish"):
         assert absent not in text, absent
 
@@ -212,9 +210,9 @@ def test_other_vectors(place: int, flag: str) -> None:
     one = SPECS[place]
     made = case(one, [[160, 32, 700, 64]] * len(one.parts), 2, 2, count=1)
     several = case(one, [[160, 32, 96, 64]] * len(one.parts), 2, 2, count=19)
-    for many, kind, asked in ((False, attention.Step, made), (True, attention.Chunk, several)):
+    for many, kind, asked in ((False, backend.Step, made), (True, backend.Chunk, several)):
         kernel = kind(one, torch.float32)
-        text = simd.prelude() + attention.source(one, torch.float32, many)
+        text = simd.prelude() + backend.source(one, torch.float32, many)
         function = getattr(build.load(text, "attend-flags", (flag,)), "attend_chunk" if many else "attend_step")
         function.argtypes, function.restype = (ctypes.c_char_p,), None
         kernel.__dict__["run"] = function
@@ -228,12 +226,12 @@ def test_other_vectors(place: int, flag: str) -> None:
 def test_a_whole_prompt_over_plain_floats_is_for_sdpa() -> None:
     one = SPECS[0]
     made = case(one, [[40] * 4], 2, 2, count=40)
-    assert torch.equal(attention.attend(made.queries, made.view, one), sdpa.attend(made.queries, made.view, one))
-    assert attention.describe(one, torch.float32, True, True) == "sdpa (a whole prompt over plain dense floats)"
-    assert attention.describe(one, torch.float32, True) == "cpp"
-    assert attention.describe(one, torch.float64) == "sdpa (float64 is not generated)"
-    assert attention.describe(SPECS[1], torch.float32, True, True) == "cpp"
-    assert attention.describe(SPECS[6], torch.bfloat16) == "cpp"
+    assert torch.equal(backend.attend(made.queries, made.view, one), sdpa.attend(made.queries, made.view, one))
+    assert backend.describe(one, torch.float32, True, True) == "sdpa (a whole prompt over plain dense floats)"
+    assert backend.describe(one, torch.float32, True) == "cpp"
+    assert backend.describe(one, torch.float64) == "sdpa (float64 is not generated)"
+    assert backend.describe(SPECS[1], torch.float32, True, True) == "cpp"
+    assert backend.describe(SPECS[6], torch.bfloat16) == "cpp"
 
 
 @pytest.mark.parametrize("dim", [64, 256, 1056])
@@ -245,7 +243,7 @@ def test_sums_of_the_largest_codes_fit(dim: int) -> None:
     scales = torch.tensor([1 / 255, 0.0]).half().view(1, 1, 1, 2, 1).expand(1, 1, 192, 2, 1).contiguous()
     view = layout.DenseView(codes, codes, torch.arange(192).int().view(1, 1, -1), scales, scales)
     queries = layout.Queries(torch.full((1, 1, 1, dim), 7.0), torch.tensor([[191]]))
-    assert error(attention.attend(queries, view, one), reference.attend(queries, view, one)) < CODED
+    assert error(backend.attend(queries, view, one), reference.attend(queries, view, one)) < CODED
 
 
 @pytest.mark.parametrize("key", [Codec("int4", "token", 32), Codec("int4", "channel", 32), FLOAT], ids=lambda c: c.name)
@@ -254,9 +252,9 @@ def test_what_is_no_number_stays_none(key: Codec, wrong: float) -> None:
     """A query that holds NaN or infinity gives NaN, and nobody's zeros; other heads keep what they had."""
     one = spec(("ragged", key, KIVI4[1]))
     made = case(one, [[64, 96]], 1, 2)
-    sound = attention.attend(made.queries, made.view, one)
+    sound = backend.attend(made.queries, made.view, one)
     made.queries.states[0, 1, 0, 5] = wrong
-    got = attention.attend(made.queries, made.view, one)
+    got = backend.attend(made.queries, made.view, one)
     assert bool(got[0, 1].isnan().all())
     others = [0, 2, 3, 4, 5]
     assert torch.equal(got[0, others], sound[0, others])
@@ -268,13 +266,13 @@ def test_float64_and_gradients_go_to_the_library() -> None:
     view = replace(made.view, keys=made.view.keys.double(), values=made.view.values.double())
     double = replace(made.spec, parts=plain("dense", "float64"))
     expected = reference.attend(wide, view, double)
-    assert error(attention.attend(wide, view, double), expected) < 1e-12
+    assert error(backend.attend(wide, view, double), expected) < 1e-12
     states = made.queries.states.clone().requires_grad_()
-    out = attention.attend(replace(made.queries, states=states), made.view, made.spec)
+    out = backend.attend(replace(made.queries, states=states), made.view, made.spec)
     out.sum().backward()
     assert states.grad is not None
     with torch.no_grad():
-        assert not attention.attend(replace(made.queries, states=states), made.view, made.spec).requires_grad
+        assert not backend.attend(replace(made.queries, states=states), made.view, made.spec).requires_grad
 
 
 def test_threads_share_one_kernel() -> None:
@@ -286,13 +284,13 @@ def test_threads_share_one_kernel() -> None:
     def run(i: int) -> float:
         worst = 0.0
         for _ in range(20):
-            got = attention.attend(made[i].queries, made[i].view, one, torch.zeros(4, 900))
+            got = backend.attend(made[i].queries, made[i].view, one, torch.zeros(4, 900))
             worst = max(worst, error(got, expected[i]))
         return worst
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(run, range(4))) < WHOLE
-    assert sum(key[0] == one for key in attention._kernels) == 1
+    assert sum(key[0] == one for key in backend._kernels) == 1
 
 
 def test_rows_without_a_new_token_are_zero() -> None:
@@ -300,7 +298,7 @@ def test_rows_without_a_new_token_are_zero() -> None:
     valid = torch.tensor([[True], [False]])
     made = case(one, [[64, 32, 96, 0], [10, 20, 30, 3]], 2, 2, valid=valid)
     sums = torch.zeros(4, 200)
-    got = attention.attend(made.queries, made.view, one, sums)
+    got = backend.attend(made.queries, made.view, one, sums)
     assert not got[1].any()
     assert not sums[2:].any()
     assert error(got[0], reference.attend(made.queries, made.view, one, torch.zeros(4, 200))[0]) < WHOLE
@@ -318,8 +316,8 @@ def test_queries_may_lie_anywhere() -> None:
     apart = torch.zeros(2, 1, 9, 70)[:, :, :, :64].transpose(1, 2).copy_(made.queries.states)
     for states in (there, apart):
         assert not states.is_contiguous()
-        got = attention.attend(replace(made.queries, states=states), made.view, made.spec)
-        assert torch.equal(got, attention.attend(made.queries, made.view, made.spec))
+        got = backend.attend(replace(made.queries, states=states), made.view, made.spec)
+        assert torch.equal(got, backend.attend(made.queries, made.view, made.spec))
 
 
 def test_no_result_depends_on_batch_or_threads() -> None:
@@ -329,9 +327,9 @@ def test_no_result_depends_on_batch_or_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        together = attention.attend(made.queries, made.view, made.spec)
+        together = backend.attend(made.queries, made.view, made.spec)
         torch.set_num_threads(1)
-        single = attention.attend(made.queries, made.view, made.spec)
+        single = backend.attend(made.queries, made.view, made.spec)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(together, single)
@@ -349,14 +347,14 @@ def test_no_result_depends_on_batch_or_threads() -> None:
         queries = replace(
             made.queries, states=made.queries.states[b : b + 1], positions=made.queries.positions[b : b + 1]
         )
-        assert torch.equal(together[b : b + 1], attention.attend(queries, alone, made.spec))
+        assert torch.equal(together[b : b + 1], backend.attend(queries, alone, made.spec))
 
 
 def test_source_is_deterministic_and_has_no_dead_branch() -> None:
     for one in SPECS:
         for many in (False, True):
-            text = attention.source(one, torch.float32, many)
-            assert text == attention.source(replace(one), torch.float32, many)
+            text = backend.source(one, torch.float32, many)
+            assert text == backend.source(replace(one), torch.float32, many)
             assert ("tanh" in text) == bool(one.softcap)
             assert ("positions" in text) == (many or bool(one.sliding_window))
             assert ("sinks" in text) == bool(one.sinks)
@@ -369,7 +367,7 @@ def test_a_page_is_looked_up_once_a_tile() -> None:
     """Not once for each entry, each time that it or the next tile's is read: that took half as long again."""
     for page in (16, 64):
         for codec in (FLOAT, Codec("int8", "token")):
-            text = attention.source(spec(("paged", codec, codec, page)), torch.float32)
+            text = backend.source(spec(("paged", codec, codec, page)), torch.float32)
             tile = text[text.index("KV_INLINE void open") : text.index("template <int R>")]
             assert text.count("pool(row.table") == (2 if page == 64 else 0)
             assert tile.count("row.table") == (2 if page == 64 else 1)

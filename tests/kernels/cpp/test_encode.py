@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import encode as generated
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
 

@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompile.cache.layer import LayerCache
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
 from kvcompile.kernels.dispatch import choose, mover
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.kernels.triton import backend, tuning
 from kvcompile.kernels.triton import fragments as f
-from kvcompile.kernels.triton import route, tuning
 from kvcompile.kernels.triton.encode import append
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
+from kvcompile.runtime.layer import LayerCache
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
 from coded import case  # noqa: E402
@@ -83,7 +83,7 @@ def test_kernels_agree_with_the_reference(s: Sample, monkeypatch: pytest.MonkeyP
     sums = torch.full((s.batch * s.heads, width), 0.5) if s.spec.scores else None
     wanted = None if sums is None else sums.clone()
     want = reference.attend(made.queries, made.view, s.spec, wanted)
-    got = route.attend(made.queries, made.view, s.spec, sums)
+    got = backend.attend(made.queries, made.view, s.spec, sums)
     assert got.dtype == want.dtype
     close(got, want, s.dtype)
     if sums is not None:
@@ -100,7 +100,7 @@ def test_a_row_without_anything_visible_gives_zeros(splits: int, scores: bool, m
     made = case(spec, [[40, 40]], batch=2, heads=1)
     made.queries.positions[0] = 1000  # everything has left its window
     sums = torch.zeros(2, 41)
-    out = route.attend(made.queries, made.view, spec, sums if scores else None)
+    out = backend.attend(made.queries, made.view, spec, sums if scores else None)
     assert not out[0].any()
     assert not sums[0].any()
     close(out[1], reference.attend(made.queries, made.view, spec)[1] if not scores else out[1], "float32")
@@ -110,7 +110,7 @@ def test_large_scores_neither_overflow_nor_lose_the_merge(monkeypatch: pytest.Mo
     forced(monkeypatch, Choice(16, 16, 4, 2, 4))
     spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 40.0)
     made = case(spec, [[100]], batch=1, heads=1)
-    close(route.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
+    close(backend.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
 
 
 def test_queries_may_lie_transposed_and_positions_be_shared() -> None:
@@ -121,7 +121,7 @@ def test_queries_may_lie_transposed_and_positions_be_shared() -> None:
     made.queries.positions[:] = torch.tensor([18, 19])
     states = made.queries.states.transpose(1, 2).contiguous().transpose(1, 2)
     queries = Queries(states, made.queries.positions)
-    close(route.attend(queries, view, spec), reference.attend(queries, view, spec), "float32")
+    close(backend.attend(queries, view, spec), reference.attend(queries, view, spec), "float32")
 
 
 def test_a_prompt_over_itself_is_left_to_the_library() -> None:
@@ -129,7 +129,7 @@ def test_a_prompt_over_itself_is_left_to_the_library() -> None:
     made = case(spec, [[5, 5]], batch=1, heads=2, count=5)
     made.view.positions[:] = torch.arange(5)
     made.queries.positions[:] = torch.arange(5)
-    close(route.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
+    close(backend.attend(made.queries, made.view, spec), reference.attend(made.queries, made.view, spec), "float32")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_window_scores_are_column_sums_of_the_last_queries(
     last = Queries(made.queries.states[:, :, -6:], made.queries.positions[:, -6:])
     want, got = torch.zeros(2, 120), torch.zeros(2, 120)
     reference.attend(last, made.view, spec, want)
-    route.window_sums(last, made.view, spec, got)
+    backend.window_sums(last, made.view, spec, got)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_latents_go_block_by_block_with_the_default_cut(layout: str, count: int)
     made = case(replace(spec, latent=False), [[37, 37] if layout == "dense" else [37, 18]], 2, 1, count=count)
     view = replace(made.view, values=made.view.keys[..., 128:])
     want = reference.attend(made.queries, view, spec)
-    close(route.attend(made.queries, view, spec), want, "float32")
+    close(backend.attend(made.queries, view, spec), want, "float32")
 
 
 FORMATS = [*CODED, *FLOATS, Codec("int4", "channel", 48)]
@@ -193,14 +193,14 @@ def test_a_partial_group_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "way"), FEW, ids=lambda x: x if isinstance(x, str) else "-".join(filter(None, x)))
 def test_compaction_moves_the_bytes_that_torch_moves(name: str, way: tuple[str, str]) -> None:
-    check(route.compact, moving(name, way, 1, longest=40))
+    check(backend.compact, moving(name, way, 1, longest=40))
 
 
 @pytest.mark.parametrize("way", [("dense", "ragged"), ("ragged", ""), ("paged", "")], ids="-".join)
 def test_compaction_of_many_blocks_and_stretches(way: tuple[str, str]) -> None:
     """Rows longer than a block, entries wider than what a program moves in place."""
     for name in ("bfloat16", "latent"):
-        check(route.compact, moving(name, way, 0, longest=600))
+        check(backend.compact, moving(name, way, 0, longest=600))
 
 
 @pytest.mark.parametrize("name", ["plain", "paged", "channel", "paged token"])
@@ -262,7 +262,7 @@ class Attention(torch.nn.Module):
         self.spec = spec
 
     def forward(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Tensor:
-        return route.attend(Queries(q, at), DenseView(keys, values, positions), self.spec) * 2.0
+        return backend.attend(Queries(q, at), DenseView(keys, values, positions), self.spec) * 2.0
 
 
 def test_a_graph_sees_one_node() -> None:
@@ -291,15 +291,15 @@ def test_a_spec_survives_as_text(s: Sample) -> None:
     from kvcompile.kernels.triton.ops import read
 
     for spec in (s.spec, replace(s.spec, latent=True)):
-        assert read(route.written(spec)) == spec
+        assert read(backend.written(spec)) == spec
 
 
 def test_the_operator_keeps_its_contract() -> None:
     """Schema, mutation of `sums` and the fake kernel agree with what runs."""
     spec = KernelSpec(plain("ragged", "float32"), 2, 64, 64, 0.125, scores=True)
     made = case(spec, [[20, 9]], batch=1, heads=2)
-    states, at, held, longest = route.operands(made.queries, made.view)
-    arguments = (states, at, held, torch.zeros(2, 30), route.written(spec), longest)
+    states, at, held, longest = backend.operands(made.queries, made.view)
+    arguments = (states, at, held, torch.zeros(2, 30), backend.written(spec), longest)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.kvcompile_triton.attend.default, arguments, test_utils=checks)
 
@@ -308,14 +308,14 @@ def test_scores_need_a_place() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125, scores=True)
     made = case(spec, [[20, 20]], batch=1, heads=2)
     with pytest.raises(KvcompileError, match="scores"):
-        route.attend(made.queries, made.view, spec)
+        backend.attend(made.queries, made.view, spec)
 
 
 def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once a layer and chunk, for both scores of zigzag; soft-cap and sliding layers; codes and their residual."""
     from tiny import tiny_ids, tiny_model
 
-    from kvcompile.adapters.registry import describe
+    from kvcompile.adapters.architectures import describe
     from kvcompile.compiler import build
     from kvcompile.kernels.triton import launch
     from kvcompile.stack import apply_stack, build_stack
@@ -349,7 +349,7 @@ def test_a_whole_model_runs_on_it() -> None:
     """Soft-cap, sliding layers, left padding and a quantised cache with its residual, through prefill and decoding."""
     from tiny import tiny_ids, tiny_model
 
-    from kvcompile.adapters.registry import describe
+    from kvcompile.adapters.architectures import describe
     from kvcompile.compiler import build
     from kvcompile.policies.kivi import KIVI
 

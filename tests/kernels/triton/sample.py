@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.forms import rows_for
 from kvcompile.kernels.triton.tuning import Choice
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 FLOATS = [Codec(kind) for kind in ("float32", "float16", "bfloat16")]
 CODED = [

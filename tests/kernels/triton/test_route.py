@@ -16,10 +16,10 @@ from coded import case
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.kernels.triton import files, route, tuning
+from kvcompile.kernels.triton import backend, files, tuning
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import Form, blocks, tile
-from kvcompile.storage import Codec
+from kvcompile.plan.storage import Codec
 
 INT4 = Part("paged", Codec("int4", "channel", 32), Codec("int4", "token"), 32)
 SPEC = KernelSpec((INT4, *plain("ragged", "float16")), 4, 128, 128, 0.125)
@@ -29,20 +29,20 @@ SPEC = KernelSpec((INT4, *plain("ragged", "float16")), 4, 128, 128, 0.125)
 def test_a_cpu_is_refused_by_name() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
-    route.ready.cache_clear()
+    backend.ready.cache_clear()
     pytest.importorskip("triton")
     with pytest.raises(KvcompileError, match="GPU, or on a CPU in Triton's interpreter, got tensors on cpu"):
-        route.attend(made.queries, made.view, spec)
+        backend.attend(made.queries, made.view, spec)
     with pytest.raises(KvcompileError, match="kernels=triton"):
         choose("triton")
 
 
 def test_without_triton_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    route.ready.cache_clear()
-    monkeypatch.setattr(route.importlib.util, "find_spec", lambda _: None)
+    backend.ready.cache_clear()
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(KvcompileError, match=r"kvcompile\[triton\]"):
         choose("triton")
-    route.ready.cache_clear()
+    backend.ready.cache_clear()
 
 
 def test_importing_the_routes_imports_no_triton() -> None:

@@ -1,0 +1,187 @@
+"""One part of every row as a C++ struct: its arguments, its rows, and the loads that its formats need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kvcompile.kernels.cpp.emit.address import LAYOUTS, TILE, Address, Paged
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
+from kvcompile.kernels.cpp.emit.text import fill
+from kvcompile.kernels.spec import KernelSpec
+
+LOG2E = math.log2(math.e)
+
+CONSTANTS = """
+    typedef $query Query;              // queries and result
+    constexpr int G = $group;          // query heads that share a KV head
+    constexpr int D = $dim, DV = $value_dim;   // channels of keys, of values
+    constexpr float QUERY_SCALE = $scale;
+    #define UNROLL _Pragma("GCC unroll 16")
+    KV_INLINE int least(int a, int b) { return a < b ? a : b; }
+    KV_INLINE int most(int a, int b) { return a > b ? a : b; }
+    // What is needed a tile later is asked for now: caches alone foresee neither columns nor pages.
+    KV_INLINE void ahead(const void* p, int bytes) {
+      UNROLL for (int i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+    }
+    """
+
+FIRST = """
+    // The first entry at true position `at` or after: positions ascend along a part of a row.
+    KV_INLINE int first(const Row& row, int64_t at) {
+      int low = 0, high = row.count;
+      while (low < high) {
+        int middle = (low + high) / 2;
+        if ($position < at) low = middle + 1;
+        else high = middle;
+      }
+      return low;
+    }
+    """
+
+SUMS = """
+    float* sums;  // [rows, sums_row]: what each entry received is added
+    int64_t sums_row;
+    """
+
+APART = """
+    // The N scales and zeros of each entry of a tile, float16 in memory, as floats to[i][t], with zeros past the end.
+    template <int N> KV_INLINE void apart(const fp16* from, int count, float* to) {
+      for (int t = 0; t < count; t += 16, from += 16 * N) {
+        fp16 last[16 * N];
+        const fp16* p = from;
+        if (count - t < 16) {
+          memset(last, 0, sizeof last);
+          p = (const fp16*)memcpy(last, from, (count - t) * N * sizeof(fp16));
+        }
+        if constexpr (N == 2) {
+          F first, second;
+          load_pairs(p, first, second);
+          store(to + t, first);
+          store(to + TILE + t, second);
+        } else {
+          float x[16 * N];
+          for (int i = 0; i < N; i++) store(x + 16 * i, load(p + 16 * i));
+          for (int i = 0; i < 16; i++)
+            for (int k = 0; k < N; k++) to[k * TILE + t + i] = x[i * N + k];
+        }
+      }
+    }
+    """
+
+GATHER = """
+    fp16 ${name}s[$room * $n];  // page by page
+    for (int i = 0; i < $room; i += $page)
+      memcpy(${name}s + i * $n, row.${name}_scales + tile.at[i] * $n, $page * $n * sizeof(fp16));
+    apart<$n>(${name}s + tile.skip * $n, count, tile.${name}_numbers);
+    """
+
+
+def helpers(spec: KernelSpec) -> str:
+    """What the scales of the spec's formats need."""
+    return fill(APART) if any(c.axis == "token" for p in spec.parts for c in (p.key, p.value)) else ""
+
+
+def decimal(x: float) -> str:
+    """A C++ float."""
+    text = f"{x:.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def logit(spec: KernelSpec) -> str:
+    """The logit of query q and entry j, for a comment."""
+    plain, cap = f"q . k_j * {spec.scale:.9g}", spec.softcap
+    return f"{cap:g} tanh({plain} / {cap:g})" if cap else plain
+
+
+def constants(spec: KernelSpec, query: str) -> str:
+    """Sizes and types that all of a kernel shares; `query` is the dtype of the queries."""
+    return fill(
+        CONSTANTS,
+        query=ELEMENTS[query],
+        group=spec.group,
+        dim=spec.head_dim,
+        value_dim=spec.value_dim,
+        scale=decimal(spec.scale / spec.softcap if spec.softcap else spec.scale * LOG2E),
+    )
+
+
+def address(spec: KernelSpec, index: int, positions: bool) -> Address:
+    """How part `index` of the spec's rows is found."""
+    part = spec.parts[index]
+    return LAYOUTS[part.layout](part, spec, positions)
+
+
+def struct(index: int, where: Address, methods: str, values: bool = True) -> str:
+    """`struct Part<index>`: fields in the order of `Address.pack`, `row(r)`, tiles of its entries, and `methods`.
+
+    Without `values` nothing is read of them.
+    """
+    fields = "struct Tile {\n  int from, count;\n  $places\n  $numbers\n};"
+    sides = (("key", where.key), ("value", where.value))[: 1 + values]
+    return fill(
+        """
+        struct $name {  // $title
+          $arguments
+
+          struct Row {
+            $pointers
+            int count;
+            $table
+          };
+          typedef $name Part;
+          $row
+
+          $tile
+          $together
+          KV_INLINE void open(Tile& tile, const Row& row, int from, int count) {
+            tile.from = from, tile.count = count;
+            $entries
+            $widen
+          }
+
+          $methods
+        };
+        """,
+        name=f"Part{index}",
+        title=f"{_the(where)} keys {where.part.key.name}, values {where.part.value.name}",
+        arguments=where.arguments,
+        pointers=where.pointers(),
+        table="const int32_t* table;" if where.part.layout == "paged" else "",
+        row=where.row,
+        tile=fill(fields + "\n", places=where.fields, numbers=_lines(_numbers(*side) for side in sides)),
+        together=where.together,
+        entries=where.entries,
+        widen=_lines(_widened(*side, where) for side in sides),
+        methods=methods,
+    )
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(filter(None, texts))
+
+
+def _the(where: Address) -> str:
+    return {
+        "dense": "rows of one length:",
+        "ragged": "row r is entries begins[r] : ends[r]:",
+        "paged": f"rows in pages of {where.part.page} entries:",
+    }[where.part.layout]
+
+
+def _numbers(name: str, stored: Stored) -> str:
+    if stored.codec.axis != "token":
+        return ""
+    return (
+        f"alignas(64) float {name}_numbers[{stored.numbers} * TILE];  // scales{' and zeros' if stored.zeros else ''}"
+    )
+
+
+def _widened(name: str, stored: Stored, where: Address) -> str:
+    if stored.codec.axis != "token":
+        return ""
+    n = stored.numbers
+    if isinstance(where, Paged) and not where.contiguous:
+        page = where.part.page
+        return fill(GATHER, name=name, n=n, page=page, room=where.pages(TILE) * page)
+    return f"apart<{n}>(row.{name}_scales + {where.entry('0')} * {n}, count, tile.{name}_numbers);"

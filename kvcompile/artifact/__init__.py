@@ -1,0 +1,1 @@
+"""A compiled model as a folder: written atomically, checked before it is read, nothing in it executed."""

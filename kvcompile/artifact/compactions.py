@@ -1,0 +1,41 @@
+"""Which compactions a layer's store may run, known from its plan alone."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcompile.kernels.compact import Arrays, CompactSpec
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.stores.codes import Codes, Format
+from kvcompile.stores.dense import POSITION_TYPE
+
+Entries = tuple[tuple[int, int], ...]
+GATHERED = (("dense", "dense"), ("dense", "ragged"), ("ragged", "ragged"))  # as rows have one length or not
+
+
+def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
+    """What moves into pages, when a selection or a window drops entries, and when old ones are encoded."""
+    storage, drops = layer.storage, layer.selection is not None or bool(layer.sliding_window)
+    pages = f"paged{storage.page}"
+    plain, coded = _entries(layer, dtype)
+    gathered = [CompactSpec(*way, plain) for way in GATHERED]
+    if not storage.coded and storage.page:
+        return [CompactSpec("dense", pages, plain), *[CompactSpec(pages, pages, plain, in_place=True)] * drops]
+    if not storage.coded:
+        return gathered * drops
+    found = [*gathered, CompactSpec("ragged", "ragged", plain, in_place=True)]
+    found.append(CompactSpec("ragged", pages if storage.page else "ragged", coded))
+    return [*found, CompactSpec(pages, pages, coded, in_place=True)] if drops and storage.page else found
+
+
+def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:
+    """Bytes and tokens of an entry of each array: in the model's type, and in the number formats of the storage."""
+    kind: torch.dtype = getattr(torch, dtype)
+    format, start = Format(*layer.storage.codecs(dtype), kind), torch.zeros(1, dtype=torch.long, device="cpu")
+    keys, values = (
+        torch.zeros(format.block, dim, dtype=kind, device="cpu") for dim in (layer.key_dim, layer.value_dim)
+    )
+    positions = torch.zeros(format.block, dtype=POSITION_TYPE, device="cpu")
+    own = (keys, positions) if layer.latent is not None else (keys, values, positions)
+    coded = Codes.of(keys, values, positions, format).arrays(start, format).entries if layer.storage.coded else ()
+    return Arrays(own, starts=start).entries, coded

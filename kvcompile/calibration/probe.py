@@ -1,0 +1,90 @@
+"""What a policy may ask of the loaded model before the plan is final: the attention of its last queries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Allocation, LayerScores, Score, Selection
+from kvcompile.runtime.observation import Observation
+
+
+@dataclass(frozen=True)
+class Probe(Score):
+    """Records the attention that the last `window` queries pay, and keeps everything."""
+
+    window: int
+    found: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    @property
+    def queries(self) -> int:
+        """The observation window."""
+        return self.window
+
+    def score(self, seen: Observation) -> Tensor:
+        """Zeros; the attention `[H_kv, g, w, n]` goes to `found[layer]`."""
+        self.found[seen.layer] = seen.attention()
+        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Everything(Allocation):
+    """Keeps every entry."""
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        """Row lengths."""
+        return [layer.lengths for layer in layers]
+
+
+def shared(model: nn.Module) -> Any:
+    """A second model over the same weights: modules are copied, parameters and buffers are not."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+class ModelCalibrator:
+    """The `Calibrator` that policies get: the uncompressed model, observed through its own compiled graph.
+
+    plan: that of a model whose weights have been converted (default: what its config says).
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None], plan: Plan | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.progress, self.plan = model, tokenizer, progress, plan
+        self.layers: int = model.config.get_text_config().num_hidden_layers
+        self.owners = [p.index for p in plan.owners] if plan else list(range(self.layers))
+        self._probe: Probe | None = None
+        self._probed: Any = None
+
+    def attention(self, ids: Tensor, last: int) -> list[Tensor]:
+        """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`, float32.
+
+        Layers that share a cache give one entry, the owner's, with all their query heads in its groups.
+        """
+        if self._probe is None or self._probe.window < last:
+            self._build(last)
+        probe = self._probe
+        if probe is None:
+            raise RuntimeError("the probe was not built")
+        with torch.no_grad():
+            self._probed(ids.to(self.model.device), logits_to_keep=1)
+        found = [probe.found[i][:, :, -last:] for i in sorted(probe.found)]
+        probe.found.clear()
+        return found
+
+    def _build(self, window: int) -> None:
+        from kvcompile.adapters.architectures import describe
+        from kvcompile.compiler import build
+
+        self._probe = Probe(window)
+        selection = Selection("probe", self._probe, None, Everything())
+        plan = self.plan or describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
+        plan = plan.map(lambda p: replace(p, selection=selection))
+        self._probed = build(shared(self.model), plan, converted=True)

@@ -1,0 +1,277 @@
+"""Needle in a haystack: hide a number in real text, ask for it, count exact answers. Generation only."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.calibration.text import sentences
+from kvcompile.errors import KvcompileError
+from kvcompile.progress import Progress
+
+DIGITS = 7
+DEPTHS = (0.1, 0.35, 0.6, 0.85)
+ADJECTIVES = ["amber", "brisk", "calm", "dusty", "eager", "gentle", "hollow", "jolly", "lively", "noble", "olive"]
+NOUNS = ["anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "island", "kettle", "lantern", "orchard"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One wording: what stands before the text, the needle, the question with the start of its answer.
+
+    `others` is how many more needles, with other keys and numbers, are hidden.
+    """
+
+    intro: str
+    needle: str
+    question: str
+    others: int = 0
+
+
+# The uncompressed default model answers `two_keys` less surely than the others (55 of 60 prompts at 1,024 tokens, where
+# each of the others got 20 of 20): read its score beside the uncompressed one, never alone.
+FORMS = {
+    "magic": Form(
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.",
+        "One of the special magic numbers for {key} is: {number}.",
+        "What is the special magic number for {key} mentioned in the provided text? "
+        "The special magic number for {key} mentioned in the provided text is",
+    ),
+    "two_keys": Form(
+        "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+        "I will quiz you about the numbers afterwards.",
+        "One of the special magic numbers for {key} is: {number}.",
+        "What is the special magic number for {key} mentioned in the provided text? "
+        "The special magic number for {key} mentioned in the provided text is",
+        others=1,
+    ),
+    "reference": Form(
+        "Read this text with care, you will need a detail of it later.",
+        "The reference number of the {key} order is {number}.",
+        "Which reference number does the {key} order have? The reference number of the {key} order is",
+    ),
+    "story": Form(
+        "Please read the following pages.",
+        "On that day {key} bought a train ticket with the number {number}.",
+        "Question: which train ticket did {key} buy?\nAnswer: {key} bought a train ticket with the number",
+    ),
+    "passcode": Form(
+        "The following pages were taken from a notebook.",
+        "Somebody has written in the margin: the {key} door opens with the passcode {number}.",
+        "According to the note in the margin, the {key} door opens with the passcode",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence and its length in tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class NeedleTask:
+    """`samples` prompts of at most `tokens` tokens, spread over `depths` (0: start, 1: end of the text).
+
+    form: one of `FORMS`. source: path of a text file to hide the needle in (None: `kvcompile.calibration.text.builtin`).
+    `magic` is the form of RULER's niah_single_2 (arXiv 2404.06654) with other words, another haystack and, unlike
+    there, numbers without repeated digits, which makes it a little easier: scores do not compare with RULER's.
+    Raises KvcompileError for values out of range.
+    """
+
+    tokens: int = 1024
+    samples: int = 4
+    depths: tuple[float, ...] = DEPTHS
+    seed: int = 0
+    form: str = "magic"
+    source: str | None = None
+    max_new_tokens: int = DIGITS + 3
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise KvcompileError("unknown needle form", repr(self.form), "one of " + ", ".join(FORMS))
+        if self.samples < 1:
+            raise KvcompileError("needle samples must be 1 or more", self.samples)
+        if not self.depths or not all(0 <= d <= 1 for d in self.depths):
+            raise KvcompileError("needle depths must be one or more numbers in [0, 1]", self.depths)
+        if self.max_new_tokens < DIGITS:
+            raise KvcompileError(f"needle max_new_tokens must be {DIGITS} or more", self.max_new_tokens)
+
+    def prompts(self, tokenizer: Any) -> list[NeedlePrompt]:
+        """The prompts, the same for the same task and tokenizer. Raises KvcompileError if `tokens` is too few."""
+        text = [
+            Sentence(s, len(tokenizer(" " + s, add_special_tokens=False)["input_ids"])) for s in sentences(self.source)
+        ]
+        return [self._prompt(tokenizer, text, sample) for sample in range(self.samples)]
+
+    def depth(self, sample: int) -> float:
+        """Depth of a sample: the depths in turn, or evenly picked from them where the samples are fewer."""
+        last = len(self.depths) - 1
+        if self.samples > last:
+            return self.depths[sample % len(self.depths)]
+        return self.depths[round(sample * last / max(1, self.samples - 1))]
+
+    def _prompt(self, tokenizer: Any, text: list[Sentence], sample: int) -> NeedlePrompt:
+        rng = random.Random(f"{self.seed}/{self.form}/{self.tokens}/{sample}")
+        form, depth = FORMS[self.form], self.depth(sample)
+        count = 1 + form.others
+        keys = [f"{a}-{n}" for a, n in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
+        numbers = _draw_numbers(rng, count)
+        needles = [
+            ((depth + i / count) % 1 if i else depth, form.needle.format(key=keys[i], number=numbers[i]))
+            for i in range(count)
+        ]
+        start = rng.randrange(len(text))
+
+        def ids(body: list[Sentence]) -> list[int]:
+            question = form.question.format(key=keys[0])
+            return list(tokenizer("\n".join([form.intro, " ".join(_hide(body, needles)), question]))["input_ids"])
+
+        least = len(ids([]))
+        if least > self.tokens:
+            raise KvcompileError("the needle prompt needs more tokens", self.tokens, f"{least} or more")
+        body = _fill(text[start:] + text[:start], self.tokens - least)
+        while len(ids(body)) > self.tokens:
+            body.pop()
+        return NeedlePrompt(ids(body), numbers[0], depth, self.tokens)
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """Token ids of one prompt, the number it asks for, where that number is hidden, and the length asked for."""
+
+    ids: list[int]
+    answer: str
+    depth: float
+    length: int
+
+
+@dataclass(frozen=True)
+class NeedleRecord:
+    """What the model said to one prompt."""
+
+    form: str
+    length: int
+    tokens: int
+    depth: float
+    answer: str
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class NeedleResult:
+    """Records of one or more tasks (add results to pool them); scores are shares of exact answers, 0 to 1."""
+
+    records: tuple[NeedleRecord, ...]
+
+    @property
+    def mean(self) -> float:
+        """Share of all prompts answered."""
+        return sum(r.right for r in self.records) / len(self.records)
+
+    @property
+    def by_depth(self) -> dict[float, float]:
+        """Share answered at each depth."""
+        groups: dict[float, list[bool]] = {}
+        for record in self.records:
+            groups.setdefault(record.depth, []).append(record.right)
+        return {depth: sum(groups[depth]) / len(groups[depth]) for depth in sorted(groups)}
+
+    def __add__(self, other: NeedleResult) -> NeedleResult:
+        return NeedleResult(self.records + other.records)
+
+
+def score(
+    model: Any, tokenizer: Any, task: NeedleTask, progress: Progress | None = None, batch: int = 1
+) -> NeedleResult:
+    """Let `model.generate` (greedy) answer every prompt of the task, `batch` of them at a time, left-padded.
+
+    An answer is right if its digits appear in the generated text as one whole number.
+    """
+    if batch < 1:
+        raise KvcompileError("needle batch must be 1 or more", batch)
+    prompts = task.prompts(tokenizer)
+    records: list[NeedleRecord] = []
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        for prompt, new in zip(group, _generate(model, tokenizer, group, task.max_new_tokens), strict=True):
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            right = prompt.answer in _numbers(text)
+            records.append(
+                NeedleRecord(task.form, prompt.length, len(prompt.ids), prompt.depth, prompt.answer, text, right)
+            )
+        if progress:
+            progress(f"needle {task.form}, {task.tokens} tokens", len(records), len(prompts))
+    return NeedleResult(tuple(records))
+
+
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], new_tokens: int) -> list[list[int]]:
+    ids, mask = _left_padded([p.ids for p in prompts], _pad(tokenizer))
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=_pad(tokenizer),
+        )
+    return [list(row) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def _pad(tokenizer: Any) -> int:
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in known if i is not None))
+
+
+def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.int64, device="cpu")
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.int64, device="cpu")
+    return ids, mask
+
+
+def _numbers(text: str) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in text).split()
+
+
+def _draw_numbers(rng: random.Random, count: int) -> list[str]:
+    """Different numbers of different digits: small models drop repeated digits whatever their cache holds."""
+    found: list[str] = []
+    while len(found) < count:
+        number = "".join(rng.sample("0123456789", DIGITS))
+        if number[0] != "0" and number not in found:
+            found.append(number)
+    return found
+
+
+def _fill(text: list[Sentence], room: int) -> list[Sentence]:
+    """Sentences in order, from the front again where they end, leaving out those too long for the rest of the room."""
+    body: list[Sentence] = []
+    shortest = min(s.tokens for s in text)
+    while room >= shortest:
+        for sentence in text:
+            if sentence.tokens <= room:
+                body.append(sentence)
+                room -= sentence.tokens
+    return body
+
+
+def _hide(body: list[Sentence], needles: list[tuple[float, str]]) -> list[str]:
+    """The body with each needle between the two sentences nearest to its share of the body's tokens."""
+    borders = [0, *itertools.accumulate(s.tokens for s in body)]
+    placed = [s.text for s in body]
+    spots = [(min(range(len(borders)), key=lambda i: abs(borders[i] - d * borders[-1])), text) for d, text in needles]
+    for spot, text in sorted(spots, key=lambda s: s[0], reverse=True):
+        placed.insert(spot, text)
+    return placed

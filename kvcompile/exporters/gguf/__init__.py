@@ -1,0 +1,1 @@
+"""The exporter gguf: one file for llama.cpp."""

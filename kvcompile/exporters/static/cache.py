@@ -1,0 +1,313 @@
+"""The cache of a program: what the nodes of a compiled graph call in place of `KVCache`, in fixed shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompile.adapters.latent import Expansion, per_head
+from kvcompile.exporters.static import shared_rows
+from kvcompile.exporters.static.attention import causal, masked
+from kvcompile.exporters.static.capacity import Room
+from kvcompile.exporters.static.quantized import body_of, encoded, entries_of, format_of, settle, split
+from kvcompile.exporters.static.selection import Asked, Entries, Look, allotted, highest, masses, moments, scores
+from kvcompile.graph import ops
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.storage import FLUSH
+from kvcompile.runtime.cache import Rotary
+from kvcompile.runtime.hadamard import turn_basis
+
+State = dict[str, Tensor]
+Tables = Mapping[str, Tensor]
+
+
+def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | str = "cpu") -> State:
+    """A cache that holds nothing, in the order of a program's arguments.
+
+    clock `[2]`: tokens seen, and decoded since the prompt. Per owner layer: keys and values `[B, H_kv, C, D]` (of a
+    latent, keys alone: its rows), true positions `[B, H_kv, C]` (-1 where empty), entries `[B, H_kv]` and, where a
+    selection wants them, newest queries; where older entries are encoded, codes, scales, positions and number of those;
+    what a score carries. Where heads share a row, whose each entry `[B, 1, C]` is.
+    """
+    dtype = getattr(torch, plan.dtype)
+    state = {"clock": torch.zeros(2, dtype=torch.int64, device=device)}
+    for room in rooms:
+        p, shape = room.plan, (batch, room.rows, room.capacity)
+        for name, dim in (("keys", p.key_dim), ("values", p.value_dim))[: 1 if p.latent else 2]:
+            state[f"{name}_{p.index}"] = torch.zeros(*shape, dim, dtype=dtype, device=device)
+        state[f"positions_{p.index}"] = torch.full(shape, -1, dtype=torch.int32, device=device)
+        state[f"entries_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        if room.shared:
+            state[f"heads_{p.index}"] = torch.zeros(shape, dtype=torch.int32, device=device)
+        if room.body:
+            n = room.body + p.storage.block  # the spare block takes what is not to be written
+            spare = torch.zeros(*shape[:2], n, p.head_dim, dtype=dtype, device=device)
+            nowhere = torch.full((*shape[:2], n), -1, dtype=torch.int32, device=device)
+            body = body_of(Entries(spare, spare, nowhere), format_of(room, dtype))
+            state.update({f"{name}_{p.index}": x for name, x in body.items()})
+            state[f"encoded_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+        if room.every and room.score.carries:
+            state[f"carried_{p.index}"] = torch.zeros(shape, device=device, dtype=torch.float32)
+        if room.window > 1:
+            heads = sum(q.query_heads for q in plan.layers if q.owner == p.index)
+            state[f"queries_{p.index}"] = torch.zeros(batch, heads, room.window, p.key_dim, dtype=dtype, device=device)
+    return state
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One owner layer at one pass: its entries, and where they are kept."""
+
+    room: Room
+    held: Entries
+
+
+class PrefillCache:
+    """A whole prompt at once: attention is that of a prompt to itself, and what stays of it becomes the state."""
+
+    def __init__(
+        self, plan: Plan, rooms: Sequence[Room], tables: Tables, rotaries: Sequence[Rotary], ids: Tensor
+    ) -> None:
+        self.plan, self.rooms, self.tables, self.rotaries = plan, {r.plan.index: r for r in rooms}, tables, rotaries
+        self.batch, self.count = ids.shape
+        self.positions = torch.arange(self.count, device=ids.device, dtype=torch.int64)
+        self.seen = torch.full((1,), self.count, dtype=torch.int64, device=ids.device)
+        self.state: State = {"clock": torch.cat((self.seen, torch.zeros_like(self.seen)))}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
+        """New keys and values `[B, H_kv, T, D]`; a layer without a selection keeps them all, or its window."""
+        at = self.positions.to(torch.int32).expand(*keys.shape[:2], -1)
+        made = Layer(self.rooms[layer], Entries(keys, _values(self.rooms[layer].plan, keys, values), at))
+        if made.room.plan.selection is None:
+            self._store(made, self._newest(made) if made.room.ring else self._all(made), self.seen)
+        return made
+
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
+        """Causal attention of the prompt to itself; latents are expanded to heads."""
+        if expansion is None:
+            return causal(p, queries, kv.held.keys, kv.held.values, self.positions)
+        heads = expansion.heads(queries, kv.held.keys)
+        return causal(p, *heads, self.positions)[..., : p.head_dim]
+
+    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
+        """Scores of every entry for the queries `[B, H_q, T, D]` of all readers."""
+        room, s = kv.room, kv.room.score
+        last, at = self._last(queries, s.queries)
+        if room.window > 1:
+            self.state[f"queries_{room.plan.index}"] = last
+        asked = Asked(
+            last,
+            at,
+            self.seen,
+            self.tables[f"recent_{room.plan.index}"][self.seen],
+            moments(room.plan, unrotated, self.positions, s.moments) if s.moments else None,
+            lambda horizon: self._mean_rotation(room.plan, horizon),
+        )
+        look = scores(room.plan, kv.held, asked)
+        if room.measure is None:
+            return look
+        last, at = self._last(queries, room.measure.queries)
+        asked = replace(asked, queries=last, positions=at)
+        return replace(look, mass=masses(room.plan, kv.held, asked, room.measure))
+
+    def _last(self, queries: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """The prompt's last queries, and their positions; before its start stand queries at -1, which see nothing."""
+        if window is None:
+            return queries, self.positions
+        last = F.pad(queries, (0, 0, window, 0))[:, :, self.count :]
+        return last, F.pad(self.positions, (window, 0), value=-1)[self.count :]
+
+    def _mean_rotation(self, p: LayerPlan, horizon: int) -> Tensor:
+        """The rotation `[D, D]` of row vectors, averaged over the next `horizon` positions."""
+        rotary, dim = self.rotaries[p.index], p.key_dim
+        cos, sin = (
+            x.float().mean(0)
+            for x in rotary(self.seen + torch.arange(horizon, device=self.seen.device, dtype=torch.int64))
+        )
+        whole = torch.eye(dim, device=self.seen.device, dtype=torch.float32).view(1, 1, dim, dim)
+        rotation: Tensor = ops.rope(whole, cos.expand(1, dim, -1), sin.expand(1, dim, -1))[0, 0]
+        return turn_basis(rotation) if p.storage.rotated else rotation
+
+    def keep(self, looks: Mapping[int, tuple[Layer, Look]]) -> None:
+        """What the selections of these layers leave of the prompt; those given together share one budget."""
+        counts = self._counts(looks)
+        for layer, (kv, look) in looks.items():
+            if kv.room.shared:
+                self._split(kv, look.ranked, counts[layer])
+                continue
+            order = highest(look.ranked, counts[layer], kv.room.places)
+            self._store(kv, order, counts[layer])
+            if look.carried is not None and kv.room.every:
+                self.state[f"carried_{layer}"] = F.pad(look.carried, (0, 1)).gather(2, order)
+
+    def _counts(self, looks: Mapping[int, tuple[Layer, Look]]) -> dict[int, Tensor]:
+        """Entries of every head, `[H_kv]` or `[B, H_kv]`, for each layer."""
+        known = {i: kv.room for i, (kv, _) in looks.items() if kv.room.kept}
+        counts = {i: self.tables[f"kept_{i}"][self.seen].squeeze(0) for i in known}
+        rest = {i: look for i, (_, look) in looks.items() if i not in known}
+        if rest:
+            budgets = {i: tuple(self.tables[f"{name}_{i}"][self.seen] for name in ("budget", "floor")) for i in rest}
+            counts |= allotted(looks[next(iter(rest))][0].room.allocation, budgets, rest)
+        return counts
+
+    def _split(self, kv: Layer, ranked: Tensor, counts: Tensor) -> None:
+        kept, heads = shared_rows.split(kv.room, kv.held, ranked, counts)
+        made = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
+        if kv.room.plan.latent is None:
+            made["values"] = kept.values
+        made["entries"] = counts.sum(1, keepdim=True)
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
+
+    def trim(self, kv: Layer) -> None:
+        """Nothing: rings hold no more than the window."""
+
+    def settle(self, kv: Layer) -> None:
+        """Nothing: what was stored is settled."""
+
+    def _all(self, kv: Layer) -> Tensor:
+        places = torch.arange(kv.room.places, device=self.seen.device, dtype=torch.int64)
+        return torch.where(places < self.seen, places, self.count).expand(*kv.held.positions.shape[:2], -1)
+
+    def _newest(self, kv: Layer) -> Tensor:
+        """Place s holds the last position that is s modulo the capacity."""
+        places = torch.arange(kv.room.capacity, device=self.seen.device, dtype=torch.int64)
+        last = self.seen - 1
+        at = last - (last - places) % kv.room.capacity
+        return torch.where(at >= 0, at, self.count).expand(*kv.held.positions.shape[:2], -1)
+
+    def _store(self, kv: Layer, order: Tensor, counts: Tensor) -> None:
+        """Keep the entries `order [B, H_kv, m]`, the first `counts` (per head, or of all) of which are there."""
+        made, counts = State(), counts.expand(order.shape[:2])
+        if kv.room.body:
+            made, order, old = split(kv.room, kv.held, order, counts)
+            made["encoded"], counts = old, counts - old
+        kept = kv.held.at(order)
+        made.update(keys=kept.keys, positions=kept.positions, entries=counts.clone())
+        if kv.room.plan.latent is None:
+            made["values"] = kept.values
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
+
+
+class DecodeCache:
+    """One new token a pass: the state is changed in place."""
+
+    def __init__(self, plan: Plan, rooms: Sequence[Room], tables: Tables, state: State) -> None:
+        self.plan, self.rooms, self.tables, self.state = plan, {r.plan.index: r for r in rooms}, tables, state
+        self.before = state["clock"][:1].clone()  # the position of the new token
+        state["clock"].add_(1)
+        self.seen, self.tick = state["clock"][:1], state["clock"][1:]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
+        """A new token's keys and values `[B, H_kv, 1, D]`."""
+        room, mine = self.rooms[layer], self._of(layer)
+        if room.shared:
+            return self._appended(room, mine, keys, values)
+        entries = mine["entries"]
+        place = (self.before % room.capacity).expand_as(entries) if room.ring else entries
+        batch, heads = entries.shape
+        rows = (
+            torch.arange(batch, device=entries.device, dtype=torch.int64).unsqueeze(1),
+            torch.arange(heads, device=entries.device, dtype=torch.int64),
+        )
+        new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": self.before.to(torch.int32)}
+        for name, x in new.items():
+            if name in mine:
+                mine[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
+        entries.add_(1)
+        return Layer(room, entries_of(room, mine, _newest(room, mine)))
+
+    def _appended(self, room: Room, mine: State, keys: Tensor, values: Tensor) -> Layer:
+        at = self.before.to(torch.int32).expand(keys.shape[:2])
+        heads = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).expand(at.shape)
+        new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": at, "heads": heads}
+        shared_rows.append(mine, {name: x for name, x in new.items() if name in mine})
+        return Layer(room, _newest(room, mine))
+
+    def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
+        """Attention of the new token to every entry that is there and in its window; of latents, absorbed."""
+        at = kv.held.positions
+        visible = at >= 0
+        if p.sliding_window:
+            visible = visible & (at > self.before - p.sliding_window)
+        if kv.room.shared:
+            heads = self.state[f"heads_{kv.room.plan.index}"]
+            visible = shared_rows.visible(heads, visible, p.group, p.kv_heads)
+        else:
+            visible = visible.unsqueeze(2)
+        out = masked(p, queries, kv.held.keys, kv.held.values, visible)
+        return out if expansion is None else per_head(out, expansion.up)
+
+    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look | None:
+        """Scores `[B, H_kv, C]`; None where nothing is ever dropped while decoding."""
+        p, room = kv.room.plan, kv.room
+        if not room.every:
+            return None
+        window = 1 if room.score.queries is None else room.score.queries
+        if room.window > 1:
+            remembered = self.state[f"queries_{p.index}"]
+            remembered.copy_(torch.cat((remembered[:, :, 1:], queries), 2))
+            queries = remembered
+        asked = (self.before + torch.arange(1 - window, 1, device=queries.device, dtype=torch.int64)).clamp(min=-1)
+        recent = self.tables[f"recent_{p.index}"][self.seen]
+        carried = self.state.get(f"carried_{p.index}")
+        return scores(p, kv.held, Asked(queries[:, :, :window], asked, self.seen, recent, carried=carried))
+
+    def keep(self, looks: Mapping[int, tuple[Layer, Look | None]]) -> None:
+        """What the selections leave, where one is due; otherwise everything moves to where it was."""
+        for layer, (kv, look) in looks.items():
+            if look is None:
+                continue
+            ranked, carried = look.ranked, look.carried
+            mine, room = self._of(layer), kv.room
+            due = self.tick % room.every == 0
+            counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
+            same = torch.arange(room.capacity, device=due.device, dtype=torch.int64)
+            order = torch.where(due, highest(ranked, counts, room.capacity), same)
+            _replace(mine, kv.held.at(order), torch.where(due, counts, mine["entries"]))
+            if carried is not None:
+                mine["carried"].copy_(F.pad(carried, (0, 1)).gather(2, order.expand_as(carried)))
+
+    def trim(self, kv: Layer) -> None:
+        """Nothing: rings hold no more than the window."""
+
+    def settle(self, kv: Layer) -> None:
+        """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.settle`)."""
+        room, mine = kv.room, self._of(kv.room.plan.index)
+        if not room.body:
+            return
+        due = (self.tick + room.plan.index) % FLUSH == 0
+        counts = torch.where(due, encoded(room, mine["entries"]), 0)
+        tail = _newest(room, mine)
+        settle(room, mine, tail, counts)
+        order = torch.arange(room.capacity, device=due.device, dtype=torch.int64) + counts.unsqueeze(-1)
+        _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
+
+    def _of(self, layer: int) -> State:
+        """The tensors of one layer, by their names without its number."""
+        end = f"_{layer}"
+        return {name.removesuffix(end): x for name, x in self.state.items() if name.endswith(end)}
+
+
+def _newest(room: Room, mine: State) -> Entries:
+    """The entries in the model's dtype."""
+    return Entries(mine["keys"], _values(room.plan, mine["keys"], mine.get("values")), mine["positions"])
+
+
+def _values(p: LayerPlan, keys: Tensor, values: Tensor | None) -> Tensor:
+    """The values; those of a latent are the end of its rows."""
+    if p.latent is not None:
+        return keys[..., p.latent.rope :]
+    if values is None:
+        raise RuntimeError(f"layer {p.index} holds keys without values")
+    return values
+
+
+def _replace(mine: State, entries: Entries, count: Tensor) -> None:
+    for name, new in (("keys", entries.keys), ("values", entries.values), ("positions", entries.positions)):
+        if name in mine:
+            mine[name].copy_(new)
+    mine["entries"].copy_(count)

@@ -1,0 +1,124 @@
+"""Running a compiled graph over a program's cache: the nodes that touch the cache call other functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+
+from kvcompile.adapters.latent import Expansion
+from kvcompile.errors import KvcompileError
+from kvcompile.exporters.static.cache import DecodeCache, PrefillCache, State, empty
+from kvcompile.exporters.static.capacity import Limits, Room, rooms
+from kvcompile.graph import ops
+from kvcompile.plan.plan import Plan
+from kvcompile.runtime.cache import Rotary
+
+Cache = PrefillCache | DecodeCache
+
+
+def _together(kv: Any, *queries: Tensor) -> Tensor:
+    heads = kv.room.plan.kv_heads
+    return torch.cat([torch.unflatten(x, 1, (heads, -1)) for x in queries], 2).flatten(1, 2)
+
+
+def _attend(queries: Tensor, kv: Any, cache: Cache, layer: int, *expansion: Expansion) -> Tensor:
+    return cache.attend(cache.plan.layers[layer], queries, kv, *expansion).transpose(1, 2).flatten(2)
+
+
+def _frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
+    """As the graph's own, whose table is kept between calls: none may be made in a trace."""
+    return angles.index_select(-1, torch.tensor(chosen + chosen, device=angles.device, dtype=torch.int64))
+
+
+def _observe(kv: Any, queries: Tensor, unrotated: Tensor, cache: Cache, layer: int) -> Any:
+    return kv, cache.look(kv, queries, unrotated)
+
+
+def _allocate(cache: Cache, layers: Sequence[int], *looks: Any) -> None:
+    cache.keep(dict(zip(layers, looks, strict=True)))
+
+
+# a program's cache is its own step
+LOWERED: Mapping[Any, Callable[..., Any]] = {
+    ops.begin: lambda cache, ids, mask: cache,
+    ops.kv_append: lambda cache, keys, values, step, layer: cache.append(layer, keys, values),
+    ops.observe: _observe,
+    ops.together: _together,
+    ops.attend: _attend,
+    ops.frequencies: _frequencies,
+    ops.compress: lambda kv, look, cache, layer: cache.keep({layer: look}),
+    ops.allocate: _allocate,
+    ops.trim: lambda kv, cache, layer: cache.trim(kv),
+    ops.settle: lambda kv, cache, layer: cache.settle(kv),
+}
+
+
+PURE = (ops.rope, ops.hadamard)
+
+
+def _require_lowered(graph: fx.Graph) -> None:
+    """Raise KvcompileError for a graph with a node that reads the cache in a way that no program has."""
+    strange = {ops.NAMES[n.target] for n in graph.nodes if n.target in ops.NAMES} - {
+        op.__name__ for op in (*LOWERED, *PURE)
+    }
+    if strange:
+        raise KvcompileError("a program expresses every node of the graph", ", ".join(sorted(strange)))
+
+
+class Lowering(fx.Interpreter):
+    """Runs the graph with the cache's nodes lowered."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The lowered function, or the node's own."""
+        return super().call_function(LOWERED.get(target, target), args, kwargs)
+
+
+class Program(nn.Module):
+    """A compiled model for one batch size and a longest sequence; `prefill` and `decode` are functions of tensors."""
+
+    def __init__(self, model: nn.Module, limits: Limits) -> None:
+        super().__init__()
+        compiled: Any = model.kvcompile
+        self.traced: fx.GraphModule = compiled.graph
+        self.plan: Plan = compiled.plan
+        self.rotaries: list[Rotary] = compiled.rotaries
+        self.limits = limits
+        _require_lowered(self.traced.graph)
+        self.rooms: list[Room] = rooms(self.plan, limits)
+        for room in self.rooms:
+            for name, table in room.tables.items():
+                self.register_buffer(
+                    f"{name}_{room.plan.index}", torch.tensor(table, device=self.device, dtype=torch.int64)
+                )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.traced.parameters()).device
+
+    def empty(self) -> State:
+        """A cache that holds nothing."""
+        return empty(self.plan, self.rooms, self.limits.batch, self.device)
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, State]:
+        """Logits `[B, 1, vocabulary]` after a prompt `ids [B, T]`, and the state that decoding goes on from."""
+        cache = PrefillCache(self.plan, self.rooms, self._tables, self.rotaries, ids)
+        logits = self._run(ids, cache.positions.expand(ids.shape[0], -1), cache)
+        return logits, cache.state
+
+    def decode(self, ids: Tensor, state: State) -> Tensor:
+        """Logits `[B, 1, vocabulary]` after one more token `ids [B, 1]`; `state` is changed in place."""
+        cache = DecodeCache(self.plan, self.rooms, self._tables, state)
+        return self._run(ids, cache.before.expand(ids.shape[0], 1), cache)
+
+    @property
+    def _tables(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers(recurse=False))
+
+    def _run(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        logits: Tensor = Lowering(self.traced).run(ids, None, positions, cache, slice(-1, None))
+        return logits

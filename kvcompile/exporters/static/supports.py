@@ -1,0 +1,98 @@
+"""What programs of fixed shape cannot express, found before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompile.errors import KvcompileError
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.selection import Selection
+
+ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
+SHORT = 64  # tokens; whether a split needs scores does not depend on their number
+
+
+def refuse(plan: Plan, model_config: Any) -> None:
+    """Raise KvcompileError, with the reason, for a plan that no program of fixed shape can follow."""
+    for kind in sorted(_ropes(model_config)):
+        if kind not in ROPES:
+            raise KvcompileError("rotary angles must not depend on the length of the input", f"rope {kind!r}")
+    for p in plan.owners:
+        _refuse_storage(p)
+        if p.selection is not None:
+            _refuse_selection(plan, p, p.selection)
+
+
+def _refuse_storage(p: LayerPlan) -> None:
+    s, every = p.storage, p.selection.schedule.decode_every if p.selection else 0
+    if s.page:
+        raise KvcompileError(f"layer {p.index} must hold contiguous rows", f"pages of {s.page}", "drop paged")
+    if s.offload:
+        raise KvcompileError(f"layer {p.index} must stay on one device", "offloaded", "drop offload")
+    if s.coded and every and p.selection:
+        raise KvcompileError(
+            f"layer {p.index}: encoded tokens are not dropped while decoding",
+            f"{s.policy} under {p.selection.policy} with decode_every={every}",
+            f"stack.{p.selection.policy}.decode_every=0",
+        )
+
+
+def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
+    where = f"{s.policy}, layer {p.index}"
+    if s.positions == "compact":
+        raise KvcompileError(
+            f"{where}: keys keep their true positions", "positions=compact", f"stack.{s.policy}.positions=original"
+        )
+    if s.score.queries is None and not s.score.carries:
+        raise KvcompileError(
+            f"{where}: a score may look at a fixed number of queries, or sum over all", type(s.score).__name__
+        )
+    if s.score.moments and s.schedule.decode_every:
+        raise KvcompileError(
+            f"{where}: moments of queries are taken of the prompt alone",
+            f"decode_every={s.schedule.decode_every}",
+            f"stack.{s.policy}.decode_every=0",
+        )
+    if not s.score.traceable:
+        raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__)
+    if s.allocation.traceable:
+        _refuse_allotted(p, s, where)
+    elif s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
+        raise KvcompileError(
+            f"{where}: what a head keeps must follow from the length of the prompt alone",
+            f"{type(s.allocation).__name__}, which looks at the scores",
+        )
+    if plan.prefill_chunk and s.schedule.between_chunks:
+        raise KvcompileError(
+            f"{where}: a program reads its prompt in one piece",
+            f"prefill_chunk={plan.prefill_chunk}",
+            f"prefill_chunk=0, or stack.{s.policy}.between_chunks=false",
+        )
+
+
+def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
+    """Layers or heads that split a known number of entries do so once; heads that compete share one plain row."""
+    if s.budget is None:
+        raise KvcompileError(
+            f"{where}: how many tokens stay must follow from the length of the prompt alone",
+            "a threshold, no budget",
+            f"a policy with a budget in place of {s.policy}",
+        )
+    if s.schedule.decode_every:
+        raise KvcompileError(
+            f"{where}: what a head keeps is decided once, after the prompt",
+            f"decode_every={s.schedule.decode_every}",
+            f"stack.{s.policy}.decode_every=0",
+        )
+    if s.allocation.competing and p.storage.coded:
+        raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
+    if s.allocation.competing and p.softcap:
+        raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")
+
+
+def _ropes(config: Any) -> set[str]:
+    """Kinds of rotary embedding in a config, `rope_parameters` of transformers 5, by layer type or for all."""
+    config = config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in given.values() if isinstance(x, dict)]
+    return {str(x.get("rope_type", "default")) for x in (nested or [given])}

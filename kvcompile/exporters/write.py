@@ -1,0 +1,113 @@
+"""Writing a compiled model through doors: into its artifact while that is made, or into a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvcompile import atomic
+from kvcompile.errors import KvcompileError, first_line
+from kvcompile.exporters.base import Door, Exported
+from kvcompile.exporters.registry import build_doors, require_open
+from kvcompile.paths import require_here, require_short
+from kvcompile.progress import Progress, no_foreign_bars, silent
+
+if TYPE_CHECKING:
+    from kvcompile.report.report import Report
+
+FOLDER = "export"  # of an artifact: export/<door>/
+
+
+def export(model: Any, door: str, folder: str | Path, tokenizer: Any = None, **options: Any) -> Exported:
+    """Write a compiled model for others to run: `kvcompile.export(model, "hf", "out")`.
+
+    model: a compiled model, or the folder of an artifact (whose tokenizer goes with it). door: as in `kvcompile ls`.
+    folder: new or empty; an interrupt leaves it as it was. options: the door's fields.
+    Raises KvcompileError for an unknown door or option, and for what cannot go through the door.
+    """
+    (built,) = build_doors({door: options})
+    measured = None
+    if isinstance(model, (str, Path)):
+        model, kept, measured = opened(model)
+        tokenizer = tokenizer or kept
+    return write_new(built, model, tokenizer, folder, measured)
+
+
+def opened(artifact: str | Path) -> tuple[Any, Any, Report | None]:
+    """(model, tokenizer, report) of an artifact; None for what it was saved without."""
+    from transformers import AutoTokenizer
+
+    from kvcompile.artifact.artifact import load
+    from kvcompile.artifact.weights import DATA_ONLY
+    from kvcompile.report import report
+
+    folder = Path(artifact).expanduser()
+    with no_foreign_bars():
+        model = load(folder)
+    read = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder, **DATA_ONLY) if read else None
+    return model, tokenizer, report.read(folder) if (folder / report.FILES[0]).is_file() else None
+
+
+def write_new(
+    door: Door,
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    measured: Report | None = None,
+    progress: Progress = silent,
+) -> Exported:
+    """Write a compiled model through a door into a new folder, which appears when it is complete."""
+    require_here()
+    folder = Path(folder).expanduser().resolve()
+    require_short(folder)
+    _require_compiled(model)
+    require_open([door], model.kvcompile.plan, model.config)
+    door.refuse_tokenizer(tokenizer)
+    _require_new(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.making(folder, ".export-") as place:
+            (done,) = write_into([door], model, tokenizer, place, measured, progress)
+            atomic.publish(place / door.name, folder)
+    except OSError as error:
+        raise KvcompileError(f"export={door.name} could not be written to {folder}", first_line(error)) from error
+    return done
+
+
+def write_into(
+    doors: Sequence[Door],
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    measured: Report | None = None,
+    progress: Progress = silent,
+) -> list[Exported]:
+    """Write a compiled model through `doors`, each into `folder/<door>/`, with a model card beside it."""
+    from kvcompile.report import card
+
+    done = []
+    for door in doors:
+        progress(f"export {door.name}", 0, 0)
+        place = folder / door.name
+        place.mkdir(parents=True)
+        door.write(model, tokenizer, place)
+        card.write(model, place, door.usage, measured)
+        files = {p.relative_to(place).as_posix(): p.stat().st_size for p in sorted(place.rglob("*")) if p.is_file()}
+        done.append(Exported(door.name, files))
+    return done
+
+
+def _require_compiled(model: Any) -> None:
+    if getattr(model, "kvcompile", None) is None:
+        raise KvcompileError(
+            "only a compiled model is exported",
+            type(model).__name__,
+            "kvcompile.compile(model, recipe=...) first; an ordinary model has save_pretrained",
+        )
+
+
+def _require_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KvcompileError("an export goes into a new folder", f"{folder}: there is something", "choose another")

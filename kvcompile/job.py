@@ -1,0 +1,226 @@
+"""One job, end to end: measure the original, compile, prove that the compression ran, measure again, report, save."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile import compiler
+from kvcompile.artifact import artifact, weights
+from kvcompile.calibration.probe import shared
+from kvcompile.calibration.text import sentences
+from kvcompile.config.schema import Config
+from kvcompile.errors import BUG, KvcompileError
+from kvcompile.evaluation import gate
+from kvcompile.evaluation.heldout import longest, windows
+from kvcompile.evaluation.needle import NeedleResult, NeedleTask, score
+from kvcompile.evaluation.perplexity import of_windows
+from kvcompile.evaluation.speed import Comparison, compare
+from kvcompile.exporters.write import FOLDER, write_into
+from kvcompile.plan.plan import Plan
+from kvcompile.progress import Progress
+from kvcompile.report import card, report
+from kvcompile.report.plan_table import notes
+from kvcompile.report.report import LayerRow, Report
+from kvcompile.runtime.cache import KVCache
+from kvcompile.structure.convert import converts
+
+PROOF_TOKENS = 1024
+WORSE = 1.1  # perplexity against the original's, from which on a conversion is said to need healing
+
+
+def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> compiler.Outcome:
+    """Compile a loaded model by `config` and leave an artifact with its report.
+
+    Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
+    """
+    folder = compiler.target(config)
+    weights.require_plain(model)
+    for door in config.doors():
+        door.refuse_tokenizer(tokenizer)
+    text, tasks = _material(model, tokenizer, config)  # what cannot be measured fails before the work
+    original = shared(model)
+    workspace = folder.parent / f"{folder.name}-heal"
+    compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
+    ids = _text(tokenizer, _proof_length(config, model))
+    rows, planned_total = prove(compiled, ids)
+    made = Report(
+        title=config.label,
+        model=config.model.pretrained or config.model.name,
+        recipe=config.recipe or "",
+        policies=list(config.stack),
+        machine=_machine(),
+        versions=artifact.versions(),
+        tokens=ids.shape[1],
+        rows=rows,
+        planned_total=planned_total,
+        kernels=_kernels(compiled),
+        passes=compiled.kvcompile.changes,
+        parameters=(original.num_parameters(), compiled.num_parameters()),
+        perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
+        healed=compiled.kvcompile.healed,
+        needle=_needle(original, compiled, tokenizer, tasks, progress) if tasks else None,
+        speed=_speed(original, compiled, tokenizer, config, progress),
+    )
+    del original
+    made = replace(made, warnings=warnings(compiled, made))
+    gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
+
+    def add(tmp: Path) -> None:
+        nonlocal made
+        done = write_into(config.doors(), compiled, tokenizer, tmp / FOLDER, made, progress)
+        made = replace(made, exports={each.door: each.files for each in done})
+        report.write(made, tmp)
+        card.write(compiled, tmp, card.ARTIFACT, made)
+
+    artifact.save(compiled, folder, tokenizer, extra=add)
+    if made.healed is not None:
+        shutil.rmtree(workspace, ignore_errors=True)
+    report.show(made)
+    return compiler.Outcome(str(folder), report.summary(made))
+
+
+def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
+    """What each layer of the live cache holds after the prompt `ids [1, n]`, beside what the plan says.
+
+    Raises KvcompileError where they differ, or where nothing was dropped though the plan drops.
+    """
+    plan: Plan = model.kvcompile.plan
+    with torch.no_grad():
+        cache: KVCache = model(ids.to(model.device), logits_to_keep=1).past_key_values
+    tokens = ids.shape[1]
+    planned = plan.bytes(1, tokens)
+    rows = []
+    for expected, layer, p in zip(planned, cache.layers, plan.layers, strict=True):
+        held = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
+        measured = layer.store.nbytes() if layer.store is not None else 0
+        rows.append(
+            LayerRow(
+                layer=p.index,
+                kv_heads=p.kv_heads,
+                kept=list(held),
+                planned=None if expected.kept is None else list(expected.kept),
+                bytes=measured,
+                planned_bytes=sum(p.nbytes(n, plan.dtype) for n in held) if expected.kept is None else expected.bytes,
+                dense_bytes=expected.dense_bytes,
+                threshold=p.selection is not None and p.selection.budget is None,
+                host_bytes=layer.parked_bytes(),
+                offloaded=p.storage.offload,
+                owner=None if p.owner == p.index else p.owner,
+            )
+        )
+    free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
+    total = sum(free) if free else None
+    report.verify(rows, total)
+    if plan.selected and not cache.evictions.events and cache.nbytes() >= sum(r.dense_bytes for r in rows):
+        wanted = sum(e.bytes for e in planned)
+        if wanted < sum(r.dense_bytes for r in rows):
+            raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
+    return rows, total
+
+
+def _proof_length(config: Config, model: Any) -> int:
+    wanted = max(config.needle.tokens) if config.needle.enabled and config.needle.tokens else PROOF_TOKENS
+    return min(wanted, longest(model))
+
+
+def _text(tokenizer: Any, tokens: int) -> Tensor:
+    """The first `tokens` tokens of the offline text."""
+    ids = tokenizer(" ".join(sentences()), return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
+    return torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def _material(model: Any, tokenizer: Any, config: Config) -> tuple[Tensor | None, list[NeedleTask]]:
+    """What quality is measured on, as far as that is asked for: windows of text, and needle tasks.
+
+    Raises KvcompileError for a text that cannot be read or is too short, and prompts too short to hide anything in.
+    """
+    given = config.needle
+    lengths = given.tokens if given.enabled else []
+    tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in lengths]
+    for task in tasks:
+        replace(task, samples=1).prompts(tokenizer)
+    return windows(model, tokenizer, config) if config.perplexity.enabled else None, tasks
+
+
+def _needle(
+    original: Any, compiled: Any, tokenizer: Any, tasks: list[NeedleTask], progress: Progress
+) -> tuple[NeedleResult, NeedleResult]:
+    def measured(model: Any, when: str) -> NeedleResult:
+        def show(what: str, done: int, total: int) -> None:
+            progress(f"{what}, {when}", done, total)
+
+        first, *more = [score(model, tokenizer, task, show) for task in tasks]
+        return sum(more, first)
+
+    return measured(original, "before"), measured(compiled, "after")
+
+
+def _perplexity(original: Any, compiled: Any, rows: Tensor, config: Config, progress: Progress) -> tuple[float, float]:
+    context = rows.shape[1] - config.perplexity.tokens - 1
+
+    def measured(model: Any, when: str) -> float:
+        def show(what: str, done: int, total: int) -> None:
+            progress(f"{what}, {when}", done, total)
+
+        return of_windows(model, rows, context, show)
+
+    return measured(original, "before"), measured(compiled, "after")
+
+
+def _speed(original: Any, compiled: Any, tokenizer: Any, config: Config, progress: Progress) -> Comparison | None:
+    if not config.speed.enabled:
+        return None
+    progress("speed, before and after in turns", 0, 0)
+    ids = _text(tokenizer, config.speed.context)
+    return compare({"original": original, "compiled": compiled}, ids, config.speed.tokens, rounds=2)
+
+
+def _kernels(model: Any) -> list[str]:
+    """Which kernel decodes in which layer, and why it is not a generated one where `auto` could take none.
+
+    `column sums` stand beside it where a kernel adds up for the scores what the last queries pay.
+    """
+    from kvcompile.kernels.dispatch import describe, why
+
+    cache = model.new_cache()
+    specs = [cache.expected(p.index)[0] for p in model.kvcompile.plan.layers]
+    reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
+    note = f" ({reason})" if reason else ""
+    found = []
+    for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
+        asked = p.selection is not None and p.selection.averages
+        summed = " and column sums" if asked and cache.window_sums(spec.parts, model.dtype) is not None else ""
+        found.append(f"{spec.name}: {describe(cache.route, spec, model.dtype)}{summed}{note}")
+    return found
+
+
+def warnings(model: Any, made: Report) -> list[str]:
+    """What a reader of the numbers must know."""
+    plan: Plan = model.kvcompile.plan
+    found = notes(plan)
+    before, after = made.perplexity or (1.0, 1.0)
+    if converts(plan) and made.healed is None and not after <= WORSE * before:
+        names = ", ".join(each.name for each in plan.applied if each.family == "structure")
+        found.append(
+            f"{names}: the weights were converted and not trained since. Heal them: "
+            "heal.tokens=1_000_000 and more, as recipe=mqa_heal does."
+        )
+    if model.device.type == "cpu" and any(p.storage.offload for p in plan.layers):
+        found.append(
+            "offload: the model is on a CPU, where device and host are one memory. Stores were moved as on an "
+            "accelerator, which costs time and saves nothing here."
+        )
+    return found
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads != 1)}, {platform.system()}"

@@ -1,0 +1,1 @@
+"""Where the weights come from: folders, hub, GGUF files, the default model."""

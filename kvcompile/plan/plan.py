@@ -1,0 +1,341 @@
+"""The plan: everything static about each layer's KV cache, frozen; policies fold over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from kvcompile.errors import KvcompileError
+from kvcompile.plan.selection import Selection
+from kvcompile.plan.storage import PLAIN, Codec, Storage
+from kvcompile.plan.structure import Fold, Heads, Latent
+
+Family = Literal["structure", "selection", "storage"]
+ORDER: tuple[Family, ...] = ("structure", "selection", "storage")
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One attention layer: heads, head size, whose KV it reads, what of it is kept, and in which numbers."""
+
+    index: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    owner: int
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    selection: Selection | None = None
+    storage: Storage = PLAIN
+    rotates: bool = True  # whether queries and keys get rotary positions
+    rotary: int = 0  # channels of a head that they turn, where `rotates`
+    key_norm: bool = False  # whether keys are normed after their projection
+    heads: Heads | None = None  # how its KV heads were merged
+    fold: Fold = "owner"  # what an owner's projections take from those of its readers
+    latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def dense_heads(self) -> int:
+        """KV heads of the uncompressed model."""
+        if self.latent:
+            return self.latent.kv_heads
+        return self.heads.original if self.heads else self.kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers that a query meets in one entry: a key, or a latent row."""
+        return self.latent.width if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers that attention sums: a value, or the latent without its positions."""
+        return self.latent.rank if self.latent else self.head_dim
+
+    def nbytes(self, tokens: int, dtype: str) -> int:
+        """Bytes of `tokens` tokens of one KV head after a settled pass."""
+        if self.latent:
+            return tokens * self.latent.width * DTYPE_BYTES[dtype]
+        return self.storage.nbytes(tokens, self.head_dim, dtype)
+
+    def span(self, tokens: int) -> int:
+        """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
+        return min(tokens, self.sliding_window) if self.sliding_window else tokens
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer will hold for one sequence: tokens per KV head (None: only the total is known ahead) and bytes.
+
+    Where only the total is known and tokens are stored in blocks, `bytes` is that of heads which share it evenly.
+    """
+
+    index: int
+    kept: tuple[int, ...] | None
+    kept_total: int  # summed over the layer's KV heads (mean share, where the split depends on the input)
+    bytes: int
+    dense_bytes: int
+    host: int = 0  # of `bytes`, what lies in host memory between passes
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A policy as it stands in the plan's history."""
+
+    name: str
+    family: Family
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per-layer plans of a model plus the policies that made them."""
+
+    architecture: str
+    dtype: str
+    layers: tuple[LayerPlan, ...]
+    prefill_chunk: int = 0
+    applied: tuple[Applied, ...] = field(default=())
+
+    def map(self, change: Callable[[LayerPlan], LayerPlan], layers: Iterable[int] | None = None) -> Plan:
+        """The plan with `change` applied to the given layers (default: all)."""
+        chosen = set(range(len(self.layers)) if layers is None else layers)
+        return replace(self, layers=tuple(change(p) if p.index in chosen else p for p in self.layers))
+
+    def record(self, name: str, family: Family) -> Plan:
+        """The plan with a policy added to its history.
+
+        Raises KvcompileError where the family comes after a later one (legal: structure, selection, storage).
+        """
+        for before in self.applied:
+            if ORDER.index(before.family) > ORDER.index(family):
+                raise KvcompileError(
+                    f"{family} policies come before {before.family} policies",
+                    f"{name!r} ({family}) after {before.name!r} ({before.family})",
+                    "order the stack " + " -> ".join(ORDER),
+                )
+        return replace(self, applied=(*self.applied, Applied(name, family)))
+
+    @property
+    def owners(self) -> tuple[LayerPlan, ...]:
+        """Layers with a cache of their own."""
+        return tuple(p for p in self.layers if p.owner == p.index)
+
+    @property
+    def selected(self) -> tuple[LayerPlan, ...]:
+        """Those of them that drop tokens."""
+        return tuple(p for p in self.owners if p.selection is not None)
+
+    def rank(self, index: int) -> tuple[int, int]:
+        """(place of layer `index` among the layers that share its selection and its span, how many those are)."""
+        mine = self.layers[index]
+        alike = [p for p in self.selected if p.sliding_window == mine.sliding_window]
+        mates = [p.index for p in alike if p.selection == mine.selection]
+        return mates.index(index), len(mates)
+
+    def check(self) -> None:
+        """Raise KvcompileError, naming policy and layer, if the plan cannot run."""
+        for p in self.layers:
+            owner = self.layers[p.owner]
+            if p.query_heads % p.kv_heads:
+                raise KvcompileError(
+                    f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}"
+                )
+            if (
+                (owner.kv_heads, owner.key_dim) != (p.kv_heads, p.key_dim)
+                or owner.owner != owner.index
+                or p.owner > p.index
+            ):
+                raise KvcompileError(
+                    f"layer {p.index} can only read the cache of an earlier layer that has its own and heads like it",
+                    f"layer {p.owner}: {owner.kv_heads} KV heads of {owner.key_dim}, not {p.kv_heads} of {p.key_dim}",
+                )
+            if (owner.sliding_window, owner.rotates) != (p.sliding_window, p.rotates):
+                raise KvcompileError(
+                    f"layer {p.index} cannot read the cache of layer {p.owner}: window and positions must be alike",
+                    f"{_kind(p)} and {_kind(owner)}",
+                    "stack.cla.pattern=<owner of each layer, of its own kind>",
+                )
+            if p.latent is not None:
+                _check_latent(p, p.latent)
+            if p.selection is not None:
+                self._check_selection(p, p.selection)
+            if p.storage != PLAIN:
+                _check_storage(p)
+
+    def _check_selection(self, p: LayerPlan, s: Selection) -> None:
+        where = f"{s.policy}: layer {p.index}"
+        if s.positions == "compact" and (s.score.queries != 0 or s.uncertainty is not None):
+            raise KvcompileError(
+                f"{where}: compact positions need a score that looks at no queries",
+                type(s.score).__name__,
+                f"stack.{s.policy}.positions=original",
+            )
+        if s.positions == "compact":
+            alike = all(q.selection == s for q in self.layers if q.owner == q.index)
+            if s.allocation.scope == "head" or s.allocation.cross_layer or not alike or p.sliding_window:
+                raise KvcompileError(
+                    f"{where}: compact positions need every layer and head to keep the same tokens",
+                    f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",
+                    f"stack.{s.policy}.positions=original",
+                )
+        if s.budget is not None and s.budget.value > 1:
+            sinks, recent = s.protected(int(s.budget.value))
+            if sinks + recent > s.budget.value:
+                raise KvcompileError(
+                    f"{where}: the budget must hold the {sinks} sinks and {recent} recent tokens that always stay",
+                    f"{s.budget.value:g} tokens",
+                    f"stack.{s.policy}.budget={sinks + recent} or more",
+                )
+
+    def kept(self, index: int, tokens: int, coming: int = 0) -> tuple[int, ...] | None:
+        """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input.
+
+        Between chunks, where `coming` tokens of the prompt are still to be read, a layer also keeps what it needs to
+        hold its share of the whole prompt at the end.
+        """
+        p = self.layers[index]
+        full = p.span(tokens)
+        if p.selection is None:
+            return (full,) * p.kv_heads
+        if p.selection.budget is None:
+            return None
+        budget, floor = p.selection.resolve(full)
+        place, count = self.rank(index)
+        now = p.selection.allocation.static(place, count, p.kv_heads, budget, full, floor)
+        later = self.kept(index, tokens + coming) if now is not None and coming else None
+        if now is None or later is None:
+            return now
+        return tuple(max(a, min(full, b - coming)) for a, b in zip(now, later, strict=True))
+
+    def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
+        """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
+        rows = []
+        for p in self.layers:
+            full = p.span(tokens)
+            dense = full * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
+            if p.owner != p.index:
+                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense))
+                continue
+            kept = self.kept(p.index, tokens)
+            if kept is not None:
+                total = sum(kept)
+            elif p.selection is not None and p.selection.budget is not None:
+                total = p.selection.resolve(full)[0] * p.kv_heads
+            else:
+                total = full * p.kv_heads
+            shares = kept or split_evenly(total, p.kv_heads)
+            held = batch * sum(p.nbytes(n, self.dtype) for n in shares)
+            rows.append(LayerBytes(p.index, kept, total, held, dense, held if p.storage.offload else 0))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict of the whole plan, for reading and comparing; scores and allocations by class name and fields."""
+        return {
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "prefill_chunk": self.prefill_chunk,
+            "policies": [dataclasses.asdict(a) for a in self.applied],
+            "layers": [_plain(p) for p in self.layers],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of `to_json`: two plans with the same digest make the same model."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _kind(p: LayerPlan) -> str:
+    window = f"sliding window {p.sliding_window}" if p.sliding_window else "full attention"
+    return window if p.rotates else f"{window} without rotary positions"
+
+
+def split_evenly(total: int, rows: int) -> tuple[int, ...]:
+    """`total` tokens over rows, the first ones getting the remainder."""
+    return tuple(total // rows + (i < total % rows) for i in range(rows))
+
+
+def _check_latent(p: LayerPlan, latent: Latent) -> None:
+    where = f"mla: layer {p.index}"
+    if p.key_norm:
+        raise KvcompileError(
+            f"{where}: keys that are normed after their projection are no linear function of a latent",
+            "q/k norms",
+            "policy=[gqa] or policy=[cla] instead",
+        )
+    if p.owner != p.index or p.heads is not None:
+        other = "shares another layer's cache" if p.owner != p.index else "has merged heads"
+        raise KvcompileError(
+            f"{where}: a latent is made of the model's own keys and values", f"a layer that {other}", "drop one"
+        )
+    dense = 2 * latent.kv_heads * p.head_dim
+    if latent.rank < 1 or latent.width > dense:
+        raise KvcompileError(
+            f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
+            f"rank {latent.rank}, rope {latent.rope}",
+        )
+    if p.storage.coded or p.storage.rotated:
+        raise KvcompileError(
+            f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
+            f"{p.storage.policy!r} after 'mla'",
+            "a smaller stack.mla.rank instead",
+        )
+
+
+def _check_storage(p: LayerPlan) -> None:
+    s = p.storage
+    where = f"{s.policy or 'storage'}: layer {p.index}"
+    skip = f"stack.{s.policy}.skip_layers=[{p.index}]" if s.policy else None
+    if p.owner != p.index:
+        raise KvcompileError(
+            f"{where} has no cache of its own, so how it is stored cannot be set",
+            f"a layer that reads layer {p.owner}'s",
+            skip,
+        )
+    if s.coded and p.sliding_window:
+        raise KvcompileError(
+            f"{where} attends to a sliding window, which is kept in the model's dtype",
+            f"a window of {p.sliding_window} tokens",
+            skip,
+        )
+    if s.page % s.block:
+        raise KvcompileError(
+            f"{where}: a page holds whole groups of tokens that share scales",
+            f"pages of {s.page}, groups of {s.block}",
+            "put paged last in the stack",
+        )
+    if p.selection is not None and p.selection.positions == "compact" and (s.coded or s.rotated):
+        raise KvcompileError(
+            f"{where}: compact positions rotate stored keys, which must then be plain",
+            s.text("the model's dtype") if s.coded else "rotated",
+            f"stack.{p.selection.policy}.positions=original",
+        )
+    for codec in (s.key, s.value):
+        if codec is not None:
+            _check_codec(where, codec, p.head_dim)
+
+
+def _check_codec(where: str, codec: Codec, dim: int) -> None:
+    if codec.axis == "channel" and codec.group < 1:
+        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group, "a group of 1 or more")
+    if codec.axis == "token" and codec.group and dim % codec.group:
+        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group, f"a divisor of {dim}")
+    if codec.bits < 8 and dim * codec.bits % 8:
+        raise KvcompileError(f"{where}: packed codes of a token must fill whole bytes", f"{dim} of {codec.bits} bits")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value

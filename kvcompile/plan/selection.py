@@ -1,0 +1,209 @@
+"""Which tokens stay: score x allocation x schedule, as data that a plan can hold.
+
+This module has names and numbers only (no torch at import): the tensors arrive in
+`kvcompile.runtime.observation.Observation`, the run-time side is `kvcompile.runtime.eviction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvcompile.runtime.observation import Observation
+
+Scope = Literal["layer", "head"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens a KV head may keep: `value` <= 1 is a fraction of the tokens seen, above 1 a count of tokens."""
+
+    value: float
+
+    def of(self, tokens: int) -> int:
+        """Tokens kept out of `tokens` seen: never more than there are, never fewer than one."""
+        wanted = int(self.value * tokens + 1e-6) if self.value <= 1 else int(self.value)
+        return max(1, min(wanted, tokens))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Ranks the cached entries of one sequence in one layer; the highest stay.
+
+    A subclass says what it must see (`queries`, `carries`, `moments`) and implements `score`.
+    """
+
+    @property
+    def queries(self) -> int | None:
+        """How many of the newest queries it looks at; None means every query since its last look, 0 none."""
+        return 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether it keeps one number per cached entry between looks (see `observe`)."""
+        return False
+
+    @property
+    def moments(self) -> int:
+        """Mean and covariance of every how many-th query before rotation it needs (1: of all); 0 none."""
+        return 0
+
+    @property
+    def traceable(self) -> bool:
+        """Whether `score` is made of tensor operations alone, as an exported program needs it."""
+        return True
+
+    @property
+    def sums(self) -> bool:
+        """Whether the attention of its `queries` to each entry, summed, is all that it sees of them.
+
+        Where the attention kernel adds that up in its own pass, it comes as `Observation.received`.
+        """
+        return False
+
+    @property
+    def averages(self) -> bool:
+        """Whether `Observation.mean_attention` of its `queries` is all that it sees of them.
+
+        Where a kernel adds that up without holding the attention itself, it does.
+        """
+        return False
+
+    def observe(self, seen: Observation) -> Tensor:
+        """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
+        raise NotImplementedError
+
+    def score(self, seen: Observation) -> Tensor:
+        """Scores `[H_kv, n]`, float32, higher = keep; entries past a row's end are ignored."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What an allocation sees of one layer of one sequence: scores, row lengths, and what the layer may keep.
+
+    In a trace `budget` and `floor` are tensors of one number, `[1]`.
+    """
+
+    scores: Tensor  # [H_kv, n] float32; protected entries +inf, entries past a row's end -inf
+    mass: Tensor | None  # [H_kv, n] attention mass of the last queries, where the selection asks for `uncertainty`
+    lengths: Tensor  # [H_kv] int64, entries held
+    budget: int | Tensor  # tokens a head keeps on average
+    floor: int | Tensor  # protected tokens (sinks and recent ones) that every head keeps
+    newest: int = 0  # true position of the newest token
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a layer may keep of the `tokens` that its `heads` hold: `budget` a head on average, `floor` at least."""
+
+    heads: int
+    budget: int
+    floor: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Splits a budget over the rows (layers x KV heads) of one sequence.
+
+    `static` answers when the split is known before any input is seen, `allot` when it depends on the scores.
+    The sum of what `allot` returns equals the sum of `budget * H_kv` over the layers it was given
+    (or the rows' lengths, where those are shorter).
+    """
+
+    @property
+    def scope(self) -> Scope:
+        """`head` if the heads of one layer may keep different numbers of tokens."""
+        return "layer"
+
+    @property
+    def cross_layer(self) -> bool:
+        """Whether it must see the scores of all layers before any of them is compressed."""
+        return False
+
+    def static(
+        self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int
+    ) -> tuple[int, ...] | None:
+        """Tokens per head that `layer` (of the `layers` selected ones) keeps of `tokens`; None: ask `allot`."""
+        return None
+
+    def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
+        """Tokens per head, one int64 `[H_kv]` for each given layer."""
+        raise NotImplementedError
+
+    @property
+    def traceable(self) -> bool:
+        """Whether `allot` is made of tensor operations alone, with nothing read back; there must be a `most` then."""
+        return False
+
+    @property
+    def competing(self) -> bool:
+        """Whether the heads of a layer compete for what it gets, so that one of them may take nearly all."""
+        return False
+
+    def most(self, layers: Sequence[Demand]) -> list[int]:
+        """The most entries that a head (where they compete, a mean head) of each layer may get, whatever the scores."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every head of every layer keeps the same number of tokens."""
+
+    def static(self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int) -> tuple[int, ...]:
+        """`(budget,) * heads`."""
+        return (min(tokens, max(budget, floor)),) * heads
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a selection is applied: always at the end of a prefill, and where switched on more often."""
+
+    between_chunks: bool = True  # also after every prefill chunk (bounds the peak), not only after the last
+    decode_every: int = 0  # also after this many decoded tokens; 0: never
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Everything static about which tokens a layer keeps.
+
+    `budget` None means a threshold decides: the allocation then sees budget = row length.
+    `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget;
+    `recent` below 1 is a fraction of the budget (see `protected`).
+    `uncertainty` is a second score whose values reach the allocation as `LayerScores.mass`.
+    """
+
+    policy: str
+    score: Score
+    budget: Budget | None
+    allocation: Allocation = Uniform()
+    schedule: Schedule = Schedule()
+    sinks: int = 0
+    recent: int | float = 0
+    uncertainty: Score | None = None
+    positions: Literal["original", "compact"] = "original"
+
+    @property
+    def averages(self) -> bool:
+        """Whether a score of it averages the attention of the newest queries."""
+        return self.score.averages or (self.uncertainty is not None and self.uncertainty.averages)
+
+    def protected(self, budget: int) -> tuple[int, int]:
+        """(first tokens, last tokens) that always stay, where a head may keep `budget` tokens.
+
+        A fraction `recent` is cut to what the sinks leave of the budget; counts are taken as they are.
+        """
+        if 0 < self.recent < 1:
+            return self.sinks, min(int(self.recent * budget), max(0, budget - self.sinks))
+        return self.sinks, int(self.recent)
+
+    def resolve(self, tokens: int) -> tuple[int, int]:
+        """(tokens a head keeps on average, those of them that always stay) out of `tokens` seen."""
+        budget = self.budget.of(tokens) if self.budget else tokens
+        floor = min(tokens, sum(self.protected(budget)))
+        return max(budget, floor), floor

@@ -1,0 +1,1 @@
+"""What a job says of itself: report, tables, plots, plan table, model card."""

@@ -1,0 +1,184 @@
+"""`kvcompile plan=only`: what a stack will hold, layer by layer, before a weight is loaded."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kvcompile.plan.plan import LayerBytes, LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvcompile.config.schema import Config, ModelConfig
+
+GIB = 1 << 30
+HEADINGS = ("layers", "KV heads", "kept per head", "precision", "bytes", "kept")
+ENDLESS = 1 << 40  # tokens; a cache that still fits then does not grow with the prompt
+
+
+def plan_of(config: Config) -> Plan:
+    """The plan of a config, from the model's configuration alone.
+
+    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
+    not be exported.
+    """
+    from kvcompile import compiler
+    from kvcompile.exporters.registry import require_open
+    from kvcompile.models.loading import config_of
+
+    architecture = config_of(config.model)
+    dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
+    plan = compiler.plan_of(architecture, dtype, config, config.policies())
+    require_open(config.doors(), plan, architecture)
+    return plan
+
+
+def cache_dtype(model: ModelConfig, own: object) -> str:
+    """The cache's dtype: as asked; `auto` is float32 on a CPU and the checkpoint's `own` on an accelerator."""
+    if model.dtype != "auto":
+        return model.dtype
+    import torch
+
+    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
+    return "float32" if on_cpu or own is None else str(own).removeprefix("torch.")
+
+
+def cache_bytes(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
+    """(bytes held, bytes of the uncompressed model) after a prefill of `tokens` by `batch` sequences."""
+    rows = plan.bytes(batch, tokens)
+    return sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
+
+
+def places(plan: Plan, batch: int, tokens: int) -> tuple[int, int, int]:
+    """(bytes that stay on the device, bytes in host memory between passes, most of these on the device at a time).
+
+    An offloaded layer is on the device while it attends, and the next one comes meanwhile.
+    """
+    rows = plan.bytes(batch, tokens)
+    away = [row.host for row in rows if plan.layers[row.index].storage.offload]
+    most = max((sum(away[i : i + 2]) for i in range(len(away))), default=0)
+    return sum(row.bytes - row.host for row in rows), sum(away), most
+
+
+def tokens_that_fit(plan: Plan, batch: int, memory: float, dense: bool = False) -> int | None:
+    """The longest prompt whose cache fits in `memory` GiB of the device, for `batch` sequences; None: any length does.
+
+    What is offloaded counts where it is on the device at a time.
+    """
+
+    def fits(tokens: int) -> bool:
+        if dense:
+            return cache_bytes(plan, batch, tokens)[1] <= memory * GIB
+        stays, _, most = places(plan, batch, tokens)
+        return stays + most <= memory * GIB
+
+    if fits(ENDLESS):
+        return None
+    low, high = 0, ENDLESS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def summary(plan: Plan, config: Config) -> dict[str, float | int | str | None]:
+    """The totals as one row, for the summary of a sweep."""
+    wanted = config.plan
+    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    row: dict[str, float | int | str | None] = {"cache_bytes": held, "dense_bytes": dense, "ratio": held / dense}
+    if wanted.memory:
+        fit = tokens_that_fit(plan, wanted.batch, wanted.memory)
+        row["tokens_that_fit"] = "any" if fit is None else fit
+    return row
+
+
+def show(plan: Plan, config: Config, console: Console) -> None:
+    """Print the plan: a row for each run of layers alike, the total, the ratio, and what fits in the given memory."""
+    wanted = config.plan
+    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
+    console.print(f"total {size(held)}, uncompressed {size(dense)}: {held / dense:.1%}", highlight=False)
+    stays, away, most = places(plan, wanted.batch, wanted.context)
+    if away:
+        console.print(
+            f"offloaded: {size(away)} in host memory; on the device {size(stays)}, and up to {size(most)} more while "
+            "these layers attend",
+            highlight=False,
+        )
+    for policy in config.policies():
+        if policy.uncalibrated:
+            console.print(
+                f"not calibrated: {policy.name} finds out {policy.uncalibrated} when a model is compiled; until then "
+                "the rows above are an estimate",
+                highlight=False,
+            )
+    for note in notes(plan):
+        console.print(note, highlight=False)
+    if wanted.memory:
+        fit, before = (tokens_that_fit(plan, wanted.batch, wanted.memory, dense=d) for d in (False, True))
+        console.print(
+            f"{wanted.memory:g} GiB hold prompts of {_count(fit)} tokens, uncompressed {_count(before)} "
+            f"(cache only, batch {wanted.batch})",
+            highlight=False,
+        )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What of a plan is not exact though nothing is dropped: prompts in chunks over codes."""
+    between = [p for p in plan.owners if p.selection is None or p.selection.schedule.between_chunks]
+    coded = sorted({p.storage.policy for p in between if p.storage.coded})
+    if not plan.prefill_chunk or not coded:
+        return []
+    return [
+        f"{', '.join(coded)}: later chunks of a prompt read the codes of earlier ones (prefill_chunk="
+        f"{plan.prefill_chunk:,}), so that its own logits are not exact. prefill_chunk=0 reads a prompt exactly."
+    ]
+
+
+def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
+    """Layers x (KV heads, tokens kept per head, precision, bytes), consecutive layers alike in one row."""
+    drawn = Table(title=f"{title}\nafter a prefill of {tokens:,} tokens, batch {batch}", title_justify="left")
+    drawn.add_column(HEADINGS[0])
+    for heading in HEADINGS[1:]:
+        drawn.add_column(heading, justify="right", overflow="fold")
+    for cells in rows_of(plan, batch, tokens):
+        drawn.add_row(*cells)
+    return drawn
+
+
+def rows_of(plan: Plan, batch: int, tokens: int) -> list[tuple[str, ...]]:
+    """The plan as text by `HEADINGS`, one row for each run of layers alike."""
+    found = []
+    rows = [_cells(p, row, plan.dtype) for p, row in zip(plan.layers, plan.bytes(batch, tokens), strict=True)]
+    for cells, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1]):
+        numbers = [index for index, _ in run]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        found.append((span, *cells))
+    return found
+
+
+def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
+    if p.owner != p.index:
+        return str(p.kv_heads), f"reads layer {p.owner}", "", size(0), f"{0:.1%}"
+    if row.kept is None:
+        kept = f"{row.kept_total // p.kv_heads:,} on average, by input"
+    else:
+        low, high = min(row.kept), max(row.kept)
+        kept = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    numbers = f"{dtype}, latent {p.latent.rank} + {p.latent.rope}" if p.latent else p.storage.text(dtype)
+    return str(p.kv_heads), kept, numbers, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: three digits, and all before the point (`1.5 KiB`, `1,000 KiB`)."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(count) >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:,.0f} {units[0]}" if abs(count) >= 999.5 else f"{count:.3g} {units[0]}"
+
+
+def _count(tokens: int | None) -> str:
+    return "any number of" if tokens is None else f"{tokens:,}"

@@ -1,0 +1,301 @@
+"""How a report reads: the same tables on screen and in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+from tabulate import tabulate
+
+from kvcompile.evaluation.needle import NeedleResult
+from kvcompile.evaluation.speed import Comparison
+from kvcompile.heal.record import HealRecord
+from kvcompile.report.plan_table import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvcompile.report.report import LayerRow, Report
+
+Verdict = Literal["better", "worse", "wrong", ""]
+COLOUR: dict[Verdict, str] = {"better": "green", "worse": "bold red", "wrong": "bold red", "": ""}
+NOISE = 0.05  # timings within this share of each other are no verdict
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, and whether it is better or worse than the uncompressed model's."""
+
+    text: str
+    verdict: Verdict = ""
+
+
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; `first` columns are text, the others numbers."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[Row]
+    first: int = 1
+
+
+def tables(report: Report) -> list[Table]:
+    """The report's tables: summary, needle by length and depth, layers."""
+    found = [_summary(report)]
+    if report.needle is not None:
+        found.append(_needle(*report.needle))
+    if report.healed is not None:
+        found.append(_healed(report.healed))
+    if report.exports:
+        found.append(_exports(report.exports))
+    return [*found, _layers(report)]
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown; values worse than the uncompressed model's are bold and marked."""
+    parts = [f"# {_inline(report.title)}", _facts(report, _inline), "![Budget and needle](report.png)"]
+    parts += [f"> **Warning:** {_inline(w)}" for w in report.warnings]
+    shown = tables(report)
+    if report.needle is not None:
+        shown.append(_answers(*report.needle))
+    parts += [_section(table) for table in shown]
+    return "\n\n".join(parts) + "\n"
+
+
+def before_and_after(report: Report) -> str:
+    """The summary alone, as a section of Markdown."""
+    return _section(_summary(report))
+
+
+def _section(table: Table) -> str:
+    mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
+    body = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
+    align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
+    grid = tabulate(body, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
+    return f"## {table.title}\n\n{grid}"
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the tables: worse in red, better in green."""
+    console.print(f"\n[bold]{escape(report.title)}[/bold]", highlight=False)
+    console.print(escape(_facts(report, str)), highlight=False)
+    for table in reversed(tables(report)):  # the summary last, where the eye is
+        grid = RichTable(title=table.title, title_justify="left", title_style="bold")
+        for place, name in enumerate(table.header):
+            grid.add_column(name, justify="left" if place < table.first else "right")
+        for row in table.rows:
+            grid.add_row(*(_coloured(cell) for cell in row))
+        console.print(grid)
+    for warning in report.warnings:
+        console.print(f"[bold red]Warning:[/bold red] {escape(warning)}", highlight=False)
+
+
+def _summary(report: Report) -> Table:
+    rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
+    if report.host_bytes:
+        on_device = report.bytes_held - report.host_bytes
+        rows.append(_change("on the device between tokens", report.dense_bytes, on_device, size, -1))
+        rows.append((Cell("in host memory"), Cell(size(0)), Cell(size(report.host_bytes)), Cell("")))
+    rows.append((Cell("equal to the plan"), Cell(""), Cell(_kept_promise(report)), Cell("")))
+    rows.append(_change("cache per prompt token", *report.per_token, size, -1))
+    if report.parameters is not None:
+        rows.append(_change("parameters", *report.parameters, "{:,.0f}".format, -1))
+    if report.needle is not None:
+        rows.append(_share("needle, exact answers", *report.needle))
+    if report.perplexity is not None:
+        rows.append(_change("perplexity, cached", *report.perplexity, perplexity, -1))
+    if report.speed is not None:
+        rows += _speed(report.speed, report.tokens)
+    return Table("Before and after", ("", "uncompressed", "compiled", "change"), rows)
+
+
+def _kept_promise(report: Report) -> str:
+    own = [r for r in report.rows if r.owner is None]
+    free = [r for r in own if r.planned is None]
+    thresholds = sum(r.threshold for r in free)
+    parts = []
+    if len(free) < len(own):
+        parts.append(f"{_count(len(own) - len(free), 'layer')}: every head")
+    if len(free) > thresholds:
+        parts.append(f"{_count(len(free) - thresholds, 'layer')}: {report.planned_total or 0:,} tokens")
+    if thresholds:
+        parts.append(f"{_count(thresholds, 'layer')}: threshold, no plan")
+    return ", ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _speed(speed: Comparison, proved: int) -> list[Row]:
+    """Times and sizes; the change is the median over rounds, each against its own neighbour.
+
+    proved: tokens of the one prompt whose cache has a row already.
+    """
+    first, *_, last = speed.speeds
+    old, new = speed.speeds[first], speed.speeds[last]
+    at = f"{new.context:,} tokens" + (f" x {new.batch}" if new.batch > 1 else "")
+    cache = _change(f"cache, {at}", old.cache_bytes, new.cache_bytes, size, -1)
+    return [
+        _ratio(f"prefill, {at}", f"{old.prefill_s:.2f} s", f"{new.prefill_s:.2f} s", speed.prefill_ratio[last]),
+        _ratio(
+            f"decode, {at}",
+            f"{old.decode_tokens_s:.1f} tokens/s",
+            f"{new.decode_tokens_s:.1f} tokens/s",
+            speed.decode_ratio[last],
+        ),
+        *([] if (new.context, new.batch) == (proved, 1) else [cache]),
+        _change(f"peak memory growth, {at}", old.peak_bytes, new.peak_bytes, size, -1, NOISE),
+    ]
+
+
+def _ratio(name: str, old: str, new: str, ratio: float) -> Row:
+    verdict = _verdict(1.0, ratio, 1, NOISE)
+    return (Cell(name), Cell(old), Cell(new, verdict), Cell(f"{ratio:.2f}x as fast", verdict))
+
+
+def _layers(report: Report) -> Table:
+    rows = [_layer(row) for row in report.rows]
+    heads = Cell(str(sum(r.kv_heads for r in report.rows if r.owner is None)))
+    total = sum(r.planned_bytes for r in report.rows)
+    rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
+    header = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
+    return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
+
+
+def _exports(exports: dict[str, dict[str, int]]) -> Table:
+    rows = [
+        (Cell(door), Cell(f"export/{door}/{name}"), Cell(size(count)))
+        for door, files in exports.items()
+        for name, count in (*files.items(), ("", sum(files.values())))
+    ]
+    return Table("Exports", ("door", "file", "size"), rows, first=2)
+
+
+def _layer(row: LayerRow) -> Row:
+    heads, tokens = str(row.kv_heads), " ".join(map(str, row.kept))
+    if row.owner is not None:
+        heads, tokens = "", f"reads layer {row.owner}"
+    elif len(row.kept) > 1 and len(set(row.kept)) == 1:
+        tokens = f"{row.kept[0]} each"
+    sizes = _sizes(row.bytes, row.planned_bytes, row.dense_bytes)
+    return (Cell(str(row.layer)), Cell(heads), Cell(tokens), *sizes)
+
+
+def _sizes(held: int, planned: int, dense: int) -> Row:
+    verdict = _verdict(dense, held, -1)
+    kept = f"{held / dense:.1%}" if dense else ""
+    return (Cell(size(held), verdict), Cell(size(planned)), Cell(size(dense)), Cell(kept, verdict))
+
+
+def _healed(record: HealRecord) -> Table:
+    """Perplexity on the way: before the conversion, after it, after the training."""
+    original, converted, healed = record.perplexity
+    rows = [
+        (Cell("original"), Cell(perplexity(original)), Cell("")),
+        (Cell("converted"), Cell(perplexity(converted), "worse"), Cell(f"{converted / original:,.2f}x")),
+        (
+            Cell(f"healed: {record.gap_closed:.1%} of the gap closed"),
+            Cell(perplexity(healed), _verdict(converted, healed, -1)),
+            Cell(f"{healed / original:,.2f}x"),
+        ),
+    ]
+    facts = {
+        "trained on": f"{record.tokens:,} tokens of {record.source}",
+        "weights": f"{record.parameters:,} ({record.weights})",
+        "loss": record.loss,
+        "time": f"{record.seconds / 60:.1f} minutes, {record.steps:,} steps",
+    }
+    rows += [(Cell(name), Cell(value), Cell("")) for name, value in facts.items()]
+    return Table("Healing: perplexity of held-out text", ("", "", "of the original's"), rows)
+
+
+def _needle(before: NeedleResult, after: NeedleResult) -> Table:
+    rows = [_share(f"all ({_count(len(after.records), 'prompt')})", before, after)]
+    for name, text in (("form", "form {}"), ("length", "{:,} tokens"), ("depth", "depth {:.0%}")):
+        values = sorted({getattr(r, name) for r in after.records})
+        if len(values) > 1:
+            rows += [_share(text.format(v), _only(before, name, v), _only(after, name, v)) for v in values]
+    return Table("Needle in a haystack", ("", "uncompressed", "compiled", "change"), rows)
+
+
+def _answers(before: NeedleResult, after: NeedleResult) -> Table:
+    rows = [
+        (
+            Cell(f"{new.form}, {new.tokens:,} tokens, depth {new.depth:.0%}"),
+            Cell(new.answer),
+            *(Cell(r.text.strip(), "" if r.right else "wrong") for r in (old, new)),
+        )
+        for old, new in zip(before.records, after.records, strict=True)
+    ]
+    return Table("Needle answers", ("prompt", "hidden", "uncompressed", "compiled"), rows, first=4)
+
+
+def _only(result: NeedleResult, name: str, value: Any) -> NeedleResult:
+    return NeedleResult(tuple(r for r in result.records if getattr(r, name) == value))
+
+
+def _share(name: str, before: NeedleResult, after: NeedleResult) -> Row:
+    old, new = before.mean, after.mean
+    verdict = _verdict(old, new, 1)
+    points = f"{100 * (new - old):+.0f} points" if new != old else "none"
+    return (Cell(name), Cell(f"{old:.0%}"), Cell(f"{new:.0%}", verdict), Cell(points, verdict))
+
+
+def _change(name: str, old: float, new: float, text: Callable[[float], str], sign: int, noise: float = 0.0) -> Row:
+    verdict = _verdict(old, new, sign, noise)
+    return (Cell(name), Cell(text(old)), Cell(text(new), verdict), Cell(_changed(old, new), verdict))
+
+
+def _changed(old: float, new: float) -> str:
+    """The change in percent; tenfold and more as a factor."""
+    if new == old or not old or math.isnan(new):
+        return "none" if new == old else ""
+    return f"{new / old:,.0f}x" if new >= 10 * old else f"{new / old - 1:+.1%}"
+
+
+def _verdict(old: float, new: float, sign: int, noise: float = 0.0) -> Verdict:
+    """`sign` 1: more is better, -1: less is. What is no number (NaN) is worse than any."""
+    if math.isnan(new):
+        return "worse"
+    if abs(new - old) <= noise * abs(old):
+        return ""
+    return "better" if (new - old) * sign > 0 else "worse"
+
+
+def perplexity(value: float) -> str:
+    """Three decimals, or none where it is large."""
+    return f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _facts(report: Report, text: Callable[[str], str]) -> str:
+    lines = {
+        "model": report.model,
+        "recipe": report.recipe,
+        "policies": " -> ".join(report.policies) or "none",
+        "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()),
+        "machine": report.machine,
+        "graph passes": ", ".join(f"{name} {times}" for name, times in report.passes.items()),
+        "kernels": ", ".join(f"{name} ({_count(times, 'layer')})" for name, times in Counter(report.kernels).items()),
+    }
+    return "\n".join(f"- {name}: {text(value)}" for name, value in lines.items() if value)
+
+
+def _inline(text: str) -> str:
+    """Text that cannot break a Markdown table or start markup."""
+    flat = " ".join(text.split())
+    return "".join("\\" + c if c in "\\`*_|<>[]" else c for c in flat)
+
+
+def _coloured(cell: Cell) -> str:
+    colour = COLOUR[cell.verdict]
+    return f"[{colour}]{escape(cell.text)}[/]" if colour else escape(cell.text)

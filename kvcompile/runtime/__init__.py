@@ -1,0 +1,1 @@
+"""A compiled model at work: forward, cache, observation and eviction."""

@@ -1,0 +1,284 @@
+"""The cache of a compiled model: a transformers `Cache` that knows the plan, true positions and bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import ROUTES, Adder, Route, encoder, mover, scores, window_sums
+from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.storage import PLAIN, Storage
+from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.quantized import expected_parts
+
+Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+HEADROOM = 64  # tokens of room behind a row; a full row moves once per so many tokens
+TRIM_EVERY = 64  # decoded tokens between two trims of sliding layers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: true positions `[B, Q]` of the new tokens, which are real, where in the prompt it stands."""
+
+    cache: KVCache
+    positions: Tensor
+    valid: Tensor | None
+    prefill: bool
+    last: bool  # the last chunk of the prompt, or a decoded token
+    tick: int = 0  # tokens decoded since the last prefill, this one included
+    shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
+    coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
+    shared: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
+
+    def due(self, decode_every: int, between_chunks: bool = True) -> bool:
+        """Whether a schedule asks for a selection at the end of this pass."""
+        if self.prefill:
+            return self.last or between_chunks
+        return decode_every > 0 and self.tick % decode_every == 0
+
+
+@dataclass
+class Evictions:
+    """Proof that a selection ran: how often, and how many entries it dropped, per layer."""
+
+    events: int = 0
+    dropped: dict[int, int] = field(default_factory=dict)
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Keys and values of all owner layers of a compiled model.
+
+    `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
+    `shift [B]` is how far rotary positions lie behind true ones (compact positions only).
+    Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room; where the plan
+    offloads, `resident()` what is on the compute device of that, and `in_host_memory()` what lies beside it.
+    """
+
+    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
+        super().__init__(layers=[LayerCache(p, encoder(route), mover(route)) for p in plan.layers])
+        self.plan, self.rotaries, self.route = plan, rotaries or [], route
+        self.attend: Route = ROUTES[route]
+        self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
+        self.headroom = HEADROOM
+        self._start()
+
+    def _start(self) -> None:
+        self.evictions = Evictions()
+        self.seen: list[int] = []
+        self.shift: Tensor | None = None
+        self.tick = 0
+        self.croppable = 0
+        self.chunk(prompting=False, last=True)
+
+    def chunk(self, prompting: bool, last: bool, coming: list[int] | None = None) -> None:
+        """Say of the next pass whether it is part of a prompt, the last part of it, and what is `coming` after it."""
+        self.prompting, self.last_chunk, self.coming = prompting, last, coming
+
+    def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
+        """Open a forward pass over new `tokens [B, Q]` or embeddings of them; the mask `[B, seen + Q]` marks padding.
+
+        Raises KvcompileError for masks that are no padding masks or batches of another size.
+        """
+        batch, count = tokens.shape[:2]
+        if len(self.seen or tokens) != batch:
+            raise KvcompileError(
+                "a cache belongs to one batch", f"{batch} sequences after {len(self.seen)}", "use a new cache"
+            )
+        valid = self._valid(attention_mask, batch, count)
+        self.seen = self.seen or [0] * batch
+        prefill = self.prompting or count > 1 or not any(self.seen)
+        start = torch.tensor(self.seen, device=tokens.device, dtype=torch.int64).unsqueeze(1)
+        if valid is None:
+            positions = start + torch.arange(count, device=tokens.device, dtype=torch.int64)
+            self.seen = [n + count for n in self.seen]
+        else:
+            positions = start + valid.long().cumsum(1) - 1
+            self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
+        self.tick = 0 if prefill else self.tick + 1
+        self.croppable = self.croppable + count if valid is None else 0
+        return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
+
+    def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
+        if mask is None:
+            return None
+        expected = (batch, self.get_seq_length() + count)
+        if tuple(mask.shape) != expected:
+            raise KvcompileError(
+                f"the attention mask must be a padding mask over past and new tokens, {expected}", tuple(mask.shape)
+            )
+        new = mask[:, -count:] != 0
+        return None if bool(new.all()) else new
+
+    def spec(self, index: int, parts: tuple[Part, ...], scores: bool = False) -> KernelSpec:
+        """The kernel that layer `index` needs over a store that lies in these parts; `scores`: with column sums."""
+        found = self.specs.get((index, parts, scores))
+        if found is None:
+            p = self.plan.layers[index]
+            shape = p.group, p.key_dim, p.value_dim, p.scale
+            latent = p.latent is not None
+            found = KernelSpec(parts, *shape, p.sliding_window, softcap=p.softcap, scores=scores, latent=latent)
+            self.specs[index, parts, scores] = found
+        return found
+
+    def scores(self, parts: tuple[Part, ...], dtype: object) -> bool:
+        """Whether the kernels over these parts compute column sums for queries of a dtype."""
+        return scores(self.route, parts, dtype)
+
+    def window_sums(self, parts: tuple[Part, ...], dtype: object) -> Adder | None:
+        """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
+        return window_sums(self.route, parts, dtype)
+
+    def group(self, index: int) -> int:
+        """Query heads per KV head of layer `index`, those of all layers that read it."""
+        readers = [p for p in self.plan.layers if p.owner == index]
+        return sum(p.query_heads for p in readers) // self.plan.layers[index].kv_heads
+
+    def window_spec(self, index: int, parts: tuple[Part, ...]) -> KernelSpec:
+        """What `window_sums` needs to know of layer `index`."""
+        return replace(self.spec(index, parts), group=self.group(index), scores=True)
+
+    def expected(self, index: int) -> list[KernelSpec]:
+        """The kernels that layer `index` will need to decode: over rows of one length, and of any length."""
+        return self._specs(index, self.plan.layers[self.plan.layers[index].owner].storage)
+
+    def first(self, index: int) -> list[KernelSpec]:
+        """The same while nothing is encoded yet."""
+        storage = self.plan.layers[self.plan.layers[index].owner].storage
+        return self._specs(index, PLAIN if storage.coded else storage)
+
+    def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
+        parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
+        s = self.plan.layers[self.plan.layers[index].owner].selection
+        summed = s is not None and s.score.sums and s.schedule.decode_every > 0
+        return [self.spec(index, p, summed and self.scores(p, self.plan.dtype)) for p in parts]
+
+    def evicted(self, index: int, dropped: int) -> None:
+        """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
+        self.evictions.dropped[index] = self.evictions.dropped.get(index, 0) + dropped
+        self.croppable = 0
+
+    def summed(self) -> None:
+        """Record that a score has summed over the tokens so far: their part in it can no longer be taken back."""
+        self.croppable = 0
+
+    def encoded(self) -> None:
+        """Record that tokens were encoded: their exact numbers, and when it was done, can no longer be taken back."""
+        self.croppable = 0
+
+    def lengths(self) -> list[list[int]]:
+        """Tokens held per layer and row (sequence-major); empty for layers that own no cache."""
+        return [layer.store.lengths if layer.store is not None else [] for layer in self.layers]
+
+    def nbytes(self) -> int:
+        """Bytes of all keys and values held."""
+        return sum(layer.store.nbytes() for layer in self.layers if layer.store is not None)
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated for the cache: keys, values, positions and room for the next tokens."""
+        return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
+
+    def resident(self) -> int:
+        """Bytes allocated on the compute device: all but what is parked, and copies on their way."""
+        return sum(layer.resident() for layer in self.layers)
+
+    def in_host_memory(self) -> int:
+        """Bytes allocated in host memory: parked stores, and what copies on the device were made of."""
+        return sum(layer.in_host_memory() for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included (what transformers slices by); entries held are `lengths()`."""
+        return max((layer.columns for layer in self.layers), default=0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of the mask transformers would build; the compiled graph builds none."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first forward."""
+        return len(self.seen) or -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every token could be taken back: only where nothing can be evicted or encoded."""
+        return not self.plan.selected and not any(p.sliding_window or p.storage.coded for p in self.plan.layers)
+
+    def _select(self, sequences: Tensor) -> None:
+        for layer in self.layers:
+            layer.select(sequences)
+        self.seen = [self.seen[int(b)] for b in sequences] if self.seen else []
+        if self.shift is not None:
+            self.shift = self.shift[sequences]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search picks sequences."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        self._select(torch.arange(len(self.seen), dtype=torch.int64, device="cpu").repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the given sequences."""
+        self._select(indices)
+
+    def fork(self) -> KVCache:
+        """A second cache with the same tokens, for another continuation of them; each goes its own way from here.
+
+        Where the plan stores in pages (`policy=paged`), both share all pages until one of them writes there; any other
+        layout is copied.
+        """
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
+        made = object.__new__(type(self))
+        same = (self.plan, *self.plan.layers, self.rotaries, self.specs)
+        memo.update({id(self): made, **{id(x): x for x in same}})
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: it shares pages, kernels and host memory with its process. Raises KvcompileError."""
+        raise KvcompileError(
+            "a cache stays in its process: it is not pickled",
+            "a KVCache",
+            "copy.deepcopy(cache) here; elsewhere read the prompt again",
+        )
+
+    def reset(self) -> None:
+        """Forget everything; the plan stays."""
+        for layer in self.layers:
+            layer.reset()
+        self._start()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens, exactly.
+
+        Raises KvcompileError if an eviction has seen them, or one was encoded: what was lost cannot come back.
+        """
+        count = abs(tokens_to_remove)
+        if count == 0:
+            return
+        if tokens_to_remove > 0 or count > self.croppable:
+            raise KvcompileError(
+                "only tokens after the last eviction or encoding can be cropped, given as a negative number",
+                f"{tokens_to_remove} with {self.croppable} such tokens",
+                "crop fewer, or start a new cache",
+            )
+        for layer in self.layers:
+            if layer.store is not None:
+                layer.store.drop_last(count)
+                layer.columns -= count
+                layer.watch.forget()
+        self.seen = [n - count for n in self.seen]
+        self.croppable -= count
+        self.tick = max(0, self.tick - count)

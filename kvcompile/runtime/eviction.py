@@ -1,0 +1,368 @@
+"""The run-time side of a selection: look at a layer, split the budget, keep what it allows, free the rest.
+
+Everything happens per sequence and per KV head, so that a batch of N is N batches of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.layout import Queries
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.plan.selection import LayerScores, Score, Selection
+from kvcompile.runtime.cache import TRIM_EVERY, Rotary, Step
+from kvcompile.runtime.hadamard import turn_basis
+from kvcompile.runtime.layer import LayerCache
+from kvcompile.runtime.observation import Observation
+
+Looks = list["LayerScores | None"] | None
+"""One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer at one step: what every function here needs."""
+
+    kv: LayerCache
+    plan: LayerPlan
+    selection: Selection
+    step: Step
+    paid: dict[int, Tensor | None] = field(default_factory=dict)  # by how many queries: what a kernel has added up
+
+
+@torch.no_grad()
+def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> Looks:
+    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look."""
+    s = plan.selection
+    if s is None:
+        return None
+    layer = _Layer(kv, plan, s, step)
+    attentive = step.prefill or s.schedule.decode_every > 0
+    if not attentive:
+        return None
+    summed = sums_wanted(kv, queries, step)
+    keep = _queries_needed(s, summed)
+    if s.score.moments:
+        kv.watch.add_moments(unrotated, step.positions, step.valid, s.score.moments)
+        step.cache.summed()
+    if keep != 0:
+        kv.watch.remember(queries, step.positions, step.valid, keep, counted=summed)
+    due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
+    if step.prefill or due:
+        _carry(layer)
+    asking = kv.watch.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
+    looks = [_look(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
+    if not s.score.carries:
+        kv.watch.received = None
+    if step.last and step.prefill and not s.schedule.decode_every:
+        kv.watch.forget()
+    return looks
+
+
+def learns(kv: LayerCache, queries: Tensor) -> bool:
+    """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
+    return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))
+
+
+def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
+    """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
+    s = kv.plan.selection
+    if s is None or not s.score.sums or learns(kv, queries):
+        return False
+    if s.score.carries:
+        asked = step.prefill or s.schedule.decode_every > 0
+    else:  # of one query: nobody may have been asked earlier
+        asked = queries.shape[2] == 1 and step.valid is None and not step.prefill and step.due(s.schedule.decode_every)
+    return asked and step.cache.scores(kv.held.parts, queries.dtype)
+
+
+def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
+    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody asks."""
+    if not sums_wanted(kv, queries, step):
+        return None
+    store = kv.held
+    if kv.plan.selection is not None and kv.plan.selection.score.carries:
+        step.cache.summed()
+    return kv.watch.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
+
+
+@torch.no_grad()
+def look(kv: LayerCache, step: Step, plan: LayerPlan) -> Looks:
+    """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
+    if plan.selection is None:
+        return None
+    layer = _Layer(kv, plan, plan.selection, step)
+    _carry(layer)
+    return [_look(layer, b) for b in range(kv.held.batch)]
+
+
+def _carry(layer: _Layer) -> None:
+    """Let a score that carries state count the queries that came since its last look."""
+    s, watch = layer.selection, layer.kv.watch
+    if s.score.carries:
+        watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
+        layer.step.cache.summed()
+        watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
+
+
+def _queries_needed(s: Selection, summed: bool) -> int | None:
+    mine = 0 if summed and s.score.carries else s.score.queries
+    needs = [mine] + ([s.uncertainty.queries] if s.uncertainty else [])
+    return None if None in needs else max(n for n in needs if n is not None)
+
+
+def _observation(layer: _Layer, b: int, score: Score) -> Observation:
+    kv, plan, step = layer.kv, layer.plan, layer.step
+    keys, values, positions, lengths = kv.held.sequence(b)
+    queries, asked = _asked(layer, b, score, keys, positions)
+    return Observation(
+        queries=queries,
+        query_positions=asked,
+        keys=keys,
+        values=values,
+        positions=positions,
+        lengths=torch.tensor(lengths, device=keys.device, dtype=torch.int64),
+        tokens=step.cache.seen[b],
+        scale=plan.scale,
+        softcap=plan.softcap,
+        sliding_window=plan.sliding_window,
+        carried=kv.watch.carry(b, keys.shape[1]),
+        received=kv.watch.gained(b, keys.shape[1], step.cache.group(plan.index)) if score.sums else None,
+        paid=_paid(layer, b, score, keys.shape[1]),
+        moments=kv.watch.moments(b, keys.shape[0]) if score.moments else None,
+        mean_rotation=_mean_rotation(layer, b, keys),
+        layer=plan.index,
+    )
+
+
+def _paid(layer: _Layer, b: int, score: Score, entries: int) -> Tensor | None:
+    """Mean attention of the newest queries of one sequence, `[H_kv, entries]`; None where no kernel has added it up."""
+    if not score.averages or not score.queries:
+        return None
+    if score.queries not in layer.paid:
+        layer.paid[score.queries] = _added_up(layer, score.queries)
+    found = layer.paid[score.queries]
+    return None if found is None else found[b, :, :entries]
+
+
+def _added_up(layer: _Layer, window: int) -> Tensor | None:
+    """The same of all sequences in one pass, `[B, H_kv, longest row]`: no queries x entries are ever held.
+
+    None where padding lies between the queries, or the route has no kernel for it.
+    """
+    kv, cache = layer.kv, layer.step.cache
+    store, newest = kv.held, kv.watch.newest(window)
+    add = cache.window_sums(store.parts, newest[0].dtype) if newest is not None else None
+    if newest is None or add is None:
+        return None
+    spec = cache.window_spec(layer.plan.index, store.parts)
+    sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
+    add(Queries(*newest), store.view(), spec, sums)
+    return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
+
+
+def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries that a score looks at, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
+    watch, heads = layer.kv.watch, keys.shape[0]
+    unread = [g for g in watch.segments if score.queries is not None or not g.counted]
+    if score.queries != 0 and unread:
+        return watch.recall(b, heads, score.queries)
+    return keys.new_empty(heads, layer.plan.group, 0, keys.shape[-1]), positions.new_empty(0)
+
+
+def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
+    """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin; in the Hadamard
+    basis R H.
+    """
+    step, dim = layer.step, keys.shape[-1]
+    rotary = step.cache.rotaries[layer.plan.index] if step.cache.rotaries else None
+    next_position = step.cache.seen[b] - (int(step.shift[b]) if step.shift is not None else 0)
+
+    def mean_rotation(horizon: int) -> Tensor:
+        rotation = rotary_mean(horizon)
+        return turn_basis(rotation) if layer.plan.storage.rotated else rotation
+
+    def rotary_mean(horizon: int) -> Tensor:
+        if rotary is None:
+            return torch.eye(dim, device=keys.device, dtype=torch.float32)
+        asked = (rotary, next_position, horizon, dim)
+        if asked not in step.shared:
+            at = torch.arange(next_position, next_position + horizon, device=keys.device, dtype=torch.int64)
+            cos, sin = (x.float().mean(0) for x in rotary(at))
+            step.shared[asked] = _rotation(cos, sin, dim)
+        return step.shared[asked]
+
+    return mean_rotation
+
+
+def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """The matrix `[D, D]` that turns row vectors by `cos, sin [D_rot]` (half-split); channels past `D_rot` stay."""
+    half = cos.shape[0] // 2
+    out = torch.eye(dim, device=cos.device, dtype=torch.float32)
+    out[: 2 * half, : 2 * half] = torch.diag(cos)
+    out[half : 2 * half, :half] -= torch.diag(sin[:half])
+    out[:half, half : 2 * half] += torch.diag(sin[half:])
+    return out
+
+
+def _look(layer: _Layer, b: int) -> LayerScores | None:
+    """Scores of one sequence with protected entries at +inf and dead ones at -inf; None if it keeps everything."""
+    s, plan, tokens = layer.selection, layer.plan, layer.step.cache.seen[b]
+    span = plan.span(tokens)
+    budget, floor = s.resolve(span)
+    sinks, recent = s.protected(s.budget.of(span) if s.budget is not None else span)
+    if tokens == 0 or (s.budget is not None and budget >= span):
+        return None
+    seen = _observation(layer, b, s.score)
+    scores = s.score.score(seen).float()
+    mass = None
+    if s.uncertainty:
+        queries, asked = _asked(layer, b, s.uncertainty, seen.keys, seen.positions)
+        paid = _paid(layer, b, s.uncertainty, seen.keys.shape[1])
+        mass = s.uncertainty.score(replace(seen, queries=queries, query_positions=asked, paid=paid)).float()
+    at = seen.positions
+    dead = at < max(0, tokens - span)
+    scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))
+    alive = (~dead).sum(1)
+    return LayerScores(
+        scores=scores,
+        mass=mass,
+        lengths=alive,
+        budget=budget,
+        floor=floor,
+        newest=tokens - 1,
+    )
+
+
+def compress(step: Step, looks: dict[int, Looks]) -> None:
+    """Keep what the selection of these layers allows; layers given together share one budget."""
+    if all(look is None for look in looks.values()):
+        for i in looks:
+            trim(step.cache.layers[i], step, step.cache.plan.layers[i])
+        return
+    layers = list(looks)
+    indices: dict[int, list[Tensor]] = {i: [] for i in layers}
+    for b in range(len(step.cache.seen)):
+        mine = {i: found[b] for i in layers if (found := looks[i]) is not None}
+        scored = {i: look for i, look in mine.items() if look is not None}
+        counts = _counts(step, scored, step.coming[b] if step.coming else 0)
+        for i in layers:
+            if i in scored:
+                indices[i] += _top(scored[i].scores, counts[i])
+            else:
+                indices[i] += _all(step.cache.layers[i], b, step.cache.seen[b])
+    for i in layers:
+        if looks[i] is not None:
+            _keep(step, i, indices[i])
+
+
+def _counts(step: Step, scored: dict[int, LayerScores], coming: int) -> dict[int, Tensor]:
+    """Tokens per head `[H_kv]` for each scored layer of one sequence, of whose prompt so many tokens are `coming`."""
+    plan, counts, dynamic = step.cache.plan, {}, []
+    for i, look in scored.items():
+        fixed = plan.kept(i, look.newest + 1, coming)
+        if fixed is None:
+            dynamic.append(i)
+        else:
+            counts[i] = torch.tensor(fixed, device=look.lengths.device, dtype=torch.int64).minimum(look.lengths)
+    if dynamic:
+        selection = plan.layers[dynamic[0]].selection
+        if selection is not None:
+            allotted = selection.allocation.allot([scored[i] for i in dynamic])
+            counts.update({i: c.minimum(scored[i].lengths) for i, c in zip(dynamic, allotted, strict=True)})
+    return counts
+
+
+def _top(scores: Tensor, counts: Tensor) -> list[Tensor]:
+    """Indices of each head's `counts[h]` highest scores, ascending; of equal scores the older entry stays."""
+    wanted = counts.tolist()
+    ranked = scores.topk(max(wanted), dim=1).values
+    return [_highest(row, best, n) for row, best, n in zip(scores, ranked, wanted, strict=True)]
+
+
+def _highest(scores: Tensor, ranked: Tensor, count: int) -> Tensor:
+    """`_top` of one head; `ranked` are its highest scores in descending order, `count` or more of them."""
+    if not count:
+        return torch.empty(0, dtype=torch.long, device=scores.device)
+    best = (scores >= ranked[count - 1]).nonzero().squeeze(-1)
+    if best.numel() == count:
+        return best
+    last = scores[best] == ranked[count - 1]
+    spare = best.numel() - count  # the newest of those that tie for the last place go
+    return best[~last | (last.cumsum(0) <= last.sum() - spare)]
+
+
+def _all(kv: LayerCache, b: int, tokens: int) -> list[Tensor]:
+    """Indices of everything that the layer can still see after `tokens` of the sequence."""
+    rows = kv.held.rows()[b * kv.held.heads : (b + 1) * kv.held.heads]
+    return [(positions >= tokens - kv.plan.span(tokens)).nonzero().squeeze(-1) for _, _, positions in rows]
+
+
+def _keep(step: Step, index: int, indices: list[Tensor]) -> None:
+    kv: LayerCache = step.cache.layers[index]
+    step.cache.evictions.events += 1
+    if _drop(step, kv, indices) and kv.plan.selection is not None and kv.plan.selection.positions == "compact":
+        _close_ranks(step, index, kv, indices)
+
+
+def _drop(step: Step, kv: LayerCache, indices: list[Tensor]) -> bool:
+    """Keep only these entries of the layer, and what is carried for them; whether anything was dropped."""
+    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
+    if not dropped:
+        return False
+    heads, longest = kv.held.heads, max(kv.held.lengths)
+    kv.keep(indices, step.cache.headroom)
+    step.cache.evicted(kv.plan.index, dropped)
+    kv.watch.keep(indices, heads, longest)
+    return True
+
+
+def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) -> None:
+    """Rotate kept keys to positions 0..n-1 (StreamingLLM: position inside the cache); new tokens follow on.
+
+    Between two evictions entry j of a row sits at rotary position j, so entry `indices[i]` turns by `i - indices[i]`.
+    """
+    cache = step.cache
+    kv.rewrite(
+        [
+            turn(
+                keys,
+                index_row,
+                torch.arange(index_row.numel(), device=keys.device, dtype=torch.int64),
+                cache.rotaries[index],
+            )
+            for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
+        ]
+    )
+    per_sequence = kv.held.lengths[:: kv.held.heads]
+    shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
+    cache.shift = torch.tensor(shift, device=indices[0].device, dtype=torch.int64)
+
+
+def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
+    """Rotated keys `[n, D]` moved from positions `old [n]` to `new [n]`, angles in float32.
+
+    k' = k cos(d) + rotate_half(k) sin(d), d = (new - old) theta; an amplitude in the rotary table cancels.
+    """
+    (cos_o, sin_o), (cos_n, sin_n) = ((x.float() for x in rotary(p)) for p in (old, new))
+    amplitude = cos_o.square() + sin_o.square()
+    cos = (cos_n * cos_o + sin_n * sin_o) / amplitude
+    sin = (sin_n * cos_o - cos_n * sin_o) / amplitude
+    width = cos.shape[-1]
+    first, second = keys[:, :width].float().chunk(2, -1)
+    turned = keys[:, :width].float() * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned.to(keys.dtype), keys[:, width:]), -1)
+
+
+def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
+    """Free the entries of a sliding layer that no later token can see; in a prefill a selection does that itself."""
+    if plan.sliding_window is None or not step.due(TRIM_EVERY) or (step.prefill and plan.selection is not None):
+        return
+    _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
+
+
+__all__ = ["Looks", "compress", "look", "observe", "sums", "trim", "turn"]

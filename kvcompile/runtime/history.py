@@ -1,0 +1,202 @@
+"""What a selection remembers of one layer between two looks: recent queries, carried values, query moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvcompile.runtime.observation import Moments
+
+EXCLUDED_FROM_MOMENTS = 4  # the first tokens are attention sinks; their queries are unlike all others
+
+
+def in_moments(positions: Tensor, stride: int) -> Tensor:
+    """Whether queries at `positions` count towards mean and covariance."""
+    return (positions >= EXCLUDED_FROM_MOMENTS) & (positions % stride == 0)
+
+
+@dataclass
+class Segment:
+    """Rotated queries `[B, H_q, Q, D]` of consecutive tokens at true positions `[B, Q]`; `valid [B, Q]` or None.
+
+    `counted`: a score that sums over all queries has seen them already.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    counted: bool = False
+
+    @property
+    def least(self) -> int:
+        """Real queries that every sequence has here."""
+        return self.queries.shape[2] if self.valid is None else int(self.valid.sum(1).min())
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Number of queries before rotation, their sum `[H_q, D]` and that of q^T q, `[H_q, D, D]`, float32."""
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    def plus(self, new: Sums) -> Sums:
+        """The sums over both."""
+        return Sums(self.count + new.count, self.total + new.total, self.outer + new.outer)
+
+
+@dataclass
+class Watch:
+    """State of one layer's selection: aligned with the cache's rows, follows it through reorder, select and crop."""
+
+    segments: list[Segment] = field(default_factory=list)
+    carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
+    waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
+    sums: list[Sums] | None = None  # per sequence
+    received: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
+
+    def remember(
+        self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None, counted: bool = False
+    ) -> None:
+        """Add queries; hold only the newest `keep` real ones (None: all since `forget`)."""
+        if keep is not None and queries.shape[2] > keep:
+            if valid is None:
+                queries, positions = queries[:, :, -keep:].clone(), positions[:, -keep:]
+            else:
+                newest = valid.int().sort(dim=1, stable=True).indices[:, -keep:]  # padding first, order kept
+                queries = queries.take_along_dim(newest[:, None, :, None], 2)
+                positions, valid = positions.take_along_dim(newest, 1), valid.take_along_dim(newest, 1)
+        self.segments.append(Segment(queries, positions, valid, counted))
+        if keep is not None:
+            self._hold(keep)
+
+    def _hold(self, keep: int) -> None:
+        held = sum(s.least for s in self.segments)
+        while self.segments and held - self.segments[0].least >= keep:
+            held -= self.segments.pop(0).least
+
+    def counted(self, keep: int) -> None:
+        """All remembered queries have been counted; hold the newest `keep` for other readers."""
+        for s in self.segments:
+            s.counted = True
+        self.received = None
+        self._hold(keep)
+
+    def forget(self) -> None:
+        """Drop the remembered queries."""
+        self.segments = []
+
+    def arrive(self, valid: Tensor | None, batch: int, due: bool) -> list[bool]:
+        """A piece of the prompts has come: which sequences a look would be about (others got padding only)."""
+        came = [True] * batch if valid is None else [bool(v) for v in valid.any(1)]
+        waiting = [new or old for new, old in zip(came, self.waiting or [False] * batch, strict=True)]
+        self.waiting = None if due else waiting
+        return waiting
+
+    def recall(self, b: int, heads: int, keep: int | None) -> tuple[Tensor, Tensor]:
+        """Newest queries of one sequence `[H_kv, g, W, D]` and true positions `[W]`, oldest first, without padding.
+
+        `keep` None: all that have not been counted.
+        """
+        queries, positions = [], []
+        for s in self.segments:
+            if keep is None and s.counted:
+                continue
+            real = slice(None) if s.valid is None else s.valid[b]
+            queries.append(s.queries[b][:, real])
+            positions.append(s.positions[b][real])
+        joined, at = torch.cat(queries, 1), torch.cat(positions)
+        if keep is not None:
+            joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
+        return joined.view(heads, joined.shape[0] // heads, *joined.shape[1:]), at
+
+    def newest(self, keep: int) -> tuple[Tensor, Tensor] | None:
+        """Newest queries of all sequences together, `[B, H_q, W, D]`, and true positions `[B, W]`, W <= keep.
+
+        None where padding lies between them: sequences have them at different places then.
+        """
+        if not self.segments or any(s.valid is not None for s in self.segments):
+            return None
+        queries = torch.cat([s.queries for s in self.segments], 2)
+        positions = torch.cat([s.positions for s in self.segments], 1)
+        return queries[:, :, -keep:], positions[:, -keep:]
+
+    def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int = 1) -> None:
+        """Add the queries before rotation `[B, H_q, Q, D]` whose position `stride` divides to the running sums."""
+        real = [None] * queries.shape[0] if valid is None else valid
+        new = [_sums(*mine, stride) for mine in zip(queries, positions, real, strict=True)]
+        self.sums = new if self.sums is None else [a.plus(b) for a, b in zip(self.sums, new, strict=True)]
+
+    def moments(self, b: int, heads: int) -> Moments | None:
+        """Mean and covariance of one sequence's queries before rotation, or None where none was seen."""
+        if self.sums is None or not self.sums[b].count:
+            return None
+        count, total, outer = self.sums[b].count, self.sums[b].total, self.sums[b].outer
+        mean = total / count
+        covariance = torch.baddbmm(outer, mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 / count, alpha=-1)
+        return Moments(count, torch.unflatten(mean, 0, (heads, -1)), torch.unflatten(covariance, 0, (heads, -1)))
+
+    def carry(self, b: int, entries: int) -> Tensor | None:
+        """Carried values of one sequence, with zeros for the entries that came since, `[H_kv, entries]`."""
+        if self.carried is None:
+            return None
+        held = self.carried[b]
+        return torch.nn.functional.pad(held, (0, entries - held.shape[1]))
+
+    def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
+        """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
+        held = 0 if self.received is None else self.received.shape[2]
+        if held < entries:
+            wide = torch.zeros(batch, heads, entries + room, device=device, dtype=torch.float32)
+            if self.received is not None:
+                wide[:, :, :held] = self.received
+            self.received = wide
+        return torch.flatten(self.received, 0, 1)[:, :entries]  # type: ignore[arg-type]
+
+    def gained(self, b: int, entries: int, group: int) -> Tensor | None:
+        """What the kernel has summed for one sequence, mean over the `group` query heads of a KV head."""
+        return None if self.received is None else self.received[b, :, :entries] / group
+
+    def keep(self, indices: list[Tensor], heads: int, longest: int) -> None:
+        """Follow the cache when it keeps only the entries `indices[row]` of rows of up to `longest`."""
+
+        def kept(b: int, held: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(held, (0, max(0, longest - held.shape[1])))
+            rows = [padded[h, indices[b * heads + h]] for h in range(heads)]
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+        if self.carried is not None:
+            self.carried = [kept(b, held) for b, held in enumerate(self.carried)]
+        if self.received is not None:
+            rows = [kept(b, held).T for b, held in enumerate(self.received)]
+            self.received = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2).contiguous()
+
+    def select(self, sequences: Tensor) -> None:
+        """Follow the cache when its sequences are kept, repeated or reordered."""
+        chosen = [int(b) for b in sequences]
+        for s in self.segments:
+            s.queries, s.positions = s.queries[sequences], s.positions[sequences]
+            s.valid = None if s.valid is None else s.valid[sequences]
+        if self.carried is not None:
+            self.carried = [self.carried[b] for b in chosen]
+        if self.received is not None:
+            self.received = self.received[sequences]
+        if self.waiting is not None:
+            self.waiting = [self.waiting[b] for b in chosen]
+        if self.sums is not None:
+            self.sums = [self.sums[b] for b in chosen]
+
+
+def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int) -> Sums:
+    """Sums over those of one sequence's queries `[H_q, Q, D]` that count; without padding, no copy of them is made."""
+    if valid is None:
+        here = int(positions[0])
+        first = max(here, EXCLUDED_FROM_MOMENTS)
+        mine = queries[:, first + -first % stride - here :: stride].float()
+    else:
+        mine = queries[:, valid & in_moments(positions, stride)].float()
+    outer = mine.mT @ mine
+    return Sums(mine.shape[1], mine.sum(1), outer)

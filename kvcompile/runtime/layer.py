@@ -1,0 +1,237 @@
+"""One layer's cache: a store in whatever layout its rows need, behind the interface that transformers expects."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.codecs import Encoder, encode
+from kvcompile.kernels.compact import Mover, compact
+from kvcompile.plan.plan import LayerPlan
+from kvcompile.runtime.history import Watch
+from kvcompile.stores import factory
+from kvcompile.stores.host import Shuttle, Store, pools, travelling
+from kvcompile.stores.paged import PagedStore
+from kvcompile.stores.quantized import CodedStore
+
+
+class LayerCache(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one owner layer, and what its selection remembers.
+
+    `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, paged
+    where the plan says so, and coded where it stores older tokens in another format. Where the plan offloads, it lies
+    in host memory between `park` and `fetch`.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, plan: LayerPlan, encoder: Encoder = encode, mover: Mover = compact) -> None:
+        self.is_initialized = False
+        self.plan, self.encoder, self.mover = plan, encoder, mover
+        self.store: Store | None = None
+        self.watch = Watch()
+        self.columns = 0
+        self.shuttle = Shuttle() if plan.storage.offload else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        made._tidy()
+        return made
+
+    @property
+    def held(self) -> Store:
+        """The store, once there is one."""
+        if self.store is None:
+            raise RuntimeError(f"layer {self.plan.index} holds no tokens yet")
+        return self.store
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys `[B, H_kv, n, D]` of the tokens held, decoded where they are encoded; None before the first token.
+
+        Of a layer with a latent: its rows. Raises KvcompileError where rows have several lengths.
+        """
+        return self._rows(0)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values `[B, H_kv, n, D_v]`, as `keys`."""
+        return self._rows(1)
+
+    def _rows(self, which: int) -> Tensor | None:
+        if self.store is None:
+            return None
+        if len(set(self.store.lengths)) > 1:
+            raise KvcompileError(
+                f"layer {self.plan.index} holds rows of several lengths, which are no one tensor",
+                f"{min(self.store.lengths)} to {max(self.store.lengths)} tokens",
+                "read layer.held.rows(): keys, values and positions of each row",
+            )
+        rows = torch.stack([row[which] for row in self.store.rows()])
+        return torch.unflatten(rows, 0, (self.store.batch, self.store.heads))
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> None:
+        """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored.
+
+        Where the plan has a latent, keys are its rows and hold the values too.
+        """
+        self.columns += keys.shape[2]
+        latent = self.plan.latent.rope if self.plan.latent else None
+        if latent is not None:
+            values = keys[..., latent:]
+        if self.store is None:
+            storage = self.plan.storage
+            first = factory.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page, latent)
+            coded = (storage, first, self.encoder, self.mover, self.plan.index)
+            self.store = CodedStore(*coded) if storage.coded else first
+            self.is_initialized = True
+        if self.shuttle is not None and self.shuttle.home is not None:
+            self.shuttle.appended.append(((keys, values, positions, valid), headroom))
+        self.store = _added(self.store, keys, values, positions, valid, headroom, self.mover)
+
+    def keep(self, indices: list[Tensor], headroom: int) -> None:
+        """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
+        with self._at_hand() as store:
+            if self.shuttle is not None:  # some may have been found where the store was parked
+                indices = [index.to(store.device) for index in indices]
+            self._changed()
+            if isinstance(store, CodedStore):
+                store.keep(indices, headroom)
+            else:
+                self.store = factory.taken(store, indices, headroom, self.mover)
+
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
+        self._changed()
+        if isinstance(self.held, PagedStore):
+            self.held.rewrite(keys)
+            return
+        for (old, _, _), new in zip(self.held.rows(), keys, strict=True):
+            old.copy_(new)
+
+    def settle(self, headroom: int, release: bool) -> bool:
+        """Encode what is older than the residual (see `CodedStore.settle`); whether anything was."""
+        with self._at_hand() as store:
+            settled = isinstance(store, CodedStore) and store.settle(headroom, release)
+            if settled:
+                self._changed()
+        return settled
+
+    def prefetch(self) -> None:
+        """Begin to bring a parked store to the device."""
+        if self.shuttle is not None and self.store is not None:
+            self.shuttle.prefetch(self.store)
+
+    def fetch(self) -> None:
+        """Bring a parked store to the device."""
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.fetch(self.store)
+
+    def park(self) -> None:
+        """Put the store into host memory."""
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.park(self.store, _added)
+
+    def resident(self) -> int:
+        """Bytes allocated on the compute device, measured tensor by tensor."""
+        return sum(x.numel() * x.element_size() for x in self._alive() if not self._at_home(x))
+
+    def in_host_memory(self) -> int:
+        """Bytes allocated for it in the memory beside the device, measured tensor by tensor."""
+        return sum(x.numel() * x.element_size() for x in self._alive() if self._at_home(x))
+
+    def parked_bytes(self) -> int:
+        """Bytes of keys and values held, where all of them lie in host memory; else 0."""
+        if self.store is None or not all(map(self._at_home, travelling(self.store))):
+            return 0
+        return self.store.nbytes()
+
+    def _at_home(self, x: Tensor) -> bool:
+        return self.shuttle is not None and self.shuttle.host is not None and self.shuttle.host.holds(x)
+
+    def _alive(self) -> list[Tensor]:
+        """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
+        found = [] if self.store is None else self.store.tensors()
+        found = found + (self.shuttle.spare() if self.shuttle is not None else [])
+        found += [x for pool in pools(self.store) if pool.residence is not None for x in pool.residence.tensors()]
+        return list({id(x): x for x in found}.values())
+
+    def _tidy(self) -> None:
+        if self.shuttle is not None and self.store is not None:
+            self.store = self.shuttle.tidy(self.store)
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[Store]:
+        """The store on the device, and back where it was afterwards."""
+        parked = self.shuttle is not None and self.shuttle.parked
+        self.fetch()
+        yield self.held
+        if parked:
+            self.park()
+
+    def _changed(self) -> None:
+        if self.shuttle is not None:
+            self.shuttle.changed = True
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep, repeat or reorder sequences."""
+        if self.store is not None:
+            self.store.select(sequences.to(self.store.device))
+            self._tidy()
+            self.watch.select(sequences)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store, self.watch, self.columns, self.is_initialized = None, Watch(), 0, False
+        self.shuttle = Shuttle() if self.shuttle is not None else None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what transformers slices new inputs by."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the mask transformers would build; the compiled graph builds none."""
+        return self.columns + query_length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: `append` makes the store."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: the compiled graph calls `append`. Raises KvcompileError."""
+        raise KvcompileError(
+            "a kvcompile cache is written by a compiled model only", "an ordinary model", "give it a DynamicCache()"
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search picks sequences."""
+        self.select(beam_idx)
+
+
+def _added(
+    store: Store,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    valid: Tensor | None,
+    headroom: int,
+    mover: Mover = compact,
+) -> Store:
+    """The store with new tokens in it, as `LayerCache.append` gets them."""
+    if isinstance(store, CodedStore):
+        store.append(keys, values, positions, headroom, valid)
+        return store
+    return factory.added(store, keys, values, positions, valid, headroom, mover)

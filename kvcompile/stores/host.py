@@ -1,0 +1,244 @@
+"""Stores that lie in host memory between their uses, and how they come to the model's device and go back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from kvcompile.stores import factory
+from kvcompile.stores.pages import PagedRows
+from kvcompile.stores.pool import PagePool
+from kvcompile.stores.quantized import CodedStore
+
+Store = factory.PlainStore | CodedStore
+T = TypeVar("T")
+Move = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
+
+
+def moved(store: Store, move: Move) -> Store:
+    """A store of the same entries whose every tensor is what `move` makes of the old one's; pages move by pool."""
+    return store.moved(move) if isinstance(store, CodedStore) else factory.moved(store, move)
+
+
+def pools(store: Store | None) -> list[PagePool]:
+    """The pools in whose pages (some of) the store lies."""
+    places = (store, getattr(store, "body", None))
+    return [rows.pool for x in places if isinstance(rows := getattr(x, "pages", None), PagedRows)]
+
+
+def travelling(store: Store | None) -> list[Tensor]:
+    """The tensors of a store that move between device and host: all but the books of its pools."""
+    if store is None:
+        return []
+    rows = [store.tail, store.body] if isinstance(store, CodedStore) else [store]
+    own = [x for part in rows if part is not None and not hasattr(part, "pages") for x in part.tensors()]
+    return own + [x for pool in pools(store) for x in pool.buffers.values()]
+
+
+@dataclass
+class Coming(Generic[T]):
+    """A copy on its way to the device, the tensors it is made of, and when it is complete (None: now)."""
+
+    copy: T
+    tensors: list[Tensor]
+    arrived: Any = None
+
+
+class Host:
+    """The memory `home` beside a compute `device`, and the moves between the two.
+
+    On CUDA stores lie in pinned memory and come on a stream of their own, beside what is computed; they go back, and
+    come to any other device, while the host waits. On a CPU both are one memory: the moves are copies all the same,
+    and what lies at home is known tensor by tensor.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.home = device, CPU
+        self.pins = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.pins else None  # type: ignore[no-untyped-call]
+        self._kept: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        return self  # a place, not a part of the caches that use it
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether `x` lies at home."""
+        return x.device.type == self.home.type if self.device.type != self.home.type else self._kept.get(id(x)) is x
+
+    def away(self, x: Tensor) -> Tensor:
+        """A copy of `x` at home, complete on return."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=self.home, pin_memory=self.pins).copy_(x)
+        if self.device.type == self.home.type:
+            self._kept[id(out)] = out
+        return out
+
+    def near(self, x: Tensor) -> Tensor:
+        """A copy of `x` on the device, in the order of the current stream."""
+        return torch.empty(x.shape, dtype=x.dtype, device=self.device).copy_(x, non_blocking=self.pins)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """`x`, made at home by any operation, as `away` would have made it."""
+        return x if (x.is_pinned() if self.pins else self.holds(x)) else self.away(x)
+
+    def send(self, copy: Callable[[Move], T]) -> Coming[T]:
+        """Begin to bring what `copy` makes with the move that it is given."""
+        tensors: list[Tensor] = []
+
+        def near(x: Tensor) -> Tensor:
+            tensors.append(self.near(x))
+            return tensors[-1]
+
+        if self.stream is None:
+            return Coming(copy(near), tensors)
+        with torch.cuda.stream(self.stream):
+            return Coming(copy(near), tensors, self.stream.record_event())
+
+    def receive(self, coming: Coming[T]) -> T:
+        """The copy, once what the current stream does next may use it."""
+        if coming.arrived is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(coming.arrived)
+            for x in coming.tensors:  # the allocator must not hand it out again while this stream reads it
+                x.record_stream(current)
+        return coming.copy
+
+
+@functools.cache
+def beside(device: torch.device) -> Host:
+    """Host memory beside a device: one stream for all that comes to it."""
+    return Host(device)
+
+
+class Residence:
+    """Where the buffers of a pool lie. Those who share it are its `guests` while they need it on the device.
+
+    home: what lay at home when the buffers were fetched; coming: a copy under way, of the buffers' `edition`.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.guests: WeakSet[Shuttle] = WeakSet()
+        self.parked = False
+        self.home: dict[str, Tensor] | None = None
+        self.coming: Coming[dict[str, Tensor]] | None = None
+        self.edition = 0
+
+    def prefetch(self, pool: PagePool) -> None:
+        """Begin to bring the pages."""
+        if self.parked and (self.coming is None or self.edition != pool.edition):
+            self.coming = self.host.send(lambda near: {name: near(x) for name, x in pool.buffers.items()})
+            self.edition = pool.edition
+
+    def fetch(self, pool: PagePool, guest: Shuttle) -> None:
+        """The pages are on the device until the last guest parks them."""
+        self.guests.add(guest)
+        self.prefetch(pool)
+        if self.parked and self.coming is not None:
+            self.home, pool.written, self.parked = pool.buffers, [], False
+            pool.buffers, self.coming = self.host.receive(self.coming), None
+
+    def park(self, pool: PagePool, guest: Shuttle) -> None:
+        """The pages are at home, once no other guest needs them; only those that were written go back."""
+        self.guests.discard(guest)
+        if self.parked or self.guests:
+            return
+        if self.home is None or pool.written is None:
+            pool.buffers = {name: self.host.away(x) for name, x in pool.buffers.items()}
+        else:
+            written = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *pool.written])
+            pages = written.unique()  # type: ignore[no-untyped-call]
+            for name, x in pool.buffers.items():
+                pool.paged(name, self.home[name])[pages] = pool.paged(name, x)[pages.to(x.device)].to(self.host.home)
+            pool.buffers = self.home
+        self.home, pool.written, self.parked = None, None, True
+
+    def tidy(self, pool: PagePool) -> None:
+        """What an operation made at home is made as `away` does."""
+        if self.parked:
+            pool.buffers = {name: self.host.kept(x) for name, x in pool.buffers.items()}
+
+    def tensors(self) -> list[Tensor]:
+        """What is kept alive beside the buffers."""
+        return [*(self.home or {}).values(), *(self.coming.tensors if self.coming else [])]
+
+
+@dataclass(eq=False)
+class Shuttle:
+    """Where one layer's store is, and what the copy at home has missed.
+
+    parked: the store lies at home. home: what it was there when it was fetched. coming: a copy under way.
+    appended: what the copy on the device got since; changed: it was also changed in other ways.
+    """
+
+    host: Host | None = None
+    parked: bool = False
+    home: Store | None = None
+    coming: Coming[Store] | None = None
+    appended: list[tuple[Any, ...]] = field(default_factory=list)
+    changed: bool = False
+
+    def _host(self, store: Store) -> Host:
+        if self.host is None:
+            self.host = beside(store.device)
+        return self.host
+
+    def prefetch(self, store: Store) -> None:
+        """Begin to bring the `store`, where it is parked."""
+        for pool in pools(store):
+            with pool.alone():
+                if pool.residence is not None:
+                    pool.residence.prefetch(pool)
+        if self.parked:
+            self.coming = self._host(store).send(lambda near: moved(store, near))
+
+    def fetch(self, store: Store) -> Store:
+        """The `store`, on the device."""
+        for pool in pools(store):
+            with pool.alone():
+                if pool.residence is not None:
+                    pool.residence.fetch(pool, self)
+        if not self.parked:
+            return store
+        coming = self.coming or self._host(store).send(lambda near: moved(store, near))
+        self.parked, self.home, self.coming = False, store, None
+        return self._host(store).receive(coming)
+
+    def park(self, store: Store, add: Callable[..., Store]) -> Store:
+        """`store` at home; where it only grew, the copy there grows by `add(copy, *appended)` instead."""
+        host = self._host(store)
+        for pool in pools(store):
+            with pool.alone():
+                pool.residence = pool.residence or Residence(host)
+                pool.residence.park(pool, self)
+        if self.parked:
+            return store
+        if self.home is None or self.changed:
+            mine = moved(store, host.away)
+        else:
+            mine = self.home
+            for new, headroom in self.appended if mine is not store else ():
+                mine = add(mine, *(x if x is None else x.to(host.home) for x in new), headroom)
+            mine = moved(mine, host.kept)
+        self.parked, self.home, self.appended, self.changed = True, None, [], False
+        return mine
+
+    def tidy(self, store: Store) -> Store:
+        """The store after an operation on it where it lies: what that made at home is made as `away` does."""
+        if self.host is None or not self.parked:
+            return store
+        for pool in pools(store):
+            with pool.alone():
+                if pool.residence is not None:
+                    pool.residence.tidy(pool)
+        return moved(store, self.host.kept)
+
+    def spare(self) -> list[Tensor]:
+        """Tensors kept alive beside those of the store and its pools."""
+        return [*travelling(self.home), *(self.coming.tensors if self.coming else [])]

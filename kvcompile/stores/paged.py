@@ -1,0 +1,176 @@
+"""The paged layout: every (sequence, KV head) row lies in pages of a pool that forks and repeated sequences share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.compact import Arrays, Mover, compact
+from kvcompile.kernels.layout import PagedView
+from kvcompile.kernels.spec import Part
+from kvcompile.plan.storage import Codec
+from kvcompile.stores.dense import POSITION_TYPE
+from kvcompile.stores.pages import Paged, PagedRows, alone, ranges
+
+
+@cache
+def paged(dtype: object, page: int) -> tuple[Part, ...]:
+    """The one part of rows that lie in pages in one float type (a torch dtype or its name)."""
+    codec = Codec(str(dtype).removeprefix("torch."))
+    return (Part("paged", codec, codec, page),)
+
+
+class PagedStore(Paged):
+    """Keys `[pages * page, D]`, values, true positions `[pages * page]` in the model's dtype; rows as in `PagedRows`.
+
+    `latent`: values are the channels of the keys from this one on, and have no memory of their own.
+    Copies (`fork`, `copy.deepcopy`) and repeated sequences (`select`) share pages until one of them writes there.
+    """
+
+    layout = "paged"
+
+    def __init__(self, pages: PagedRows, batch: int, heads: int, latent: int | None = None) -> None:
+        self.pages, self.batch, self.heads, self.latent = pages, batch, heads, latent
+
+    @classmethod
+    def empty(cls, keys: Tensor, values: Tensor, page: int, latent: int | None = None) -> PagedStore:
+        """A store shaped for new tokens like `keys [B, H_kv, Q, D]`, in pages of `page` tokens."""
+        batch, heads = keys.shape[:2]
+        like = {"keys": keys[0, 0]} if latent is not None else {"keys": keys[0, 0], "values": values[0, 0]}
+        like["positions"] = torch.empty(0, dtype=POSITION_TYPE, device=keys.device)
+        return cls(PagedRows.like(batch * heads, page, like), batch, heads, latent)
+
+    @property
+    def keys(self) -> Tensor:
+        """All pages of keys, `[pages * page, D]`."""
+        return self.pages.pool.buffers["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """All pages of values, `[pages * page, D_v]`."""
+        return self._values(self.pages.pool.buffers)
+
+    def _values(self, held: Mapping[str, Tensor]) -> Tensor:
+        return held["values"] if self.latent is None else held["keys"][:, self.latent :]
+
+    @property
+    def positions(self) -> Tensor:
+        """All pages of true positions, `[pages * page]`."""
+        return self.pages.pool.buffers["positions"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.pages.where
+
+    @alone
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        mover: Mover = compact,
+    ) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`.
+
+        Where each row gets one token, its slot is known ahead; pages are looked for once every `page` tokens.
+        """
+        rows, count = self.batch * self.heads, keys.shape[2]
+        at = positions.to(POSITION_TYPE)
+        if count == 1 and valid is None:
+            new = {"keys": keys.reshape(rows, -1), "positions": at.repeat_interleave(self.heads, 0).flatten()}
+            if self.latent is None:
+                new["values"] = values.reshape(rows, -1)
+            self.pages.write(self.pages.step(headroom), new)
+            return
+        given = (keys, at.unsqueeze(1)) if self.latent is not None else (keys, values, at.unsqueeze(1))
+        added, kept = [count] * rows, None
+        if valid is not None:
+            real = valid.repeat_interleave(self.heads, 0)
+            added, kept = real.sum(1).tolist(), real.nonzero()[:, 1]
+        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, mover, kept)
+
+    @alone
+    def view(self) -> PagedView:
+        """What a kernel reads."""
+        pages = self.pages
+        return PagedView(
+            self.keys,
+            self.values,
+            self.positions,
+            pages.table.device,
+            pages.lengths,
+            self.batch,
+            self.heads,
+            pages.pool.page,
+            pages.counts,
+        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        return paged(self.keys.dtype, self.pages.pool.page)
+
+    @alone
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
+        held = self.pages.read(self.pages.held())
+        whole = (held["keys"], self._values(held), held["positions"])
+        return list(zip(*(torch.split(x, self.lengths) for x in whole), strict=True))
+
+    @alone
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        mine = range(b * self.heads, (b + 1) * self.heads)
+        lengths = self.lengths[mine.start : mine.stop]
+        counts = self.pages.counts[mine.start : mine.stop]
+        held, at = self.pages.read(self.pages.held(mine)), ranges(torch.zeros_like(counts), counts)
+
+        def padded(x: Tensor, fill: int) -> Tensor:
+            out = x.new_full((self.heads, max(lengths), *x.shape[1:]), fill)
+            out[at] = x
+            return out
+
+        return padded(held["keys"], 0), padded(self._values(held), 0), padded(held["positions"], -1), lengths
+
+    @alone
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`."""
+        self.pages.open([0] * len(keys))
+        self.pages.write(self.pages.held(), {"keys": torch.cat(keys)})
+
+    @alone
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row."""
+        self.pages.truncate([n - count for n in self.lengths])
+
+    @alone
+    def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
+        stops = torch.tensor(counts, device=self.device, dtype=torch.int64)
+        held = self.pages.read(self.pages.slots(*ranges(torch.zeros_like(stops), stops)))
+        return held["keys"], self._values(held), held["positions"]
+
+    @alone
+    def shed(self, counts: list[int], mover: Mover = compact) -> None:
+        """Forget the first `counts[row]` entries of each row, in place."""
+        rest = [
+            torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, self.lengths, strict=True)
+        ]
+        self.pages.keep(rest, self.pages.headroom, mover)
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
+        held = (self.keys,) if self.latent is not None else (self.keys, self.values)
+        per_token = sum(x.shape[-1] * x.element_size() for x in held)
+        return sum(self.lengths) * per_token
+
+    @alone
+    def allocated(self) -> int:
+        """Bytes of everything allocated."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())

@@ -1,0 +1,211 @@
+"""Rows whose older tokens are encoded: a body of codes and a tail in the model's own dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.codecs import Encoder, encode
+from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.layout import MixedView, View
+from kvcompile.kernels.scales import require_held
+from kvcompile.kernels.spec import Part
+from kvcompile.kernels.spec import plain as plain_parts
+from kvcompile.plan.storage import Storage
+from kvcompile.stores import factory
+from kvcompile.stores.codes import Body, Codes, Format, RaggedBody
+from kvcompile.stores.paged import paged
+from kvcompile.stores.paged_codes import PagedBody
+from kvcompile.stores.ragged import padded
+
+
+class CodedStore:
+    """Each row is its encoded entries, oldest first, then those of the tail; new tokens are appended to the tail.
+
+    `settle` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
+    residual is left: after a prefill, and now and then while decoding. Before it attention sees the exact numbers.
+    Until something is encoded there is no body.
+    """
+
+    layout = "coded"
+
+    def __init__(
+        self,
+        storage: Storage,
+        tail: factory.PlainStore,
+        encoder: Encoder = encode,
+        mover: Mover = compact,
+        layer: int = 0,
+    ) -> None:
+        self.storage, self.tail, self.mover, self.layer = storage, tail, mover, layer
+        self.body: Body | None = None
+        dtype = tail.keys.dtype
+        self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.tail.batch
+
+    @property
+    def heads(self) -> int:
+        """KV heads held."""
+        return self.tail.heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tail.device
+
+    @property
+    def encoded(self) -> list[int]:
+        """Encoded tokens of each row (sequence-major)."""
+        return self.body.lengths if self.body is not None else [0] * (self.batch * self.heads)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row (sequence-major)."""
+        return [old + new for old, new in zip(self.encoded, self.tail.lengths, strict=True)]
+
+    def append(
+        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
+    ) -> None:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
+        self.tail = factory.added(self.tail, keys, values, positions, valid, headroom)
+
+    def settle(self, headroom: int, release: bool) -> bool:
+        """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
+
+        Returns whether anything was encoded. Raises KvcompileError for numbers that float16 scales cannot hold.
+        """
+        lengths = self.tail.lengths
+        if max(lengths) < self.storage.residual + self.format.block:
+            return False
+        counts = [self.storage.encoded(n) for n in lengths]
+        keys, values, positions = self.tail.oldest(counts)
+        new = Codes.of(keys, values, positions, self.format)
+        require_held(new, (keys, values), self.format, self.storage.policy, self.layer)
+        if self.body is None:
+            self.body = self._opened(new, counts, headroom)
+        self.body.append(counts, new, headroom, self.mover)
+        if release:
+            kept = [
+                torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, lengths, strict=True)
+            ]
+            self.tail = factory.taken(self.tail, kept, headroom, self.mover)
+        else:
+            self.tail.shed(counts, self.mover)
+        return True
+
+    def _opened(self, like: Codes, counts: list[int], headroom: int) -> Body:
+        """An empty body for `counts[row]` entries."""
+        if self.storage.page:
+            return PagedBody.like(like, self.format, self.batch, self.heads, self.storage.page)
+        return RaggedBody(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
+
+    def view(self) -> View:
+        """What a kernel reads."""
+        newest = self.tail.view()
+        return newest if self.body is None else MixedView((self.body.segment(), newest))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read it."""
+        return self.tail.parts if self.body is None else (self.body.part, *self.tail.parts)
+
+    def rows(self) -> list[factory.Row]:
+        """Each row's keys `[n, D]`, values and positions, sequence-major, decoded to the model's dtype."""
+        return [self._row(r, 0, tail) for r, tail in enumerate(self.tail.rows())]
+
+    def _row(self, row: int, start: int, tail: factory.Row) -> factory.Row:
+        """The entries from `start` on of a row that ends in `tail`."""
+        if self.body is None:
+            return tail
+        keys, values, positions = zip(self.body.row(row, start), tail, strict=True)
+        return torch.cat(keys), torch.cat(values), torch.cat(positions)
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        mine, tails = range(b * self.heads, (b + 1) * self.heads), self.tail.rows()
+        return padded([self._row(r, 0, tails[r]) for r in mine])
+
+    def keep(self, indices: list[Tensor], headroom: int) -> None:
+        """Keep only the entries `indices[row]` (ascending) of each row.
+
+        Codes stay as they are where every token has its own scales; where tokens share them, up to the first block
+        that loses one. What comes after goes back to the tail, to be encoded again by `settle`.
+        """
+        if self.body is None:
+            self.tail = factory.taken(self.tail, indices, headroom, self.mover)
+            return
+        stay, rows = [], []
+        for r, (index, tail) in enumerate(zip(indices, self.tail.rows(), strict=True)):
+            old = self.encoded[r]
+            inside = index[: int((index < old).sum())]
+            count = self._untouched(inside, index.numel())
+            stay.append(inside[:count])
+            start = int(inside[count - 1]) + 1 if count and self.format.block == 1 else count
+            rest = index[count:] - start
+            keys, values, positions = self._row(r, start, tail)
+            rows.append((keys[rest], values[rest], positions[rest]))
+        self.body = self.body.take(stay, headroom, self.mover) if any(map(len, stay)) else None
+        self.tail = factory.of_rows(rows, self.batch, self.heads, headroom)
+
+    def _untouched(self, inside: Tensor, total: int) -> int:
+        """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""
+        block, most = self.format.block, self.storage.encoded(total)
+        if block == 1:
+            return min(inside.numel(), most)
+        run = int(
+            (inside == torch.arange(inside.numel(), device=inside.device, dtype=torch.int64)).long().cumprod(0).sum()
+        )
+        return min(run // block * block, most)
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
+        self.tail.select(sequences)
+        if self.body is not None:
+            self.body.select(sequences)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
+        if count > min(self.tail.lengths):
+            raise KvcompileError(
+                "only tokens that are not encoded yet can be taken back",
+                f"{count} of {min(self.tail.lengths)}",
+                "take back fewer, or start a new cache",
+            )
+        self.tail.drop_last(count)
+
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
+        return self.tail.nbytes() + (self.body.nbytes() if self.body is not None else 0)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> CodedStore:
+        """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
+        made = copy.copy(self)
+        made.tail = factory.moved(self.tail, move)
+        if isinstance(self.body, RaggedBody):
+            made.body = self.body.moved(move)
+        return made
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        return self.tail.tensors() + (self.body.tensors() if self.body is not None else [])
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: codes, scales, plain numbers, positions, room."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+
+def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...]:
+    """How rows of a layer lie once they are longer than the residual, where the tail is `layout`."""
+    if storage.page and not storage.coded:
+        return paged(dtype, storage.page)
+    tail = plain_parts(layout, dtype)
+    body = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
+    return (body, *tail) if storage.coded else tail
