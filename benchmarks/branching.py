@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import Everything, shared
-from kvcompile.compiler import build
+from kvcompile.build import build
+from kvcompile.calibration.probe import Everything
 from kvcompile.errors import KvcompileError
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention

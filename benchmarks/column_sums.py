@@ -22,11 +22,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from kvcompile.calibration.probe import shared
 from kvcompile.calibration.text import sentences
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, ModelConfig, finish
+from kvcompile.config.schema import Config, ModelConfig
+from kvcompile.config.validate import finish
 from kvcompile.models.loading import load
+from kvcompile.models.sharing import shared
 from kvcompile.runtime.cache import KVCache
 
 POLICIES = {"h2o": 16, "tova": 1}  # decoded tokens between two selections

@@ -26,12 +26,13 @@ from needle_sweep import plans, stacks
 from tabulate import tabulate
 from transformers import DynamicCache
 
-from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.build import build
+from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
-from kvcompile.compiler import build
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.speed import cache_bytes
 from kvcompile.models.loading import load
+from kvcompile.models.sharing import shared
 
 
 def transformers_cache(dense: Any) -> DynamicCache:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from kvcompile.heal.record import HealRecord
-from kvcompile.report import report
+from kvcompile.report import files
 from kvcompile.report.plot import draw
 from kvcompile.report.tables import markdown
 
@@ -35,7 +35,7 @@ def main() -> None:
     command = ["kvcompile", *args.overrides]
     if not args.done:
         subprocess.run([sys.executable, "-m", *command, f"output={args.artifact}"], check=True)
-    made = replace(report.read(args.artifact), recipe=shlex.join(command))
+    made = replace(files.read(args.artifact), recipe=shlex.join(command))
     if made.healed is None:
         sys.exit("nothing was healed: give heal.tokens")
     args.out.with_suffix(".json").write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from kvcompile.calibration.probe import shared
 from kvcompile.calibration.text import sentences
 from kvcompile.compiler import assemble
 from kvcompile.config.compose import compose
 from kvcompile.evaluation.perplexity import cached_perplexity
 from kvcompile.models.loading import load
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.structure import absorb
 

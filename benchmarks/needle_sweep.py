@@ -23,9 +23,9 @@ import torch
 from branching import Branching
 from tabulate import tabulate
 
+from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
-from kvcompile.compiler import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.needle import NeedleTask

@@ -29,13 +29,14 @@ from transformers import QuantizedCache
 from turns import Contestant, found, race, tensors_bytes
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.build import build, plan_of
+from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
-from kvcompile.compiler import build, plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.needle import NeedleTask
 from kvcompile.models.loading import load
+from kvcompile.models.sharing import shared
 
 HERE = Path(__file__).parent
 PARTS = ("needle", "ours", "kvpress", "llama")

@@ -21,10 +21,10 @@ from typing import Any
 from needle_sweep import bases, needles, perplexities
 from tabulate import tabulate
 
+from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.retrieval import CalibrationResult, retrieval_scores
 from kvcompile.calibration.text import sentences
-from kvcompile.compiler import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.needle import NeedleTask

@@ -68,7 +68,7 @@ def plans() -> Iterator[tuple[str, str, Plan]]:
     """The dtype, the recipe and the plan of every recipe on the shapes of two models."""
     from transformers import LlamaConfig
 
-    from kvcompile.compiler import plan_of
+    from kvcompile.build import plan_of
     from kvcompile.config.compose import compose
 
     for dtype, shape in SHAPES.items():

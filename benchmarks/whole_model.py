@@ -23,13 +23,14 @@ from needle_sweep import stacks
 from tabulate import tabulate
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.build import build, plan_of
+from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
-from kvcompile.compiler import build, plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.speed import Comparison, compare
 from kvcompile.models.loading import load
+from kvcompile.models.sharing import shared
 
 DEFAULT = "benchmarks/stacks/speed.txt"
 

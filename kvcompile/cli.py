@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from kvcompile import compiler
 from kvcompile.config import sweep
 from kvcompile.config.compose import (
     CONFIG_MODULE,
@@ -137,10 +138,10 @@ def _work(config: Config) -> sweep.Done:
     if config.plan.mode == "only":
         from kvcompile.report import plan_table
 
-        plan = plan_table.plan_of(config)
+        plan = compiler.plan_config(config)
         plan_table.show(plan, config, _console())
         return None, plan_table.summary(plan, config)
-    from kvcompile.compiler import compile_config
+    from kvcompile.job import compile_config
 
     outcome = compile_config(config)
     return outcome.path, outcome.summary
@@ -150,7 +151,7 @@ def _export(artifact: str, config: Config) -> sweep.Done:
     """Export what lies in an artifact, each door into its folder below `output`."""
     from kvcompile.exporters.write import opened, write_new
     from kvcompile.progress import progress_bar
-    from kvcompile.report.plan_table import size
+    from kvcompile.report.units import size
 
     summary: dict[str, sweep.Cell] = {}
     with progress_bar() as progress:

@@ -4,73 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.artifact.manifest import RECIPE
+from kvcompile import build
+from kvcompile.build import build, plan_of
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import Config, from_recipe, to_recipe
+from kvcompile.config.recipe import to_recipe
+from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
-from kvcompile.progress import Progress, progress_bar, silent
-from kvcompile.stack import apply_stack
+from kvcompile.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from kvcompile.policies.base import Policy
+    from kvcompile.config.schema import ModelConfig
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one compile left: the artifact's folder and the numbers of its summary row."""
-
-    path: str
-    summary: dict[str, float | int | str | None]
-
-
-def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Policy]) -> Plan:
-    """The checked plan of a stack on a model, from the model's config alone."""
-    from dataclasses import replace
-
-    from kvcompile.adapters.architectures import describe
-
-    plan = replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
-    return apply_stack(plan, policies)
-
-
-def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", converted: bool = False) -> Any:
-    """Rewrite `model` in place to what `plan` says: convert weights, swap attention, trace, passes, wiring check.
-
-    On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
-    converted: the weights are those of the plan already.
-    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
-    """
-    from kvcompile.adapters.architectures import rotations, swap
-    from kvcompile.adapters.latent import latent_rotations
-    from kvcompile.graph.passes import rewrite
-    from kvcompile.graph.tracer import skeleton, trace
-    from kvcompile.graph.wiring import verify
-    from kvcompile.kernels.dispatch import choose
-    from kvcompile.kernels.linear import lower
-    from kvcompile.models.loading import align_weights
-    from kvcompile.runtime.model import Compiled, adopt
-    from kvcompile.structure.convert import convert, prune
-    from kvcompile.structure.rotate import fold_rotation
-
-    route = choose(kernels, model.device)  # one that cannot run here fails before any work
-    align_weights(model)
-    if not converted:
-        convert(model, plan)
-        fold_rotation(model, plan)
-    rotaries = latent_rotations(rotations(model), plan)
-    swap(model, plan)
-    graph = trace(model)
-    changes = rewrite(graph, plan).changes
-    verify(graph.graph, plan)
-    prune(model)
-    if route == "cpp":
-        changes["DecodeLinear"] = lower(model)
-    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes))
+if TYPE_CHECKING:
+    pass
 
 
 def assemble(
@@ -85,10 +35,12 @@ def assemble(
     from kvcompile.adapters.architectures import require_as_configured
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
-    from kvcompile.calibration.probe import ModelCalibrator, shared
+    from kvcompile.calibration.probe import ModelCalibrator
     from kvcompile.heal.repair import repair
     from kvcompile.models.loading import require_vocabulary
-    from kvcompile.structure.convert import convert, require_convertible, text_wanted
+    from kvcompile.models.sharing import shared
+    from kvcompile.plan.plan import text_wanted
+    from kvcompile.structure.convert import convert, require_convertible
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
@@ -150,39 +102,27 @@ def compile(
     return assemble(model, config, tokenizer)
 
 
-def compile_config(config: Config) -> Outcome:
-    """One job of the command line: load, measure, compile, prove, measure again, report, save."""
-    from kvcompile.job import compile_and_report
-    from kvcompile.models.loading import load
-    from kvcompile.report import plan_table
+def plan_config(config: Config) -> Plan:
+    """The plan of a config, from the model's configuration alone.
 
-    target(config)  # what cannot work, or cannot be written, fails before weights are read
-    plan_table.plan_of(config)
-    with progress_bar() as progress:
-        model, tokenizer = load(config.model, progress)
-        return compile_and_report(model, tokenizer, config, progress)
+    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
+    not be exported.
+    """
+    from kvcompile.exporters.registry import require_open
+    from kvcompile.models.loading import config_of
 
-
-def target(config: Config) -> Path:
-    """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours, or has another stack."""
-    from kvcompile.artifact.artifact import place
-
-    if config.output is None:
-        raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")
-    folder = place(config.output)
-    there, here = _stack_at(folder / RECIPE), list(config.stack)
-    if there is not None and there != here:
-        raise KvcompileError(
-            "an artifact is replaced by one of the same policies only",
-            f"policy=[{','.join(here)}] where {folder} holds policy=[{','.join(there)}]",
-            "output=<another folder>, or remove the old one",
-        )
-    return folder
+    architecture = config_of(config.model)
+    dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
+    plan = build.plan_of(architecture, dtype, config, config.policies())
+    require_open(config.doors(), plan, architecture)
+    return plan
 
 
-def _stack_at(recipe: Path) -> list[str] | None:
-    """The policies of an artifact's recipe, in order; None where there is none that can be read."""
-    try:
-        return list(from_recipe(recipe.read_text(encoding="utf-8")).stack)
-    except (OSError, UnicodeDecodeError, KvcompileError):
-        return None  # what is broken may be replaced
+def cache_dtype(model: ModelConfig, own: object) -> str:
+    """The cache's dtype: as asked; `auto` is float32 on a CPU and the checkpoint's `own` on an accelerator."""
+    if model.dtype != "auto":
+        return model.dtype
+    import torch
+
+    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
+    return "float32" if on_cpu or own is None else str(own).removeprefix("torch.")

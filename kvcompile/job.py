@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,35 @@ from torch import Tensor
 
 from kvcompile import compiler
 from kvcompile.artifact import artifact, weights
-from kvcompile.calibration.probe import shared
+from kvcompile.artifact.manifest import RECIPE
 from kvcompile.calibration.text import sentences
+from kvcompile.config.recipe import from_recipe
 from kvcompile.config.schema import Config
-from kvcompile.errors import BUG, KvcompileError
+from kvcompile.errors import KvcompileError
 from kvcompile.evaluation import gate
 from kvcompile.evaluation.heldout import longest, windows
 from kvcompile.evaluation.needle import NeedleResult, NeedleTask, score
 from kvcompile.evaluation.perplexity import of_windows
+from kvcompile.evaluation.proof import prove
 from kvcompile.evaluation.speed import Comparison, compare
 from kvcompile.exporters.write import FOLDER, write_into
-from kvcompile.plan.plan import Plan
-from kvcompile.progress import Progress
-from kvcompile.report import card, report
+from kvcompile.models.sharing import shared
+from kvcompile.plan.plan import Plan, converts
+from kvcompile.progress import Progress, progress_bar
+from kvcompile.report import card, files, report
 from kvcompile.report.plan_table import notes
-from kvcompile.report.report import LayerRow, Report
-from kvcompile.runtime.cache import KVCache
-from kvcompile.structure.convert import converts
+from kvcompile.report.report import Report
 
 PROOF_TOKENS = 1024
 WORSE = 1.1  # perplexity against the original's, from which on a conversion is said to need healing
 
 
-def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> compiler.Outcome:
+def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> Outcome:
     """Compile a loaded model by `config` and leave an artifact with its report.
 
     Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
     """
-    folder = compiler.target(config)
+    folder = target(config)
     weights.require_plain(model)
     for door in config.doors():
         door.refuse_tokenizer(tokenizer)
@@ -76,53 +77,14 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         nonlocal made
         done = write_into(config.doors(), compiled, tokenizer, tmp / FOLDER, made, progress)
         made = replace(made, exports={each.door: each.files for each in done})
-        report.write(made, tmp)
+        files.write(made, tmp)
         card.write(compiled, tmp, card.ARTIFACT, made)
 
     artifact.save(compiled, folder, tokenizer, extra=add)
     if made.healed is not None:
         shutil.rmtree(workspace, ignore_errors=True)
-    report.show(made)
-    return compiler.Outcome(str(folder), report.summary(made))
-
-
-def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
-    """What each layer of the live cache holds after the prompt `ids [1, n]`, beside what the plan says.
-
-    Raises KvcompileError where they differ, or where nothing was dropped though the plan drops.
-    """
-    plan: Plan = model.kvcompile.plan
-    with torch.no_grad():
-        cache: KVCache = model(ids.to(model.device), logits_to_keep=1).past_key_values
-    tokens = ids.shape[1]
-    planned = plan.bytes(1, tokens)
-    rows = []
-    for expected, layer, p in zip(planned, cache.layers, plan.layers, strict=True):
-        held = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
-        measured = layer.store.nbytes() if layer.store is not None else 0
-        rows.append(
-            LayerRow(
-                layer=p.index,
-                kv_heads=p.kv_heads,
-                kept=list(held),
-                planned=None if expected.kept is None else list(expected.kept),
-                bytes=measured,
-                planned_bytes=sum(p.nbytes(n, plan.dtype) for n in held) if expected.kept is None else expected.bytes,
-                dense_bytes=expected.dense_bytes,
-                threshold=p.selection is not None and p.selection.budget is None,
-                host_bytes=layer.parked_bytes(),
-                offloaded=p.storage.offload,
-                owner=None if p.owner == p.index else p.owner,
-            )
-        )
-    free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
-    total = sum(free) if free else None
-    report.verify(rows, total)
-    if plan.selected and not cache.evictions.events and cache.nbytes() >= sum(r.dense_bytes for r in rows):
-        wanted = sum(e.bytes for e in planned)
-        if wanted < sum(r.dense_bytes for r in rows):
-            raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
-    return rows, total
+    files.show(made)
+    return Outcome(str(folder), report.summary(made))
 
 
 def _proof_length(config: Config, model: Any) -> int:
@@ -224,3 +186,48 @@ def _machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     threads = torch.get_num_threads()
     return f"{device}, {threads} thread{'s' * (threads != 1)}, {platform.system()}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one compile left: the artifact's folder and the numbers of its summary row."""
+
+    path: str
+    summary: dict[str, float | int | str | None]
+
+
+def compile_config(config: Config) -> Outcome:
+    """One job of the command line: load, measure, compile, prove, measure again, report, save."""
+    pass
+    from kvcompile.models.loading import load
+
+    target(config)  # what cannot work, or cannot be written, fails before weights are read
+    compiler.plan_config(config)
+    with progress_bar() as progress:
+        model, tokenizer = load(config.model, progress)
+        return compile_and_report(model, tokenizer, config, progress)
+
+
+def target(config: Config) -> Path:
+    """Where the artifact goes. Raises KvcompileError for a place that is no folder of ours, or has another stack."""
+    from kvcompile.artifact.artifact import place
+
+    if config.output is None:
+        raise KvcompileError("a compile needs an output folder", "none", "output=<folder>")
+    folder = place(config.output)
+    there, here = _stack_at(folder / RECIPE), list(config.stack)
+    if there is not None and there != here:
+        raise KvcompileError(
+            "an artifact is replaced by one of the same policies only",
+            f"policy=[{','.join(here)}] where {folder} holds policy=[{','.join(there)}]",
+            "output=<another folder>, or remove the old one",
+        )
+    return folder
+
+
+def _stack_at(recipe: Path) -> list[str] | None:
+    """The policies of an artifact's recipe, in order; None where there is none that can be read."""
+    try:
+        return list(from_recipe(recipe.read_text(encoding="utf-8")).stack)
+    except (OSError, UnicodeDecodeError, KvcompileError):
+        return None  # what is broken may be replaced

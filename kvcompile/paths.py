@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import errno
+import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -13,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from kvcompile.errors import KvcompileError
+from kvcompile.progress import Progress, silent
 
 SHOWN = 120  # characters of a path in an error
 BESIDE = ".saving-12345678"  # a folder is made in one like this
@@ -142,3 +145,13 @@ def _temporary(folder: Path) -> Path:
         stacklevel=2,
     )
     return made
+
+
+def sha256(path: Path, progress: Progress = silent) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest, total = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        for piece in iter(functools.partial(file.read, 1 << 22), b""):
+            digest.update(piece)
+            progress(f"checking {path.name}", file.tell(), total)
+    return digest.hexdigest()

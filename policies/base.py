@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.policy import Policy
 from kvcompile.plan.selection import Allocation, Budget, Schedule, Score, Selection, Uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kvcompile.runtime.observation import Observation
-
-
-class Calibrator(Protocol):
-    """What calibration may use of the loaded model; the compiler provides it."""
-
-    model: Any
-    tokenizer: Any
-    layers: int
-    owners: list[int]  # layers with a cache of their own
-    progress: Callable[[str, int, int], None]
-
-    def attention(self, ids: Tensor, last: int) -> list[Tensor]:
-        """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Base of all policies. `name` is how recipes call it, `summary` the one line `kvcompile ls` prints."""
-
-    name: ClassVar[str]
-    family: ClassVar[Family]
-    summary: ClassVar[str]
-
-    def apply(self, plan: Plan) -> Plan:
-        """The plan with this policy in it. Raises KvcompileError where it cannot be."""
-        raise NotImplementedError
-
-    def calibrated(self, calibrator: Calibrator) -> Policy:
-        """The policy with what it must learn from the loaded model filled into its fields (default: nothing)."""
-        return self
-
-    @property
-    def uncalibrated(self) -> str | None:
-        """What `calibrated` has yet to find in the loaded model, in words; None: nothing."""
-        return None
-
-    def require(self, ok: bool, name: str, rule: str) -> None:
-        """Range check of a field, for `__post_init__`. Raises KvcompileError naming `stack.<policy>.<field>`."""
-        if not ok:
-            raise KvcompileError(f"stack.{self.name}: {name} must be {rule}", repr(getattr(self, name)))
 
 
 @dataclass(frozen=True)

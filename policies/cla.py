@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.policy import Calibrator, Policy
 from kvcompile.plan.structure import Fold
-from kvcompile.policies.base import Calibrator, Policy
 
 Variant = Literal["uniform", "keep_ends", "dense_front", "dense_back"]
 Pairs = Literal["fixed", "kv", "activations"]

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.policy import Policy
 from kvcompile.plan.storage import Codec
-from kvcompile.policies.base import Policy, require_layers
+from kvcompile.policies.base import require_layers
 
 
 @dataclass(frozen=True)

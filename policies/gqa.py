@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.policy import Calibrator, Policy
 from kvcompile.plan.structure import Align, Groups, Heads, Merge, contiguous
-from kvcompile.policies.base import Calibrator, Policy
 
 Method = Literal["mean", "first", "similarity"]
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
+from kvcompile.plan.policy import Calibrator, Policy
 from kvcompile.plan.structure import Factor, Latent
-from kvcompile.policies.base import Calibrator, Policy
 
 Select = Literal["position", "norm", "high", "low", "uniform"]
 MEASURED = ("position", "norm")

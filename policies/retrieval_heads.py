@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
+from kvcompile.plan.policy import Calibrator
 from kvcompile.plan.selection import Allocation, Budget, Schedule, Scope, Selection, Uniform
-from kvcompile.policies.base import Calibrator, TokenPolicy, choose, require_budget, scored_by
+from kvcompile.policies.base import TokenPolicy, choose, require_budget, scored_by
 
 RECENCY = "streaming"
 

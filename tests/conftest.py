@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out: 
 @pytest.fixture(scope="session")
 def real_model_dir() -> Path:
     """Folder of the default model; never fetched by a test."""
-    from kvcompile.models.loading import default_folder
+    from kvcompile.models.default import default_folder
 
     folder = default_folder()
     if not (folder / "manifest.json").exists():

@@ -11,8 +11,8 @@ from tiny import tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.stack import apply_stack, build_stack

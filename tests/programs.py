@@ -10,7 +10,7 @@ from tiny import tiny_config, tiny_model
 from torch import Tensor
 
 import kvcompile
-from kvcompile.compiler import plan_of
+from kvcompile.build import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.plan.plan import Plan
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny_ids
 from torch import Tensor
 
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import ORDER
 from kvcompile.stack import build_policy, discover, policy_class
 

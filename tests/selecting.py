@@ -11,7 +11,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.plan.selection import Allocation, Budget, LayerScores, Scope, Score, Selection
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.observation import Observation

@@ -9,10 +9,10 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
 from kvcompile.artifact.manifest import MANIFEST, RECIPE
-from kvcompile.compiler import target
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import to_recipe
+from kvcompile.config.recipe import to_recipe
 from kvcompile.errors import KvcompileError
+from kvcompile.job import target
 
 
 def test_an_artifact_of_other_policies_is_not_replaced(tmp_path: Path) -> None:

@@ -28,10 +28,11 @@ from tiny import tiny_ids
 from torch import Tensor
 
 from kvcompile.artifact import artifact
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
-from kvcompile.job import prove
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
+from kvcompile.evaluation.proof import prove
+from kvcompile.models.sharing import shared
 from kvcompile.policies.coded import StoragePolicy
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.eviction import compress, observe

@@ -25,12 +25,13 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.artifact import artifact
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
-from kvcompile.job import prove
+from kvcompile.evaluation.proof import prove
 from kvcompile.kernels.codecs import decode, encode
+from kvcompile.models.sharing import shared
 from kvcompile.plan.storage import FLUSH, Storage
 from kvcompile.runtime.hadamard import turn_basis
 

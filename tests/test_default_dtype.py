@@ -15,8 +15,8 @@ from test_contract import steps
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
+from kvcompile.models.sharing import shared
 from kvcompile.structure.convert import convert
 
 ROOT = Path(__file__).parents[1]

@@ -22,8 +22,7 @@ from random_stacks import (
 )
 
 from kvcompile.kernels.cpp import backend
-from kvcompile.plan.plan import Plan
-from kvcompile.structure.convert import converts
+from kvcompile.plan.plan import Plan, converts
 
 
 def as_planned(cache: Any, case: Case) -> None:

@@ -18,13 +18,14 @@ from contract_table import TABLE, compiled, dense, kept_positions
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import ModelCalibrator, shared
+from kvcompile.build import build, plan_of
+from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.retrieval import FORMS as CALIBRATED
-from kvcompile.compiler import build, plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.needle import FORMS, NeedleTask
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "branching.py"

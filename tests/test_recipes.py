@@ -14,8 +14,10 @@ from rich.console import Console
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
+from kvcompile import compiler
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import Config, from_recipe
+from kvcompile.config.recipe import from_recipe
+from kvcompile.config.schema import Config
 from kvcompile.policies.coded import StoragePolicy
 from kvcompile.report import plan_table
 from kvcompile.stack import discover, policy_class
@@ -63,7 +65,7 @@ def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
 @every
 def test_plan_only(name: str) -> None:
     config = compose([f"recipe={name}", "plan=only", "plan.context=2048", "plan.memory=1"])
-    plan, out = plan_table.plan_of(config), io.StringIO()
+    plan, out = compiler.plan_config(config), io.StringIO()
     plan_table.show(plan, config, Console(file=out, width=140))
     assert f"{name}-llama: llama" in out.getvalue()
     held, uncompressed = plan_table.cache_bytes(plan, 1, 2048)

@@ -13,11 +13,12 @@ import pytest
 
 import kvcompile.stack as stack
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import from_recipe, to_recipe
+from kvcompile.config.recipe import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
+from kvcompile.options import options_of
 from kvcompile.plan.plan import ORDER, Family, LayerPlan, Plan
-from kvcompile.policies.base import Policy
-from kvcompile.stack import apply_stack, build_stack, discover, options_of, policy_class
+from kvcompile.plan.policy import Policy
+from kvcompile.stack import apply_stack, build_stack, discover, policy_class
 
 
 @dataclass(frozen=True)

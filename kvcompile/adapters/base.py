@@ -105,3 +105,15 @@ class Attention(nn.Module):
         ops.observe(kv, queries, unrotated, step, layer)
         attended: Tensor = getattr(self, self.out)(states)
         return attended
+
+
+def prune(model: nn.Module) -> None:
+    """Take away what stood for projections that the graph turned out not to need."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Absent):
+                delattr(module, name)
+
+
+class Absent(nn.Module):
+    """Stands where a projection was whose layer reads another layer's keys and values, until the graph is traced."""

@@ -75,8 +75,8 @@ def load(
     Warns where another version of kvcompile wrote the texts of the kernels, and they differ from those that run.
     Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
     """
-    from kvcompile.compiler import build, plan_of
-    from kvcompile.config.schema import from_recipe, to_recipe
+    from kvcompile.build import build, plan_of
+    from kvcompile.config.recipe import from_recipe, to_recipe
 
     wanted, place = _dtype(torch_dtype if dtype is None else dtype), _device(device, device_map)
     folder = _local(path, hub)

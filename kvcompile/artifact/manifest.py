@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError, told
-from kvcompile.models.loading import sha256
 from kvcompile.models.provenance import base_of
+from kvcompile.paths import sha256
 
 if TYPE_CHECKING:
     from kvcompile.plan.plan import Plan

@@ -51,8 +51,9 @@ class Recorder(Score):
 def keys_values(model: Any, ids: Tensor) -> list[LayerKV]:
     """Keys and values of every layer of an uncompiled model over `ids [1, n]`, as its own graph caches them."""
     from kvcompile.adapters.architectures import describe
-    from kvcompile.calibration.probe import Everything, shared
-    from kvcompile.compiler import build
+    from kvcompile.build import build
+    from kvcompile.calibration.probe import Everything
+    from kvcompile.models.sharing import shared
 
     recorder = Recorder()
     selection = Selection("recorder", recorder, None, Everything())

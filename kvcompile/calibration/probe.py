@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Allocation, LayerScores, Score, Selection
 from kvcompile.runtime.observation import Observation
@@ -40,12 +40,6 @@ class Everything(Allocation):
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         """Row lengths."""
         return [layer.lengths for layer in layers]
-
-
-def shared(model: nn.Module) -> Any:
-    """A second model over the same weights: modules are copied, parameters and buffers are not."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 class ModelCalibrator:
@@ -81,7 +75,7 @@ class ModelCalibrator:
 
     def _build(self, window: int) -> None:
         from kvcompile.adapters.architectures import describe
-        from kvcompile.compiler import build
+        from kvcompile.build import build
 
         self._probe = Probe(window)
         selection = Selection("probe", self._probe, None, Everything())

@@ -17,7 +17,7 @@ from kvcompile.errors import KvcompileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kvcompile.policies.base import Calibrator
+    from kvcompile.plan.policy import Calibrator
 
 NAMES = ("Alice", "Boris", "Chloe", "David", "Elena", "Frank", "Grace", "Hugo", "Irene", "Jonas")
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Prague", "Seoul", "Dublin", "Vienna", "Havana", "Nairobi")

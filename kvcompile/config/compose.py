@@ -31,10 +31,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.exporters import registry
-from kvcompile.stack import discover, orphan, policy_class, schema, suggest
+from kvcompile.options import schema, suggest
+from kvcompile.stack import discover, orphan, policy_class
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 ONCE = {"policy": "each policy may be in the stack once", "export": "each exporter may be in export once"}

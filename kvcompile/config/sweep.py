@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcompile.errors import KvcompileError, QualityError, first_line
-from kvcompile.report.plan_table import size
+from kvcompile.report.units import size
 
 RESULT = "result.json"
 Cell = float | int | str | None

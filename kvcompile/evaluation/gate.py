@@ -8,10 +8,10 @@ from kvcompile import atomic
 from kvcompile.artifact.manifest import RECIPE
 from kvcompile.config.schema import GateConfig
 from kvcompile.errors import KvcompileError, QualityError, first_line
-from kvcompile.report import report
+from kvcompile.report import files, report
 from kvcompile.report.report import Report
 
-KEPT = {*report.FILES, RECIPE}
+KEPT = {*files.FILES, RECIPE}
 
 
 OPEN = "keep more of the cache, heal the model, or open the gate"
@@ -27,7 +27,7 @@ def check(made: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
         return
     place = folder.parent / f"{folder.name}-failed"
     keep(made, place, recipe)
-    report.show(made)
+    files.show(made)
     (rule, got), *others = broken
     more = "".join(f"; {rule}, got {got}" for rule, got in others)
     fix = f"{OPEN}; the report is in {place}, no artifact was written"
@@ -50,7 +50,7 @@ def keep(made: Report, place: Path, recipe: str) -> None:
         with atomic.making(place, ".failing-") as scratch:
             new = scratch / "report"
             new.mkdir()
-            report.write(made, new)
+            files.write(made, new)
             (new / RECIPE).write_text(recipe, encoding="utf-8")
             atomic.publish(new, place)
     except OSError as error:

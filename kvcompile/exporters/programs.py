@@ -54,7 +54,7 @@ class ProgramDoor(Door):
         """By what the cache takes at least: what a selection leaves of a prompt is not counted."""
         import psutil
 
-        from kvcompile.report.plan_table import size
+        from kvcompile.report.units import size
 
         least = self.batch * sum(p.kv_heads * p.nbytes(self._entries(p), plan.dtype) for p in plan.owners)
         memory = psutil.virtual_memory().total

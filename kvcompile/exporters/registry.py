@@ -9,8 +9,8 @@ from typing import Any
 
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.base import Door
+from kvcompile.options import filled, suggest
 from kvcompile.plan.plan import Plan
-from kvcompile.stack import filled, suggest
 
 DOORS = {  # in the order in which an error recommends them
     "hf": "kvcompile.exporters.hf:HF",

@@ -12,6 +12,7 @@ from kvcompile.exporters.base import Door, Exported
 from kvcompile.exporters.registry import build_doors, require_open
 from kvcompile.paths import require_here, require_short
 from kvcompile.progress import Progress, no_foreign_bars, silent
+from kvcompile.report import files
 
 if TYPE_CHECKING:
     from kvcompile.report.report import Report
@@ -40,14 +41,13 @@ def opened(artifact: str | Path) -> tuple[Any, Any, Report | None]:
 
     from kvcompile.artifact.artifact import load
     from kvcompile.artifact.weights import DATA_ONLY
-    from kvcompile.report import report
 
     folder = Path(artifact).expanduser()
     with no_foreign_bars():
         model = load(folder)
     read = (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, **DATA_ONLY) if read else None
-    return model, tokenizer, report.read(folder) if (folder / report.FILES[0]).is_file() else None
+    return model, tokenizer, files.read(folder) if (folder / files.FILES[0]).is_file() else None
 
 
 def write_new(

@@ -11,18 +11,17 @@ import torch.fx
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from kvcompile.kernels.dispatch import differentiable
-from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.opaque import opaque
 from kvcompile.plan.selection import Schedule
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime import eviction as selections
+from kvcompile.runtime.attention import attended
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 
 if TYPE_CHECKING:
-    from kvcompile.adapters.latent import Expansion
+    from kvcompile.runtime.attention import Expansion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,16 +118,6 @@ def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: E
     if expansion is not None:
         return expansion.attended(queries, kv, step, layer)
     return attended(queries, kv, step, layer).transpose(1, 2).flatten(2)
-
-
-def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
-    """Attention of queries `[B, H_q, Q, D]` to what `kv` holds, `[B, H_q, Q, D_v]`."""
-    store = kv.held
-    cache = step.cache
-    sums = selections.sums(kv, queries, step)
-    spec = cache.spec(layer, store.parts, sums is not None)
-    attend = differentiable(cache.route) if selections.learns(kv, queries) else cache.attend
-    return attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
 
 
 @at_the_cache

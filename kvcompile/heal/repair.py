@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvcompile.calibration.probe import shared
 from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.heldout import windows
@@ -20,9 +19,9 @@ from kvcompile.heal.losses import next_token
 from kvcompile.heal.optional import needed
 from kvcompile.heal.record import HealRecord
 from kvcompile.heal.weights import fill, flags_kept, own, projections, train_only
-from kvcompile.plan.plan import Plan
+from kvcompile.models.sharing import shared
+from kvcompile.plan.plan import Plan, converts
 from kvcompile.progress import Progress, no_foreign_bars
-from kvcompile.structure.convert import converts
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -9,10 +9,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from kvcompile.calibration.probe import shared
 from kvcompile.heal.budget import Stage
 from kvcompile.heal.losses import divergence, next_token, relative_error
 from kvcompile.heal.taps import attentions_alone, tapped
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.model import CompiledMixin
 
@@ -23,7 +23,7 @@ class Teacher:
     """The original model: what its attentions get and give, and its logits."""
 
     def __init__(self, original: Any, plan: Plan) -> None:
-        from kvcompile.compiler import build
+        from kvcompile.build import build
 
         self.model = build(shared(original), plan, "sdpa", converted=True)
         self.graph = tapped(self.model.kvcompile.graph)
@@ -68,7 +68,7 @@ class StudentMixin(CompiledMixin):
 
 def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
     """A trainable model over the weights of the converted, uncompiled `model` (LoRA may be in it already)."""
-    from kvcompile.compiler import build
+    from kvcompile.build import build
 
     made = build(model, plan, "sdpa", converted=True)
     compiled = type(made)

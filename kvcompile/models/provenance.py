@@ -68,7 +68,7 @@ def _named(config: Any) -> str | None:
 
 
 def _is_default(folder: Path) -> bool:
-    from kvcompile.models.loading import MANIFEST, WHEEL
+    from kvcompile.models.default import MANIFEST, WHEEL
 
     try:
         return bool(json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("source") == WHEEL)

@@ -339,3 +339,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     return value
+
+
+def converts(plan: Plan) -> bool:
+    """Whether a plan asks for other weights than the model's own."""
+    return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
+
+
+def text_wanted(plan: Plan) -> int:
+    """Tokens of text that `convert` needs."""
+    aligned = [p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"]
+    return max([*aligned, *(p.latent.tokens for p in plan.layers if p.latent)], default=0)

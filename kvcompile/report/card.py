@@ -75,7 +75,8 @@ def _lead(base: Base) -> str:
 def _plan(plan: Plan, tokens: int) -> str:
     from tabulate import tabulate
 
-    from kvcompile.report.plan_table import HEADINGS, cache_bytes, rows_of, size
+    from kvcompile.report.plan_table import HEADINGS, cache_bytes, rows_of
+    from kvcompile.report.units import size
 
     held, dense = cache_bytes(plan, 1, tokens)
     align = ["left", *["right"] * (len(HEADINGS) - 1)]

@@ -8,42 +8,16 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kvcompile.plan.plan import LayerBytes, LayerPlan, Plan
+from kvcompile.report.units import size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvcompile.config.schema import Config, ModelConfig
+    from kvcompile.config.schema import Config
 
 GIB = 1 << 30
 HEADINGS = ("layers", "KV heads", "kept per head", "precision", "bytes", "kept")
 ENDLESS = 1 << 40  # tokens; a cache that still fits then does not grow with the prompt
-
-
-def plan_of(config: Config) -> Plan:
-    """The plan of a config, from the model's configuration alone.
-
-    Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
-    not be exported.
-    """
-    from kvcompile import compiler
-    from kvcompile.exporters.registry import require_open
-    from kvcompile.models.loading import config_of
-
-    architecture = config_of(config.model)
-    dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
-    plan = compiler.plan_of(architecture, dtype, config, config.policies())
-    require_open(config.doors(), plan, architecture)
-    return plan
-
-
-def cache_dtype(model: ModelConfig, own: object) -> str:
-    """The cache's dtype: as asked; `auto` is float32 on a CPU and the checkpoint's `own` on an accelerator."""
-    if model.dtype != "auto":
-        return model.dtype
-    import torch
-
-    on_cpu = model.device == "cpu" or (model.device == "auto" and not torch.cuda.is_available())
-    return "float32" if on_cpu or own is None else str(own).removeprefix("torch.")
 
 
 def cache_bytes(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
@@ -170,14 +144,6 @@ def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:
         kept = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     numbers = f"{dtype}, latent {p.latent.rank} + {p.latent.rope}" if p.latent else p.storage.text(dtype)
     return str(p.kv_heads), kept, numbers, size(row.bytes), f"{row.bytes / row.dense_bytes:.1%}"
-
-
-def size(count: float) -> str:
-    """Bytes in binary units: three digits, and all before the point (`1.5 KiB`, `1,000 KiB`)."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(count) >= 1024 and len(units) > 1:
-        count, units = count / 1024, units[1:]
-    return f"{count:,.0f} {units[0]}" if abs(count) >= 999.5 else f"{count:.3g} {units[0]}"
 
 
 def _count(tokens: int | None) -> str:

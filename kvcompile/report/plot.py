@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.evaluation.needle import NeedleResult
 from kvcompile.heal.record import HealRecord
-from kvcompile.report.plan_table import size
+from kvcompile.report.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import BUG, KvcompileError
+from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.needle import NeedleRecord, NeedleResult
+from kvcompile.evaluation.proof import LayerRow
 from kvcompile.evaluation.speed import Comparison, Speed
 from kvcompile.heal.record import HealRecord
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-FILES = ("report.json", "report.md", "report.png")
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer after the measured prompt: tokens kept by each KV head, bytes held, and what the plan said.
-
-    planned: tokens per head, None where the split over heads or layers depends on the input; planned_bytes: what the
-    planned (else the kept) tokens take.
-    dense_bytes: what the uncompressed layer would hold. threshold: no budget, the scores alone decide.
-    host_bytes: of `bytes`, what was found in host memory; offloaded: the plan says that all of it lies there.
-    owner: the layer whose cache it reads, None where it has its own.
-    """
-
-    layer: int
-    kv_heads: int
-    kept: list[int]
-    planned: list[int] | None
-    bytes: int
-    planned_bytes: int
-    dense_bytes: int
-    threshold: bool = False
-    host_bytes: int = 0
-    offloaded: bool = False
-    owner: int | None = None
+    pass
 
 
 @dataclass(frozen=True)
@@ -122,32 +94,6 @@ class Report:
             ) from error
 
 
-def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
-    """Compare live cache and plan. Raises KvcompileError naming the layer and head where they differ.
-
-    planned_total: tokens that the layers without a plan of their own must hold together, over all their heads;
-    layers with a threshold are left out of that sum.
-    """
-    for row in rows:
-        where = f"layer {row.layer}"
-        _equal(f"{where} must hold its KV heads", len(row.kept), row.kv_heads)
-        if row.planned is not None:
-            _equal(f"{where} must have a plan for its KV heads", len(row.planned), row.kv_heads)
-            for head, (kept, planned) in enumerate(zip(row.kept, row.planned, strict=True)):
-                _equal(f"{where}, head {head} must hold the planned tokens", kept, planned)
-        _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
-        away = row.bytes if row.offloaded else 0
-        _equal(f"{where} must hold in host memory the bytes that are offloaded", row.host_bytes, away)
-        if row.bytes > row.dense_bytes:
-            raise KvcompileError(
-                f"{where} must not hold more than uncompressed", f"{row.bytes} > {row.dense_bytes} bytes"
-            )
-    if planned_total is not None:
-        free = [row for row in rows if row.planned is None and not row.threshold]
-        names = ", ".join(str(row.layer) for row in free)
-        _equal(f"layers {names} together must hold the planned tokens", sum(sum(r.kept) for r in free), planned_total)
-
-
 def summary(report: Report) -> dict[str, float | int | str | None]:
     """The numbers that a summary of many compiles shows; None where not measured."""
     needle, perplexity = report.needle or (None, None), report.perplexity or (None, None)
@@ -174,38 +120,3 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "decode_tokens_s_before": before.decode_tokens_s if before else None,
         "decode_tokens_s_after": after.decode_tokens_s if after else None,
     }
-
-
-def write(report: Report, folder: str | Path) -> list[Path]:
-    """Write report.json, report.md and report.png into `folder`, which must exist; returns their paths."""
-    from kvcompile.report.plot import draw
-    from kvcompile.report.tables import markdown
-
-    paths = [Path(folder) / name for name in FILES]
-    paths[0].write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(markdown(report), encoding="utf-8")
-    draw(report, paths[2])
-    return paths
-
-
-def read(folder: str | Path) -> Report:
-    """The report in `folder`. Raises KvcompileError if there is none or it is damaged."""
-    path = Path(folder) / FILES[0]
-    try:
-        return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise KvcompileError(f"{path.name} must be a readable report", str(error)) from error
-
-
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the whole report: losses of quality or speed in red, savings in green."""
-    from rich.console import Console
-
-    from kvcompile.report.tables import show as show_tables
-
-    show_tables(report, console or Console())
-
-
-def _equal(rule: str, held: int, planned: int) -> None:
-    if held != planned:
-        raise KvcompileError(f"measured cache and plan disagree: {rule}", f"{held} where {planned} was planned", BUG)

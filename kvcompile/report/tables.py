@@ -15,12 +15,13 @@ from tabulate import tabulate
 from kvcompile.evaluation.needle import NeedleResult
 from kvcompile.evaluation.speed import Comparison
 from kvcompile.heal.record import HealRecord
-from kvcompile.report.plan_table import size
+from kvcompile.report.units import size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvcompile.report.report import LayerRow, Report
+    from kvcompile.evaluation.proof import LayerRow
+    from kvcompile.report.report import Report
 
 Verdict = Literal["better", "worse", "wrong", ""]
 COLOUR: dict[Verdict, str] = {"better": "green", "worse": "bold red", "wrong": "bold red", "": ""}

@@ -14,10 +14,12 @@ from torch import Tensor
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import LayerScores, Score, Selection
-from kvcompile.runtime.cache import TRIM_EVERY, Rotary, Step
+from kvcompile.runtime.attention import sums, sums_wanted
+from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
+from kvcompile.runtime.positions import _close_ranks, _rotation
 
 Looks = list["LayerScores | None"] | None
 """One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
@@ -66,28 +68,6 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
 def learns(kv: LayerCache, queries: Tensor) -> bool:
     """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
     return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))
-
-
-def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
-    """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
-    s = kv.plan.selection
-    if s is None or not s.score.sums or learns(kv, queries):
-        return False
-    if s.score.carries:
-        asked = step.prefill or s.schedule.decode_every > 0
-    else:  # of one query: nobody may have been asked earlier
-        asked = queries.shape[2] == 1 and step.valid is None and not step.prefill and step.due(s.schedule.decode_every)
-    return asked and step.cache.scores(kv.held.parts, queries.dtype)
-
-
-def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
-    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody asks."""
-    if not sums_wanted(kv, queries, step):
-        return None
-    store = kv.held
-    if kv.plan.selection is not None and kv.plan.selection.score.carries:
-        step.cache.summed()
-    return kv.watch.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
 
 
 @torch.no_grad()
@@ -197,16 +177,6 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
         return step.shared[asked]
 
     return mean_rotation
-
-
-def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """The matrix `[D, D]` that turns row vectors by `cos, sin [D_rot]` (half-split); channels past `D_rot` stay."""
-    half = cos.shape[0] // 2
-    out = torch.eye(dim, device=cos.device, dtype=torch.float32)
-    out[: 2 * half, : 2 * half] = torch.diag(cos)
-    out[half : 2 * half, :half] -= torch.diag(sin[:half])
-    out[:half, half : 2 * half] += torch.diag(sin[half:])
-    return out
 
 
 def _look(layer: _Layer, b: int) -> LayerScores | None:
@@ -319,43 +289,6 @@ def _drop(step: Step, kv: LayerCache, indices: list[Tensor]) -> bool:
     step.cache.evicted(kv.plan.index, dropped)
     kv.watch.keep(indices, heads, longest)
     return True
-
-
-def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) -> None:
-    """Rotate kept keys to positions 0..n-1 (StreamingLLM: position inside the cache); new tokens follow on.
-
-    Between two evictions entry j of a row sits at rotary position j, so entry `indices[i]` turns by `i - indices[i]`.
-    """
-    cache = step.cache
-    kv.rewrite(
-        [
-            turn(
-                keys,
-                index_row,
-                torch.arange(index_row.numel(), device=keys.device, dtype=torch.int64),
-                cache.rotaries[index],
-            )
-            for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
-        ]
-    )
-    per_sequence = kv.held.lengths[:: kv.held.heads]
-    shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
-    cache.shift = torch.tensor(shift, device=indices[0].device, dtype=torch.int64)
-
-
-def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
-    """Rotated keys `[n, D]` moved from positions `old [n]` to `new [n]`, angles in float32.
-
-    k' = k cos(d) + rotate_half(k) sin(d), d = (new - old) theta; an amplitude in the rotary table cancels.
-    """
-    (cos_o, sin_o), (cos_n, sin_n) = ((x.float() for x in rotary(p)) for p in (old, new))
-    amplitude = cos_o.square() + sin_o.square()
-    cos = (cos_n * cos_o + sin_n * sin_o) / amplitude
-    sin = (sin_n * cos_o - cos_n * sin_o) / amplitude
-    width = cos.shape[-1]
-    first, second = keys[:, :width].float().chunk(2, -1)
-    turned = keys[:, :width].float() * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned.to(keys.dtype), keys[:, width:]), -1)
 
 
 def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:

@@ -24,7 +24,7 @@ def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]
     Raises KvcompileError without such a text, and for a rank that no layer of this width has.
     """
     from kvcompile.adapters.architectures import attentions
-    from kvcompile.structure.convert import layout_of
+    from kvcompile.structure.layout import layout_of
 
     mine = [(p, p.latent) for p in plan.layers if p.latent is not None]
     if not mine:
@@ -54,7 +54,7 @@ def calibrate(
     ranks as planned. What is not asked for comes back empty.
     """
     from kvcompile.adapters.architectures import attentions
-    from kvcompile.structure.convert import layout_of
+    from kvcompile.structure.layout import layout_of
 
     ranks, frequencies, modules = [], [], attentions(model)
     for p, seen in zip(plan.layers, moments(model, plan, ids, keep=True), strict=True):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.plan import LayerPlan, Plan, converts
 from kvcompile.structure.absorb import factorise, modules_of
 from kvcompile.structure.heads import fold_layers, merge_heads
 from kvcompile.structure.latent import Factors
-from kvcompile.structure.layout import LAYOUTS, Absent, Layout, Weights
+from kvcompile.structure.layout import Weights, layout_of
 
 Turns = dict[int, tuple[Tensor | None, Tensor | None]]  # layer -> rotations of its keys and values, `[H_kv, D, D]`
 
@@ -54,25 +54,6 @@ def reshape(model: Any, plan: Plan) -> None:
         _rewrite(model, plan, {}, {})
 
 
-def converts(plan: Plan) -> bool:
-    """Whether a plan asks for other weights than the model's own."""
-    return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
-
-
-def text_wanted(plan: Plan) -> int:
-    """Tokens of text that `convert` needs."""
-    aligned = [p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"]
-    return max([*aligned, *(p.latent.tokens for p in plan.layers if p.latent)], default=0)
-
-
-def prune(model: nn.Module) -> None:
-    """Take away what stood for projections that the graph turned out not to need."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Absent):
-                delattr(module, name)
-
-
 def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
     from kvcompile.adapters.architectures import attentions
 
@@ -100,19 +81,6 @@ def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) 
 
 def _merged(weights: Weights, p: LayerPlan, turns: Turns) -> Weights:
     return weights if p.heads is None else merge_heads(weights, p.heads, *turns.get(p.index, (None, None)))
-
-
-def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
-    """The projections of one attention of an uncompiled model. Raises KvcompileError for families without a layout."""
-    from kvcompile.adapters.architectures import architecture_of
-
-    adapter = architecture_of(model.config).adapter
-    if adapter not in LAYOUTS:
-        known = ", ".join(sorted(cls.__name__ for cls in LAYOUTS))
-        raise KvcompileError(
-            "weights can be converted only in layouts that are known", adapter.__name__, f"attention like {known}"
-        )
-    return LAYOUTS[adapter](attention, p.query_heads, p.dense_heads, p.head_dim)
 
 
 def _require_untied(model: Any) -> None:

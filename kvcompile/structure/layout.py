@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kvcompile.adapters.base import Attention
+from kvcompile.adapters.base import Absent, Attention
 from kvcompile.adapters.families import Fused, HeadNormed, Interleaved, Separate, WidthNormed
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.plan import LayerPlan
 
 
 @dataclass
@@ -58,10 +59,6 @@ class Weights:
         if self.key is None or self.value is None:
             raise ValueError("the layer has no keys and values of its own")
         return self.key, self.value
-
-
-class Absent(nn.Module):
-    """Stands where a projection was whose layer reads another layer's keys and values, until the graph is traced."""
 
 
 @dataclass(frozen=True)
@@ -274,3 +271,16 @@ def norm_of(old: nn.Module, weight: Tensor) -> nn.Module:
     new, like = copy.copy(old), old.get_parameter("weight")
     new._parameters = {**old._parameters, "weight": nn.Parameter(weight.detach().clone(), like.requires_grad)}
     return new
+
+
+def layout_of(model: Any, attention: nn.Module, p: LayerPlan) -> Layout:
+    """The projections of one attention of an uncompiled model. Raises KvcompileError for families without a layout."""
+    from kvcompile.adapters.architectures import architecture_of
+
+    adapter = architecture_of(model.config).adapter
+    if adapter not in LAYOUTS:
+        known = ", ".join(sorted(cls.__name__ for cls in LAYOUTS))
+        raise KvcompileError(
+            "weights can be converted only in layouts that are known", adapter.__name__, f"attention like {known}"
+        )
+    return LAYOUTS[adapter](attention, p.query_heads, p.dense_heads, p.head_dim)

@@ -51,7 +51,7 @@ def moments(model: Any, plan: Plan, ids: Tensor, keep: bool = False) -> list[Mom
 @torch.no_grad()
 def _measured(model: Any, plan: Plan, ids: Tensor) -> list[Moments]:
     from kvcompile.adapters.architectures import attentions, rotary
-    from kvcompile.structure.convert import layout_of
+    from kvcompile.structure.layout import layout_of
 
     modules = attentions(model)
     watchers = [

@@ -70,8 +70,8 @@ def with_owners(plan: Plan, owners: list[int], fold: Fold) -> Plan:
 @torch.no_grad()
 def divergence(model: Any, ids: Tensor, plan: Plan) -> float:
     """KL(original || converted) of the next token, mean over `ids [1, n]`, in nats."""
-    from kvcompile.calibration.probe import shared
-    from kvcompile.compiler import build
+    from kvcompile.build import build
+    from kvcompile.models.sharing import shared
 
     ids = ids.to(model.device)
     before = model(ids, use_cache=False).logits.float().log_softmax(-1)

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcompile.config.compose import check, compose, expand
-from kvcompile.config.schema import Config, ModelConfig, finish, from_recipe, to_recipe
+from kvcompile.config.recipe import from_recipe, to_recipe
+from kvcompile.config.schema import Config, ModelConfig
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
 from kvcompile.stack import discover
 

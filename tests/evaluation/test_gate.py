@@ -16,18 +16,19 @@ from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
 from kvcompile import compiler, job
-from kvcompile.compiler import plan_of
+from kvcompile.build import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import GateConfig
 from kvcompile.config.sweep import collect, run_job, summary_table
 from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.evaluation import gate
 from kvcompile.evaluation.needle import NeedleRecord, NeedleResult, NeedleTask
+from kvcompile.evaluation.proof import LayerRow
 from kvcompile.heal.record import HealRecord
 from kvcompile.job import compile_and_report
 from kvcompile.progress import silent
-from kvcompile.report import report
-from kvcompile.report.report import LayerRow, Report
+from kvcompile.report import files, report
+from kvcompile.report.report import Report
 
 QUICK = ["needle.enabled=false", "speed.enabled=false"]
 SMALL = ["perplexity.context=40", "perplexity.tokens=8", "perplexity.windows=2"]
@@ -78,7 +79,7 @@ def test_what_is_not_fails_and_keeps_its_report(
     assert str(place) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["out-failed"]
-    assert report.read(place).parameters == made.parameters
+    assert files.read(place).parameters == made.parameters
     assert (place / "recipe.yaml").read_text() == "the recipe"
     assert caught.value.summary["perplexity_before"] == 10.0
 
@@ -87,7 +88,7 @@ def test_a_second_failure_replaces_the_first_and_nothing_else(made: Report, tmp_
     for tokens in (9, 8):
         with pytest.raises(QualityError):
             gate.check(replace(made, tokens=tokens), GateConfig(0.0), tmp_path / "out", "r")
-    assert report.read(tmp_path / "out-failed").tokens == 8
+    assert files.read(tmp_path / "out-failed").tokens == 8
     (tmp_path / "out-failed" / "mine.txt").write_text("x")
     with pytest.raises(KvcompileError, match="other files"):
         gate.check(made, GateConfig(0.0), tmp_path / "out", "r")
@@ -96,7 +97,7 @@ def test_a_second_failure_replaces_the_first_and_nothing_else(made: Report, tmp_
 
 def test_a_compile_reports_parameters_bytes_and_perplexity_before_and_after(tmp_path: Path) -> None:
     outcome = compiled(tmp_path / "out", "policy=[mqa]")
-    row, made = outcome.summary, report.read(tmp_path / "out")
+    row, made = outcome.summary, files.read(tmp_path / "out")
     before = tiny_model().num_parameters()
     assert (row["parameters_before"], row["parameters_after"]) == (before, before - 4 * 2 * 16 * 64)
     assert row["bytes_per_token_before"] == 4 * 2 * 2 * 16 * 4  # layers, K and V, heads, dim, fp32; positions on top
@@ -121,7 +122,7 @@ def test_a_conversion_that_hurts_says_how_to_heal_it(made: Report) -> None:
 
 
 def test_a_dense_compile_has_the_perplexity_of_the_model(tmp_path: Path) -> None:
-    before, after = report.read(Path(compiled(tmp_path / "out").path)).perplexity or (0, 1)
+    before, after = files.read(Path(compiled(tmp_path / "out").path)).perplexity or (0, 1)
     assert after == pytest.approx(before, rel=1e-4)
 
 
@@ -152,7 +153,7 @@ def test_a_place_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path: 
     (tmp_path / "thesis.tex").write_text("x")
     for output, said in (("thesis.tex", "a file"), ("thesis.tex/out", "can be written to"), (".", "other files")):
         with pytest.raises(KvcompileError, match=said):
-            compiler.compile_config(compose(["model.pretrained=/nowhere", f"output={tmp_path / output}"]))
+            job.compile_config(compose(["model.pretrained=/nowhere", f"output={tmp_path / output}"]))
 
 
 @pytest.mark.parametrize(

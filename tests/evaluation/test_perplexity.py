@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from contract_table import KIVI8, compiled
 from tiny import tiny_ids, tiny_model
 
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.perplexity import cached_log_likelihood, cached_perplexity
+from kvcompile.models.sharing import shared
 
 
 def one_shot(model, window: torch.Tensor, context: int) -> torch.Tensor:

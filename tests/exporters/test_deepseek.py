@@ -14,7 +14,8 @@ from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 import kvcompile
 from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.deepseek import Deepseek, to_deepseek
 from kvcompile.exporters.hf import HF

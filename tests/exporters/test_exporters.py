@@ -15,10 +15,13 @@ import pytest
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 import kvcompile
+from kvcompile import compiler
 from kvcompile.adapters.architectures import describe
 from kvcompile.artifact import artifact, manifest
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import Config, finish, from_recipe, to_recipe
+from kvcompile.config.recipe import from_recipe, to_recipe
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters import registry
 from kvcompile.exporters.base import Door
@@ -26,8 +29,8 @@ from kvcompile.exporters.registry import build_doors, require_open
 from kvcompile.job import compile_and_report
 from kvcompile.plan.plan import Plan
 from kvcompile.progress import silent
-from kvcompile.report import plan_table
-from kvcompile.report.report import read
+from kvcompile.report import units
+from kvcompile.report.files import read
 from kvcompile.stack import apply_stack, build_stack
 
 
@@ -118,14 +121,14 @@ def test_a_refusal_names_the_reason_and_the_doors_that_are_open() -> None:
 
 def test_plan_only_asks_the_doors() -> None:
     with pytest.raises(KvcompileError, match="export=hf: a checkpoint holds weights"):
-        plan_table.plan_of(compose(["plan=only", "policy=[snapkv]", "export=[hf]"]))
-    plan_table.plan_of(compose(["plan=only", "policy=[gqa]", "export=[hf]"]))
+        compiler.plan_config(compose(["plan=only", "policy=[snapkv]", "export=[hf]"]))
+    compiler.plan_config(compose(["plan=only", "policy=[gqa]", "export=[hf]"]))
 
 
 def test_a_refusal_comes_before_the_weights(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)  # no weights there: reading them would be another error
     config = compose([f"model.pretrained={tmp_path}", "policy=[cla]", "export=[hf]"])
-    from kvcompile.compiler import compile_config
+    from kvcompile.job import compile_config
 
     with pytest.raises(KvcompileError, match="export=hf: no stock class"):
         compile_config(config)
@@ -139,7 +142,7 @@ def test_a_compile_leaves_its_exports_in_the_artifact(tmp_path: Path) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert read(made).exports == {"hf": files}
     told = " ".join((made / "report.md").read_text().split())
-    assert f"export/hf/model.safetensors | {plan_table.size(files['model.safetensors'])}" in told
+    assert f"export/hf/model.safetensors | {units.size(files['model.safetensors'])}" in told
     assert "export/hf/model.safetensors" in manifest.read(made).files
     assert kvcompile.load(made).kvcompile.plan.layers[0].kv_heads == 1
 

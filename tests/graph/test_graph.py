@@ -16,7 +16,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe, swap
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.passes import DropObservers, InsertCompression, Pass, TrimSliding, rewrite

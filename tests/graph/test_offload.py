@@ -8,12 +8,12 @@ import pytest
 from contract_table import Options, dense, plan_of
 from offloading import STACKS, offloaded
 
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.offload import InsertOffload
 from kvcompile.graph.wiring import appends
+from kvcompile.models.sharing import shared
 
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)

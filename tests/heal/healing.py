@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
 from kvcompile.config.compose import compose
+from kvcompile.models.sharing import shared
 from kvcompile.progress import Progress, silent
 
 STEP = 8 * 32  # tokens

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from kvcompile.compiler import plan_of
+from kvcompile.build import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.heal import checkpoints

@@ -11,10 +11,10 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.heal.student import Teacher, student
 from kvcompile.heal.taps import taps
+from kvcompile.models.sharing import shared
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

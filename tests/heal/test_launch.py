@@ -11,7 +11,7 @@ from healing import STEP, written
 from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile.report import report
+from kvcompile.report import files
 
 
 def test_torchrun_trains_on_two_processes_and_writes_one_artifact(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_torchrun_trains_on_two_processes_and_writes_one_artifact(tmp_path: Path
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    record = report.read(tmp_path / "out").healed
+    record = files.read(tmp_path / "out").healed
     assert record is not None
     assert (record.steps, record.tokens) == (6, 6 * 2 * STEP), "a step is as many tokens as all processes read"
     assert record.perplexity[2] != record.perplexity[1]

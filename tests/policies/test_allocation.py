@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import tiny_ids
 from torch._subclasses import FakeTensorMode
 
+from kvcompile.evaluation.proof import prove
 from kvcompile.exporters.static.selection import Look, allotted
-from kvcompile.job import prove
 from kvcompile.plan.selection import Allocation, Demand, LayerScores, Uniform
 from kvcompile.policies.adakv import AdaptiveHeads, hits
 from kvcompile.policies.allocation import largest_remainder, water_fill

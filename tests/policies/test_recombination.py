@@ -8,9 +8,10 @@ import pytest
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.policy import Policy
 from kvcompile.plan.selection import Budget, Schedule, Selection, Uniform
 from kvcompile.policies.adakv import AdaKV, AdaptiveHeads
-from kvcompile.policies.base import Policy, scored_by
+from kvcompile.policies.base import scored_by
 from kvcompile.policies.corm import CORM
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.policies.h2o import H2O

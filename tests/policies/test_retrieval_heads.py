@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Uniform

@@ -101,7 +101,7 @@ def test_every_shipped_model_has_a_known_licence() -> None:
 
 
 def test_the_default_model_is_known_by_its_manifest(tmp_path: Path) -> None:
-    from kvcompile.models.loading import WHEEL
+    from kvcompile.models.default import WHEEL
 
     (tmp_path / "manifest.json").write_text(f'{{"source": "{WHEEL}"}}')
     config = tiny_config("llama")

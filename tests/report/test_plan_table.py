@@ -10,11 +10,12 @@ import contract_table
 import pytest
 from rich.console import Console
 
+from kvcompile import compiler
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import Config, ModelConfig, PlanConfig
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.selection import Budget, Score, Selection
-from kvcompile.report import plan_table
+from kvcompile.report import plan_table, units
 
 LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 8
 TOKEN_BYTES = LAYERS * KV_HEADS * HEAD_DIM * 2 * 4  # keys and values, float32
@@ -70,7 +71,7 @@ def test_table_groups_layers_alike_and_shows_owners() -> None:
 def test_a_plan_that_calibration_may_change_says_so(given: list[str], said: bool) -> None:
     """Which heads retrieve is found in the loaded model; a plan without one only guesses where they are."""
     config = compose(["recipe=retrieval_heads", *given])
-    text = " ".join(shown(plan_table.plan_of(config), config).split())
+    text = " ".join(shown(compiler.plan_config(config), config).split())
     assert ("not calibrated: retrieval_heads finds out which heads retrieve when a model is compiled" in text) == said
 
 
@@ -106,17 +107,17 @@ def test_summary_row_has_the_totals() -> None:
     ],
 )
 def test_sizes_read_well(number: int, text: str) -> None:
-    assert plan_table.size(number) == text
+    assert units.size(number) == text
 
 
 def test_cache_dtype_follows_the_model() -> None:
-    assert plan_table.cache_dtype(ModelConfig(dtype="bfloat16"), "torch.float32") == "bfloat16"
-    assert plan_table.cache_dtype(ModelConfig(device="cpu"), "torch.bfloat16") == "float32"
-    assert plan_table.cache_dtype(ModelConfig(device="cuda"), "torch.bfloat16") == "bfloat16"
+    assert compiler.cache_dtype(ModelConfig(dtype="bfloat16"), "torch.float32") == "bfloat16"
+    assert compiler.cache_dtype(ModelConfig(device="cpu"), "torch.bfloat16") == "float32"
+    assert compiler.cache_dtype(ModelConfig(device="cuda"), "torch.bfloat16") == "bfloat16"
 
 
 def test_plan_of_the_default_model_needs_no_weights() -> None:
-    p = plan_table.plan_of(compose(["policy=[snapkv]", "budget=0.5", "prefill_chunk=256"]))
+    p = compiler.plan_config(compose(["policy=[snapkv]", "budget=0.5", "prefill_chunk=256"]))
     assert (len(p.layers), p.layers[0].kv_heads, p.layers[0].head_dim, p.prefill_chunk) == (30, 3, 64, 256)
     held, dense = plan_table.cache_bytes(p, 1, 1000)
     assert held * 2 == dense

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.needle import NeedleRecord, NeedleResult
+from kvcompile.evaluation.proof import LayerRow, verify
 from kvcompile.evaluation.speed import Comparison, Speed
-from kvcompile.report.report import LayerRow, Report, read, show, summary, verify, write
+from kvcompile.report.files import read, show, write
+from kvcompile.report.report import Report, summary
 
 TOKEN = 512  # bytes of one token of one head
 

@@ -10,11 +10,11 @@ from contract_table import KIVI8, LAYERS, Options, dense, kept_positions, plan_o
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose, scores
 from kvcompile.kernels.spec import plain
+from kvcompile.models.sharing import shared
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.observation import Observation

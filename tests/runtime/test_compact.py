@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvcompile.adapters.architectures import rotary
 from kvcompile.plan.selection import Schedule, Score
-from kvcompile.runtime.eviction import turn
 from kvcompile.runtime.observation import Observation
+from kvcompile.runtime.positions import turn
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
 

@@ -12,10 +12,10 @@ from test_contract import steps
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.hadamard import block_of, matrix, turn_basis
 

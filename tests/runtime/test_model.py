@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.errors import KvcompileError
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.policies.snapkv import SnapKV

@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor, nn
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.stack import apply_stack, build_stack
 
 PROMPT, NEW = 40, 4

@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.compiler import build
+from kvcompile.build import build
 from kvcompile.kernels import dispatch
 from kvcompile.kernels.cpp import build as toolchain
 from kvcompile.kernels.spec import plain

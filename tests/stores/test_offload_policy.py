@@ -16,14 +16,14 @@ from tiny import tiny_ids
 from torch import Tensor
 
 from kvcompile.artifact import artifact
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
-from kvcompile.job import prove
+from kvcompile.evaluation.proof import prove, verify
+from kvcompile.models.sharing import shared
 from kvcompile.plan.storage import FLUSH
 from kvcompile.report import plan_table
-from kvcompile.report.report import verify
 from kvcompile.runtime.cache import KVCache
 from kvcompile.stores.host import Host, travelling
 

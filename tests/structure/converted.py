@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from kvcompile.adapters.architectures import attentions, describe
-from kvcompile.calibration.probe import shared
-from kvcompile.compiler import build
+from kvcompile.build import build
+from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack, build_stack
-from kvcompile.structure.convert import layout_of
-from kvcompile.structure.layout import Weights
+from kvcompile.structure.layout import Weights, layout_of
 
 Stack = dict[str, dict[str, Any]]
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}  # 4 KV heads of 2 query heads

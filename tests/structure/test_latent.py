@@ -12,8 +12,8 @@ from tiny import tiny_ids, tiny_model
 from kvcompile.adapters.architectures import attentions, describe, rotary
 from kvcompile.calibration.activations import attention_inputs
 from kvcompile.plan.structure import Latent
-from kvcompile.structure.convert import layout_of
 from kvcompile.structure.latent import Components, components, decompose
+from kvcompile.structure.layout import layout_of
 from kvcompile.structure.moments import Moments, moments
 
 TEXT = tiny_ids(1, 300, seed=7)

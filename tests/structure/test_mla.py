@@ -15,11 +15,14 @@ from tiny import tiny_ids, tiny_model, tiny_tokenizer
 import kvcompile
 from kvcompile.adapters.architectures import attentions, describe
 from kvcompile.artifact import artifact
-from kvcompile.calibration.probe import ModelCalibrator, shared
-from kvcompile.compiler import assemble, build
-from kvcompile.config.schema import Config, finish
+from kvcompile.build import build
+from kvcompile.calibration.probe import ModelCalibrator
+from kvcompile.compiler import assemble
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
-from kvcompile.job import prove
+from kvcompile.evaluation.proof import prove
+from kvcompile.models.sharing import shared
 from kvcompile.plan.structure import Latent
 from kvcompile.progress import silent
 from kvcompile.structure import absorb

@@ -98,9 +98,8 @@ def test_folding_layers_takes_the_mean_of_their_weights(name: str) -> None:
     from converted import edit
 
     from kvcompile.adapters.architectures import attentions
-    from kvcompile.structure.convert import layout_of
     from kvcompile.structure.heads import fold_layers
-    from kvcompile.structure.layout import Weights
+    from kvcompile.structure.layout import Weights, layout_of
 
     model, plan = tiny_model(name), describe(tiny_model(name).config)
     layers = [layout_of(model, a, p).read() for a, p in zip(attentions(model), plan.layers, strict=True)]

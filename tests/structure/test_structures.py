@@ -13,14 +13,16 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import kvcompile
+from kvcompile import compiler
 from kvcompile.artifact import artifact, manifest
-from kvcompile.calibration.probe import shared
 from kvcompile.compiler import assemble
 from kvcompile.config.compose import compose
-from kvcompile.config.schema import Config, finish
+from kvcompile.config.schema import Config
+from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
+from kvcompile.evaluation.proof import prove
 from kvcompile.graph.wiring import wiring
-from kvcompile.job import prove
+from kvcompile.models.sharing import shared
 from kvcompile.report import plan_table
 from kvcompile.stack import discover
 
@@ -188,7 +190,7 @@ def test_four_kinds_multiply(tmp_path: Path) -> None:
 
 def test_plan_only_shows_what_is_shared() -> None:
     config = compose(["policy=[gqa,cla,zigzag]", "stack.zigzag.budget=0.5", "plan=only"])
-    plan = plan_table.plan_of(config)
+    plan = compiler.plan_config(config)
     held, uncompressed = plan_table.cache_bytes(plan, 1, 4096)
     assert held / uncompressed == pytest.approx(1 / 3 / 2 / 2)
     assert [p.owner for p in plan.layers][:4] == [0, 0, 2, 2]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.adapters.latent import Expansion, per_head
 from kvcompile.exporters.static import shared_rows
 from kvcompile.exporters.static.attention import causal, masked
 from kvcompile.exporters.static.capacity import Room
@@ -18,6 +17,7 @@ from kvcompile.exporters.static.selection import Asked, Entries, Look, allotted,
 from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import FLUSH
+from kvcompile.runtime.attention import Expansion, per_head
 from kvcompile.runtime.cache import Rotary
 from kvcompile.runtime.hadamard import turn_basis
 

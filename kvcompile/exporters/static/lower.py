@@ -9,12 +9,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from kvcompile.adapters.latent import Expansion
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.static.cache import DecodeCache, PrefillCache, State, empty
 from kvcompile.exporters.static.capacity import Limits, Room, rooms
 from kvcompile.graph import ops
 from kvcompile.plan.plan import Plan
+from kvcompile.runtime.attention import Expansion
 from kvcompile.runtime.cache import Rotary
 
 Cache = PrefillCache | DecodeCache

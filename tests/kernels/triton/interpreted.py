@@ -316,7 +316,7 @@ def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatc
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.architectures import describe
-    from kvcompile.compiler import build
+    from kvcompile.build import build
     from kvcompile.kernels.triton import launch
     from kvcompile.stack import apply_stack, build_stack
 
@@ -350,7 +350,7 @@ def test_a_whole_model_runs_on_it() -> None:
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.architectures import describe
-    from kvcompile.compiler import build
+    from kvcompile.build import build
     from kvcompile.policies.kivi import KIVI
 
     ids = tiny_ids(2, 21)

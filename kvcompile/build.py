@@ -1,0 +1,59 @@
+"""A plan and a model become a compiled model; weights are converted before, by the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvcompile.config.schema import Config
+from kvcompile.plan.plan import Plan
+from kvcompile.stack import apply_stack
+
+if TYPE_CHECKING:
+    from kvcompile.plan.policy import Policy
+
+
+def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Policy]) -> Plan:
+    """The checked plan of a stack on a model, from the model's config alone."""
+    from dataclasses import replace
+
+    from kvcompile.adapters.architectures import describe
+
+    plan = replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
+    return apply_stack(plan, policies)
+
+
+def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", converted: bool = False) -> Any:
+    """Rewrite `model` in place to what `plan` says: convert weights, swap attention, trace, passes, wiring check.
+
+    On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
+    converted: the weights are those of the plan already.
+    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
+    """
+    from kvcompile.adapters.architectures import rotations, swap
+    from kvcompile.adapters.base import prune
+    from kvcompile.adapters.latent import latent_rotations
+    from kvcompile.graph.passes import rewrite
+    from kvcompile.graph.tracer import skeleton, trace
+    from kvcompile.graph.wiring import verify
+    from kvcompile.kernels.dispatch import choose
+    from kvcompile.kernels.linear import lower
+    from kvcompile.models.loading import align_weights
+    from kvcompile.runtime.model import Compiled, adopt
+    from kvcompile.structure.convert import convert
+    from kvcompile.structure.rotate import fold_rotation
+
+    route = choose(kernels, model.device)  # one that cannot run here fails before any work
+    align_weights(model)
+    if not converted:
+        convert(model, plan)
+        fold_rotation(model, plan)
+    rotaries = latent_rotations(rotations(model), plan)
+    swap(model, plan)
+    graph = trace(model)
+    changes = rewrite(graph, plan).changes
+    verify(graph.graph, plan)
+    prune(model)
+    if route == "cpp":
+        changes["DecodeLinear"] = lower(model)
+    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes))

@@ -1,0 +1,125 @@
+"""A composed config becomes a checked one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvcompile.config.schema import DTYPES, KERNELS, MODES, Config, GateConfig, HealConfig, PerplexityConfig
+from kvcompile.errors import KvcompileError, first_line
+from kvcompile.options import options_of, suggest
+from kvcompile.stack import policy_class
+
+
+def finish(config: Config) -> Config:
+    """The config with the budget shortcut folded in, every policy's fields filled in, and an output folder.
+
+    Raises KvcompileError where a value is of the wrong type or out of range.
+    """
+    config = replace(_budgeted(_typed(config)), budget=None)
+    config = replace(config.with_policies(config.policies()), export=options_of(config.doors()))
+    _check(config)
+    given = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
+    return replace(config, output=config.output or given)
+
+
+def _typed(config: Config) -> Config:
+    """The config with every setting of its type and every `${...}` resolved; `build_stack` does so for policies."""
+    try:
+        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, stack={}, export={})))
+    except OmegaConfBaseException as error:
+        where, said = getattr(error, "full_key", None), first_line(error)
+        raise KvcompileError(f"{where}: {said}" if where else said) from error
+    return replace(cast(Config, plain), stack=config.stack, export=config.export)
+
+
+def _budgeted(config: Config) -> Config:
+    if config.budget is None:
+        return config
+    takers = [n for n in config.stack if "budget" in {f.name for f in dataclasses.fields(policy_class(n))}]
+    if not takers:
+        raise KvcompileError(
+            "budget needs a policy that has one in the stack",
+            f"budget={config.budget:g} with policy=[{','.join(config.stack)}]",
+            "choose a recipe, e.g. recipe=zigzag, or drop budget",
+        )
+    given = {name: {**config.stack[name], "budget": config.budget} for name in takers}
+    return replace(config, stack={**config.stack, **given})
+
+
+def _check(config: Config) -> None:
+    m, n, s, p = config.model, config.needle, config.speed, config.plan
+    _one_of("model.dtype", m.dtype, DTYPES)
+    _one_of("kernels", config.kernels, KERNELS)
+    _one_of("plan", p.mode, MODES)
+    if config.artifact and not config.export:
+        raise KvcompileError(
+            "artifact=<folder> only exports what is compiled, so it needs export=[...]",
+            f"artifact={config.artifact}",
+            "export=[hf]",
+        )
+    if config.artifact and p.mode == "only":
+        raise KvcompileError(
+            "plan=only plans a compile, and an artifact is compiled already",
+            f"plan=only with artifact={config.artifact}",
+            "plan=run",
+        )
+    if config.artifact and (config.stack or config.recipe):
+        raise KvcompileError(
+            "an artifact is compiled already",
+            f"artifact={config.artifact} with {f'recipe={config.recipe}' if config.recipe else 'policies'}",
+            "drop one of the two",
+        )
+    _require(config.prefill_chunk >= 0, "prefill_chunk", config.prefill_chunk, "0 (whole prompt at once) or more")
+    _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
+    _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
+    _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
+    _check_quality(config.perplexity, config.gate, n.enabled)
+    _check_heal(config.heal)
+    _require(s.context >= 1, "speed.context", s.context, "1 or more")
+    _require(s.tokens >= 1, "speed.tokens", s.tokens, "1 or more")
+    _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
+    _require(p.context >= 1, "plan.context", p.context, "1 or more")
+    _require(p.memory is None or p.memory > 0, "plan.memory", p.memory, "more than 0 GiB")
+
+
+def _check_quality(p: PerplexityConfig, gate: GateConfig, needle: bool) -> None:
+    for name in ("context", "tokens", "windows"):
+        _require(getattr(p, name) >= 1, f"perplexity.{name}", getattr(p, name), "1 or more")
+    most, least = gate.max_ppl_increase, gate.min_needle
+    _require(most is None or most >= 0, "gate.max_ppl_increase", most, "0 or more, as a fraction: 0.1 is a tenth more")
+    _require(least is None or 0 <= least <= 1, "gate.min_needle", least, "in [0, 1], a fraction of the score before")
+    for name, wanted, measured in (("perplexity", most, p.enabled), ("needle", least, needle)):
+        if wanted is not None and not measured:
+            raise KvcompileError(
+                "a gate needs what it judges to be measured", f"{name}.enabled=false", f"{name}.enabled=true"
+            )
+
+
+def _check_heal(h: HealConfig) -> None:
+    _one_of("heal.loss", h.loss, ("distill", "lm"))
+    _one_of("heal.weights", h.weights, ("full", "lora"))
+    _one_of("heal.scope", h.scope, ("attention", "all"))
+    _require(h.minutes is None or h.minutes > 0, "heal.minutes", h.minutes, "more than 0")
+    _require(0 <= h.layers <= 1, "heal.layers", h.layers, "in [0, 1], a share of the budget")
+    _require(h.temperature > 0, "heal.temperature", h.temperature, "more than 0")
+    _require(h.length >= 2, "heal.length", h.length, "2 or more")
+    for name in ("tokens", "hidden", "lr", "layers_lr", "checkpoint_minutes"):
+        _require(getattr(h, name) >= 0, f"heal.{name}", getattr(h, name), "0 or more")
+    for name in ("batch", "accumulate", "rank"):
+        _require(getattr(h, name) >= 1, f"heal.{name}", getattr(h, name), "1 or more")
+
+
+def _require(ok: bool, name: str, got: object, rule: str) -> None:
+    if not ok:
+        raise KvcompileError(f"{name} must be {rule}", got)
+
+
+def _one_of(name: str, got: str, known: Iterable[str]) -> None:
+    if got not in known:
+        raise KvcompileError(f"unknown {name}", repr(got), suggest(got, known))
