@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import decode, encode
 from kvcompile.plan.storage import Codec
-from kvcompile.stores.codes import Codes, Format
+
+if TYPE_CHECKING:
+    from kvcompile.stores.codes import Codes, Format
 
 COARSE = 2.0**-18  # of float16's steps of 2^-24, 64 or fewer: from here on a scale's rounding is worth a look
 WORSE = 2.0  # times the error that the same numbers have where float16 holds their scales in full

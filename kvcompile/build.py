@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.config.schema import Config
 from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack
 
 if TYPE_CHECKING:
+    from kvcompile.config.schema import Config
     from kvcompile.plan.policy import Policy
 
 
@@ -23,12 +23,12 @@ def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Po
     return apply_stack(plan, policies)
 
 
-def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", converted: bool = False) -> Any:
-    """Rewrite `model` in place to what `plan` says: convert weights, swap attention, trace, passes, wiring check.
+def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> Any:
+    """Rewrite `model` in place to what `plan` says: swap attention, trace, passes, wiring check.
 
+    Its weights are those of the plan already: `structure.convert.convert` makes them so.
     On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
-    converted: the weights are those of the plan already.
-    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
+    Raises KvcompileError where an adapter, a pass or the wiring check fails.
     """
     from kvcompile.adapters.architectures import rotations, swap
     from kvcompile.adapters.base import prune
@@ -40,14 +40,9 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "", conve
     from kvcompile.kernels.linear import lower
     from kvcompile.models.loading import align_weights
     from kvcompile.runtime.model import Compiled, adopt
-    from kvcompile.structure.convert import convert
-    from kvcompile.structure.rotate import fold_rotation
 
     route = choose(kernels, model.device)  # one that cannot run here fails before any work
     align_weights(model)
-    if not converted:
-        convert(model, plan)
-        fold_rotation(model, plan)
     rotaries = latent_rotations(rotations(model), plan)
     swap(model, plan)
     graph = trace(model)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile import build
 from kvcompile.build import build, plan_of
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import to_recipe
@@ -62,7 +61,7 @@ def assemble(
     config = config.with_policies(policies)
     plan = plan_of(original, dtype, config, policies)
     fold_rotation(model, plan)
-    built = build(model, plan, config.kernels, to_recipe(config), converted=True)
+    built = build(model, plan, config.kernels, to_recipe(config))
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built
 
@@ -113,7 +112,7 @@ def plan_config(config: Config) -> Plan:
 
     architecture = config_of(config.model)
     dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
-    plan = build.plan_of(architecture, dtype, config, config.policies())
+    plan = plan_of(architecture, dtype, config, config.policies())
     require_open(config.doors(), plan, architecture)
     return plan
 

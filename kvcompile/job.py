@@ -16,8 +16,8 @@ from kvcompile.artifact import artifact, weights
 from kvcompile.artifact.manifest import RECIPE
 from kvcompile.calibration.text import sentences
 from kvcompile.config.recipe import from_recipe
-from kvcompile.config.schema import Config
-from kvcompile.errors import KvcompileError
+from kvcompile.config.schema import Config, GateConfig
+from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.evaluation import gate
 from kvcompile.evaluation.heldout import longest, windows
 from kvcompile.evaluation.needle import NeedleResult, NeedleTask, score
@@ -25,6 +25,7 @@ from kvcompile.evaluation.perplexity import of_windows
 from kvcompile.evaluation.proof import prove
 from kvcompile.evaluation.speed import Comparison, compare
 from kvcompile.exporters.write import FOLDER, write_into
+from kvcompile.heal.corpus import held_out
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan, converts
 from kvcompile.progress import Progress, progress_bar
@@ -71,7 +72,7 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     )
     del original
     made = replace(made, warnings=warnings(compiled, made))
-    gate.check(made, config.gate, folder, compiled.kvcompile.recipe)
+    judge(made, config.gate, folder, compiled.kvcompile.recipe)
 
     def add(tmp: Path) -> None:
         nonlocal made
@@ -85,6 +86,23 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         shutil.rmtree(workspace, ignore_errors=True)
     files.show(made)
     return Outcome(str(folder), report.summary(made))
+
+
+def judge(made: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
+    """Raise QualityError if a report is worse than `wanted` allows, after writing it to `<folder>-failed`.
+
+    `folder` itself is not touched: what an earlier compile left there stays.
+    """
+    broken = gate.broken(made, wanted)
+    if not broken:
+        return
+    place = folder.parent / f"{folder.name}-failed"
+    files.keep(made, place, {RECIPE: recipe})
+    files.show(made)
+    (rule, got), *others = broken
+    more = "".join(f"; {rule}, got {got}" for rule, got in others)
+    fix = f"{gate.OPEN}; the report is in {place}, no artifact was written"
+    raise QualityError(rule, f"{got}{more}", fix, output=str(place), summary=report.summary(made))
 
 
 def _proof_length(config: Config, model: Any) -> int:
@@ -108,7 +126,7 @@ def _material(model: Any, tokenizer: Any, config: Config) -> tuple[Tensor | None
     tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in lengths]
     for task in tasks:
         replace(task, samples=1).prompts(tokenizer)
-    return windows(model, tokenizer, config) if config.perplexity.enabled else None, tasks
+    return windows(model, held_out(config, tokenizer), config.perplexity) if config.perplexity.enabled else None, tasks
 
 
 def _needle(

@@ -25,6 +25,7 @@ class Attention(nn.Module):
     Raises KvcompileError where the original has other submodules than its family.
     """
 
+    kvcompile_traced: ClassVar[bool] = True  # see `graph.tracer.TRACED`
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     out: ClassVar[str] = "o_proj"
     q_proj: nn.Module

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile import atomic
 from kvcompile.artifact import kernel_texts, manifest, weights
-from kvcompile.artifact.manifest import CONFIG, PLAN, RECIPE, Manifest, in_words, stamp, versions
+from kvcompile.artifact.manifest import CONFIG, PLAN, RECIPE, Manifest, stamp
 from kvcompile.errors import KvcompileError, first_line, told
+from kvcompile.models.provenance import in_words, versions
 from kvcompile.paths import require_here, require_short, sync
 from kvcompile.report import card
 
@@ -88,7 +89,7 @@ def load(
     with told(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
         plan = plan_of(original, wanted or stored.dtype, config, config.policies())
     model = _placed(weights.read(folder, stored, original, plan), place)
-    model = build(model, plan, config.kernels, to_recipe(config), converted=True)
+    model = build(model, plan, config.kernels, to_recipe(config))
     kernel_texts.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=wanted is not None), folder, facts)
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     return model

@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.artifact.manifest import REMADE, Manifest, read_text, versions
+from kvcompile.artifact.manifest import REMADE, Manifest, read_text
 from kvcompile.errors import FOREIGN, KvcompileError, shortened
+from kvcompile.models.provenance import versions
 
 if TYPE_CHECKING:
     from kvcompile.kernels.spec import KernelSpec

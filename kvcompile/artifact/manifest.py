@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError, told
-from kvcompile.models.provenance import base_of
+from kvcompile.models.provenance import base_of, versions
 from kvcompile.paths import sha256
+from kvcompile.report.card import CARD
 
 if TYPE_CHECKING:
     from kvcompile.plan.plan import Plan
@@ -22,7 +22,6 @@ FORMAT = 2
 TEXT_BYTES = 16 << 20  # most that a text in an artifact may have: reading it must end
 MANIFEST, CONFIG, RECIPE, PLAN = "manifest.json", "config.json", "recipe.yaml", "plan.json"
 REQUIRED = (CONFIG, RECIPE, PLAN)
-CARD = "README.md"
 OURS = "give the folder that kvcompile wrote"
 REMADE = "compile again, or copy the whole folder again from where it was made"
 
@@ -44,16 +43,6 @@ class Manifest:
     created: str
     plan: str
     files: dict[str, Fact]
-
-
-def versions() -> dict[str, str]:
-    """The packages that decide what a compiled model computes."""
-    return {name: version(name) for name in ("kvcompile", "torch", "transformers")}
-
-
-def in_words(versions: dict[str, str]) -> str:
-    """`kvcompile 0.1.0, torch 2.13.0`."""
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def stamp(plan: Plan, config: Any) -> dict[str, Any]:

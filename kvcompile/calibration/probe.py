@@ -81,4 +81,4 @@ class ModelCalibrator:
         selection = Selection("probe", self._probe, None, Everything())
         plan = self.plan or describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
         plan = plan.map(lambda p: replace(p, selection=selection))
-        self._probed = build(shared(self.model), plan, converted=True)
+        self._probed = build(shared(self.model), plan)

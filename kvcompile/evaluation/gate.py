@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvcompile import atomic
-from kvcompile.artifact.manifest import RECIPE
-from kvcompile.config.schema import GateConfig
-from kvcompile.errors import KvcompileError, QualityError, first_line
-from kvcompile.report import files, report
-from kvcompile.report.report import Report
-
-KEPT = {*files.FILES, RECIPE}
-
+if TYPE_CHECKING:
+    from kvcompile.config.schema import GateConfig
+    from kvcompile.report.report import Report
 
 OPEN = "keep more of the cache, heal the model, or open the gate"
 
 
-def check(made: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
-    """Raise QualityError if a report is worse than `wanted` allows, after writing it to `<folder>-failed`.
-
-    `folder` itself is not touched: what an earlier compile left there stays. A perplexity that is no number fails.
-    """
-    broken = [text for text in (_perplexity(made, wanted), _needle(made, wanted)) if text]
-    if not broken:
-        return
-    place = folder.parent / f"{folder.name}-failed"
-    keep(made, place, recipe)
-    files.show(made)
-    (rule, got), *others = broken
-    more = "".join(f"; {rule}, got {got}" for rule, got in others)
-    fix = f"{OPEN}; the report is in {place}, no artifact was written"
-    raise QualityError(rule, f"{got}{more}", fix, output=str(place), summary=report.summary(made))
-
-
-def keep(made: Report, place: Path, recipe: str) -> None:
-    """Write the report and the recipe that led to it into the folder `place`, all at once, for reading only.
-
-    Raises KvcompileError where something else than such a report lies there, or writing fails.
-    """
-    if place.exists() and not (place.is_dir() and {p.name for p in place.iterdir()} <= KEPT):
-        raise KvcompileError(
-            "the report of a failed compile replaces nothing but another such report",
-            f"{place}: other files",
-            "output=<elsewhere>",
-        )
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.making(place, ".failing-") as scratch:
-            new = scratch / "report"
-            new.mkdir()
-            files.write(made, new)
-            (new / RECIPE).write_text(recipe, encoding="utf-8")
-            atomic.publish(new, place)
-    except OSError as error:
-        raise KvcompileError(f"the report could not be written to {place}", first_line(error)) from error
+def broken(made: Report, wanted: GateConfig) -> list[tuple[str, str]]:
+    """What a report is worse in than `wanted` allows: (rule, what was measured). A perplexity that is no number is."""
+    return [text for text in (_perplexity(made, wanted), _needle(made, wanted)) if text]
 
 
 def _perplexity(made: Report, wanted: GateConfig) -> tuple[str, str] | None:

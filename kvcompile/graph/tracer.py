@@ -14,11 +14,11 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from kvcompile.adapters.base import Attention
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.runtime.live import LiveGraph, Skeleton
 
+TRACED = "kvcompile_traced"  # attribute of the modules that are looked through: our adapters
 _TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 
 
@@ -77,7 +77,11 @@ class KVTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Everything but the skeleton and our adapters."""
-        return id(m) not in self.transparent and not isinstance(m, (nn.ModuleList, Entry, Attention))
+        return (
+            id(m) not in self.transparent
+            and not isinstance(m, (nn.ModuleList, Entry))
+            and not getattr(m, TRACED, False)
+        )
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -11,12 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from kvcompile.config.schema import Config
+
 
 MARK = "heal.json"
 FREE = ("tokens", "minutes", "checkpoint_minutes", "resume")  # may differ between the sessions of one training

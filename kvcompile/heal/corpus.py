@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kvcompile.calibration.text import HELD_OUT, sentences, split
-from kvcompile.config.schema import HealConfig
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.heal.optional import needed
+
+if TYPE_CHECKING:
+    from kvcompile.config.schema import Config, HealConfig
 
 KINDS = {".json": "json", ".jsonl": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 OFFLINE = "the offline text"
@@ -142,3 +144,17 @@ def _read(heal: HealConfig) -> Any:
             f"{type(error).__name__}: {first_line(error)}",
             "a file (json, jsonl, txt, csv, parquet), a folder or a hub name with heal.subset and heal.split",
         ) from error
+
+
+def held_out(config: Config, tokenizer: Any) -> Tensor:
+    """Token ids `[n]`: a file of the user's, else what is held out of the text that is trained on, offline or not.
+
+    Raises KvcompileError for a text that cannot be read.
+    """
+    given, heal = config.perplexity, config.heal
+    if given.source is None and heal.tokens and heal.dataset:
+        return corpus(heal, tokenizer).ids(tokenizer, True, given.windows * (given.context + given.tokens + 1))
+    text = sentences(given.source) if given.source else split(sentences())[1]
+    return torch.as_tensor(
+        tokenizer(" ".join(text), return_tensors="pt")["input_ids"], dtype=torch.int64, device="cpu"
+    )[0]

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.heldout import windows
 from kvcompile.heal import checkpoints
 from kvcompile.heal.budget import Pace
-from kvcompile.heal.corpus import Blocks, Windows, corpus
+from kvcompile.heal.corpus import Blocks, Windows, corpus, held_out
 from kvcompile.heal.lora import inject, merge
 from kvcompile.heal.losses import next_token
 from kvcompile.heal.optional import needed
@@ -26,6 +25,7 @@ from kvcompile.progress import Progress, no_foreign_bars
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+    from kvcompile.config.schema import Config
     from kvcompile.heal.trainer import HealTrainer
 
 
@@ -83,7 +83,7 @@ class Training:
         self.trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.teacher = Teacher(original, describe(original.config, plan.dtype))
         self.text = corpus(self.heal, tokenizer)
-        self.windows = Windows(windows(model, tokenizer, config), config.perplexity.tokens)
+        self.windows = Windows(windows(model, held_out(config, tokenizer), config.perplexity), config.perplexity.tokens)
 
     def trainer(self, args: TrainingArguments, progress: Progress, saves: bool) -> HealTrainer:
         """The trainer, its budget in steps. Raises KvcompileError for texts too short and budgets below one step."""

@@ -25,7 +25,7 @@ class Teacher:
     def __init__(self, original: Any, plan: Plan) -> None:
         from kvcompile.build import build
 
-        self.model = build(shared(original), plan, "sdpa", converted=True)
+        self.model = build(shared(original), plan, "sdpa")
         self.graph = tapped(self.model.kvcompile.graph)
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
     """A trainable model over the weights of the converted, uncompiled `model` (LoRA may be in it already)."""
     from kvcompile.build import build
 
-    made = build(model, plan, "sdpa", converted=True)
+    made = build(model, plan, "sdpa")
     compiled = type(made)
     made.__class__ = type(compiled.__name__, (StudentMixin, compiled), {"__module__": compiled.__module__})
     graph = made.kvcompile.graph

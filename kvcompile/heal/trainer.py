@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kvcompile.config.schema import HealConfig
 from kvcompile.heal.budget import Pace
 from kvcompile.heal.record import Point
 from kvcompile.heal.student import Teacher
 from kvcompile.progress import Progress
+
+if TYPE_CHECKING:
+    from kvcompile.config.schema import HealConfig
+
 
 LOGS, EVALUATIONS = 100, 10  # in a whole training
 

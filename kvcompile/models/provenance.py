@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,13 @@ def _front_matter(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide what a compiled model computes."""
+    return {name: version(name) for name in ("kvcompile", "torch", "transformers")}
+
+
+def in_words(versions: dict[str, str]) -> str:
+    """`kvcompile 0.1.0, torch 2.13.0`."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())

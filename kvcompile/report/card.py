@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.artifact.manifest import CARD, in_words, versions
-from kvcompile.models.provenance import UNKNOWN, Base, base_of
+from kvcompile.models.provenance import UNKNOWN, Base, base_of, in_words, versions
 
 if TYPE_CHECKING:
     from kvcompile.plan.plan import Plan
@@ -95,3 +94,6 @@ def _provenance(base: Base, plan: Plan) -> str:
     }
     told = "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
     return f"## Provenance\n\n{told}"
+
+
+CARD = "README.md"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompile.errors import KvcompileError
+from kvcompile import atomic
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.report.report import Report
 
 if TYPE_CHECKING:
@@ -44,3 +46,27 @@ def show(report: Report, console: Console | None = None) -> None:
     from kvcompile.report.tables import show as show_tables
 
     show_tables(report, console or Console())
+
+
+def keep(made: Report, place: Path, beside: Mapping[str, str]) -> None:
+    """Write the report and the texts `beside` it (by file name) into the folder `place`, all at once, for reading only.
+
+    Raises KvcompileError where something else than such a report lies there, or writing fails.
+    """
+    if place.exists() and not (place.is_dir() and {p.name for p in place.iterdir()} <= {*FILES, *beside}):
+        raise KvcompileError(
+            "the report of a failed compile replaces nothing but another such report",
+            f"{place}: other files",
+            "output=<elsewhere>",
+        )
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.making(place, ".failing-") as scratch:
+            new = scratch / "report"
+            new.mkdir()
+            write(made, new)
+            for name, text in beside.items():
+                (new / name).write_text(text, encoding="utf-8")
+            atomic.publish(new, place)
+    except OSError as error:
+        raise KvcompileError(f"the report could not be written to {place}", first_line(error)) from error

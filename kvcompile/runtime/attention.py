@@ -11,7 +11,6 @@ from kvcompile.kernels import sdpa
 from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec
-from kvcompile.runtime import attention
 from kvcompile.runtime import eviction as selections
 from kvcompile.runtime.cache import Step
 from kvcompile.runtime.eviction import learns
@@ -23,10 +22,10 @@ def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     """Attention of queries `[B, H_q, Q, D]` to what `kv` holds, `[B, H_q, Q, D_v]`."""
     store = kv.held
     cache = step.cache
-    sums = sums(kv, queries, step)
-    spec = cache.spec(layer, store.parts, sums is not None)
+    summed = sums(kv, queries, step)
+    spec = cache.spec(layer, store.parts, summed is not None)
     attend = differentiable(cache.route) if selections.learns(kv, queries) else cache.attend
-    return attend(Queries(queries, step.positions, step.valid), store.view(), spec, sums)
+    return attend(Queries(queries, step.positions, step.valid), store.view(), spec, summed)
 
 
 def per_head(heads: Tensor, weight: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ class Expansion:
         if isinstance(store, DenseStore) and library and store.length == count > 1:
             out = self._expanded(absorbed, store.view(), step, step.cache.spec(layer, store.parts))
         else:
-            out = per_head(attention.attended(absorbed, kv, step, layer), self.up)
+            out = per_head(attended(absorbed, kv, step, layer), self.up)
         return out.transpose(1, 2).flatten(2)
 
     def _expanded(self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import LayerScores, Score, Selection
-from kvcompile.runtime.attention import sums, sums_wanted
+from kvcompile.runtime.attention import sums_wanted
 from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
@@ -298,4 +298,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["Looks", "compress", "look", "observe", "sums", "trim", "turn"]
+__all__ = ["Looks", "compress", "look", "observe", "trim"]

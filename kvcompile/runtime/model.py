@@ -7,14 +7,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.errors import KvcompileError
-from kvcompile.heal.record import HealRecord
 from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.opaque import opaque
 from kvcompile.plan.plan import Plan
@@ -25,6 +24,9 @@ from kvcompile.runtime.prompt import Prompt
 
 log = logging.getLogger(__name__)
 # what `generate` and `Trainer` pass on to every model, and no model reads
+if TYPE_CHECKING:
+    from kvcompile.heal.record import HealRecord
+
 IGNORED = {"cache_position", "token_type_ids", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 
 

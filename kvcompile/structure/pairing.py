@@ -72,8 +72,10 @@ def divergence(model: Any, ids: Tensor, plan: Plan) -> float:
     """KL(original || converted) of the next token, mean over `ids [1, n]`, in nats."""
     from kvcompile.build import build
     from kvcompile.models.sharing import shared
+    from kvcompile.structure.convert import convert
 
-    ids = ids.to(model.device)
+    ids, copy = ids.to(model.device), shared(model)
+    convert(copy, plan)
     before = model(ids, use_cache=False).logits.float().log_softmax(-1)
-    after = build(shared(model), plan)(ids).logits.float().log_softmax(-1)
+    after = build(copy, plan)(ids).logits.float().log_softmax(-1)
     return float(torch.nn.functional.kl_div(after, before, log_target=True, reduction="none").sum(-1).mean())

@@ -19,10 +19,11 @@ from forged import refused, signed
 from tiny import tiny_ids, tiny_model
 
 import kvcompile
-from kvcompile.artifact import artifact, kernel_texts, manifest
+from kvcompile.artifact import artifact, kernel_texts
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.cpp import backend, build, compact, encode, simd
 from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.models import provenance
 from kvcompile.plan.storage import Codec
 
 STACK = ("policy=[adakv,kivi]", "budget=0.5", "stack.kivi.group=16", "stack.kivi.residual=16")
@@ -57,7 +58,7 @@ def folder(tmp_path: Path, made: Path) -> Path:
 
 
 def older(folder: Path) -> None:
-    signed(folder, versions={**manifest.versions(), "kvcompile": "0.0.1"})
+    signed(folder, versions={**provenance.versions(), "kvcompile": "0.0.1"})
 
 
 @needs_compiler

@@ -21,11 +21,10 @@ from kvcompile.config.compose import compose
 from kvcompile.config.schema import GateConfig
 from kvcompile.config.sweep import collect, run_job, summary_table
 from kvcompile.errors import KvcompileError, QualityError
-from kvcompile.evaluation import gate
 from kvcompile.evaluation.needle import NeedleRecord, NeedleResult, NeedleTask
 from kvcompile.evaluation.proof import LayerRow
 from kvcompile.heal.record import HealRecord
-from kvcompile.job import compile_and_report
+from kvcompile.job import compile_and_report, judge
 from kvcompile.progress import silent
 from kvcompile.report import files, report
 from kvcompile.report.report import Report
@@ -54,8 +53,8 @@ def compiled(folder: Path, *overrides: str) -> Any:
     "wanted", [GateConfig(), GateConfig(max_ppl_increase=0.1), GateConfig(min_needle=0.75), GateConfig(0.2, 0.5)]
 )
 def test_what_is_good_enough_passes(made: Report, wanted: GateConfig, tmp_path: Path) -> None:
-    gate.check(made, wanted, tmp_path / "out", "recipe")
-    gate.check(replace(made, perplexity=(10.0, 10.0)), GateConfig(0.0), tmp_path / "out", "recipe")  # nothing is lost
+    judge(made, wanted, tmp_path / "out", "recipe")
+    judge(replace(made, perplexity=(10.0, 10.0)), GateConfig(0.0), tmp_path / "out", "recipe")  # nothing is lost
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +73,7 @@ def test_what_is_not_fails_and_keeps_its_report(
 ) -> None:
     made = replace(made, **change)
     with pytest.raises(QualityError, match=said) as caught:
-        gate.check(made, wanted, tmp_path / "out", "the recipe")
+        judge(made, wanted, tmp_path / "out", "the recipe")
     place = tmp_path / "out-failed"
     assert str(place) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -87,11 +86,11 @@ def test_what_is_not_fails_and_keeps_its_report(
 def test_a_second_failure_replaces_the_first_and_nothing_else(made: Report, tmp_path: Path) -> None:
     for tokens in (9, 8):
         with pytest.raises(QualityError):
-            gate.check(replace(made, tokens=tokens), GateConfig(0.0), tmp_path / "out", "r")
+            judge(replace(made, tokens=tokens), GateConfig(0.0), tmp_path / "out", "r")
     assert files.read(tmp_path / "out-failed").tokens == 8
     (tmp_path / "out-failed" / "mine.txt").write_text("x")
     with pytest.raises(KvcompileError, match="other files"):
-        gate.check(made, GateConfig(0.0), tmp_path / "out", "r")
+        judge(made, GateConfig(0.0), tmp_path / "out", "r")
     assert (tmp_path / "out-failed" / "mine.txt").read_text() == "x"
 
 
@@ -173,7 +172,7 @@ def test_gates_that_make_no_sense_are_refused(overrides: list[str], message: str
 
 def test_a_sweep_shows_the_numbers_of_a_job_that_failed_the_gate(made: Report, tmp_path: Path) -> None:
     def fail() -> Any:
-        gate.check(made, GateConfig(max_ppl_increase=0.01), tmp_path / "out", "r")
+        judge(made, GateConfig(max_ppl_increase=0.01), tmp_path / "out", "r")
 
     run_job(tmp_path / "0", 0, ["recipe=a"], lambda: ("out", report.summary(replace(made, perplexity=(10.0, 10.0)))))
     run_job(tmp_path / "1", 1, ["recipe=b"], fail)

@@ -60,8 +60,8 @@ def test_the_loss_falls_and_the_gap_closes(data: Path, stack: list[str], share: 
 @pytest.mark.parametrize("how", [(), ("heal.lr=0.3",), ("heal.weights=lora",)], ids=str)
 def test_what_the_record_says_is_what_the_model_does(data: Path, how: tuple[str, ...]) -> None:
     """The end is what counts, where it was better before too; whatever was frozen on the way is not any more."""
-    from kvcompile.evaluation.heldout import held_out
     from kvcompile.evaluation.perplexity import cached_perplexity
+    from kvcompile.heal.corpus import held_out
 
     model = healed(data, "policy=[mqa]", f"heal.tokens={10 * STEP}", *how)
     record = model.kvcompile.healed

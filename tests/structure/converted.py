@@ -35,7 +35,7 @@ def converted(model: Any, stack: Stack, text: Tensor | None = None, kernels: str
 
     copy, plan = shared(model), planned(model, stack)
     convert(copy, plan, text)
-    return build(copy, plan, kernels, converted=True)
+    return build(copy, plan, kernels)
 
 
 def logits(model: Any, ids: Tensor | None = None) -> Tensor:

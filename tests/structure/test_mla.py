@@ -77,11 +77,11 @@ def test_prefill_expanded_in_chunks_absorbed_and_by_every_route(name: str) -> No
     plan = planned(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}})
     copy = shared(model)
     convert(copy, plan)
-    expected = stepped(build(shared(copy), plan, "reference", converted=True), ids, 30)
+    expected = stepped(build(shared(copy), plan, "reference"), ids, 30)
     assert off(expected, logits(model, ids)) > 1e-3, "a case that loses something"
     for kernels in ("sdpa", "auto"):
-        assert off(stepped(build(shared(copy), plan, kernels, converted=True), ids, 30), expected) < 1e-5
-    chunked = build(shared(copy), replace(plan, prefill_chunk=7), converted=True)
+        assert off(stepped(build(shared(copy), plan, kernels), ids, 30), expected) < 1e-5
+    chunked = build(shared(copy), replace(plan, prefill_chunk=7))
     assert off(stepped(chunked, ids, 30), expected) < 1e-5
 
 
