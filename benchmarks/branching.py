@@ -24,7 +24,7 @@ from kvcompile.plan.selection import Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
-from kvcompile.stores.quantized import CodedStore
+from kvcompile.stores.quantized import QuantizedStore
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Branching:
         branch.seen = list(self.cache.seen)
         for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):
             mine.store, mine.columns, mine.is_initialized = copy.copy(theirs.store), theirs.columns, True
-            mine.watch = copy.copy(theirs.watch)
-            mine.watch.segments = [copy.copy(s) for s in theirs.watch.segments]
-            if mine.plan.storage.coded:
-                mine.store = CodedStore(mine.plan.storage, mine.store)
+            mine.history = copy.copy(theirs.history)
+            mine.history.segments = [copy.copy(s) for s in theirs.history.segments]
+            if mine.plan.storage.quantized:
+                mine.store = QuantizedStore(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
         looks = {p.index: eviction.look(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.cross_layer]
@@ -98,7 +98,7 @@ class Branching:
         for i in set(looks) - set(together):
             eviction.compress(step, {i: looks[i]})
         for layer in branch.layers:
-            layer.settle(branch.headroom, release=True)
+            layer.flush(branch.headroom, release=True)
         return branch
 
     def decode(self, cache: KVCache, count: int) -> list[int]:

@@ -25,15 +25,15 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kvcompile.kernels.compact import Arrays, Mover
+from kvcompile.kernels.compact import Arrays, Compactor
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import mover
+from kvcompile.kernels.dispatch import compactor
 from kvcompile.plan.storage import Codec
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
-from kvcompile.stores.codes import Body, Codes, Format, RaggedBody
+from kvcompile.stores.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.paged import PagedStore
-from kvcompile.stores.paged_codes import PagedBody
+from kvcompile.stores.paged_codes import PagedCodes
 
 SHAPES = {"8x128": (8, 128), "3x64": (3, 64)}
 PAGE, GROUP = 32, 32
@@ -41,8 +41,8 @@ INT4 = Codec("int4", "channel", GROUP), Codec("int4", "token", 32)
 WAYS = ("dense - dense", "dense - ragged", "paged in place")
 CASES = [(kind, way) for kind in ("float32", "bfloat16") for way in WAYS]
 CASES += [("int4", "ragged - ragged"), ("int4", "paged in place")]
-MOVERS = {"torch": mover("sdpa"), "C++": mover("cpp")}
-Store = factory.PlainStore | Body
+COMPACTORS = {"torch": compactor("sdpa"), "C++": compactor("cpp")}
+Store = factory.PlainStore | CodeRows
 
 
 def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[], Store]:
@@ -62,9 +62,9 @@ def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[
     codes = Codes.of(keys.flatten(0, 2), values.flatten(0, 2), at.int().expand(heads, -1).flatten(), format)
 
     def body() -> Store:
-        made: Body = RaggedBody(codes, format, 1, heads, [tokens] * heads)
+        made: CodeRows = RaggedCodes(codes, format, 1, heads, [tokens] * heads)
         if page:
-            made = PagedBody.like(codes, format, 1, heads, page)
+            made = PagedCodes.like(codes, format, 1, heads, page)
         made.append([tokens] * heads, codes, HEADROOM)
         return made
 
@@ -79,16 +79,16 @@ def chosen(kind: str, way: str, heads: int, tokens: int, share: float) -> list[T
     return [(g.unsqueeze(1) * unit + torch.arange(unit)).flatten() for g in groups]
 
 
-def kept(store: Store, indices: list[Tensor], move: Mover) -> Store:
+def kept(store: Store, indices: list[Tensor], move: Compactor) -> Store:
     """What the selection leaves."""
-    if isinstance(store, RaggedBody | PagedBody):
+    if isinstance(store, RaggedCodes | PagedCodes):
         return store.take(indices, HEADROOM, move)
     return factory.taken(store, indices, HEADROOM, move)  # type: ignore[arg-type]
 
 
 def arrays(store: Store) -> Arrays:
     """What is moved, and where."""
-    return store.pages.arrays() if isinstance(store, PagedStore | PagedBody) else store.arrays()  # type: ignore[union-attr]
+    return store.pages.arrays() if isinstance(store, PagedStore | PagedCodes) else store.arrays()  # type: ignore[union-attr]
 
 
 def contents(store: Store) -> list[Tensor]:
@@ -127,30 +127,30 @@ def race(kind: str, way: str, shape: str, tokens: int, share: float, rounds: int
     fill = filler(kind, way, heads, dim, tokens)
     indices = chosen(kind, way, heads, tokens, share)
     paged, whole = way == "paged in place", fill()
-    left = {name: kept(fill(), indices, move) for name, move in MOVERS.items()}
+    left = {name: kept(fill(), indices, move) for name, move in COMPACTORS.items()}
     if any(not torch.equal(a, b) for a, b in zip(*map(contents, left.values()), strict=True)):
         sys.exit(f"they differ at {kind}, {way}, {shape}, {tokens} tokens: nothing was timed")
     entries, counts = torch.cat(indices), [len(i) for i in indices]
     source = arrays(whole)
     target = source if paged else arrays(left["C++"])
-    calls = {name: (lambda move=move: move(source, target, entries, counts)) for name, move in MOVERS.items()}
+    calls = {name: (lambda move=move: move(source, target, entries, counts)) for name, move in COMPACTORS.items()}
     del left
     taken: dict[tuple[str, str], list[float]] = {}
     for round_ in range(rounds):
-        for name in sorted(MOVERS, reverse=round_ % 2 == 0):
+        for name in sorted(COMPACTORS, reverse=round_ % 2 == 0):
             store = fill() if paged else whole  # what is compacted in place is gone afterwards
             taken.setdefault(("keep", name), []).append(
-                milliseconds(lambda s=store, n=name: kept(s, indices, MOVERS[n]))
+                milliseconds(lambda s=store, n=name: kept(s, indices, COMPACTORS[n]))
             )  # type: ignore[misc]
             del store
             taken.setdefault(("move", name), []).append(milliseconds(calls[name]))
     row: dict[str, object] = {"numbers": kind, "rows": way, "heads x dim": shape, "entries": tokens}
     row["kept"] = f"{share:.0%}"
     for what in ("keep", "move"):
-        both = [taken[what, name] for name in MOVERS]
-        row |= {f"{what}: {name}": f"{statistics.median(t):.2f}" for name, t in zip(MOVERS, both, strict=True)}
+        both = [taken[what, name] for name in COMPACTORS]
+        row |= {f"{what}: {name}": f"{statistics.median(t):.2f}" for name, t in zip(COMPACTORS, both, strict=True)}
         row[f"{what}: faster"] = f"{statistics.median(a / b for a, b in zip(*both, strict=True)):.2f}"
-    return row | {f"extra MB: {name}": f"{extra(calls[name]) / 1e6:.2f}" for name in MOVERS}
+    return row | {f"extra MB: {name}": f"{extra(calls[name]) / 1e6:.2f}" for name in COMPACTORS}
 
 
 @torch.inference_mode()

@@ -67,32 +67,32 @@ def row(found: Any, wanted: Any) -> dict[str, Any]:
     }
 
 
-def through(door: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+def through(exporter: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Export through one door, run that elsewhere, and compare; what is refused is a row with the reason."""
-    made, took = place / f"{door}.json", dict[str, Any]()
+    made, took = place / f"{exporter}.json", dict[str, Any]()
     if not made.is_file():
         sizes = {"prompt": args.prompt, "new": args.tokens}
-        options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[door]) if f.name in sizes}
+        options = {f.name: sizes[f.name] for f in dataclasses.fields(discover()[exporter]) if f.name in sizes}
         begin = time.perf_counter()
         try:
-            done = kvcompile.export(model, door, place / door, tokenizer, **options)
+            done = kvcompile.export(model, exporter, place / exporter, tokenizer, **options)
         except KvcompileError as error:
-            return {"door": door, "note": f"refused: {error}"}
+            return {"exporter": exporter, "note": f"refused: {error}"}
         took = {"export s": round(time.perf_counter() - begin)}
         made.write_text(json.dumps({"MB": round(done.bytes / 1e6)}))
-    return {"door": door, **ran(door, place, args), **json.loads(made.read_text()), **took}
+    return {"exporter": exporter, **ran(exporter, place, args), **json.loads(made.read_text()), **took}
 
 
-def ran(door: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+def ran(exporter: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What another process measures of an export, beside what was expected."""
-    python = args.llama if door == "gguf" else sys.executable
-    files = [str(place / name) for name in (door, "given.npz", f"{door}.npz")]
-    done = subprocess.run([python, str(RUN), door, *files], capture_output=True, text=True, check=False)
+    python = args.llama if exporter == "gguf" else sys.executable
+    files = [str(place / name) for name in (exporter, "given.npz", f"{exporter}.npz")]
+    done = subprocess.run([python, str(RUN), exporter, *files], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-TAIL:] or [f"exit code {done.returncode}"]
         why = next((line for line in said if ERROR.match(line)), said[-1])
         return {"note": f"did not run: {why}", "stderr": said}
-    found, wanted = (np.load(place / f"{name}.npz") for name in (door, "wanted"))
+    found, wanted = (np.load(place / f"{name}.npz") for name in (exporter, "wanted"))
     return row(found, wanted)
 
 
@@ -111,14 +111,14 @@ def main() -> None:
     model = kvcompile.compile(model, overrides=args.stack, tokenizer=tokenizer)
     ids = tokenizer(" ".join(sentences()), return_tensors="np")["input_ids"][:, : args.prompt].astype(np.int64)
     tokens, wanted = expected(model, ids, args.tokens)
-    rows = [{"door": "(compiled model, here)", **row(wanted, wanted)}]
+    rows = [{"exporter": "(compiled model, here)", **row(wanted, wanted)}]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(args.keep or folder)
         place.mkdir(parents=True, exist_ok=True)
         np.savez(place / "given.npz", ids=ids, tokens=tokens)
         np.savez(place / "wanted.npz", **wanted)
-        for door in args.doors:
-            rows.append(through(door, model, tokenizer, place, args))
+        for exporter in args.exporters:
+            rows.append(through(exporter, model, tokenizer, place, args))
             print(*(f"{key}: {value}" for key, value in rows[-1].items() if key != "stderr"), sep=", ", flush=True)
             if "stderr" in rows[-1]:
                 print(*rows[-1]["stderr"], sep="\n", file=sys.stderr, flush=True)

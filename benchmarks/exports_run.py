@@ -120,13 +120,13 @@ def timed(step: Step, ids: Any, tokens: Any) -> dict[str, Any]:
 def main() -> None:
     """Run one export over the prompt and tokens in `given`; write logits and times."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("door", choices=RUNNERS)
+    parser.add_argument("exporter", choices=RUNNERS)
     parser.add_argument("folder")
     parser.add_argument("given", help=".npz with ids [1, T] and tokens [n]")
     parser.add_argument("out", help=".npz")
     args = parser.parse_args()
     given = np.load(args.given)
-    run = RUNNERS[args.door]
+    run = RUNNERS[args.exporter]
     timed(run(args.folder), given["ids"], given["tokens"][:2])  # the first calls set things up
     np.savez(args.out, **timed(run(args.folder), given["ids"], given["tokens"]))
     if any(name.split(".")[0] == "kvcompile" for name in sys.modules):

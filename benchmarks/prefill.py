@@ -30,7 +30,7 @@ from kvcompile.evaluation.speed import forward
 from kvcompile.graph import ops
 from kvcompile.models.loading import load
 
-SELECTING = (ops.observe, ops.compress, ops.allocate, ops.trim, ops.settle)
+SELECTING = (ops.observe, ops.compress, ops.allocate, ops.trim, ops.flush)
 
 
 class Timed(fx.Interpreter):

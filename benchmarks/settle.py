@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/settle.py --out benchmarks/results/settle
 
-prompt: the whole of `settle` after a prompt of `--tokens` tokens (gather, encode, write the body, give the rest back);
+prompt: the whole of `flush` after a prompt of `--tokens` tokens (gather, encode, write the body, give the rest back);
 flush: the same when 32 decoded tokens a row move to the body. encode: the part of it that makes codes.
 Medians over `--rounds`, milliseconds a layer; faster: torch over C++, of whole settles.
 Nothing is printed unless both ways leave the very same bytes.
@@ -22,14 +22,14 @@ from tabulate import tabulate
 from torch import Tensor
 
 from kvcompile.kernels.codecs import Encoder
-from kvcompile.kernels.compact import Mover
+from kvcompile.kernels.compact import Compactor
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import encoder, mover
+from kvcompile.kernels.dispatch import compactor, encoder
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.plan.storage import FLUSH, Codec, Storage
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
-from kvcompile.stores.quantized import CodedStore
+from kvcompile.stores.quantized import QuantizedStore
 
 FORMATS = {
     "kivi int4": (Codec("int4", "channel", 32), Codec("int4", "token", 32), 128),
@@ -61,36 +61,36 @@ def new(heads: int, tokens: int, dim: int, start: int) -> tuple[Tensor, Tensor, 
     return keys, values, torch.arange(start, start + tokens).unsqueeze(0)
 
 
-def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Mover) -> CodedStore:
-    """A store that holds a prompt, as it is when `settle` is called."""
+def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Compactor) -> QuantizedStore:
+    """A store that holds a prompt, as it is when `flush` is called."""
     key, value, residual = FORMATS[format]
     heads, dim = SHAPES[shape]
     fresh = new(heads, tokens, dim, 0)
-    tail = factory.opened(*fresh[:2], None, 0)
-    store = CodedStore(Storage(key, value, residual), tail, encode, move)
+    residual = factory.opened(*fresh[:2], None, 0)
+    store = QuantizedStore(Storage(key, value, residual), residual, encode, move)
     store.append(*fresh, 0)
     return store
 
 
-def contents(store: CodedStore) -> list[Tensor]:
+def contents(store: QuantizedStore) -> list[Tensor]:
     """Every code, scale, position and plain number held."""
-    view = store.body.segment() if store.body is not None else None
+    view = store.codes.segment() if store.codes is not None else None
     if not isinstance(view, RaggedView):
         raise SystemExit("nothing was encoded")
     rows = list(zip(view.starts, view.lengths, strict=True))
     tensors = (view.keys, view.key_scales, view.values, view.value_scales, view.positions)
-    found = [x for row in store.tail.rows() for x in row]
+    found = [x for row in store.residual.rows() for x in row]
     for x, n in zip(tensors, store.format.steps, strict=True):
         found += [x[s // n : (s + count) // n] for s, count in rows if x is not None]
     return found
 
 
-def settled(store: CodedStore, release: bool) -> tuple[float, float]:
+def flushed(store: QuantizedStore, release: bool) -> tuple[float, float]:
     """Seconds of one settle, and those in it that encode."""
     timed = store.format.encoder
     timed.seconds = 0.0  # type: ignore[attr-defined]
     start = time.perf_counter()
-    store.settle(HEADROOM, release)
+    store.flush(HEADROOM, release)
     return time.perf_counter() - start, timed.seconds  # type: ignore[attr-defined]
 
 
@@ -102,10 +102,10 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
         left = {}
         for name, route in WAYS.items():
             torch.manual_seed(round_)
-            store = prompted(format, shape, tokens, Timed(encoder(route)), mover(route))
-            prompt = settled(store, True)
+            store = prompted(format, shape, tokens, Timed(encoder(route)), compactor(route))
+            prompt = flushed(store, True)
             store.append(*new(heads, FLUSH, dim, tokens), HEADROOM)
-            flush = settled(store, False)
+            flush = flushed(store, False)
             left[name] = contents(store)
             if round_ > 1:
                 taken.setdefault(("prompt", name), []).append(prompt)
@@ -116,7 +116,7 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
     for what in ("prompt", "flush"):
         whole = {name: 1e3 * statistics.median(t for t, _ in taken[what, name]) for name in WAYS}
         inside = {name: 1e3 * statistics.median(t for _, t in taken[what, name]) for name in WAYS}
-        row: dict[str, object] = {"format": format, "heads x dim": shape, "settle": what}
+        row: dict[str, object] = {"format": format, "heads x dim": shape, "flush": what}
         row |= {f"{name} ms": f"{whole[name]:.3f}" for name in WAYS}
         row |= {f"{name} encode": f"{inside[name]:.3f}" for name in WAYS}
         rows.append({**row, "faster": f"{whole['torch'] / whole['C++']:.2f}"})

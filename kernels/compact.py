@@ -95,7 +95,7 @@ class Arrays:
         return rows // sharing * self.tensors[0].shape[2] + entries
 
 
-class Mover(Protocol):
+class Compactor(Protocol):
     """A way to compact: the contract of `compact`."""
 
     def __call__(

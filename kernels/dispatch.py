@@ -25,7 +25,7 @@ class Route(Protocol):
         ...
 
 
-class Adder(Protocol):
+class ColumnSumKernel(Protocol):
     """A way to add up what entries receive from the last queries of a prefill, with no values read."""
 
     def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
@@ -39,9 +39,9 @@ ROUTES: dict[str, Route] = {
     "sdpa": sdpa.attend,
     "reference": reference.attend,
 }
-WINDOWS: dict[str, Adder] = {"cpp": cpp.window_sums, "triton": triton.window_sums}
+WINDOWS: dict[str, ColumnSumKernel] = {"cpp": cpp.window_sums, "triton": triton.window_sums}
 ENCODERS: dict[str, codecs.Encoder] = {"cpp": encode.encode}  # the other routes encode with torch
-MOVERS: dict[str, compact.Mover] = {"cpp": cpp_compact.compact, "triton": triton.compact}  # the others: torch
+COMPACTORS: dict[str, compact.Compactor] = {"cpp": cpp_compact.compact, "triton": triton.compact}  # the others: torch
 GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
 
 
@@ -74,9 +74,9 @@ def encoder(route: str) -> codecs.Encoder:
     return ENCODERS.get(route, codecs.encode)
 
 
-def mover(route: str) -> compact.Mover:
+def compactor(route: str) -> compact.Compactor:
     """What moves the entries that a selection keeps where a route attends; the bytes are the same on every route."""
-    return MOVERS.get(route, compact.compact)
+    return COMPACTORS.get(route, compact.compact)
 
 
 def why(device: torch.device | str = "cpu") -> str:
@@ -94,7 +94,7 @@ def scores(route: str, parts: tuple[Part, ...], dtype: object) -> bool:
     return cpp.generated(parts, str(dtype).removeprefix("torch.")) if route == "cpp" else route != "sdpa"
 
 
-def window_sums(route: str, parts: tuple[Part, ...], dtype: object) -> Adder | None:
+def window_sums(route: str, parts: tuple[Part, ...], dtype: object) -> ColumnSumKernel | None:
     """What adds up, on a route, the attention that entries in these parts receive from the last queries of a prefill.
 
     None: no kernel does; a score looks at queries and keys itself.

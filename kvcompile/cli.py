@@ -156,12 +156,12 @@ def _export(artifact: str, config: Config) -> sweep.Done:
     summary: dict[str, sweep.Cell] = {}
     with progress_bar() as progress:
         model, tokenizer, measured = opened(artifact)
-        registry.require_open(config.doors(), model.kvcompile.plan, model.config)
-        for door in config.doors():
-            folder = Path(str(config.output), door.name)
-            done = write_new(door, model, tokenizer, folder, measured, progress)
-            summary[f"{door.name}_bytes"] = done.bytes
-            line = f"export {door.name}: {folder}, {size(done.bytes)}"
+        registry.require_open(config.exporters(), model.kvcompile.plan, model.config)
+        for exporter in config.exporters():
+            folder = Path(str(config.output), exporter.name)
+            done = write_new(exporter, model, tokenizer, folder, measured, progress)
+            summary[f"{exporter.name}_bytes"] = done.bytes
+            line = f"export {exporter.name}: {folder}, {size(done.bytes)}"
             _console().print(line, markup=False, highlight=False, soft_wrap=True)
     return config.output, summary
 

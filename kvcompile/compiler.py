@@ -113,7 +113,7 @@ def plan_config(config: Config) -> Plan:
     architecture = config_of(config.model)
     dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
     plan = plan_of(architecture, dtype, config, config.policies())
-    require_open(config.doors(), plan, architecture)
+    require_open(config.exporters(), plan, architecture)
     return plan
 
 

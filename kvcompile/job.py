@@ -44,8 +44,8 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
     """
     folder = target(config)
     weights.require_plain(model)
-    for door in config.doors():
-        door.refuse_tokenizer(tokenizer)
+    for exporter in config.exporters():
+        exporter.refuse_tokenizer(tokenizer)
     text, tasks = _material(model, tokenizer, config)  # what cannot be measured fails before the work
     original = shared(model)
     workspace = folder.parent / f"{folder.name}-heal"
@@ -76,8 +76,8 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
 
     def add(tmp: Path) -> None:
         nonlocal made
-        done = write_into(config.doors(), compiled, tokenizer, tmp / FOLDER, made, progress)
-        made = replace(made, exports={each.door: each.files for each in done})
+        done = write_into(config.exporters(), compiled, tokenizer, tmp / FOLDER, made, progress)
+        made = replace(made, exports={each.exporter: each.files for each in done})
         files.write(made, tmp)
         card.write(compiled, tmp, card.ARTIFACT, made)
 

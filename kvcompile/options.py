@@ -98,7 +98,7 @@ def filled(cls: type[Options], where: str, options: Mapping[str, Any]) -> Option
 
 
 def options_of(policies: Iterable[Any]) -> dict[str, dict[str, Any]]:
-    """The inverse of `build_stack` (and of `build_doors`): every field as plain data, in order."""
+    """The inverse of `build_stack` (and of `build_exporters`): every field as plain data, in order."""
     return {policy.name: {key: _plain(value) for key, value in vars(policy).items()} for policy in policies}
 
 

@@ -48,9 +48,9 @@ class CarriedScore(Score):
         )
         for asked, attention in seen.attention_blocks():
             state = self.update(state, asked, attention, seen)
-        return state if seen.received is None else self.receive(state, seen.received)
+        return state if seen.column_sums is None else self.receive(state, seen.column_sums)
 
-    def receive(self, state: Tensor, received: Tensor) -> Tensor:
+    def receive(self, state: Tensor, column_sums: Tensor) -> Tensor:
         """`state [H_kv, n]` after queries of which only sums came (where the score has `sums`)."""
         raise NotImplementedError
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvcompile.plan.storage import Codec
-from kvcompile.policies.coded import CodedPolicy
+from kvcompile.policies.quantized import QuantizedPolicy
 
 
 @dataclass(frozen=True)
-class FP8(CodedPolicy):
+class FP8(QuantizedPolicy):
     """8-bit floats (e4m3) with a scale for each token of a KV head, keys and values alike.
 
     x = code * scale, scale = max |x| / 448 over the head's channels: 3 bits of mantissa, a relative error up to 1/16.

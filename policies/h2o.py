@@ -30,9 +30,9 @@ class AccumulatedAttention(CarriedScore):
         """Plus what the queries pay, averaged over the group."""
         return state + attention.mean(1).sum(1)
 
-    def receive(self, state: Tensor, received: Tensor) -> Tensor:
+    def receive(self, state: Tensor, column_sums: Tensor) -> Tensor:
         """Plus what the kernel has summed."""
-        return state + received
+        return state + column_sums
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvcompile.plan.storage import Codec
-from kvcompile.policies.coded import CodedPolicy
+from kvcompile.policies.quantized import QuantizedPolicy
 
 
 @dataclass(frozen=True)
-class Int8(CodedPolicy):
+class Int8(QuantizedPolicy):
     """8-bit integers with a scale and a zero for each token of a KV head, keys and values alike.
 
     x = code * scale + zero, scale = (max - min) / 255, zero = min over the head's channels. A token's codes never

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvcompile.plan.storage import Codec
-from kvcompile.policies.coded import CodedPolicy
+from kvcompile.policies.quantized import QuantizedPolicy
 
 BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
-class KIVI(CodedPolicy):
+class KIVI(QuantizedPolicy):
     """Old tokens as integers of 2, 4 or 8 bits with a scale and a zero a group (arXiv 2402.02750).
 
     x = code * scale + zero, scale = (max - min) / (2^bits - 1), zero = min. Keys: groups of `group` tokens of a channel

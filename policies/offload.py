@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan
-from kvcompile.policies.coded import StoragePolicy
+from kvcompile.policies.quantized import StoragePolicy
 
 
 @dataclass(frozen=True)

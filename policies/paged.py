@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.policies.coded import StoragePolicy
+from kvcompile.policies.quantized import StoragePolicy
 
 LARGEST = 4096  # tokens; every row of every layer takes a whole page with its first token
 

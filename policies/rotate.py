@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.policies.coded import StoragePolicy
+from kvcompile.policies.quantized import StoragePolicy
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class LastAttention(Score):
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; all rows hold the same entries, since every head gets the same selection."""
-        last = seen.attention()[:, :, -1].mean(1) if seen.received is None else seen.received
+        last = seen.attention()[:, :, -1].mean(1) if seen.column_sums is None else seen.column_sums
         return last.mean(0).expand(last.shape[0], -1)
 
 

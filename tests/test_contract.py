@@ -33,7 +33,7 @@ from kvcompile.config.schema import Config
 from kvcompile.config.validate import finish
 from kvcompile.evaluation.proof import prove
 from kvcompile.models.sharing import shared
-from kvcompile.policies.coded import StoragePolicy
+from kvcompile.policies.quantized import StoragePolicy
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.eviction import compress, observe
 from kvcompile.stack import discover
@@ -78,8 +78,8 @@ def test_every_policy_has_a_row() -> None:
     assert {row.policy for row in TABLE.values()} == {
         name for name, cls in discover().items() if cls.family == "selection"
     }
-    coded = {name for name, cls in discover().items() if issubclass(cls, StoragePolicy)}
-    assert {name for stack, _ in STORED.values() for name in stack} == coded
+    quantized = {name for name, cls in discover().items() if issubclass(cls, StoragePolicy)}
+    assert {name for stack, _ in STORED.values() for name in stack} == quantized
 
 
 @everywhere("gemma2", "qwen3")

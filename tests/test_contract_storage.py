@@ -56,7 +56,7 @@ def simulated(architecture: str, storage: list[Storage], ids: Tensor, prompt: in
             for i, (layer, s) in enumerate(zip(out.past_key_values.layers, storage, strict=True)):
                 old = encoded[i]
                 loose = t - old
-                if s.coded and loose >= s.residual + s.block and (t == prompt or (t - prompt + i) % FLUSH == 0):
+                if s.quantized and loose >= s.residual + s.block and (t == prompt or (t - prompt + i) % FLUSH == 0):
                     encoded[i] = stop = old + s.encoded(loose)
                     for x, codec in ((layer.keys, s.key), (layer.values, s.value)):
                         x[:, :, old:stop] = rounded(x[:, :, old:stop], codec, s.rotated)
@@ -91,7 +91,7 @@ def test_the_same_on_other_architectures(architecture: str) -> None:
         return
     model = compiled(KIVI8, architecture, kernels="sdpa")
     plan = model.kvcompile.plan
-    assert [p.storage.coded for p in plan.layers] == [p.sliding_window is None for p in plan.layers]
+    assert [p.storage.quantized for p in plan.layers] == [p.sliding_window is None for p in plan.layers]
     expected = simulated(architecture, [p.storage for p in plan.layers], ids, TOKENS)
     got, _ = steps(model, ids, TOKENS)
     # a sliding layer's own cache in transformers and ours hold different tokens, hence another order of sums
@@ -142,7 +142,7 @@ def test_no_token_is_lost_or_moved(stack: Options, logits: float) -> None:
     assert kept_positions(cache) == [[list(range(n + 2 * NEW - 1)) for n in true]] * LAYERS
     for layer in cache.layers:
         storage = layer.plan.storage
-        assert all(0 <= n - storage.residual < storage.block + FLUSH for n in layer.held.tail.lengths)
+        assert all(0 <= n - storage.residual < storage.block + FLUSH for n in layer.held.residual.lengths)
 
 
 @every
@@ -172,13 +172,13 @@ def test_memory_is_given_back_when_a_prompt_is_encoded() -> None:
     model = compiled({"kivi": {"group": 8, "residual": 16}})
     with torch.no_grad():
         cache = model(tiny_ids(1, tokens), logits_to_keep=1).past_key_values
-        at_first = [layer.held.tail.allocated() for layer in cache.layers]
+        at_first = [layer.held.residual.allocated() for layer in cache.layers]
         for t in range(100):
             model(tiny_ids(1, 1, t), past_key_values=cache)
     rows, room = LAYERS * HEADS, 2 * 64 * (2 * DIM * 4 + 4)
     alive = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in layer.held.tensors())
     assert alive == cache.allocated() <= cache.nbytes() + sum(sum(n) for n in cache.lengths()) * 4 + rows * room
-    assert [layer.held.tail.allocated() for layer in cache.layers] == at_first
+    assert [layer.held.residual.allocated() for layer in cache.layers] == at_first
     assert cache.allocated() < 0.5 * rows * (tokens + 100) * 2 * DIM * 4
 
 
@@ -257,7 +257,7 @@ def test_crop_is_exact_or_refused(stack: Options) -> None:
         for t in range(TOKENS + 12, TOKENS + 40):
             model(ids[:, t : t + 1], past_key_values=cache)
             held = cache.layers[0].held
-            assert cache.croppable <= min(held.tail.lengths)
+            assert cache.croppable <= min(held.residual.lengths)
         with pytest.raises(KvcompileError, match="encoding"):
             cache.crop(-30)
 
@@ -300,7 +300,7 @@ def test_selections_while_decoding_encode_again_what_they_touch() -> None:
                 model(ids[:, t : t + 1], past_key_values=cache)
                 for layer in kept_positions(cache):
                     assert all(at == sorted(set(at)) and at[-1] == t for at in layer)
-        settled = [p.storage.nbytes(24, DIM, "float32") * 2 * HEADS for p in cache.plan.layers]
+        flushed = [p.storage.nbytes(24, DIM, "float32") * 2 * HEADS for p in cache.plan.layers]
         assert cache.tick % 8 == 0
-        assert stored_bytes(cache) == settled
-        assert cache.nbytes() <= sum(settled) + 2 * HEADS * LAYERS * FLUSH * 2 * DIM * 4
+        assert stored_bytes(cache) == flushed
+        assert cache.nbytes() <= sum(flushed) + 2 * HEADS * LAYERS * FLUSH * 2 * DIM * 4

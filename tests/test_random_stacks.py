@@ -60,7 +60,7 @@ def positions_are_true(cache: Any, case: Case) -> None:
 def is_whole(cache: Any, case: Case) -> bool:
     """Whether nothing was converted, dropped or encoded, so that logits are the uncompressed model's."""
     plan = cache.plan
-    if converts(plan) or any(p.storage.coded for p in plan.layers):
+    if converts(plan) or any(p.storage.quantized for p in plan.layers):
         return False
     least = [[p.span(n + case.new) for p in plan.layers] for n in case.lengths]
     held = [lengths_of(cache, b, case) for b in range(len(case.lengths))]

@@ -28,7 +28,7 @@ def backends_agree(model: Any, case: Case) -> None:
     same = held(cache, case) == held(reference, case)
     assert same or not case.exact
     if same and (case.exact or case.family != "mixtral"):
-        codes = any(p.storage.coded for p in cache.plan.layers)  # a number may round to the next code
+        codes = any(p.storage.quantized for p in cache.plan.layers)  # a number may round to the next code
         assert off(logits, expected) < TOLERANCE[case.dtype] + 0.05 * codes
 
 

@@ -18,7 +18,7 @@ from kvcompile import compiler
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import from_recipe
 from kvcompile.config.schema import Config
-from kvcompile.policies.coded import StoragePolicy
+from kvcompile.policies.quantized import StoragePolicy
 from kvcompile.report import plan_table
 from kvcompile.stack import discover, policy_class
 

@@ -36,7 +36,7 @@ def worked(layer: LayerCache, seed: int, turns: int = 40) -> list[tuple[Tensor, 
     batch, seen = rng.randint(1, 3), 0
     heads, width = (1, layer.plan.key_dim) if layer.plan.latent else (HEADS, DIM)
     for turn in range(turns):
-        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "settle", "keep", "keep"])
+        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "flush", "keep", "keep"])
         if op in ("append", "step"):
             count = 1 if op == "step" else rng.randint(8, 30)
             keys, values = torch.randn(2, batch, heads, count, width, generator=g)
@@ -56,6 +56,6 @@ def worked(layer: LayerCache, seed: int, turns: int = 40) -> list[tuple[Tensor, 
                 HEADROOM,
             )
         else:
-            layer.settle(HEADROOM, rng.random() < 0.5)
+            layer.flush(HEADROOM, rng.random() < 0.5)
     rows: list[tuple[Tensor, Tensor, Tensor]] = layer.held.rows()
     return rows

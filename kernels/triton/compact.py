@@ -51,7 +51,7 @@ class Compaction:
         self.arguments = [Argument(n, "*i64") for n in ("kept", "borders", "first")]
         for side in ("from", "to"):
             self.arguments += [Argument(f"{side}{i}", POINTERS[word]) for i, word in enumerate(self.words)]
-            self.arguments += self._told(side)
+            self.arguments += self._wrapped_errors(side)
         head = f"Compaction: {spec.name}. Words of kept entries move.\n\nWritten by kvcompile, not by hand."
         self.text = assemble(head, {}, ["\n".join(self._main()) + "\n"], [])
 
@@ -66,7 +66,7 @@ class Compaction:
         kind = layout.rstrip("0123456789")
         return kind, layout[len(kind) :]
 
-    def _told(self, side: str) -> list[Argument]:
+    def _wrapped_errors(self, side: str) -> list[Argument]:
         told = []
         for name, type_ in PLACES[self._kind(side)[0]][0]:
             ends = range(len(self.words)) if name == "sharing" else [""]

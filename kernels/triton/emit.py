@@ -49,7 +49,7 @@ class Kernels:
 
     @property
     def logits(self) -> bool:
-        """Whether raw scores are written: with one new token they are few, and `received` normalises them."""
+        """Whether raw scores are written: with one new token they are few, and `column_sums` normalises them."""
         return self.form.work == "attend" and self.spec.scores and self.form.tokens == "one"
 
     @property
@@ -228,7 +228,7 @@ class Kernels:
             "place = sums + row * sums_r + j",
             "tl.store(place, tl.load(place, mask=ok, other=0) + received, mask=ok)",
         ]
-        return "\n".join([*self._signature("received", arguments), *indent(lines)]) + "\n"
+        return "\n".join([*self._signature("column_sums", arguments), *indent(lines)]) + "\n"
 
     def _columns(self, part: Emitter) -> str:
         """What each entry of a part received from all queries, given their log-sum-exp: one tile a program."""

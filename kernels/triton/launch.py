@@ -172,7 +172,7 @@ def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None)
     if made.logits and sums is not None:
         given |= {"lse": merged, "sums": sums, "sums_r": sums.stride(0)}
         grid = (call.heads, q.shape[0], -(-sums.shape[1] // 512))
-        launch(module.received, grid, made.arguments["received"], given, Choice(0, 0, 4, 1))
+        launch(module.column_sums, grid, made.arguments["column_sums"], given, Choice(0, 0, 4, 1))
     elif sums is not None and spec.scores:
         columns(call, merged, sums, choice)
     return out

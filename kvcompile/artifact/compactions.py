@@ -17,15 +17,15 @@ def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
     """What moves into pages, when a selection or a window drops entries, and when old ones are encoded."""
     storage, drops = layer.storage, layer.selection is not None or bool(layer.sliding_window)
     pages = f"paged{storage.page}"
-    plain, coded = _entries(layer, dtype)
+    plain, quantized = _entries(layer, dtype)
     gathered = [CompactSpec(*way, plain) for way in GATHERED]
-    if not storage.coded and storage.page:
+    if not storage.quantized and storage.page:
         return [CompactSpec("dense", pages, plain), *[CompactSpec(pages, pages, plain, in_place=True)] * drops]
-    if not storage.coded:
+    if not storage.quantized:
         return gathered * drops
     found = [*gathered, CompactSpec("ragged", "ragged", plain, in_place=True)]
-    found.append(CompactSpec("ragged", pages if storage.page else "ragged", coded))
-    return [*found, CompactSpec(pages, pages, coded, in_place=True)] if drops and storage.page else found
+    found.append(CompactSpec("ragged", pages if storage.page else "ragged", quantized))
+    return [*found, CompactSpec(pages, pages, quantized, in_place=True)] if drops and storage.page else found
 
 
 def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:
@@ -37,5 +37,7 @@ def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:
     )
     positions = torch.zeros(format.block, dtype=POSITION_TYPE, device="cpu")
     own = (keys, positions) if layer.latent is not None else (keys, values, positions)
-    coded = Codes.of(keys, values, positions, format).arrays(start, format).entries if layer.storage.coded else ()
-    return Arrays(own, starts=start).entries, coded
+    quantized = (
+        Codes.of(keys, values, positions, format).arrays(start, format).entries if layer.storage.quantized else ()
+    )
+    return Arrays(own, starts=start).entries, quantized

@@ -138,7 +138,7 @@ def _encoders(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
 
     found: dict[str, tuple[str, list[int]]] = {}
     for p in plan.owners:
-        if p.storage.coded:
+        if p.storage.quantized:
             for codec in dict.fromkeys(p.storage.codecs(plan.dtype)):
                 text = texts.encoder(route, codec, p.head_dim, plan.dtype)
                 if text is not None:

@@ -272,7 +272,7 @@ def one_line(error: BaseException) -> KvcompileError:
     """What Hydra, OmegaConf and YAML raise about a mistake, as ours: the rule, what was given, the nearest name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.DOORS}
+        ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.EXPORTERS}
         known = ours.get(group) or error.options or []
         kind, _, folder = group.partition("/")
         if not group:
@@ -295,7 +295,7 @@ def one_line(error: BaseException) -> KvcompileError:
         names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
         if cause.full_key == f"stack.{key}":
             return orphan(key, names)
-        if cause.full_key == f"export.{key}" and key in registry.DOORS:
+        if cause.full_key == f"export.{key}" and key in registry.EXPORTERS:
             return KvcompileError(
                 "options of an exporter need it in export=[...]", cause.full_key, f"export=[{','.join([*names, key])}]"
             )

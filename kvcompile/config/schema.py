@@ -10,7 +10,7 @@ from kvcompile.options import options_of
 from kvcompile.stack import build_stack
 
 if TYPE_CHECKING:
-    from kvcompile.exporters.base import Door
+    from kvcompile.exporters.base import Exporter
     from kvcompile.plan.policy import Policy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -157,11 +157,11 @@ class Config:
         """The stack as policies. Raises KvcompileError (see `build_stack`)."""
         return build_stack(list(self.stack), self.stack)
 
-    def doors(self) -> tuple[Door, ...]:
-        """The doors to export through. Raises KvcompileError (see `build_doors`)."""
-        from kvcompile.exporters.registry import build_doors
+    def exporters(self) -> tuple[Exporter, ...]:
+        """The doors to export through. Raises KvcompileError (see `build_exporters`)."""
+        from kvcompile.exporters.registry import build_exporters
 
-        return build_doors(self.export)
+        return build_exporters(self.export)
 
     def with_policies(self, policies: Iterable[Policy]) -> Config:
         """The config with these policies, e.g. after calibration."""

@@ -22,7 +22,7 @@ def finish(config: Config) -> Config:
     Raises KvcompileError where a value is of the wrong type or out of range.
     """
     config = replace(_budgeted(_typed(config)), budget=None)
-    config = replace(config.with_policies(config.policies()), export=options_of(config.doors()))
+    config = replace(config.with_policies(config.policies()), export=options_of(config.exporters()))
     _check(config)
     given = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
     return replace(config, output=config.output or given)

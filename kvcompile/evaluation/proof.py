@@ -94,7 +94,7 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
                 planned_bytes=sum(p.nbytes(n, plan.dtype) for n in held) if expected.kept is None else expected.bytes,
                 dense_bytes=expected.dense_bytes,
                 threshold=p.selection is not None and p.selection.budget is None,
-                host_bytes=layer.parked_bytes(),
+                host_bytes=layer.host_bytes_held(),
                 offloaded=p.storage.offload,
                 owner=None if p.owner == p.index else p.owner,
             )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Exported:
     """What went through a door: bytes by file, relative to the folder it was written to."""
 
-    door: str
+    exporter: str
     files: dict[str, int]
 
     @property
@@ -26,7 +26,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Door:
+class Exporter:
     """Base of all doors. `name` is how `export=` calls it, `summary` the one line `kvcompile ls` prints.
 
     usage: Markdown for the model card that is put beside what was written: how to load and run it.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.errors import KvcompileError
-from kvcompile.exporters.base import Door
+from kvcompile.exporters.base import Exporter
 from kvcompile.exporters.checkpoint import USAGE, acting
 from kvcompile.plan.plan import Plan
 from kvcompile.progress import no_foreign_bars
@@ -33,7 +33,7 @@ NORM_EPS = 1e-6  # what transformers' class gives the norm of the latent
 
 
 @dataclass(frozen=True)
-class Deepseek(Door):
+class Deepseek(Exporter):
     """`AutoModelForCausalLM.from_pretrained(folder)`, without kvcompile: a `DeepseekV3ForCausalLM` of dense layers.
 
     Its cache holds latents too, a constant more than ours. In 16 bits the weight of its norm is rounded: float32 is

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvcompile.exporters.base import Door
+from kvcompile.exporters.base import Exporter
 from kvcompile.exporters.checkpoint import USAGE, require_plain
 from kvcompile.plan.plan import Plan
 
 
 @dataclass(frozen=True)
-class HF(Door):
+class HF(Exporter):
     """`AutoModelForCausalLM.from_pretrained(folder)`, without kvcompile: config, safetensors, tokenizer.
 
     Exact for fewer KV heads (the class has them as `num_key_value_heads`) and for rotations, which are in the weights.

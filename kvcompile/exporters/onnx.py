@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.errors import KvcompileError
-from kvcompile.exporters.base import Door
+from kvcompile.exporters.base import Exporter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def generate(folder, prompt, count):
 
 
 @dataclass(frozen=True)
-class ONNX(Door):
+class ONNX(Exporter):
     """One graph for prompt and decoding; every layer keeps every token, so it takes structural stacks only."""
 
     name: ClassVar[str] = "onnx"
@@ -72,7 +72,7 @@ class ONNX(Door):
                 raise KvcompileError(
                     "a cache that the caller holds must keep every token", f"{p.selection.policy!r} drops some"
                 )
-            if p.storage.coded:
+            if p.storage.quantized:
                 raise KvcompileError(
                     "a cache that the caller holds must be of plain numbers", f"{p.storage.policy!r} encodes them"
                 )

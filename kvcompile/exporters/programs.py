@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
-from kvcompile.exporters.base import Door
+from kvcompile.exporters.base import Exporter
 from kvcompile.exporters.static.capacity import Limits
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ are not padded: all sequences of a batch have one length. A token too many is an
 
 
 @dataclass(frozen=True)
-class ProgramDoor(Door):
+class ProgramDoor(Exporter):
     """Base: two programs, `prefill` and `decode`, over a cache of fixed capacity.
 
     batch: sequences at once. prompt: longest prompt. new: most tokens after it.

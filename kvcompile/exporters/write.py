@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile import atomic
 from kvcompile.errors import KvcompileError, first_line
-from kvcompile.exporters.base import Door, Exported
-from kvcompile.exporters.registry import build_doors, require_open
+from kvcompile.exporters.base import Exported, Exporter
+from kvcompile.exporters.registry import build_exporters, require_open
 from kvcompile.paths import require_here, require_short
 from kvcompile.progress import Progress, no_foreign_bars, silent
 from kvcompile.report import files
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 FOLDER = "export"  # of an artifact: export/<door>/
 
 
-def export(model: Any, door: str, folder: str | Path, tokenizer: Any = None, **options: Any) -> Exported:
+def export(model: Any, exporter: str, folder: str | Path, tokenizer: Any = None, **options: Any) -> Exported:
     """Write a compiled model for others to run: `kvcompile.export(model, "hf", "out")`.
 
     model: a compiled model, or the folder of an artifact (whose tokenizer goes with it). door: as in `kvcompile ls`.
     folder: new or empty; an interrupt leaves it as it was. options: the door's fields.
     Raises KvcompileError for an unknown door or option, and for what cannot go through the door.
     """
-    (built,) = build_doors({door: options})
+    (built,) = build_exporters({exporter: options})
     measured = None
     if isinstance(model, (str, Path)):
         model, kept, measured = opened(model)
@@ -51,7 +51,7 @@ def opened(artifact: str | Path) -> tuple[Any, Any, Report | None]:
 
 
 def write_new(
-    door: Door,
+    exporter: Exporter,
     model: Any,
     tokenizer: Any,
     folder: str | Path,
@@ -63,39 +63,39 @@ def write_new(
     folder = Path(folder).expanduser().resolve()
     require_short(folder)
     _require_compiled(model)
-    require_open([door], model.kvcompile.plan, model.config)
-    door.refuse_tokenizer(tokenizer)
+    require_open([exporter], model.kvcompile.plan, model.config)
+    exporter.refuse_tokenizer(tokenizer)
     _require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic.making(folder, ".export-") as place:
-            (done,) = write_into([door], model, tokenizer, place, measured, progress)
-            atomic.publish(place / door.name, folder)
+            (done,) = write_into([exporter], model, tokenizer, place, measured, progress)
+            atomic.publish(place / exporter.name, folder)
     except OSError as error:
-        raise KvcompileError(f"export={door.name} could not be written to {folder}", first_line(error)) from error
+        raise KvcompileError(f"export={exporter.name} could not be written to {folder}", first_line(error)) from error
     return done
 
 
 def write_into(
-    doors: Sequence[Door],
+    exporters: Sequence[Exporter],
     model: Any,
     tokenizer: Any,
     folder: Path,
     measured: Report | None = None,
     progress: Progress = silent,
 ) -> list[Exported]:
-    """Write a compiled model through `doors`, each into `folder/<door>/`, with a model card beside it."""
+    """Write a compiled model through `exporters`, each into `folder/<door>/`, with a model card beside it."""
     from kvcompile.report import card
 
     done = []
-    for door in doors:
-        progress(f"export {door.name}", 0, 0)
-        place = folder / door.name
+    for exporter in exporters:
+        progress(f"export {exporter.name}", 0, 0)
+        place = folder / exporter.name
         place.mkdir(parents=True)
-        door.write(model, tokenizer, place)
-        card.write(model, place, door.usage, measured)
+        exporter.write(model, tokenizer, place)
+        card.write(model, place, exporter.usage, measured)
         files = {p.relative_to(place).as_posix(): p.stat().st_size for p in sorted(place.rglob("*")) if p.is_file()}
-        done.append(Exported(door.name, files))
+        done.append(Exported(exporter.name, files))
     return done
 
 

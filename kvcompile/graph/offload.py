@@ -11,7 +11,7 @@ from kvcompile.graph.wiring import appends
 
 
 class InsertOffload(Pass):
-    """Each offloaded layer gets a `fetch` before its append and a `park` after all that use its store.
+    """Each offloaded layer gets a `fetch` before its append and a `to_host` after all that use its store.
 
     Its `prefetch` stands after the `fetch` of the offloaded layer before it (of the first: where the pass begins), so
     that two are on the device at a time. What layers that share a budget do at their one `allocate`, and after, brings
@@ -39,7 +39,7 @@ class InsertOffload(Pass):
             with graph.inserting_after(before or step):
                 graph.call_function(ops.prefetch, (step, i))
             with graph.inserting_after(last[i]):
-                graph.call_function(ops.park, (step, i))
+                graph.call_function(ops.to_host, (step, i))
             before = fetched
         return len(self._layers(graph))
 
@@ -50,13 +50,13 @@ class InsertOffload(Pass):
         stored, last = appends(graph), last_users(graph)
         moves: dict[int, list[fx.Node]] = {}
         for node in order:
-            if node.target in (ops.prefetch, ops.fetch, ops.park):
+            if node.target in (ops.prefetch, ops.fetch, ops.to_host):
                 moves.setdefault(int(node.args[1]), []).append(node)
         if sorted(moves) != sorted(self._layers(graph)):
             raise KvcompileError("every offloaded layer must be fetched and parked", f"layers {sorted(moves)}")
         for i, nodes in moves.items():
             found = [node.target for node in nodes]
-            if found != [ops.prefetch, ops.fetch, ops.park]:
+            if found != [ops.prefetch, ops.fetch, ops.to_host]:
                 raise KvcompileError(f"layer {i} must be prefetched, fetched and parked once", str(nodes))
             if order[nodes[1]] > order[stored[i]] or order[nodes[2]] < order[last[i]]:
                 raise KvcompileError(f"layer {i} must be on the device from its append to {last[i]}", str(nodes))
@@ -68,6 +68,6 @@ def last_users(graph: fx.Graph) -> dict[int, fx.Node]:
     order = {node: place for place, node in enumerate(graph.nodes)}
     last: dict[int, fx.Node] = {}
     for index, kv in appends(graph).items():
-        users = [n for n in kv.users if not (n.target is ops.settle and index in late)]
+        users = [n for n in kv.users if not (n.target is ops.flush and index in late)]
         last[index] = max(users, key=order.__getitem__)
     return last

@@ -91,13 +91,13 @@ def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: i
     """Store new keys and values `[B, H_kv, Q, D]`; the result is the edge that `attend` and `compress` read."""
     kv: LayerCache = cache.layers[layer]
     # a prefill that is about to be compressed or encoded needs no room behind it
-    shrinks = kv.plan.selection is not None or kv.plan.storage.coded
+    shrinks = kv.plan.selection is not None or kv.plan.storage.quantized
     kv.append(keys, values, step.positions, step.valid, 0 if step.prefill and shrinks else cache.headroom)
     return kv
 
 
 @at_the_cache
-def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int) -> selections.Looks:
+def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int) -> selections.SequenceScores:
     """Let the layer's selection see the new queries `[B, H_q, Q, D]`; scores per sequence where a selection is due."""
     return selections.observe(kv, queries, unrotated, step, step.cache.plan.layers[layer])
 
@@ -121,13 +121,13 @@ def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: E
 
 
 @at_the_cache
-def compress(kv: LayerCache, looks: selections.Looks, step: Step, layer: int) -> None:
+def compress(kv: LayerCache, looks: selections.SequenceScores, step: Step, layer: int) -> None:
     """Drop what the layer's selection does not keep (nothing where none is due)."""
     selections.compress(step, {layer: looks})
 
 
 @at_the_cache
-def allocate(step: Step, layers: Sequence[int], *looks: selections.Looks) -> None:
+def allocate(step: Step, layers: Sequence[int], *looks: selections.SequenceScores) -> None:
     """Split one budget over all the given layers by their scores, then drop what is not kept."""
     selections.compress(step, dict(zip(layers, looks, strict=True)))
 
@@ -139,7 +139,7 @@ def trim(kv: LayerCache, step: Step, layer: int) -> None:
 
 
 @at_the_cache
-def settle(kv: LayerCache, step: Step, layer: int) -> None:
+def flush(kv: LayerCache, step: Step, layer: int) -> None:
     """Encode the tokens that are older than the residual: after a selection, a prefill, or every few decoded tokens.
 
     Layers take turns, so that no token waits for all of them; a schedule by tokens decoded, not by how full a row is,
@@ -148,7 +148,7 @@ def settle(kv: LayerCache, step: Step, layer: int) -> None:
     s = kv.plan.selection
     schedule = Schedule() if s is None else s.schedule
     turn = not step.prefill and (step.tick + layer) % FLUSH == 0
-    if (turn or step.due(schedule.decode_every, schedule.between_chunks)) and kv.settle(
+    if (turn or step.due(schedule.decode_every, schedule.between_chunks)) and kv.flush(
         step.cache.headroom, step.prefill
     ):
         step.cache.encoded()
@@ -167,12 +167,12 @@ def fetch(step: Step, layer: int) -> None:
 
 
 @at_the_cache
-def park(step: Step, layer: int) -> None:
+def to_host(step: Step, layer: int) -> None:
     """Put an offloaded layer's store into host memory until the next pass."""
-    step.cache.layers[layer].park()
+    step.cache.layers[layer].to_host()
 
 
-EFFECTS = (begin, kv_append, observe, compress, allocate, trim, settle, prefetch, fetch, park)
+EFFECTS = (begin, kv_append, observe, compress, allocate, trim, flush, prefetch, fetch, to_host)
 for op in EFFECTS:
     has_side_effect(op)
 

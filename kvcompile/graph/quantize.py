@@ -12,10 +12,10 @@ from kvcompile.plan.plan import LayerPlan
 
 
 class InsertSettling(Pass):
-    """Each coded layer gets a `settle` node: after its selection, or after its last reader where it has none."""
+    """Each coded layer gets a `flush` node: after its selection, or after its last reader where it has none."""
 
     def _layers(self) -> list[LayerPlan]:
-        return [p for p in self.plan.owners if p.storage.coded]
+        return [p for p in self.plan.owners if p.storage.quantized]
 
     def wanted(self) -> bool:
         """Where some layer is coded."""
@@ -28,17 +28,17 @@ class InsertSettling(Pass):
         for p in self._layers():
             kv = stored[p.index]
             with graph.inserting_after(after[p.index]):
-                graph.call_function(ops.settle, (kv, kv.args[3], p.index))
+                graph.call_function(ops.flush, (kv, kv.args[3], p.index))
         return len(self._layers())
 
     def ensures(self, module: fx.GraphModule) -> None:
         """Every coded layer is settled exactly once, after all that read it exactly."""
         order = {node: i for i, node in enumerate(module.graph.nodes)}
-        settled = {int(node.args[2]): node for node in order if node.target is ops.settle}
-        if sorted(settled) != [p.index for p in self._layers()]:
-            raise KvcompileError("every coded layer must be settled once", f"layers {sorted(settled)}")
+        flushed = {int(node.args[2]): node for node in order if node.target is ops.flush}
+        if sorted(flushed) != [p.index for p in self._layers()]:
+            raise KvcompileError("every coded layer must be settled once", f"layers {sorted(flushed)}")
         for before in (last_readers(module.graph), selections(module.graph)):
-            for layer, node in settled.items():
+            for layer, node in flushed.items():
                 if layer in before and order[before[layer]] > order[node]:
                     raise KvcompileError(f"layer {layer} must be settled after its readers", str(before[layer]))
 

@@ -89,7 +89,7 @@ class Training:
         """The trainer, its budget in steps. Raises KvcompileError for texts too short and budgets below one step."""
         from transformers.trainer_callback import PrinterCallback
 
-        from kvcompile.heal.trainer import HealTrainer, Watch
+        from kvcompile.heal.trainer import HealTrainer, QueryHistory
 
         heal = self.heal
         self.step_tokens = heal.batch * heal.accumulate * heal.length * args.world_size
@@ -108,7 +108,7 @@ class Training:
             args=args,
             train_dataset=Blocks(ids, heal.length, args.max_steps * self.step_tokens // heal.length, heal.seed),
             eval_dataset=self.windows,
-            callbacks=[Watch(pace, heal, progress, saves)],
+            callbacks=[QueryHistory(pace, heal, progress, saves)],
         )
         trainer.remove_callback(PrinterCallback)
         if self.lora and _sharded(trainer):

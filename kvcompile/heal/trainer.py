@@ -107,7 +107,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         return float(shared)
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class QueryHistory(TrainerCallback):  # type: ignore[misc]
     """Keeps the pace: stops at the end of the budget, and says when to log, to measure and to save."""
 
     def __init__(self, pace: Pace, heal: HealConfig, progress: Progress, saves: bool) -> None:

@@ -282,7 +282,7 @@ def _check_latent(p: LayerPlan, latent: Latent) -> None:
             f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
             f"rank {latent.rank}, rope {latent.rope}",
         )
-    if p.storage.coded or p.storage.rotated:
+    if p.storage.quantized or p.storage.rotated:
         raise KvcompileError(
             f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
             f"{p.storage.policy!r} after 'mla'",
@@ -300,7 +300,7 @@ def _check_storage(p: LayerPlan) -> None:
             f"a layer that reads layer {p.owner}'s",
             skip,
         )
-    if s.coded and p.sliding_window:
+    if s.quantized and p.sliding_window:
         raise KvcompileError(
             f"{where} attends to a sliding window, which is kept in the model's dtype",
             f"a window of {p.sliding_window} tokens",
@@ -312,10 +312,10 @@ def _check_storage(p: LayerPlan) -> None:
             f"pages of {s.page}, groups of {s.block}",
             "put paged last in the stack",
         )
-    if p.selection is not None and p.selection.positions == "compact" and (s.coded or s.rotated):
+    if p.selection is not None and p.selection.positions == "compact" and (s.quantized or s.rotated):
         raise KvcompileError(
             f"{where}: compact positions rotate stored keys, which must then be plain",
-            s.text("the model's dtype") if s.coded else "rotated",
+            s.text("the model's dtype") if s.quantized else "rotated",
             f"stack.{p.selection.policy}.positions=original",
         )
     for codec in (s.key, s.value):

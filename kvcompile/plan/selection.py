@@ -61,7 +61,7 @@ class Score:
     def sums(self) -> bool:
         """Whether the attention of its `queries` to each entry, summed, is all that it sees of them.
 
-        Where the attention kernel adds that up in its own pass, it comes as `Observation.received`.
+        Where the attention kernel adds that up in its own pass, it comes as `Observation.column_sums`.
         """
         return False
 

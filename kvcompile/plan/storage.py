@@ -83,7 +83,7 @@ class Storage:
     policy: str = ""
 
     @property
-    def coded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether older tokens are held in another format than the model's."""
         return self.key is not None or self.value is not None
 
@@ -95,7 +95,7 @@ class Storage:
 
     def encoded(self, tokens: int) -> int:
         """How many of a row's `tokens` (its oldest) are encoded after a settled pass; the others are the residual."""
-        if not self.coded:
+        if not self.quantized:
             return 0
         return max(0, tokens - self.residual) // self.block * self.block
 
@@ -106,13 +106,13 @@ class Storage:
     def nbytes(self, tokens: int, dim: int, dtype: str) -> int:
         """Bytes of keys and values of a row of `tokens` after a settled pass: codes, scales, residual."""
         old, plain = self.encoded(tokens), Codec(dtype)
-        coded = sum(codec.nbytes(old, dim) for codec in self.codecs(dtype))
-        return coded + 2 * plain.nbytes(tokens - old, dim)
+        quantized = sum(codec.nbytes(old, dim) for codec in self.codecs(dtype))
+        return quantized + 2 * plain.nbytes(tokens - old, dim)
 
     def text(self, dtype: str) -> str:
         """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`, `offloaded`."""
         basis, place = " rotated" if self.rotated else "", ", offloaded" if self.offload else ""
-        if not self.coded:
+        if not self.quantized:
             return dtype + basis + place
         key, value = (codec.name for codec in self.codecs(dtype))
         kinds = key if key == value else f"K {key}, V {value}"

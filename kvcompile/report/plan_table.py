@@ -103,11 +103,11 @@ def show(plan: Plan, config: Config, console: Console) -> None:
 def notes(plan: Plan) -> list[str]:
     """What of a plan is not exact though nothing is dropped: prompts in chunks over codes."""
     between = [p for p in plan.owners if p.selection is None or p.selection.schedule.between_chunks]
-    coded = sorted({p.storage.policy for p in between if p.storage.coded})
-    if not plan.prefill_chunk or not coded:
+    quantized = sorted({p.storage.policy for p in between if p.storage.quantized})
+    if not plan.prefill_chunk or not quantized:
         return []
     return [
-        f"{', '.join(coded)}: later chunks of a prompt read the codes of earlier ones (prefill_chunk="
+        f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones (prefill_chunk="
         f"{plan.prefill_chunk:,}), so that its own logits are not exact. prefill_chunk=0 reads a prompt exactly."
     ]
 

@@ -175,11 +175,11 @@ def _layers(report: Report) -> Table:
 
 def _exports(exports: dict[str, dict[str, int]]) -> Table:
     rows = [
-        (Cell(door), Cell(f"export/{door}/{name}"), Cell(size(count)))
-        for door, files in exports.items()
+        (Cell(exporter), Cell(f"export/{exporter}/{name}"), Cell(size(count)))
+        for exporter, files in exports.items()
         for name, count in (*files.items(), ("", sum(files.values())))
     ]
-    return Table("Exports", ("door", "file", "size"), rows, first=2)
+    return Table("Exports", ("exporter", "file", "size"), rows, first=2)
 
 
 def _layer(row: LayerRow) -> Row:

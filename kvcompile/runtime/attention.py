@@ -99,4 +99,4 @@ def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
     store = kv.held
     if kv.plan.selection is not None and kv.plan.selection.score.carries:
         step.cache.summed()
-    return kv.watch.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
+    return kv.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, Adder, Route, encoder, mover, scores, window_sums
+from kvcompile.kernels.dispatch import ROUTES, ColumnSumKernel, Route, compactor, encoder, scores, window_sums
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import PLAIN, Storage
@@ -63,7 +63,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
-        super().__init__(layers=[LayerCache(p, encoder(route), mover(route)) for p in plan.layers])
+        super().__init__(layers=[LayerCache(p, encoder(route), compactor(route)) for p in plan.layers])
         self.plan, self.rotaries, self.route = plan, rotaries or [], route
         self.attend: Route = ROUTES[route]
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
@@ -132,7 +132,7 @@ class KVCache(Cache):  # type: ignore[misc]
         """Whether the kernels over these parts compute column sums for queries of a dtype."""
         return scores(self.route, parts, dtype)
 
-    def window_sums(self, parts: tuple[Part, ...], dtype: object) -> Adder | None:
+    def window_sums(self, parts: tuple[Part, ...], dtype: object) -> ColumnSumKernel | None:
         """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
         return window_sums(self.route, parts, dtype)
 
@@ -152,7 +152,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def first(self, index: int) -> list[KernelSpec]:
         """The same while nothing is encoded yet."""
         storage = self.plan.layers[self.plan.layers[index].owner].storage
-        return self._specs(index, PLAIN if storage.coded else storage)
+        return self._specs(index, PLAIN if storage.quantized else storage)
 
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
@@ -209,7 +209,7 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def is_croppable(self) -> bool:
         """Whether every token could be taken back: only where nothing can be evicted or encoded."""
-        return not self.plan.selected and not any(p.sliding_window or p.storage.coded for p in self.plan.layers)
+        return not self.plan.selected and not any(p.sliding_window or p.storage.quantized for p in self.plan.layers)
 
     def _select(self, sequences: Tensor) -> None:
         for layer in self.layers:
@@ -278,7 +278,7 @@ class KVCache(Cache):  # type: ignore[misc]
             if layer.store is not None:
                 layer.store.drop_last(count)
                 layer.columns -= count
-                layer.watch.forget()
+                layer.history.forget()
         self.seen = [n - count for n in self.seen]
         self.croppable -= count
         self.tick = max(0, self.tick - count)

@@ -21,7 +21,7 @@ from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import _close_ranks, _rotation
 
-Looks = list["LayerScores | None"] | None
+SequenceScores = list["LayerScores | None"] | None
 """One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
 
 
@@ -33,11 +33,13 @@ class _Layer:
     plan: LayerPlan
     selection: Selection
     step: Step
-    paid: dict[int, Tensor | None] = field(default_factory=dict)  # by how many queries: what a kernel has added up
+    window_attention: dict[int, Tensor | None] = field(
+        default_factory=dict
+    )  # by how many queries: what a kernel has added up
 
 
 @torch.no_grad()
-def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> Looks:
+def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> SequenceScores:
     """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look."""
     s = plan.selection
     if s is None:
@@ -49,19 +51,19 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     summed = sums_wanted(kv, queries, step)
     keep = _queries_needed(s, summed)
     if s.score.moments:
-        kv.watch.add_moments(unrotated, step.positions, step.valid, s.score.moments)
+        kv.history.add_moments(unrotated, step.positions, step.valid, s.score.moments)
         step.cache.summed()
     if keep != 0:
-        kv.watch.remember(queries, step.positions, step.valid, keep, counted=summed)
+        kv.history.remember(queries, step.positions, step.valid, keep, counted=summed)
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
         _carry(layer)
-    asking = kv.watch.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
-    looks = [_look(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
+    asking = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
+    looks = [_score_sequence(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
     if not s.score.carries:
-        kv.watch.received = None
+        kv.history.column_sums = None
     if step.last and step.prefill and not s.schedule.decode_every:
-        kv.watch.forget()
+        kv.history.forget()
     return looks
 
 
@@ -71,18 +73,18 @@ def learns(kv: LayerCache, queries: Tensor) -> bool:
 
 
 @torch.no_grad()
-def look(kv: LayerCache, step: Step, plan: LayerPlan) -> Looks:
+def look(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
     """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
     if plan.selection is None:
         return None
     layer = _Layer(kv, plan, plan.selection, step)
     _carry(layer)
-    return [_look(layer, b) for b in range(kv.held.batch)]
+    return [_score_sequence(layer, b) for b in range(kv.held.batch)]
 
 
 def _carry(layer: _Layer) -> None:
     """Let a score that carries state count the queries that came since its last look."""
-    s, watch = layer.selection, layer.kv.watch
+    s, watch = layer.selection, layer.kv.history
     if s.score.carries:
         watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
         layer.step.cache.summed()
@@ -110,22 +112,22 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         scale=plan.scale,
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
-        carried=kv.watch.carry(b, keys.shape[1]),
-        received=kv.watch.gained(b, keys.shape[1], step.cache.group(plan.index)) if score.sums else None,
-        paid=_paid(layer, b, score, keys.shape[1]),
-        moments=kv.watch.moments(b, keys.shape[0]) if score.moments else None,
+        carried=kv.history.carry(b, keys.shape[1]),
+        column_sums=kv.history.gained(b, keys.shape[1], step.cache.group(plan.index)) if score.sums else None,
+        window_attention=_window_attention(layer, b, score, keys.shape[1]),
+        moments=kv.history.moments(b, keys.shape[0]) if score.moments else None,
         mean_rotation=_mean_rotation(layer, b, keys),
         layer=plan.index,
     )
 
 
-def _paid(layer: _Layer, b: int, score: Score, entries: int) -> Tensor | None:
+def _window_attention(layer: _Layer, b: int, score: Score, entries: int) -> Tensor | None:
     """Mean attention of the newest queries of one sequence, `[H_kv, entries]`; None where no kernel has added it up."""
     if not score.averages or not score.queries:
         return None
-    if score.queries not in layer.paid:
-        layer.paid[score.queries] = _added_up(layer, score.queries)
-    found = layer.paid[score.queries]
+    if score.queries not in layer.window_attention:
+        layer.window_attention[score.queries] = _added_up(layer, score.queries)
+    found = layer.window_attention[score.queries]
     return None if found is None else found[b, :, :entries]
 
 
@@ -135,7 +137,7 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     None where padding lies between the queries, or the route has no kernel for it.
     """
     kv, cache = layer.kv, layer.step.cache
-    store, newest = kv.held, kv.watch.newest(window)
+    store, newest = kv.held, kv.history.newest(window)
     add = cache.window_sums(store.parts, newest[0].dtype) if newest is not None else None
     if newest is None or add is None:
         return None
@@ -147,7 +149,7 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
 
 def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The queries that a score looks at, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
-    watch, heads = layer.kv.watch, keys.shape[0]
+    watch, heads = layer.kv.history, keys.shape[0]
     unread = [g for g in watch.segments if score.queries is not None or not g.counted]
     if score.queries != 0 and unread:
         return watch.recall(b, heads, score.queries)
@@ -179,7 +181,7 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
     return mean_rotation
 
 
-def _look(layer: _Layer, b: int) -> LayerScores | None:
+def _score_sequence(layer: _Layer, b: int) -> LayerScores | None:
     """Scores of one sequence with protected entries at +inf and dead ones at -inf; None if it keeps everything."""
     s, plan, tokens = layer.selection, layer.plan, layer.step.cache.seen[b]
     span = plan.span(tokens)
@@ -192,8 +194,10 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
     mass = None
     if s.uncertainty:
         queries, asked = _asked(layer, b, s.uncertainty, seen.keys, seen.positions)
-        paid = _paid(layer, b, s.uncertainty, seen.keys.shape[1])
-        mass = s.uncertainty.score(replace(seen, queries=queries, query_positions=asked, paid=paid)).float()
+        window_attention = _window_attention(layer, b, s.uncertainty, seen.keys.shape[1])
+        mass = s.uncertainty.score(
+            replace(seen, queries=queries, query_positions=asked, window_attention=window_attention)
+        ).float()
     at = seen.positions
     dead = at < max(0, tokens - span)
     scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))
@@ -208,7 +212,7 @@ def _look(layer: _Layer, b: int) -> LayerScores | None:
     )
 
 
-def compress(step: Step, looks: dict[int, Looks]) -> None:
+def compress(step: Step, looks: dict[int, SequenceScores]) -> None:
     """Keep what the selection of these layers allows; layers given together share one budget."""
     if all(look is None for look in looks.values()):
         for i in looks:
@@ -287,7 +291,7 @@ def _drop(step: Step, kv: LayerCache, indices: list[Tensor]) -> bool:
     heads, longest = kv.held.heads, max(kv.held.lengths)
     kv.keep(indices, step.cache.headroom)
     step.cache.evicted(kv.plan.index, dropped)
-    kv.watch.keep(indices, heads, longest)
+    kv.history.keep(indices, heads, longest)
     return True
 
 
@@ -298,4 +302,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["Looks", "compress", "look", "observe", "trim"]
+__all__ = ["SequenceScores", "compress", "look", "observe", "trim"]

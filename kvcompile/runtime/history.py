@@ -49,14 +49,14 @@ class Sums:
 
 
 @dataclass
-class Watch:
+class QueryHistory:
     """State of one layer's selection: aligned with the cache's rows, follows it through reorder, select and crop."""
 
     segments: list[Segment] = field(default_factory=list)
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
     sums: list[Sums] | None = None  # per sequence
-    received: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
+    column_sums: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
 
     def remember(
         self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None, counted: bool = False
@@ -82,7 +82,7 @@ class Watch:
         """All remembered queries have been counted; hold the newest `keep` for other readers."""
         for s in self.segments:
             s.counted = True
-        self.received = None
+        self.column_sums = None
         self._hold(keep)
 
     def forget(self) -> None:
@@ -148,17 +148,17 @@ class Watch:
 
     def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
         """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
-        held = 0 if self.received is None else self.received.shape[2]
+        held = 0 if self.column_sums is None else self.column_sums.shape[2]
         if held < entries:
             wide = torch.zeros(batch, heads, entries + room, device=device, dtype=torch.float32)
-            if self.received is not None:
-                wide[:, :, :held] = self.received
-            self.received = wide
-        return torch.flatten(self.received, 0, 1)[:, :entries]  # type: ignore[arg-type]
+            if self.column_sums is not None:
+                wide[:, :, :held] = self.column_sums
+            self.column_sums = wide
+        return torch.flatten(self.column_sums, 0, 1)[:, :entries]  # type: ignore[arg-type]
 
     def gained(self, b: int, entries: int, group: int) -> Tensor | None:
         """What the kernel has summed for one sequence, mean over the `group` query heads of a KV head."""
-        return None if self.received is None else self.received[b, :, :entries] / group
+        return None if self.column_sums is None else self.column_sums[b, :, :entries] / group
 
     def keep(self, indices: list[Tensor], heads: int, longest: int) -> None:
         """Follow the cache when it keeps only the entries `indices[row]` of rows of up to `longest`."""
@@ -170,9 +170,9 @@ class Watch:
 
         if self.carried is not None:
             self.carried = [kept(b, held) for b, held in enumerate(self.carried)]
-        if self.received is not None:
-            rows = [kept(b, held).T for b, held in enumerate(self.received)]
-            self.received = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2).contiguous()
+        if self.column_sums is not None:
+            rows = [kept(b, held).T for b, held in enumerate(self.column_sums)]
+            self.column_sums = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2).contiguous()
 
     def select(self, sequences: Tensor) -> None:
         """Follow the cache when its sequences are kept, repeated or reordered."""
@@ -182,8 +182,8 @@ class Watch:
             s.valid = None if s.valid is None else s.valid[sequences]
         if self.carried is not None:
             self.carried = [self.carried[b] for b in chosen]
-        if self.received is not None:
-            self.received = self.received[sequences]
+        if self.column_sums is not None:
+            self.column_sums = self.column_sums[sequences]
         if self.waiting is not None:
             self.waiting = [self.waiting[b] for b in chosen]
         if self.sums is not None:

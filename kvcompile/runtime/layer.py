@@ -13,13 +13,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
-from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.runtime.history import Watch
+from kvcompile.runtime.history import QueryHistory
 from kvcompile.stores import factory
-from kvcompile.stores.host import Shuttle, Store, pools, travelling
+from kvcompile.stores.host import HostTransfer, Store, pools, travelling
 from kvcompile.stores.paged import PagedStore
-from kvcompile.stores.quantized import CodedStore
+from kvcompile.stores.quantized import QuantizedStore
 
 
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
@@ -27,25 +27,25 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, paged
     where the plan says so, and coded where it stores older tokens in another format. Where the plan offloads, it lies
-    in host memory between `park` and `fetch`.
+    in host memory between `to_host` and `fetch`.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, plan: LayerPlan, encoder: Encoder = encode, mover: Mover = compact) -> None:
+    def __init__(self, plan: LayerPlan, encoder: Encoder = encode, compactor: Compactor = compact) -> None:
         self.is_initialized = False
-        self.plan, self.encoder, self.mover = plan, encoder, mover
+        self.plan, self.encoder, self.compactor = plan, encoder, compactor
         self.store: Store | None = None
-        self.watch = Watch()
+        self.history = QueryHistory()
         self.columns = 0
-        self.shuttle = Shuttle() if plan.storage.offload else None
+        self.transfer = HostTransfer() if plan.storage.offload else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
         made = object.__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
-        made._tidy()
+        made._rehome()
         return made
 
     @property
@@ -91,24 +91,24 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             values = keys[..., latent:]
         if self.store is None:
             storage = self.plan.storage
-            first = factory.opened(keys, values, valid, headroom, 0 if storage.coded else storage.page, latent)
-            coded = (storage, first, self.encoder, self.mover, self.plan.index)
-            self.store = CodedStore(*coded) if storage.coded else first
+            first = factory.opened(keys, values, valid, headroom, 0 if storage.quantized else storage.page, latent)
+            quantized = (storage, first, self.encoder, self.compactor, self.plan.index)
+            self.store = QuantizedStore(*quantized) if storage.quantized else first
             self.is_initialized = True
-        if self.shuttle is not None and self.shuttle.home is not None:
-            self.shuttle.appended.append(((keys, values, positions, valid), headroom))
-        self.store = _added(self.store, keys, values, positions, valid, headroom, self.mover)
+        if self.transfer is not None and self.transfer.home is not None:
+            self.transfer.appended.append(((keys, values, positions, valid), headroom))
+        self.store = _added(self.store, keys, values, positions, valid, headroom, self.compactor)
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
         with self._at_hand() as store:
-            if self.shuttle is not None:  # some may have been found where the store was parked
+            if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
             self._changed()
-            if isinstance(store, CodedStore):
+            if isinstance(store, QuantizedStore):
                 store.keep(indices, headroom)
             else:
-                self.store = factory.taken(store, indices, headroom, self.mover)
+                self.store = factory.taken(store, indices, headroom, self.compactor)
 
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
@@ -119,28 +119,28 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         for (old, _, _), new in zip(self.held.rows(), keys, strict=True):
             old.copy_(new)
 
-    def settle(self, headroom: int, release: bool) -> bool:
-        """Encode what is older than the residual (see `CodedStore.settle`); whether anything was."""
+    def flush(self, headroom: int, release: bool) -> bool:
+        """Encode what is older than the residual (see `QuantizedStore.flush`); whether anything was."""
         with self._at_hand() as store:
-            settled = isinstance(store, CodedStore) and store.settle(headroom, release)
-            if settled:
+            flushed = isinstance(store, QuantizedStore) and store.flush(headroom, release)
+            if flushed:
                 self._changed()
-        return settled
+        return flushed
 
     def prefetch(self) -> None:
         """Begin to bring a parked store to the device."""
-        if self.shuttle is not None and self.store is not None:
-            self.shuttle.prefetch(self.store)
+        if self.transfer is not None and self.store is not None:
+            self.transfer.prefetch(self.store)
 
     def fetch(self) -> None:
         """Bring a parked store to the device."""
-        if self.shuttle is not None and self.store is not None:
-            self.store = self.shuttle.fetch(self.store)
+        if self.transfer is not None and self.store is not None:
+            self.store = self.transfer.fetch(self.store)
 
-    def park(self) -> None:
+    def to_host(self) -> None:
         """Put the store into host memory."""
-        if self.shuttle is not None and self.store is not None:
-            self.store = self.shuttle.park(self.store, _added)
+        if self.transfer is not None and self.store is not None:
+            self.store = self.transfer.to_host(self.store, _added)
 
     def resident(self) -> int:
         """Bytes allocated on the compute device, measured tensor by tensor."""
@@ -150,50 +150,50 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """Bytes allocated for it in the memory beside the device, measured tensor by tensor."""
         return sum(x.numel() * x.element_size() for x in self._alive() if self._at_home(x))
 
-    def parked_bytes(self) -> int:
+    def host_bytes_held(self) -> int:
         """Bytes of keys and values held, where all of them lie in host memory; else 0."""
         if self.store is None or not all(map(self._at_home, travelling(self.store))):
             return 0
         return self.store.nbytes()
 
     def _at_home(self, x: Tensor) -> bool:
-        return self.shuttle is not None and self.shuttle.host is not None and self.shuttle.host.holds(x)
+        return self.transfer is not None and self.transfer.host is not None and self.transfer.host.holds(x)
 
     def _alive(self) -> list[Tensor]:
         """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
         found = [] if self.store is None else self.store.tensors()
-        found = found + (self.shuttle.spare() if self.shuttle is not None else [])
-        found += [x for pool in pools(self.store) if pool.residence is not None for x in pool.residence.tensors()]
+        found = found + (self.transfer.spare() if self.transfer is not None else [])
+        found += [x for pool in pools(self.store) if pool.residency is not None for x in pool.residency.tensors()]
         return list({id(x): x for x in found}.values())
 
-    def _tidy(self) -> None:
-        if self.shuttle is not None and self.store is not None:
-            self.store = self.shuttle.tidy(self.store)
+    def _rehome(self) -> None:
+        if self.transfer is not None and self.store is not None:
+            self.store = self.transfer.rehome(self.store)
 
     @contextmanager
     def _at_hand(self) -> Iterator[Store]:
         """The store on the device, and back where it was afterwards."""
-        parked = self.shuttle is not None and self.shuttle.parked
+        on_host = self.transfer is not None and self.transfer.on_host
         self.fetch()
         yield self.held
-        if parked:
-            self.park()
+        if on_host:
+            self.to_host()
 
     def _changed(self) -> None:
-        if self.shuttle is not None:
-            self.shuttle.changed = True
+        if self.transfer is not None:
+            self.transfer.changed = True
 
     def select(self, sequences: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         if self.store is not None:
             self.store.select(sequences.to(self.store.device))
-            self._tidy()
-            self.watch.select(sequences)
+            self._rehome()
+            self.history.select(sequences)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store, self.watch, self.columns, self.is_initialized = None, Watch(), 0, False
-        self.shuttle = Shuttle() if self.shuttle is not None else None
+        self.store, self.history, self.columns, self.is_initialized = None, QueryHistory(), 0, False
+        self.transfer = HostTransfer() if self.transfer is not None else None
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what transformers slices new inputs by."""
@@ -228,10 +228,10 @@ def _added(
     positions: Tensor,
     valid: Tensor | None,
     headroom: int,
-    mover: Mover = compact,
+    compactor: Compactor = compact,
 ) -> Store:
     """The store with new tokens in it, as `LayerCache.append` gets them."""
-    if isinstance(store, CodedStore):
+    if isinstance(store, QuantizedStore):
         store.append(keys, values, positions, headroom, valid)
         return store
-    return factory.added(store, keys, values, positions, valid, headroom, mover)
+    return factory.added(store, keys, values, positions, valid, headroom, compactor)

@@ -216,7 +216,7 @@ class CompiledMixin:
     def _tell_of_one_pass(self) -> None:
         """Log once that logits of every token of a prompt, as a benchmark may score them, say nothing of the stack."""
         compiled = self.kvcompile
-        lossy = any(p.selection is not None or p.storage.coded for p in compiled.plan.owners)
+        lossy = any(p.selection is not None or p.storage.quantized for p in compiled.plan.owners)
         if lossy and not compiled.told and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             compiled.told = True
             log.warning(

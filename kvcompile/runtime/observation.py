@@ -48,8 +48,8 @@ class Observation:
     softcap: float | None = None
     sliding_window: int | None = None
     carried: Tensor | None = None
-    received: Tensor | None = None
-    paid: Tensor | None = None
+    column_sums: Tensor | None = None
+    window_attention: Tensor | None = None
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
     layer: int = 0
@@ -83,7 +83,7 @@ class Observation:
 
     def mean_attention(self) -> Tensor:
         """Attention of all `queries` to every entry, mean over them and the group, `[H_kv, n]`, float32."""
-        return self.attention().mean(dim=(1, 2)) if self.paid is None else self.paid
+        return self.attention().mean(dim=(1, 2)) if self.window_attention is None else self.window_attention
 
     def _seen_by_all(self, asked: Tensor) -> int:
         """How many entries, from the oldest on, every query at positions `asked` surely sees in every row."""

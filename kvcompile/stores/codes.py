@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.codecs import Encoder, decode, encode
-from kvcompile.kernels.compact import Arrays, Mover, compact
+from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import RaggedView, Segment
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Codec
@@ -104,8 +104,8 @@ class Codes:
         return Codes(*(None if x is None else move(x) for x in self._all))  # type: ignore[arg-type]
 
 
-class Body(Protocol):
-    """What `CodedStore` asks of the encoded part of its rows, wherever it lies. Rows are sequence-major.
+class CodeRows(Protocol):
+    """What `QuantizedStore` asks of the encoded part of its rows, wherever it lies. Rows are sequence-major.
 
     Counts and indices are whole blocks of the format, counted from the row's first entry.
     """
@@ -128,7 +128,7 @@ class Body(Protocol):
         """What a kernel reads."""
         ...
 
-    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, compactor: Compactor = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row; new room holds `headroom` tokens more."""
         ...
 
@@ -136,7 +136,7 @@ class Body(Protocol):
         """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
         ...
 
-    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> Body:
+    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> CodeRows:
         """A new body with only the entries `indices[row]` of each row."""
         ...
 
@@ -153,7 +153,7 @@ class Body(Protocol):
         ...
 
 
-class RaggedBody:
+class RaggedCodes:
     """Encoded rows back to back; row r may grow from `starts[r]` to `starts[r] + rooms[r]`, multiples of the block."""
 
     def __init__(self, like: Codes, format: Format, batch: int, heads: int, rooms: list[int]) -> None:
@@ -187,14 +187,14 @@ class RaggedBody:
             c.value_scales,
         )
 
-    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, compactor: Compactor = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row; a full row moves all, once."""
         lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
         if any(n > room for n, room in zip(lengths, self.rooms, strict=True)):
             every = range(len(lengths))
-            self._become(self._made(every, self._own(), self.batch, [n + headroom for n in lengths], mover))
+            self._become(self._made(every, self._own(), self.batch, [n + headroom for n in lengths], compactor))
         places = torch.cat([torch.arange(n, dtype=torch.int64, device="cpu") for n in counts]).to(self._ends.device)
-        mover(new.packed(counts, self.format), self.arrays(), places, counts, self.lengths)
+        compactor(new.packed(counts, self.format), self.arrays(), places, counts, self.lengths)
         self.lengths, self._ends = (
             lengths,
             self._ends + torch.tensor(counts, device=self._ends.device, dtype=torch.int64),
@@ -209,20 +209,20 @@ class RaggedBody:
         return [torch.arange(n, device=self._begins.device, dtype=torch.int64) for n in self.lengths]
 
     def _made(
-        self, rows: Sequence[int], indices: list[Tensor], batch: int, rooms: list[int], mover: Mover = compact
-    ) -> RaggedBody:
+        self, rows: Sequence[int], indices: list[Tensor], batch: int, rooms: list[int], compactor: Compactor = compact
+    ) -> RaggedCodes:
         """A body whose rows are the entries `indices[i]` of row `rows[i]` of this one."""
-        made = RaggedBody(self.codes, self.format, batch, self.heads, rooms)
+        made = RaggedCodes(self.codes, self.format, batch, self.heads, rooms)
         counts = [len(index) for index in indices]
         source = self.codes.arrays(self._begins[list(rows)], self.format)
-        mover(source, made.arrays(), torch.cat(indices), counts)
+        compactor(source, made.arrays(), torch.cat(indices), counts)
         made.lengths, made._ends = (
             counts,
             made._begins + torch.tensor(counts, device=made._begins.device, dtype=torch.int64),
         )
         return made
 
-    def _become(self, other: RaggedBody) -> None:
+    def _become(self, other: RaggedCodes) -> None:
         self.__dict__.update(other.__dict__)
 
     def row(self, row: int, start: int = 0) -> Row:
@@ -230,10 +230,10 @@ class RaggedBody:
         first = self.starts[row]
         return self.codes.span(first + start, first + self.lengths[row], self.format).decoded(self.format)
 
-    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> RaggedBody:
+    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedCodes:
         """A new body with only the entries `indices[row]` of each row, codes as they are."""
         rooms = [len(index) + headroom for index in indices]
-        return self._made(range(len(indices)), indices, self.batch, rooms, mover)
+        return self._made(range(len(indices)), indices, self.batch, rooms, compactor)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place."""
@@ -248,7 +248,7 @@ class RaggedBody:
         held = self.codes.span(0, sum(self.lengths), self.format)
         return sum(x.numel() * x.element_size() for x in held.tensors if x is not held.positions)
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedBody:
+    def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedCodes:
         """A body of the same entries whose every tensor is what `move` makes of this one's."""
         made = copy.copy(self)
         made.codes, made._begins, made._ends = self.codes.moved(move), move(self._begins), move(self._ends)

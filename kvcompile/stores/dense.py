@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, Mover, compact
+from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import DenseView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
@@ -119,7 +119,7 @@ class DenseStore:
         """What compaction moves."""
         return Arrays(tuple(self.tensors()))
 
-    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> DenseStore:
+    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> DenseStore:
         """A new store with only the entries `indices[row]` of each row, all of one number."""
         count = indices[0].numel()
 
@@ -128,7 +128,7 @@ class DenseStore:
 
         values = None if self._values is None else room(self._values)
         made = DenseStore(room(self.keys), values, room(self.positions), count, self.latent)
-        mover(self.arrays(), made.arrays(), torch.cat(indices), [count] * len(indices))
+        compactor(self.arrays(), made.arrays(), torch.cat(indices), [count] * len(indices))
         return made
 
     def select(self, sequences: Tensor) -> None:
@@ -145,7 +145,7 @@ class DenseStore:
         positions = self.positions[:, :, :n].expand(-1, self.heads, -1)
         return self.keys[:, :, :n].flatten(0, 2), self.values[:, :, :n].flatten(0, 2), positions.flatten()
 
-    def shed(self, counts: list[int], mover: Mover = compact) -> None:
+    def shed(self, counts: list[int], compactor: Compactor = compact) -> None:
         """Forget the first `counts[row]` entries (all alike) of each row, in place."""
         n, rest = counts[0], self.length - counts[0]
         for x in self.tensors():  # one stretch of every row: there is nothing to gather

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.paged import PagedStore
 from kvcompile.stores.ragged import RaggedStore
@@ -39,11 +39,11 @@ def added(
     positions: Tensor,
     valid: Tensor | None,
     headroom: int,
-    mover: Mover = compact,
+    compactor: Compactor = compact,
 ) -> PlainStore:
     """The store with new tokens in it: itself, or a ragged one where padding makes rows differ."""
     if isinstance(store, PagedStore):
-        store.append(keys, values, positions, headroom, valid, mover)
+        store.append(keys, values, positions, headroom, valid, compactor)
         return store
     if valid is not None and isinstance(store, DenseStore):
         store = RaggedStore.of(store.rows(), store.batch, store.heads, headroom, store.latent)
@@ -54,11 +54,11 @@ def added(
     return store
 
 
-def taken(store: PlainStore, indices: list[Tensor], headroom: int, mover: Mover = compact) -> PlainStore:
+def taken(store: PlainStore, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> PlainStore:
     """A store with only the entries `indices[row]` of each row: a new one, but for pages."""
     if isinstance(store, PagedStore) or (isinstance(store, DenseStore) and len({i.numel() for i in indices}) == 1):
-        return store.take(indices, headroom, mover)
-    return RaggedStore.kept(store, indices, headroom, mover)
+        return store.take(indices, headroom, compactor)
+    return RaggedStore.kept(store, indices, headroom, compactor)
 
 
 def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> PlainStore:

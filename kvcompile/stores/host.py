@@ -14,9 +14,9 @@ from torch import Tensor
 from kvcompile.stores import factory
 from kvcompile.stores.pages import PagedRows
 from kvcompile.stores.pool import PagePool
-from kvcompile.stores.quantized import CodedStore
+from kvcompile.stores.quantized import QuantizedStore
 
-Store = factory.PlainStore | CodedStore
+Store = factory.PlainStore | QuantizedStore
 T = TypeVar("T")
 Move = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def moved(store: Store, move: Move) -> Store:
     """A store of the same entries whose every tensor is what `move` makes of the old one's; pages move by pool."""
-    return store.moved(move) if isinstance(store, CodedStore) else factory.moved(store, move)
+    return store.moved(move) if isinstance(store, QuantizedStore) else factory.moved(store, move)
 
 
 def pools(store: Store | None) -> list[PagePool]:
@@ -37,7 +37,7 @@ def travelling(store: Store | None) -> list[Tensor]:
     """The tensors of a store that move between device and host: all but the books of its pools."""
     if store is None:
         return []
-    rows = [store.tail, store.body] if isinstance(store, CodedStore) else [store]
+    rows = [store.residual, store.codes] if isinstance(store, QuantizedStore) else [store]
     own = [x for part in rows if part is not None and not hasattr(part, "pages") for x in part.tensors()]
     return own + [x for pool in pools(store) for x in pool.buffers.values()]
 
@@ -116,38 +116,38 @@ def beside(device: torch.device) -> Host:
     return Host(device)
 
 
-class Residence:
-    """Where the buffers of a pool lie. Those who share it are its `guests` while they need it on the device.
+class PagePoolResidency:
+    """Where the buffers of a pool lie. Those who share it are its `users` while they need it on the device.
 
     home: what lay at home when the buffers were fetched; coming: a copy under way, of the buffers' `edition`.
     """
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.guests: WeakSet[Shuttle] = WeakSet()
-        self.parked = False
+        self.users: WeakSet[HostTransfer] = WeakSet()
+        self.on_host = False
         self.home: dict[str, Tensor] | None = None
         self.coming: Coming[dict[str, Tensor]] | None = None
         self.edition = 0
 
     def prefetch(self, pool: PagePool) -> None:
         """Begin to bring the pages."""
-        if self.parked and (self.coming is None or self.edition != pool.edition):
+        if self.on_host and (self.coming is None or self.edition != pool.edition):
             self.coming = self.host.send(lambda near: {name: near(x) for name, x in pool.buffers.items()})
             self.edition = pool.edition
 
-    def fetch(self, pool: PagePool, guest: Shuttle) -> None:
+    def fetch(self, pool: PagePool, user: HostTransfer) -> None:
         """The pages are on the device until the last guest parks them."""
-        self.guests.add(guest)
+        self.users.add(user)
         self.prefetch(pool)
-        if self.parked and self.coming is not None:
-            self.home, pool.written, self.parked = pool.buffers, [], False
+        if self.on_host and self.coming is not None:
+            self.home, pool.written, self.on_host = pool.buffers, [], False
             pool.buffers, self.coming = self.host.receive(self.coming), None
 
-    def park(self, pool: PagePool, guest: Shuttle) -> None:
+    def to_host(self, pool: PagePool, user: HostTransfer) -> None:
         """The pages are at home, once no other guest needs them; only those that were written go back."""
-        self.guests.discard(guest)
-        if self.parked or self.guests:
+        self.users.discard(user)
+        if self.on_host or self.users:
             return
         if self.home is None or pool.written is None:
             pool.buffers = {name: self.host.away(x) for name, x in pool.buffers.items()}
@@ -157,11 +157,11 @@ class Residence:
             for name, x in pool.buffers.items():
                 pool.paged(name, self.home[name])[pages] = pool.paged(name, x)[pages.to(x.device)].to(self.host.home)
             pool.buffers = self.home
-        self.home, pool.written, self.parked = None, None, True
+        self.home, pool.written, self.on_host = None, None, True
 
-    def tidy(self, pool: PagePool) -> None:
+    def rehome(self, pool: PagePool) -> None:
         """What an operation made at home is made as `away` does."""
-        if self.parked:
+        if self.on_host:
             pool.buffers = {name: self.host.kept(x) for name, x in pool.buffers.items()}
 
     def tensors(self) -> list[Tensor]:
@@ -170,7 +170,7 @@ class Residence:
 
 
 @dataclass(eq=False)
-class Shuttle:
+class HostTransfer:
     """Where one layer's store is, and what the copy at home has missed.
 
     parked: the store lies at home. home: what it was there when it was fetched. coming: a copy under way.
@@ -178,7 +178,7 @@ class Shuttle:
     """
 
     host: Host | None = None
-    parked: bool = False
+    on_host: bool = False
     home: Store | None = None
     coming: Coming[Store] | None = None
     appended: list[tuple[Any, ...]] = field(default_factory=list)
@@ -193,31 +193,31 @@ class Shuttle:
         """Begin to bring the `store`, where it is parked."""
         for pool in pools(store):
             with pool.alone():
-                if pool.residence is not None:
-                    pool.residence.prefetch(pool)
-        if self.parked:
+                if pool.residency is not None:
+                    pool.residency.prefetch(pool)
+        if self.on_host:
             self.coming = self._host(store).send(lambda near: moved(store, near))
 
     def fetch(self, store: Store) -> Store:
         """The `store`, on the device."""
         for pool in pools(store):
             with pool.alone():
-                if pool.residence is not None:
-                    pool.residence.fetch(pool, self)
-        if not self.parked:
+                if pool.residency is not None:
+                    pool.residency.fetch(pool, self)
+        if not self.on_host:
             return store
         coming = self.coming or self._host(store).send(lambda near: moved(store, near))
-        self.parked, self.home, self.coming = False, store, None
+        self.on_host, self.home, self.coming = False, store, None
         return self._host(store).receive(coming)
 
-    def park(self, store: Store, add: Callable[..., Store]) -> Store:
+    def to_host(self, store: Store, add: Callable[..., Store]) -> Store:
         """`store` at home; where it only grew, the copy there grows by `add(copy, *appended)` instead."""
         host = self._host(store)
         for pool in pools(store):
             with pool.alone():
-                pool.residence = pool.residence or Residence(host)
-                pool.residence.park(pool, self)
-        if self.parked:
+                pool.residency = pool.residency or PagePoolResidency(host)
+                pool.residency.to_host(pool, self)
+        if self.on_host:
             return store
         if self.home is None or self.changed:
             mine = moved(store, host.away)
@@ -226,17 +226,17 @@ class Shuttle:
             for new, headroom in self.appended if mine is not store else ():
                 mine = add(mine, *(x if x is None else x.to(host.home) for x in new), headroom)
             mine = moved(mine, host.kept)
-        self.parked, self.home, self.appended, self.changed = True, None, [], False
+        self.on_host, self.home, self.appended, self.changed = True, None, [], False
         return mine
 
-    def tidy(self, store: Store) -> Store:
+    def rehome(self, store: Store) -> Store:
         """The store after an operation on it where it lies: what that made at home is made as `away` does."""
-        if self.host is None or not self.parked:
+        if self.host is None or not self.on_host:
             return store
         for pool in pools(store):
             with pool.alone():
-                if pool.residence is not None:
-                    pool.residence.tidy(pool)
+                if pool.residency is not None:
+                    pool.residency.rehome(pool)
         return moved(store, self.host.kept)
 
     def spare(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, Mover, compact
+from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Codec
@@ -74,7 +74,7 @@ class PagedStore(Paged):
         positions: Tensor,
         headroom: int,
         valid: Tensor | None = None,
-        mover: Mover = compact,
+        compactor: Compactor = compact,
     ) -> None:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`.
 
@@ -93,7 +93,7 @@ class PagedStore(Paged):
         if valid is not None:
             real = valid.repeat_interleave(self.heads, 0)
             added, kept = real.sum(1).tolist(), real.nonzero()[:, 1]
-        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, mover, kept)
+        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, compactor, kept)
 
     @alone
     def view(self) -> PagedView:
@@ -157,12 +157,12 @@ class PagedStore(Paged):
         return held["keys"], self._values(held), held["positions"]
 
     @alone
-    def shed(self, counts: list[int], mover: Mover = compact) -> None:
+    def shed(self, counts: list[int], compactor: Compactor = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
         rest = [
             torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, self.lengths, strict=True)
         ]
-        self.pages.keep(rest, self.pages.headroom, mover)
+        self.pages.keep(rest, self.pages.headroom, compactor)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""

@@ -1,10 +1,10 @@
-"""Encoded rows in pages: what `RaggedBody` is, shared by forks and repeated sequences until they write."""
+"""Encoded rows in pages: what `RaggedCodes` is, shared by forks and repeated sequences until they write."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.stores.codes import Codes, Format, Row
@@ -13,14 +13,14 @@ from kvcompile.stores.pages import Paged, PagedRows, alone
 NAMES = ("keys", "key_scales", "values", "value_scales", "positions")
 
 
-class PagedBody(Paged):
+class PagedCodes(Paged):
     """Codes, scales and true positions in the pages of one pool; a page is a multiple of the format's block."""
 
     def __init__(self, pages: PagedRows, format: Format, batch: int, heads: int) -> None:
         self.pages, self.format, self.batch, self.heads = pages, format, batch, heads
 
     @classmethod
-    def like(cls, codes: Codes, format: Format, batch: int, heads: int, page: int) -> PagedBody:
+    def like(cls, codes: Codes, format: Format, batch: int, heads: int, page: int) -> PagedCodes:
         """An empty body for entries like `codes`, in pages of `page` tokens."""
         per = dict(zip(NAMES, format.steps, strict=True))
         return cls(PagedRows.like(batch * heads, page, _named(codes), per), format, batch, heads)
@@ -49,9 +49,9 @@ class PagedBody(Paged):
         )
 
     @alone
-    def append(self, counts: list[int], new: Codes, headroom: int, mover: Mover = compact) -> None:
+    def append(self, counts: list[int], new: Codes, headroom: int, compactor: Compactor = compact) -> None:
         """Add the next `counts[row]` of the entries `new` to each row."""
-        self.pages.receive(counts, new.packed(counts, self.format), headroom, mover)
+        self.pages.receive(counts, new.packed(counts, self.format), headroom, compactor)
 
     @alone
     def row(self, row: int, start: int = 0) -> Row:

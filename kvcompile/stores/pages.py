@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, Mover, compact, placed
+from kvcompile.kernels.compact import Arrays, Compactor, compact, placed
 from kvcompile.stores.pool import HOST, PagePool, PageTable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,7 +88,12 @@ class PagedRows:
         return self.slots(*ranges(start.to(self.where), self.counts))
 
     def receive(
-        self, added: list[int], source: Arrays, headroom: int, mover: Mover = compact, kept: Tensor | None = None
+        self,
+        added: list[int],
+        source: Arrays,
+        headroom: int,
+        compactor: Compactor = compact,
+        kept: Tensor | None = None,
     ) -> None:
         """Add `added[r]` entries of row r of other arrays, the first ones or those `kept`, row after row.
 
@@ -96,7 +101,7 @@ class PagedRows:
         """
         start = self._longer(added, headroom)
         kept = placed(added, None, self.where)[1] if kept is None else kept
-        mover(source, self.arrays(), kept, added, start.tolist())
+        compactor(source, self.arrays(), kept, added, start.tolist())
         self._wrote(start)
 
     def _longer(self, added: list[int], headroom: int) -> Tensor:
@@ -166,7 +171,7 @@ class PagedRows:
         )
         self._ahead = []
 
-    def keep(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> None:
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> None:
         """Keep only the entries `indices[r]` (ascending) of each row; pages that empty are returned.
 
         Where tokens share an entry, whole groups of them stay or go. What stands before the first dropped entry of a
@@ -178,10 +183,10 @@ class PagedRows:
         stays = torch.zeros_like(self.counts).index_add_(0, rows, (old == new).long()).to(HOST)
         # pages that are written are this row's alone from here on, copies of shared ones included: rows cannot meet
         self._own(stays, torch.tensor(counts, device=HOST, dtype=torch.int64), headroom)
-        mover(self.arrays(), self.arrays(), old, counts)
+        compactor(self.arrays(), self.arrays(), old, counts)
         self.truncate(counts)
         self._wrote(stays)
-        self._settle()
+        self._flush()
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies past `lengths[r]` entries of each row; its pages are returned, and those in reserve."""
@@ -200,7 +205,7 @@ class PagedRows:
         self.counts = torch.tensor(lengths, device=self.where, dtype=torch.int64)
         self._ahead = []
 
-    def _settle(self) -> None:
+    def _flush(self) -> None:
         """Release memory where more pages are free than `headroom` tokens a row need, and some that spare a copy."""
         mine = sum((n + self.headroom) // self.pool.page for n in self.lengths) - int(self.table.used.sum())
         wanted = self.pool.used + max(0, mine)
@@ -218,7 +223,7 @@ class PagedRows:
         self.pool.release(old)
         self._resize(self.lengths)
         self._reach = 1  # who selects once may select at every token: pages ahead would be shared and dropped again
-        self._settle()
+        self._flush()
 
     def fork(self) -> PagedRows:
         """The same rows once more: all pages are shared until one side writes them."""
@@ -262,9 +267,9 @@ class Paged:
         return self.pages.lengths
 
     @alone
-    def take(self: P, indices: list[Tensor], headroom: int, mover: Mover = compact) -> P:
+    def take(self: P, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> P:
         """With only the entries `indices[row]` of each row, in place; pages that empty are freed."""
-        self.pages.keep(indices, headroom, mover)
+        self.pages.keep(indices, headroom, compactor)
         return self
 
     @alone

@@ -19,7 +19,7 @@ from kvcompile.kernels.compact import gather
 from kvcompile.stores import hugepages
 
 if TYPE_CHECKING:
-    from kvcompile.stores.host import Residence
+    from kvcompile.stores.host import PagePoolResidency
 
 HOST = torch.device("cpu")  # counts and lists are read by Python: they stay on the host
 
@@ -96,7 +96,7 @@ class PagePool:
     among `tables` and does everything inside `alone()`. `left` are the tables of owners that are gone: their pages are
     returned there, not by the owner's finalizer, which may run in the middle of something.
 
-    Offloaded buffers lie elsewhere than on `device` now and then (see `residence`). `written`: pages written since they
+    Offloaded buffers lie elsewhere than on `device` now and then (see `residency`). `written`: pages written since they
     came (None: nobody asks, or other buffers were made); `edition`: how often that was.
     """
 
@@ -104,7 +104,7 @@ class PagePool:
         self.page, self.per = page, {name: (per or {}).get(name, 1) for name in like}
         self.buffers = {name: x.new_empty(0, *x.shape[1:]) for name, x in like.items()}
         self.device = next(iter(like.values())).device
-        self.residence: Residence | None = None
+        self.residency: PagePoolResidency | None = None
         self.written: list[Tensor] | None = None
         self.edition = 0
         self.references = torch.zeros(0, dtype=torch.int32, device=HOST)

@@ -10,150 +10,150 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
-from kvcompile.kernels.compact import Mover, compact
+from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.kernels.spec import plain as plain_parts
 from kvcompile.plan.storage import Storage
 from kvcompile.stores import factory
-from kvcompile.stores.codes import Body, Codes, Format, RaggedBody
+from kvcompile.stores.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.paged import paged
-from kvcompile.stores.paged_codes import PagedBody
+from kvcompile.stores.paged_codes import PagedCodes
 from kvcompile.stores.ragged import padded
 
 
-class CodedStore:
+class QuantizedStore:
     """Each row is its encoded entries, oldest first, then those of the tail; new tokens are appended to the tail.
 
-    `settle` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
+    `flush` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
     residual is left: after a prefill, and now and then while decoding. Before it attention sees the exact numbers.
     Until something is encoded there is no body.
     """
 
-    layout = "coded"
+    layout = "quantized"
 
     def __init__(
         self,
         storage: Storage,
-        tail: factory.PlainStore,
+        residual: factory.PlainStore,
         encoder: Encoder = encode,
-        mover: Mover = compact,
+        compactor: Compactor = compact,
         layer: int = 0,
     ) -> None:
-        self.storage, self.tail, self.mover, self.layer = storage, tail, mover, layer
-        self.body: Body | None = None
-        dtype = tail.keys.dtype
+        self.storage, self.residual, self.compactor, self.layer = storage, residual, compactor, layer
+        self.codes: CodeRows | None = None
+        dtype = residual.keys.dtype
         self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
 
     @property
     def batch(self) -> int:
         """Sequences held."""
-        return self.tail.batch
+        return self.residual.batch
 
     @property
     def heads(self) -> int:
         """KV heads held."""
-        return self.tail.heads
+        return self.residual.heads
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.tail.device
+        return self.residual.device
 
     @property
     def encoded(self) -> list[int]:
         """Encoded tokens of each row (sequence-major)."""
-        return self.body.lengths if self.body is not None else [0] * (self.batch * self.heads)
+        return self.codes.lengths if self.codes is not None else [0] * (self.batch * self.heads)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens held by each row (sequence-major)."""
-        return [old + new for old, new in zip(self.encoded, self.tail.lengths, strict=True)]
+        return [old + new for old, new in zip(self.encoded, self.residual.lengths, strict=True)]
 
     def append(
         self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
     ) -> None:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
-        self.tail = factory.added(self.tail, keys, values, positions, valid, headroom)
+        self.residual = factory.added(self.residual, keys, values, positions, valid, headroom)
 
-    def settle(self, headroom: int, release: bool) -> bool:
+    def flush(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
 
         Returns whether anything was encoded. Raises KvcompileError for numbers that float16 scales cannot hold.
         """
-        lengths = self.tail.lengths
+        lengths = self.residual.lengths
         if max(lengths) < self.storage.residual + self.format.block:
             return False
         counts = [self.storage.encoded(n) for n in lengths]
-        keys, values, positions = self.tail.oldest(counts)
+        keys, values, positions = self.residual.oldest(counts)
         new = Codes.of(keys, values, positions, self.format)
         require_held(new, (keys, values), self.format, self.storage.policy, self.layer)
-        if self.body is None:
-            self.body = self._opened(new, counts, headroom)
-        self.body.append(counts, new, headroom, self.mover)
+        if self.codes is None:
+            self.codes = self._opened(new, counts, headroom)
+        self.codes.append(counts, new, headroom, self.compactor)
         if release:
             kept = [
                 torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, lengths, strict=True)
             ]
-            self.tail = factory.taken(self.tail, kept, headroom, self.mover)
+            self.residual = factory.taken(self.residual, kept, headroom, self.compactor)
         else:
-            self.tail.shed(counts, self.mover)
+            self.residual.shed(counts, self.compactor)
         return True
 
-    def _opened(self, like: Codes, counts: list[int], headroom: int) -> Body:
+    def _opened(self, like: Codes, counts: list[int], headroom: int) -> CodeRows:
         """An empty body for `counts[row]` entries."""
         if self.storage.page:
-            return PagedBody.like(like, self.format, self.batch, self.heads, self.storage.page)
-        return RaggedBody(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
+            return PagedCodes.like(like, self.format, self.batch, self.heads, self.storage.page)
+        return RaggedCodes(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
 
     def view(self) -> View:
         """What a kernel reads."""
-        newest = self.tail.view()
-        return newest if self.body is None else MixedView((self.body.segment(), newest))
+        newest = self.residual.view()
+        return newest if self.codes is None else MixedView((self.codes.segment(), newest))
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """How a kernel must read it."""
-        return self.tail.parts if self.body is None else (self.body.part, *self.tail.parts)
+        return self.residual.parts if self.codes is None else (self.codes.part, *self.residual.parts)
 
     def rows(self) -> list[factory.Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major, decoded to the model's dtype."""
-        return [self._row(r, 0, tail) for r, tail in enumerate(self.tail.rows())]
+        return [self._row(r, 0, residual) for r, residual in enumerate(self.residual.rows())]
 
-    def _row(self, row: int, start: int, tail: factory.Row) -> factory.Row:
-        """The entries from `start` on of a row that ends in `tail`."""
-        if self.body is None:
-            return tail
-        keys, values, positions = zip(self.body.row(row, start), tail, strict=True)
+    def _row(self, row: int, start: int, residual: factory.Row) -> factory.Row:
+        """The entries from `start` on of a row that ends in `residual`."""
+        if self.codes is None:
+            return residual
+        keys, values, positions = zip(self.codes.row(row, start), residual, strict=True)
         return torch.cat(keys), torch.cat(values), torch.cat(positions)
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
-        mine, tails = range(b * self.heads, (b + 1) * self.heads), self.tail.rows()
+        mine, tails = range(b * self.heads, (b + 1) * self.heads), self.residual.rows()
         return padded([self._row(r, 0, tails[r]) for r in mine])
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row.
 
         Codes stay as they are where every token has its own scales; where tokens share them, up to the first block
-        that loses one. What comes after goes back to the tail, to be encoded again by `settle`.
+        that loses one. What comes after goes back to the tail, to be encoded again by `flush`.
         """
-        if self.body is None:
-            self.tail = factory.taken(self.tail, indices, headroom, self.mover)
+        if self.codes is None:
+            self.residual = factory.taken(self.residual, indices, headroom, self.compactor)
             return
         stay, rows = [], []
-        for r, (index, tail) in enumerate(zip(indices, self.tail.rows(), strict=True)):
+        for r, (index, residual) in enumerate(zip(indices, self.residual.rows(), strict=True)):
             old = self.encoded[r]
             inside = index[: int((index < old).sum())]
             count = self._untouched(inside, index.numel())
             stay.append(inside[:count])
             start = int(inside[count - 1]) + 1 if count and self.format.block == 1 else count
             rest = index[count:] - start
-            keys, values, positions = self._row(r, start, tail)
+            keys, values, positions = self._row(r, start, residual)
             rows.append((keys[rest], values[rest], positions[rest]))
-        self.body = self.body.take(stay, headroom, self.mover) if any(map(len, stay)) else None
-        self.tail = factory.of_rows(rows, self.batch, self.heads, headroom)
+        self.codes = self.codes.take(stay, headroom, self.compactor) if any(map(len, stay)) else None
+        self.residual = factory.of_rows(rows, self.batch, self.heads, headroom)
 
     def _untouched(self, inside: Tensor, total: int) -> int:
         """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""
@@ -167,35 +167,35 @@ class CodedStore:
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
-        self.tail.select(sequences)
-        if self.body is not None:
-            self.body.select(sequences)
+        self.residual.select(sequences)
+        if self.codes is not None:
+            self.codes.select(sequences)
 
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
-        if count > min(self.tail.lengths):
+        if count > min(self.residual.lengths):
             raise KvcompileError(
                 "only tokens that are not encoded yet can be taken back",
-                f"{count} of {min(self.tail.lengths)}",
+                f"{count} of {min(self.residual.lengths)}",
                 "take back fewer, or start a new cache",
             )
-        self.tail.drop_last(count)
+        self.residual.drop_last(count)
 
     def nbytes(self) -> int:
         """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
-        return self.tail.nbytes() + (self.body.nbytes() if self.body is not None else 0)
+        return self.residual.nbytes() + (self.codes.nbytes() if self.codes is not None else 0)
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> CodedStore:
+    def moved(self, move: Callable[[Tensor], Tensor]) -> QuantizedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
         made = copy.copy(self)
-        made.tail = factory.moved(self.tail, move)
-        if isinstance(self.body, RaggedBody):
-            made.body = self.body.moved(move)
+        made.residual = factory.moved(self.residual, move)
+        if isinstance(self.codes, RaggedCodes):
+            made.codes = self.codes.moved(move)
         return made
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""
-        return self.tail.tensors() + (self.body.tensors() if self.body is not None else [])
+        return self.residual.tensors() + (self.codes.tensors() if self.codes is not None else [])
 
     def allocated(self) -> int:
         """Bytes of everything allocated: codes, scales, plain numbers, positions, room."""
@@ -204,8 +204,8 @@ class CodedStore:
 
 def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...]:
     """How rows of a layer lie once they are longer than the residual, where the tail is `layout`."""
-    if storage.page and not storage.coded:
+    if storage.page and not storage.quantized:
         return paged(dtype, storage.page)
-    tail = plain_parts(layout, dtype)
+    residual = plain_parts(layout, dtype)
     body = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
-    return (body, *tail) if storage.coded else tail
+    return (body, *residual) if storage.quantized else residual

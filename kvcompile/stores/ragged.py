@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, Mover, compact
+from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
@@ -146,20 +146,20 @@ class RaggedStore:
 
     @classmethod
     def kept(
-        cls, store: DenseStore | RaggedStore, indices: list[Tensor], headroom: int, mover: Mover = compact
+        cls, store: DenseStore | RaggedStore, indices: list[Tensor], headroom: int, compactor: Compactor = compact
     ) -> RaggedStore:
         """A store with only the entries `indices[row]` of each row of another."""
         counts = [i.numel() for i in indices]
         rooms = [n + headroom for n in counts]
         made = cls(store.keys, store.values, store.batch, store.heads, rooms, store.latent)
-        mover(store.arrays(), made.arrays(), torch.cat(indices), counts)
+        compactor(store.arrays(), made.arrays(), torch.cat(indices), counts)
         made.lengths = counts
         made._mark_ends()
         return made
 
-    def take(self, indices: list[Tensor], headroom: int, mover: Mover = compact) -> RaggedStore:
+    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
-        return RaggedStore.kept(self, indices, headroom, mover)
+        return RaggedStore.kept(self, indices, headroom, compactor)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
@@ -181,11 +181,11 @@ class RaggedStore:
         at = spans(self._begins, torch.tensor(counts, device=self.device, dtype=torch.int64))
         return self.keys[at], self.values[at], self.positions[at]
 
-    def shed(self, counts: list[int], mover: Mover = compact) -> None:
+    def shed(self, counts: list[int], compactor: Compactor = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
         rest = [held - n for held, n in zip(self.lengths, counts, strict=True)]
         begins, stay = (torch.tensor(x, device=self.device, dtype=torch.int64) for x in (counts, rest))
-        mover(self.arrays(), self.arrays(), spans(begins, stay), rest)
+        compactor(self.arrays(), self.arrays(), spans(begins, stay), rest)
         self.lengths = rest
         self._mark_ends()
 

@@ -83,8 +83,8 @@ class _Watcher:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = (args[0] if args else kwargs["hidden_states"])[0].float()
         extended = torch.cat((hidden, hidden.new_ones(hidden.shape[0], 1)), 1)
-        received, turn = self._attention(hidden)
-        new = [extended.T @ extended, extended.T @ (extended * received.unsqueeze(1)), turn]
+        column_sums, turn = self._attention(hidden)
+        new = [extended.T @ extended, extended.T @ (extended * column_sums.unsqueeze(1)), turn]
         self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
         self.tokens += hidden.shape[0]
 
@@ -100,7 +100,7 @@ class _Watcher:
         cos, sin = self.rotation(torch.arange(count, device=hidden.device, dtype=torch.int64))
         half = cos.shape[-1] // 2
         table = torch.complex(cos[:, :half], -sin[:, :half])
-        received, seen = (torch.zeros(count, device=hidden.device, dtype=torch.float32) for _ in range(2))
+        column_sums, seen = (torch.zeros(count, device=hidden.device, dtype=torch.float32) for _ in range(2))
         i = torch.arange(count, device=hidden.device, dtype=torch.int64)
         distance = i.unsqueeze(1) - i
         hidden_from = (distance < 0) | (distance >= (p.sliding_window or count))
@@ -112,8 +112,8 @@ class _Watcher:
                 logits = p.softcap * torch.tanh(logits / p.softcap)
             weights = logits.masked_fill(hidden_from, float("-inf")).softmax(-1)
             seen.index_add_(0, distance.clamp(min=0).flatten(), weights.flatten())
-            received += weights.sum(0)
-        return received / p.query_heads, (seen / p.query_heads).to(table.dtype) @ table / table[0].abs()
+            column_sums += weights.sum(0)
+        return column_sums / p.query_heads, (seen / p.query_heads).to(table.dtype) @ table / table[0].abs()
 
 
 def _head(part: Projection, head: int, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from working import STORAGES, plan_of, worked
 
 from kvcompile.artifact.compactions import expected
-from kvcompile.kernels.compact import Arrays, CompactSpec, Mover, compact, spec_of
+from kvcompile.kernels.compact import Arrays, Compactor, CompactSpec, compact, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import compact as generated
 from kvcompile.plan.plan import Plan
@@ -24,15 +24,15 @@ stored = pytest.mark.parametrize("storage", STORAGES.values(), ids=list(STORAGES
 class Recorder:
     """A mover that remembers which kernels would have run."""
 
-    def __init__(self, mover: Mover = compact) -> None:
-        self.mover, self.specs = mover, set[CompactSpec]()
+    def __init__(self, compactor: Compactor = compact) -> None:
+        self.compactor, self.specs = compactor, set[CompactSpec]()
 
     def __call__(
         self, source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None
     ) -> None:
         if kept.numel():
             self.specs.add(spec_of(source, target))
-        self.mover(source, target, kept, counts, first)
+        self.compactor(source, target, kept, counts, first)
 
 
 @stored
@@ -40,14 +40,14 @@ def test_nothing_runs_that_the_plan_does_not_foretell(storage: Storage) -> None:
     """What is foretold is what an artifact shows; all of it happens."""
     recorder = Recorder()
     for seed in range(12):
-        worked(LayerCache(plan_of(storage), mover=recorder), seed)
+        worked(LayerCache(plan_of(storage), compactor=recorder), seed)
     assert recorder.specs == set(expected(plan_of(storage), "float32"))
 
 
 def test_latents_move_without_values() -> None:
     recorder, plan = Recorder(), plan_of(Storage(), latent=True)
     for seed in range(6):
-        worked(LayerCache(plan, mover=recorder), seed)
+        worked(LayerCache(plan, compactor=recorder), seed)
     assert recorder.specs == set(expected(plan, "float32"))
     assert all(len(spec.entries) == 2 for spec in recorder.specs)
 
@@ -61,7 +61,7 @@ def test_a_layer_that_drops_nothing_moves_nothing() -> None:
 @stored
 def test_the_kernel_leaves_the_bytes_that_torch_leaves(storage: Storage) -> None:
     for seed in range(4):
-        mine = worked(LayerCache(plan_of(storage), mover=generated.compact), seed)
+        mine = worked(LayerCache(plan_of(storage), compactor=generated.compact), seed)
         theirs = worked(LayerCache(plan_of(storage)), seed)
         for a, b in zip(mine, theirs, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -69,5 +69,5 @@ def test_the_kernel_leaves_the_bytes_that_torch_leaves(storage: Storage) -> None
 
 def test_each_layer_of_a_cache_gets_the_mover_of_the_route() -> None:
     plan = Plan("tiny", "float32", (plan_of(Storage()),))
-    for route, mover in (("sdpa", compact), ("reference", compact), ("cpp", generated.compact)):
-        assert KVCache(plan, route=route).layers[0].mover is mover
+    for route, compactor in (("sdpa", compact), ("reference", compact), ("cpp", generated.compact)):
+        assert KVCache(plan, route=route).layers[0].compactor is compactor

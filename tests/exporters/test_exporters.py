@@ -24,8 +24,8 @@ from kvcompile.config.schema import Config
 from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters import registry
-from kvcompile.exporters.base import Door
-from kvcompile.exporters.registry import build_doors, require_open
+from kvcompile.exporters.base import Exporter
+from kvcompile.exporters.registry import build_exporters, require_open
 from kvcompile.job import compile_and_report
 from kvcompile.plan.plan import Plan
 from kvcompile.progress import silent
@@ -35,7 +35,7 @@ from kvcompile.stack import apply_stack, build_stack
 
 
 @dataclass(frozen=True)
-class Shut(Door):
+class Shut(Exporter):
     name: ClassVar[str] = "shut"
     summary: ClassVar[str] = "never opens"
 
@@ -44,7 +44,7 @@ class Shut(Door):
 
 
 @dataclass(frozen=True)
-class Broken(Door):
+class Broken(Exporter):
     name: ClassVar[str] = "broken"
     summary: ClassVar[str] = "fails half-way"
 
@@ -58,9 +58,9 @@ class Broken(Door):
 
 @pytest.fixture
 def more_doors(monkeypatch: pytest.MonkeyPatch) -> None:
-    doors = {**registry.discover(), "shut": Shut, "broken": Broken}
-    monkeypatch.setattr(registry, "DOORS", dict.fromkeys(doors, ""))
-    monkeypatch.setattr(registry, "discover", lambda: doors)
+    exporters = {**registry.discover(), "shut": Shut, "broken": Broken}
+    monkeypatch.setattr(registry, "EXPORTERS", dict.fromkeys(exporters, ""))
+    monkeypatch.setattr(registry, "discover", lambda: exporters)
 
 
 def plan_of(*stack: str, model: str = "llama") -> Plan:
@@ -74,7 +74,7 @@ def test_doors_are_options_of_export() -> None:
     assert finish(Config(export={"hf": {}})).export == {"hf": {"weights_only": False}}
     config = compose(["policy=[gqa]", "export=[hf]"])
     assert from_recipe(to_recipe(config)) == config
-    assert [type(door) for door in config.doors()] == [registry.discover()["hf"]]
+    assert [type(exporter) for exporter in config.exporters()] == [registry.discover()["hf"]]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_python_names_doors_as_the_command_line_does() -> None:
 @pytest.mark.usefixtures("more_doors")
 def test_a_refusal_names_the_reason_and_the_doors_that_are_open() -> None:
     with pytest.raises(KvcompileError, match=r"export=shut: nothing goes .* got a plan. Fix: export=\[hf\]"):
-        require_open(build_doors({"shut": {}}), plan_of("gqa"), tiny_config("llama"))
+        require_open(build_exporters({"shut": {}}), plan_of("gqa"), tiny_config("llama"))
     found = registry.open_doors(plan_of("gqa"), tiny_config("llama"))
     assert found[0] == "hf"
     assert "broken" in found
@@ -180,20 +180,20 @@ def test_an_artifact_is_exported_from_the_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "a-export/hf/tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("name", registry.DOORS)
+@pytest.mark.parametrize("name", registry.EXPORTERS)
 def test_a_door_module_imports_nothing_heavy(name: str) -> None:
-    spec = find_spec(registry.DOORS[name].partition(":")[0])
+    spec = find_spec(registry.EXPORTERS[name].partition(":")[0])
     assert spec is not None
     assert spec.origin is not None
     tops = set()
-    for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
+    for node in ast.parse(Path(spec.origin).read_text("utf-8")).codes:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         tops |= {n.split(".")[0] for n in names}
     assert tops <= {"__future__", "kvcompile", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("name", registry.DOORS)
+@pytest.mark.parametrize("name", registry.EXPORTERS)
 def test_every_door_says_what_it_is(name: str) -> None:
     cls = registry.discover()[name]
     assert cls.name == name

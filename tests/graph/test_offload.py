@@ -24,20 +24,22 @@ def test_the_moves_stand_in_the_graph_where_they_must(stack: Options) -> None:
     graph.lint()
     mine = [p.index for p in plan.layers if p.storage.offload]
     place = {node: i for i, node in enumerate(graph.nodes)}
-    at = {(n.target, n.args[1]): i for n, i in place.items() if n.target in (ops.prefetch, ops.fetch, ops.park)}
+    at = {(n.target, n.args[1]): i for n, i in place.items() if n.target in (ops.prefetch, ops.fetch, ops.to_host)}
     assert mine
     assert 1 not in mine
-    assert sorted(at.values()) == sorted(at[op, i] for op in (ops.prefetch, ops.fetch, ops.park) for i in mine)
+    assert sorted(at.values()) == sorted(at[op, i] for op in (ops.prefetch, ops.fetch, ops.to_host) for i in mine)
     begin = next(i for n, i in place.items() if n.target is ops.begin)
     for before, i in zip([None, *mine], mine, strict=False):
         assert at[ops.prefetch, i] == (begin if before is None else at[ops.fetch, before]) + 1
         kv = appends(graph)[i]
-        uses = [n for n in kv.users if n.target is not ops.settle or "zigzag" not in stack]
-        assert at[ops.prefetch, i] < at[ops.fetch, i] < place[kv] < max(map(place.__getitem__, uses)) < at[ops.park, i]
+        uses = [n for n in kv.users if n.target is not ops.flush or "zigzag" not in stack]
+        assert (
+            at[ops.prefetch, i] < at[ops.fetch, i] < place[kv] < max(map(place.__getitem__, uses)) < at[ops.to_host, i]
+        )
     assert model.kvcompile.changes["InsertOffload"] == len(mine)
 
 
-@pytest.mark.parametrize("op", [ops.prefetch, ops.fetch, ops.park])
+@pytest.mark.parametrize("op", [ops.prefetch, ops.fetch, ops.to_host])
 def test_a_missing_or_misplaced_move_is_noticed(op: Any) -> None:
     model = build(shared(dense()), plan_of({"offload": {}}))  # not `offloaded`: it is changed here
     module, plan = model.kvcompile.graph, model.kvcompile.plan

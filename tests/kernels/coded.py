@@ -16,7 +16,7 @@ POISON_CODE = 0xA5
 
 
 @dataclass
-class Coded:
+class Quantized:
     """A spec, its view, queries, and the rows as decoded floats (what any kernel must compute with)."""
 
     spec: KernelSpec
@@ -39,7 +39,7 @@ def case(
     valid: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     slack: int = 3,
-) -> Coded:
+) -> Quantized:
     """`lengths[part][row]` entries (rounded down to the part's block); the last part ends with the `count` new tokens.
 
     Positions ascend along a row, with gaps; the new tokens' are the last ones. `valid [B, count]` marks padding,
@@ -75,7 +75,7 @@ def case(
         views.append(_segment(part, pieces, batch, heads, slack, g))
     states = torch.randn(batch, heads * spec.group, count, spec.head_dim, generator=g).to(dtype)
     view = views[0] if len(views) == 1 else MixedView(tuple(views))
-    return Coded(spec, view, Queries(states, at, valid))
+    return Quantized(spec, view, Queries(states, at, valid))
 
 
 def poison(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from math import lcm, prod
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, CompactSpec, Mover, spec_of
+from kvcompile.kernels.compact import Arrays, Compactor, CompactSpec, spec_of
 
 PAGE = 16
 # arrays of a store, positions left out: dtype, shape of an entry, tokens that share it
@@ -50,10 +50,10 @@ class Move:
         return spec_of(self.source, self.target)
 
 
-def check(mover: Mover, move: Move) -> None:
+def check(compactor: Compactor, move: Move) -> None:
     """The mover leaves the expected bytes everywhere, and the source as it was."""
     before = [x.clone() for x in move.source.tensors]
-    mover(move.source, move.target, move.kept, move.counts, move.first)
+    compactor(move.source, move.target, move.kept, move.counts, move.first)
     for got, want in zip(move.target.tensors, move.expected, strict=True):
         assert torch.equal(_bytes(got), _bytes(want))
     if not move.spec.in_place:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from coded import case, decoded_error
+from quantized import case, decoded_error
 
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.codecs import decode, encode, pack, unpack
@@ -71,7 +71,7 @@ def test_encoding_again_is_stable() -> None:
 
 def test_storage_says_what_is_encoded() -> None:
     kivi = Storage(Codec("int4", "channel", 32), Codec("int4", "token", 32), residual=64)
-    assert (kivi.block, kivi.coded) == (32, True)
+    assert (kivi.block, kivi.quantized) == (32, True)
     assert [kivi.encoded(n) for n in (0, 64, 95, 96, 127, 128)] == [0, 0, 0, 32, 32, 64]
     assert Storage(Codec("int8", "token"), Codec("int8", "token"), residual=4).encoded(10) == 6
     assert Storage().encoded(100) == 0

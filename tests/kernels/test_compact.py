@@ -20,7 +20,7 @@ def test_every_layout_and_format(name: str, way: tuple[str, str]) -> None:
 
 
 def test_each_route_has_its_own_and_no_other() -> None:
-    movers = {name: dispatch.mover(name) for name in dispatch.ROUTES}
+    movers = {name: dispatch.compactor(name) for name in dispatch.ROUTES}
     assert movers == {"cpp": cpp.compact, "triton": triton.compact, "sdpa": compact, "reference": compact}
 
 
@@ -48,7 +48,7 @@ def test_gradients_pass() -> None:
     assert keys.grad[0, :, :, 0].tolist() == [[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("mover", [compact, cpp.compact], ids=["torch", "cpp"])
-def test_a_pool_without_pages_has_nothing_to_move(mover) -> None:
+@pytest.mark.parametrize("compactor", [compact, cpp.compact], ids=["torch", "cpp"])
+def test_a_pool_without_pages_has_nothing_to_move(compactor) -> None:
     pool = Arrays((torch.zeros(0, 8),), table=torch.zeros(2, 1, dtype=torch.int32), page=16)
-    mover(pool, pool, torch.zeros(0, dtype=torch.long), [0, 0])
+    compactor(pool, pool, torch.zeros(0, dtype=torch.long), [0, 0])

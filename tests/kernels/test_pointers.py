@@ -90,7 +90,7 @@ def test_compaction_refuses_what_it_would_misread() -> None:
         (source, Arrays((target.tensors[0].to("meta"),)), kept),
     ):
         with pytest.raises(KvcompileError, match="a kernel reads"):
-            dispatch.mover("cpp")(*wrong, [2, 2])
+            dispatch.compactor("cpp")(*wrong, [2, 2])
 
 
 def test_encoding_refuses_a_part_of_a_group() -> None:

@@ -273,14 +273,14 @@ def test_routes_say_what_they_hand_on() -> None:
 
 def test_spec_names_tell_kernels_apart() -> None:
     base = KernelSpec(plain("dense", "float32"), 3, 64, 64, 0.125)
-    coded = Part("ragged", Codec("int4", "channel", 32), Codec("int4", "token", 32))
+    quantized = Part("ragged", Codec("int4", "channel", 32), Codec("int4", "token", 32))
     others = [
         replace(base, parts=plain("ragged", "float32")),
         replace(base, parts=plain("dense", "bfloat16")),
-        replace(base, parts=(coded, *base.parts)),
-        replace(base, parts=(replace(coded, layout="paged", page=16),)),
-        replace(base, parts=(replace(coded, layout="paged", page=32),)),
-        replace(base, parts=(replace(coded, value=coded.key),)),
+        replace(base, parts=(quantized, *base.parts)),
+        replace(base, parts=(replace(quantized, layout="paged", page=16),)),
+        replace(base, parts=(replace(quantized, layout="paged", page=32),)),
+        replace(base, parts=(replace(quantized, value=quantized.key),)),
         replace(base, value_dim=32),
         replace(base, scores=True),
         replace(base, sliding_window=16, sinks=4),

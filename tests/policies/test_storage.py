@@ -95,7 +95,7 @@ def test_the_planning_table_shows_the_precision() -> None:
 
 
 def test_encoding_comes_after_the_selection_of_its_layer() -> None:
-    """`settle` after `compress`, after the one `allocate` of layers that share a budget, else after the last reader."""
+    """`flush` after `compress`, after the one `allocate` of layers that share a budget, else after the last reader."""
     for stack, before in (
         ({"snapkv": {"budget": 0.5}}, ops.compress),
         ({"snapkv": {"budget": 0.5}, "zigzag": {}}, ops.allocate),
@@ -104,18 +104,18 @@ def test_encoding_comes_after_the_selection_of_its_layer() -> None:
         model = compiled({**stack, "kivi": SMALL})
         nodes = list(model.kvcompile.graph.graph.nodes)
         place = {node: i for i, node in enumerate(nodes)}
-        settled = {node.args[2]: place[node] for node in nodes if node.target is ops.settle}
-        assert sorted(settled) == [0, 1, 2, 3]
+        flushed = {node.args[2]: place[node] for node in nodes if node.target is ops.flush}
+        assert sorted(flushed) == [0, 1, 2, 3]
         ahead = [node for node in nodes if node.target is before]
         for node in ahead:
             for layer in node.args[1] if before is ops.allocate else [node.args[3]]:
-                assert place[node] < settled[layer]
+                assert place[node] < flushed[layer]
         assert len(ahead) == (1 if before is ops.allocate else 4)
         assert model.kvcompile.changes["InsertSettling"] == 4
 
 
 def test_gemma_leaves_its_sliding_layers_alone() -> None:
     model = compiled({"kivi": SMALL}, "gemma2")
-    settled = [n.args[2] for n in model.kvcompile.graph.graph.nodes if n.target is ops.settle]
-    assert settled == [1, 3]
-    assert [p.storage.coded for p in model.kvcompile.plan.layers] == [False, True, False, True]
+    flushed = [n.args[2] for n in model.kvcompile.graph.graph.nodes if n.target is ops.flush]
+    assert flushed == [1, 3]
+    assert [p.storage.quantized for p in model.kvcompile.plan.layers] == [False, True, False, True]

@@ -80,7 +80,7 @@ def test_selections_are_those_of_asking_again(stack: Options, chunk: int, route:
     assert any(spec.scores for spec in cache.specs.values())
     assert not any(spec.scores for spec in asked.specs.values())
     for mine, theirs in zip(cache.layers, asked.layers, strict=True):
-        for x, y in zip(mine.watch.carried or [], theirs.watch.carried or [], strict=False):
+        for x, y in zip(mine.history.carried or [], theirs.history.carried or [], strict=False):
             width = min(x.shape[1], y.shape[1])
             torch.testing.assert_close(x[:, :width], y[:, :width], atol=1e-4, rtol=1e-4)
 
@@ -130,7 +130,7 @@ def test_nobody_is_asked_again_while_decoding(stack: Options, route: str, monkey
             model(ids[:, t : t + 1], past_key_values=cache)
     assert cache.evictions.events > LAYERS
     if "h2o" in stack and "zigzag" not in stack:
-        assert not any(layer.watch.segments for layer in cache.layers)
+        assert not any(layer.history.segments for layer in cache.layers)
 
 
 @pytest.mark.parametrize("route", SUMMING)

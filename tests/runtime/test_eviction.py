@@ -67,7 +67,7 @@ def test_a_selection_is_no_part_of_the_gradient() -> None:
     """Scores choose indices: nothing is remembered for a backward pass, which still reaches every weight."""
     model, ids = compiled(selection(Expected(), 0.5, uncertainty=WindowAttention(4))), tiny_ids(1, 24)
     out = model(ids, labels=ids)
-    watch = out.past_key_values.layers[1].watch
+    watch = out.past_key_values.layers[1].history
     assert not watch.sums[0].total.requires_grad
     assert not watch.sums[0].outer.requires_grad
     out.loss.backward()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.runtime import observation as observe
-from kvcompile.runtime.history import Watch
+from kvcompile.runtime.history import QueryHistory
 from kvcompile.runtime.observation import Observation, pool
 
 HEADS, GROUP, DIM = 2, 3, 8
@@ -97,7 +97,7 @@ def queries(batch: int, start: int, count: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [3, 3, 14], [14, 3, 3], [19, 1]], ids=str)
 def test_the_newest_queries_are_recalled_whatever_the_pieces(pieces: list[int]) -> None:
-    watch, start = Watch(), 0
+    watch, start = QueryHistory(), 0
     for count in pieces:
         watch.remember(*queries(2, start, count), None, 5)
         start += count
@@ -111,7 +111,7 @@ def test_the_newest_queries_are_recalled_whatever_the_pieces(pieces: list[int]) 
 
 
 def test_padding_pushes_no_real_query_out() -> None:
-    watch = Watch()
+    watch = QueryHistory()
     states, _ = queries(2, 0, 8)
     valid = torch.tensor([[True] * 8, [True] * 3 + [False] * 5])
     watch.remember(states, valid.long().cumsum(1) - 1, valid, 2)
@@ -123,7 +123,7 @@ def test_padding_pushes_no_real_query_out() -> None:
 
 
 def test_nothing_to_recall_is_no_error() -> None:
-    watch = Watch()
+    watch = QueryHistory()
     watch.remember(*queries(1, 0, 4), torch.zeros(1, 4, dtype=torch.bool), 2)
     states, at = watch.recall(0, 2, 2)
     assert (states.shape, at.shape) == ((2, 2, 0, DIM), (0,))
@@ -131,7 +131,7 @@ def test_nothing_to_recall_is_no_error() -> None:
 
 
 def test_counted_queries_are_not_counted_twice() -> None:
-    watch = Watch()
+    watch = QueryHistory()
     watch.remember(*queries(1, 0, 6), None, None)
     watch.counted(4)
     watch.remember(*queries(1, 6, 2), None, None)
@@ -140,7 +140,7 @@ def test_counted_queries_are_not_counted_twice() -> None:
 
 
 def test_memory_follows_the_beams() -> None:
-    watch = Watch()
+    watch = QueryHistory()
     states, at = queries(2, 4, 6)
     states[1] += 100
     watch.remember(states, at, None, 4)

@@ -18,7 +18,7 @@ STACKS: dict[str, Options] = {
     "ragged": ADAKV,
     "sums of attention": {"h2o": {"budget": 24, "decode_every": 4}},
     "compact": {"streaming": {"budget": 24, "positions": "compact", "decode_every": 8}},
-    "coded": KIVI8,
+    "quantized": KIVI8,
     "paged": {"paged": {"page": 4}},
     "ragged, coded, paged": {**ADAKV, **KIVI8, "paged": {"page": 4}},
     "offloaded": {"offload": {"keep": 1}},

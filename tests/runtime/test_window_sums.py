@@ -51,10 +51,10 @@ class Compared:
 
         def both(seen: Observation) -> Tensor:
             got = given(seen)
-            if seen.paid is None:
+            if seen.window_attention is None:
                 self.plain += 1
             else:
-                expected = given(replace(seen, paid=None))
+                expected = given(replace(seen, window_attention=None))
                 assert got.shape == expected.shape
                 self.errors.append(float((got - expected).norm() / expected.norm()))
             return got
@@ -86,7 +86,7 @@ def test_kernels_add_up_what_queries_and_keys_give(stack: Options, chunk: int, m
     assert compared.errors
     assert not compared.plain
     # codes are decoded to float32 by both, in another order of operations
-    assert max(compared.errors) < (2e-5 if cache.plan.layers[0].storage.coded else 1e-6)
+    assert max(compared.errors) < (2e-5 if cache.plan.layers[0].storage.quantized else 1e-6)
     assert alike(got, expected)
     assert any(cache.evictions.dropped.values())
 

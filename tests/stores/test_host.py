@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcompile.stores import factory
-from kvcompile.stores.host import Shuttle, beside
+from kvcompile.stores.host import HostTransfer, beside
 from kvcompile.stores.paged import PagedStore
 
 
@@ -19,19 +19,19 @@ def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int) -> None:
     host, keys = beside(torch.device("cpu")), torch.randn(1, 1, 6, 4)
     store = PagedStore.empty(keys, keys, 4)
     store.append(keys, keys, torch.arange(6)[None], room)
-    first, second = Shuttle(), Shuttle()
-    first.park(store, factory.added)
+    first, second = HostTransfer(), HostTransfer()
+    first.to_host(store, factory.added)
     fork = store.fork()
-    second.parked = True
-    for shuttle, mine in ((first, store), (second, fork)):
-        shuttle.fetch(mine)
+    second.on_host = True
+    for transfer, mine in ((first, store), (second, fork)):
+        transfer.fetch(mine)
         assert not host.holds(mine.keys)
     new = {store: torch.full((1, 1, 1, 4), 7.0), fork: torch.full((1, 1, 1, 4), 9.0)}
     for mine, x in new.items():
         mine.append(x, x, torch.tensor([[6]]), 4)
-    first.park(store, factory.added)
+    first.to_host(store, factory.added)
     assert not host.holds(fork.keys)
-    second.park(fork, factory.added)
+    second.to_host(fork, factory.added)
     assert host.holds(fork.keys)
     for mine, x in new.items():
         assert torch.equal(mine.rows()[0][0], torch.cat((keys[0, 0], x[0, 0])))
@@ -39,11 +39,11 @@ def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int) -> None:
 
 def test_pages_on_their_way_are_not_used_where_the_pool_was_made_anew_meanwhile() -> None:
     keys = torch.randn(1, 1, 6, 4)
-    store, shuttle = PagedStore.empty(keys, keys, 4), Shuttle()
+    store, transfer = PagedStore.empty(keys, keys, 4), HostTransfer()
     store.append(keys, keys, torch.arange(6)[None], 4)
-    shuttle.park(store, factory.added)
-    shuttle.prefetch(store)
+    transfer.to_host(store, factory.added)
+    transfer.prefetch(store)
     store.pages.pool.grow(3)
-    shuttle.fetch(store)
+    transfer.fetch(store)
     assert store.pages.pool.buffers["keys"].shape[0] == store.pages.pool.capacity * 4
     assert torch.equal(store.rows()[0][0], keys[0, 0])

@@ -86,8 +86,8 @@ def watch(monkeypatch: pytest.MonkeyPatch, host: Host) -> list[tuple[int, int]]:
 
     def looked(self: KVCache, index: int, *given: Any) -> Any:
         layer = self.layers[self.plan.layers[index].owner]
-        if layer.shuttle is not None:
-            assert not layer.shuttle.parked
+        if layer.transfer is not None:
+            assert not layer.transfer.on_host
             assert not any(map(host.holds, travelling(layer.store)))
         seen.append((index, self.resident()))
         return spec(self, index, *given)
@@ -155,10 +155,10 @@ def test_stores_are_parked_between_passes(stack: Options, host: Pretended) -> No
         for t in range(TOKENS, ids.shape[1]):
             model(ids[:, t : t + 1], past_key_values=cache)
             owned = [layer for layer in cache.layers if layer.store is not None]
-            assert all(layer.shuttle.parked and layer.shuttle.home is None for layer in owned)
+            assert all(layer.transfer.on_host and layer.transfer.home is None for layer in owned)
             assert (cache.resident(), host.left()) == (books(cache), 0)
             assert cache.in_host_memory() == cache.allocated() - books(cache)
-            assert sum(layer.parked_bytes() for layer in owned) == cache.nbytes()
+            assert sum(layer.host_bytes_held() for layer in owned) == cache.nbytes()
             assert cache.allocated() == sum(layer.held.allocated() for layer in owned) > cache.nbytes() > 0
 
 
@@ -177,7 +177,7 @@ def test_the_device_holds_two_layers_beside_the_resident_ones(
     each = [layer.held.allocated() for layer in cache.layers]
     stay = cache.resident()
     assert stay == each[0] + books(cache) - books_of(cache.layers[0])
-    assert [layer.parked_bytes() for layer in cache.layers] == [0, *(x.held.nbytes() for x in cache.layers[1:])]
+    assert [layer.host_bytes_held() for layer in cache.layers] == [0, *(x.held.nbytes() for x in cache.layers[1:])]
     assert [index for index, _ in seen] == list(range(LAYERS))
     # the first layer's attention finds the second on its way; the last finds itself
     slack = max(2 * (max(each) - min(each)), max(each) // 16)  # room and tables that grew meanwhile, ends of rows
@@ -260,7 +260,7 @@ def test_an_artifact_comes_back_offloaded(tmp_path: Path) -> None:
     assert torch.equal(got, expected)
     assert 0 < cache.resident() == cache.layers[0].held.allocated()
     text = (tmp_path / "artifact/graph.txt").read_text()
-    assert all(f"kvcompile_graph_ops_{op}" in text or f"{op}(" in text for op in ("prefetch", "fetch", "park"))
+    assert all(f"kvcompile_graph_ops_{op}" in text or f"{op}(" in text for op in ("prefetch", "fetch", "to_host"))
     assert '"offload": true' in (tmp_path / "artifact/plan.json").read_text()
 
 

@@ -12,8 +12,8 @@ from kvcompile.kernels import reference
 from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
-from kvcompile.stores.codes import Codes, Format, RaggedBody
-from kvcompile.stores.paged_codes import PagedBody
+from kvcompile.stores.codes import Codes, Format, RaggedCodes
+from kvcompile.stores.paged_codes import PagedCodes
 
 BATCH, HEADS, DIM = 2, 2, 8
 FORMATS = {
@@ -30,7 +30,7 @@ def codes(count: int, format: Format, g: torch.Generator, start: int = 0) -> Cod
     return Codes.of(keys, values, torch.arange(start, start + count, dtype=torch.int32), format)
 
 
-def same(paged: PagedBody, ragged: RaggedBody) -> None:
+def same(paged: PagedCodes, ragged: RaggedCodes) -> None:
     assert (paged.lengths, paged.batch, paged.heads) == (ragged.lengths, ragged.batch, ragged.heads)
     assert paged.nbytes() == ragged.nbytes()
     spec = KernelSpec((paged.part,), 1, DIM, DIM, 1.0)
@@ -49,8 +49,8 @@ def test_random_operations_like_a_ragged_body(seed: int, name: str) -> None:
     format, rng, g = FORMATS[name], random.Random(seed), torch.Generator().manual_seed(seed)
     block, batch = format.block, BATCH
     like = codes(block, format, g)
-    paged = PagedBody.like(like, format, BATCH, HEADS, PAGE)
-    ragged = RaggedBody(like, format, BATCH, HEADS, [0] * BATCH * HEADS)
+    paged = PagedCodes.like(like, format, BATCH, HEADS, PAGE)
+    ragged = RaggedCodes(like, format, BATCH, HEADS, [0] * BATCH * HEADS)
     forks = []
     for turn in range(20):
         op = "append" if turn == 0 else rng.choice(["append", "append", "take", "select", "fork"])
@@ -77,7 +77,7 @@ def test_random_operations_like_a_ragged_body(seed: int, name: str) -> None:
 
 def test_a_fork_shares_codes_and_scales() -> None:
     format, g = FORMATS["kivi"], torch.Generator().manual_seed(0)
-    one = PagedBody.like(codes(4, format, g), format, 1, HEADS, PAGE)
+    one = PagedCodes.like(codes(4, format, g), format, 1, HEADS, PAGE)
     one.append([1000, 1000], codes(2000, format, g), 0)
     before = sum(x.numel() * x.element_size() for x in one.tensors())
     forks = [one.fork() for _ in range(5)]

@@ -188,7 +188,9 @@ def test_a_page_holds_whole_groups() -> None:
 def test_the_plan_and_its_kernels_say_so() -> None:
     model = compiled({"adakv": {}, **PAGED})
     assert [s.name for s in model.new_cache().expected(0)] == ["paged16-float32-g2-d16"] * 2
-    coded = compiled({"adakv": {}, **KIVI8, **PAGED}).new_cache().expected(0)
-    assert [s.name for s in coded] == [f"paged16-int8c4_int8t4+{tail}-float32-g2-d16" for tail in ("dense", "ragged")]
+    quantized = compiled({"adakv": {}, **KIVI8, **PAGED}).new_cache().expected(0)
+    assert [s.name for s in quantized] == [
+        f"paged16-int8c4_int8t4+{residual}-float32-g2-d16" for residual in ("dense", "ragged")
+    ]
     plan = plan_of({"paged": {"skip_layers": [1]}})
     assert [p.storage.page for p in plan.layers] == [16, 0, 16, 16]

@@ -20,7 +20,7 @@ from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import Codec, Storage
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.layer import LayerCache
-from kvcompile.stores.quantized import CodedStore, expected_parts
+from kvcompile.stores.quantized import QuantizedStore, expected_parts
 
 HEADS, DIM, HEADROOM = 2, 8, 8
 CHANNEL = Storage(Codec("int8", "channel", 4), Codec("int8", "token", 4), residual=4)
@@ -44,11 +44,11 @@ def fill(layer: LayerCache, batch: int, count: int, start: int = 0, valid: Tenso
     return keys, values, positions
 
 
-def poison(store: CodedStore) -> None:
+def poison(store: QuantizedStore) -> None:
     """NaN or garbage in all room behind codes and tail: whoever reads it shows."""
-    parts: list[Any] = [store.tail] + ([] if store.body is None else [store.body])
+    parts: list[Any] = [store.residual] + ([] if store.codes is None else [store.codes])
     for part in parts:
-        held = [tuple(x.clone() for x in row) for row in part.rows()] if part is store.tail else None
+        held = [tuple(x.clone() for x in row) for row in part.rows()] if part is store.residual else None
         if held is None:
             spans = [part.codes.span(at, at + n, part.format) for at, n in zip(part.starts, part.lengths, strict=True)]
             whole = [[x.clone() for x in span.tensors] for span in spans]
@@ -63,7 +63,7 @@ def poison(store: CodedStore) -> None:
             keys.copy_(k), values.copy_(v)
 
 
-def same(store: CodedStore, expected: list[list[Entry]], within: float) -> None:
+def same(store: QuantizedStore, expected: list[list[Entry]], within: float) -> None:
     assert store.lengths == [len(row) for row in expected]
     for (keys, values, positions), row in zip(store.rows(), expected, strict=True):
         assert positions.tolist() == [p for p, _, _ in row]
@@ -88,7 +88,7 @@ def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> N
     layer, seen = layer_cache(storage), [0] * batch
     naive: list[list[Entry]] = [[] for _ in range(batch * HEADS)]
     for turn in range(40):
-        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "settle", "settle", "keep", "select"])
+        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "flush", "flush", "keep", "select"])
         if op in ("append", "step"):
             count = 1 if op == "step" else rng.randint(1, 30)
             keys, values = torch.randn(2, batch, HEADS, count, DIM, generator=g)
@@ -116,15 +116,15 @@ def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> N
             layer.select(torch.tensor(chosen))
         else:
             release = rng.random() < 0.5
-            layer.settle(HEADROOM, release)
-            assert all(n < storage.residual + storage.block for n in layer.held.tail.lengths)
+            layer.flush(HEADROOM, release)
+            assert all(n < storage.residual + storage.block for n in layer.held.residual.lengths)
         store: Any = layer.held
         poison(store)
         same(store, naive, 0.12)  # steps of 6 / 255, encoded again up to ten times; e4m3 has 1/16
         assert all(n % storage.block == 0 for n in store.encoded)
-        body = store.body.nbytes() if store.body else 0
+        body = store.codes.nbytes() if store.codes else 0
         assert body == sum(sum(c.nbytes(n, DIM) for c in storage.codecs("float32")) for n in store.encoded)
-        assert store.nbytes() == body + sum(store.tail.lengths) * 2 * DIM * 4
+        assert store.nbytes() == body + sum(store.residual.lengths) * 2 * DIM * 4
         assert store.allocated() == sum(x.untyped_storage().nbytes() for x in store.tensors())
 
 
@@ -133,7 +133,7 @@ def test_attention_reads_codes_and_tail_in_one_softmax(storage: Storage) -> None
     """Every route that reads the view sees the rows that the store says it holds."""
     layer = layer_cache(storage)
     fill(layer, 2, 30)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     _, _, at = fill(layer, 2, 1, 30)
     store: Any = layer.held
     poison(store)
@@ -154,12 +154,12 @@ def test_a_token_of_its_own_scale_never_changes_again() -> None:
     """Per-token codes are picked, not made anew: what stays is the same to the bit after any number of evictions."""
     layer = layer_cache(TOKEN)
     fill(layer, 1, 60)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     before = [dict(zip(p.tolist(), k, strict=True)) for k, _, p in layer.held.rows()]
     for keep in (50, 30, 10):
         indices = [torch.randperm(n)[:keep].sort().values for n in layer.held.lengths]
         layer.keep(indices, HEADROOM)
-        layer.settle(HEADROOM, True)
+        layer.flush(HEADROOM, True)
         assert layer.held.encoded == [TOKEN.encoded(keep)] * HEADS
     for (keys, _, positions), old in zip(layer.held.rows(), before, strict=True):
         for p, k in list(zip(positions.tolist(), keys, strict=True))[: TOKEN.encoded(10)]:
@@ -169,7 +169,7 @@ def test_a_token_of_its_own_scale_never_changes_again() -> None:
 def test_blocks_before_the_first_lost_entry_stay_as_they_are() -> None:
     layer = layer_cache(CHANNEL)
     fill(layer, 1, 44)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     store: Any = layer.held
     before = [row[0].clone() for row in store.rows()]
     assert store.encoded == [40, 40]
@@ -178,7 +178,7 @@ def test_blocks_before_the_first_lost_entry_stay_as_they_are() -> None:
     assert layer.held.encoded == [40, 20], "five blocks of four come before entry 21"
     assert torch.equal(layer.held.rows()[0][0], before[0])
     assert torch.equal(layer.held.rows()[1][0], before[1][without])
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     assert layer.held.encoded == [40, 36]
     assert torch.equal(layer.held.rows()[0][0], before[0])
     assert torch.equal(layer.held.rows()[1][0][:20], before[1][:20])
@@ -190,11 +190,11 @@ def test_decoding_flushes_whole_blocks_now_and_then(storage: Storage) -> None:
     valid = torch.ones(2, 20, dtype=torch.bool)
     valid[1, :7] = False
     fill(layer, 2, 20, valid=valid)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     flushes = 0
     for t in range(100):
         fill(layer, 2, 1, 20 + t)
-        flushes += t % 20 == 19 and layer.settle(HEADROOM, False)
+        flushes += t % 20 == 19 and layer.flush(HEADROOM, False)
     assert flushes == 5
     assert all(n % storage.block == 0 for n in layer.held.encoded)
     assert layer.held.lengths == [120, 120, 113, 113]
@@ -204,11 +204,11 @@ def test_decoding_flushes_whole_blocks_now_and_then(storage: Storage) -> None:
 def test_beam_reorder_forever_does_not_grow(storage: Storage) -> None:
     layer = layer_cache(storage)
     fill(layer, 3, 40)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     for i in range(60):
         layer.select(torch.tensor([(i + j) % 3 for j in range(3)]))
         fill(layer, 3, 1, 40 + i)
-        layer.settle(HEADROOM, False)
+        layer.flush(HEADROOM, False)
     store: Any = layer.held
     room = store.allocated() - store.nbytes() - sum(store.lengths) * 4
     rows = 3 * HEADS
@@ -218,7 +218,7 @@ def test_beam_reorder_forever_does_not_grow(storage: Storage) -> None:
 def test_an_encoded_token_cannot_be_dropped_as_the_newest() -> None:
     layer = layer_cache(CHANNEL)
     fill(layer, 1, 22)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     store: Any = layer.held
     store.drop_last(4)
     assert store.lengths == [18, 18]
@@ -230,7 +230,7 @@ def test_half_precision_decodes_to_half_precision() -> None:
     layer = layer_cache(CHANNEL)
     keys = torch.randn(1, HEADS, 20, DIM, dtype=torch.bfloat16)
     layer.append(keys, keys, torch.arange(20).unsqueeze(0), None, HEADROOM)
-    layer.settle(HEADROOM, True)
+    layer.flush(HEADROOM, True)
     decoded, _, _ = layer.held.rows()[0]
     assert decoded.dtype == torch.bfloat16
     torch.testing.assert_close(decoded, keys[0, 0], atol=0.05, rtol=0.02)
@@ -254,15 +254,15 @@ def test_the_encoder_of_the_cpp_route_leaves_the_same_bytes(storage: Storage, pa
         valid = torch.ones(2, 30, dtype=torch.bool)
         valid[0, :7] = False
         fill(layer, 2, 30, valid=valid)
-        assert layer.settle(HEADROOM, True)
+        assert layer.flush(HEADROOM, True)
         layer.keep([torch.arange(n)[torch.arange(n) % 5 > 0] for n in layer.held.lengths], HEADROOM)
         for start in (30, 46):
-            layer.settle(HEADROOM, False)
+            layer.flush(HEADROOM, False)
             fill(layer, 2, 16, start)
-        assert layer.settle(HEADROOM, False)
+        assert layer.flush(HEADROOM, False)
     one, other = (layer.held for layer in made)
-    assert isinstance(one, CodedStore)
-    assert isinstance(other, CodedStore)
+    assert isinstance(one, QuantizedStore)
+    assert isinstance(other, QuantizedStore)
     assert one.encoded == other.encoded
     for mine, theirs in zip(one.rows(), other.rows(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))

@@ -247,8 +247,8 @@ def test_turns_and_beams_and_pages() -> None:
     paged = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "paged": {"page": 8}}, kernels="auto")
     assert off(stepped(paged, ids, 30), stepped(got, ids, 30)) < 1e-5
     prove(paged, tiny_ids(1, 40))
-    parked = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "offload": {}})
-    assert torch.equal(stepped(parked, ids, 30), stepped(got, ids, 30))
+    on_host = converted(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}, "offload": {}})
+    assert torch.equal(stepped(on_host, ids, 30), stepped(got, ids, 30))
 
 
 @pytest.mark.parametrize(

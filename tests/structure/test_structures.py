@@ -175,8 +175,8 @@ def test_retrieval_heads_are_looked_for_in_the_converted_model() -> None:
 
 def test_four_kinds_multiply(tmp_path: Path) -> None:
     """Fewer heads x fewer layers x fewer tokens x fewer bits: bytes as planned, and the same after loading."""
-    coded = {"bits": 8, "group": 4, "residual": 8}
-    stack = {"gqa": {}, "cla": {}, "snapkv": {**SELECTIONS["snapkv"], "budget": 40}, "kivi": coded}
+    quantized = {"bits": 8, "group": 4, "residual": 8}
+    stack = {"gqa": {}, "cla": {}, "snapkv": {**SELECTIONS["snapkv"], "budget": 40}, "kivi": quantized}
     model = assembled(stack)
     rows, _ = prove(model, tiny_ids(1, 60))
     held = [r.planned_bytes for r in rows]

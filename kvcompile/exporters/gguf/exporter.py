@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
-from kvcompile.exporters.base import Door
+from kvcompile.exporters.base import Exporter
 from kvcompile.exporters.checkpoint import require_plain
 from kvcompile.plan.plan import Plan
 
@@ -27,7 +27,7 @@ print(llama("Once upon a time", max_tokens=30)["choices"][0]["text"])
 
 
 @dataclass(frozen=True)
-class GGUF(Door):
+class GGUF(Exporter):
     """`model.gguf` with weights, tokenizer and chat template; norms and biases in float32.
 
     dtype: of the matrices; auto keeps the model's. weights_only: as in door hf.

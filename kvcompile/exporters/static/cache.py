@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompile.exporters.static import shared_rows
 from kvcompile.exporters.static.attention import causal, masked
 from kvcompile.exporters.static.capacity import Room
-from kvcompile.exporters.static.quantized import body_of, encoded, entries_of, format_of, settle, split
+from kvcompile.exporters.static.quantized import body_of, encoded, entries_of, flush, format_of, split
 from kvcompile.exporters.static.selection import Asked, Entries, Look, allotted, highest, masses, moments, scores
 from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan, Plan
@@ -165,7 +165,7 @@ class PrefillCache:
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
 
-    def settle(self, kv: Layer) -> None:
+    def flush(self, kv: Layer) -> None:
         """Nothing: what was stored is settled."""
 
     def _all(self, kv: Layer) -> Tensor:
@@ -274,15 +274,15 @@ class DecodeCache:
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
 
-    def settle(self, kv: Layer) -> None:
-        """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.settle`)."""
+    def flush(self, kv: Layer) -> None:
+        """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.flush`)."""
         room, mine = kv.room, self._of(kv.room.plan.index)
         if not room.body:
             return
         due = (self.tick + room.plan.index) % FLUSH == 0
         counts = torch.where(due, encoded(room, mine["entries"]), 0)
         tail = _newest(room, mine)
-        settle(room, mine, tail, counts)
+        flush(room, mine, tail, counts)
         order = torch.arange(room.capacity, device=due.device, dtype=torch.int64) + counts.unsqueeze(-1)
         _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
 

@@ -62,9 +62,9 @@ class Room:
         return 1 if self.shared else self.plan.kv_heads
 
     @property
-    def coded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether older entries are encoded."""
-        return self.plan.storage.coded
+        return self.plan.storage.quantized
 
     @property
     def score(self) -> Score:
@@ -103,7 +103,7 @@ def rooms(plan: Plan, limits: Limits) -> list[Room]:
 
 def _room(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
     room = _plain(plan, p, limits)
-    if not room.coded:
+    if not room.quantized:
         return room
     # the longest tail: what no settling encodes, and the tokens until the next one
     tail = p.storage.residual + p.storage.block + FLUSH

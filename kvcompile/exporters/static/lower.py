@@ -53,7 +53,7 @@ LOWERED: Mapping[Any, Callable[..., Any]] = {
     ops.compress: lambda kv, look, cache, layer: cache.keep({layer: look}),
     ops.allocate: _allocate,
     ops.trim: lambda kv, cache, layer: cache.trim(kv),
-    ops.settle: lambda kv, cache, layer: cache.settle(kv),
+    ops.flush: lambda kv, cache, layer: cache.flush(kv),
 }
 
 

@@ -69,7 +69,7 @@ def entries_of(room: Room, body: Mapping[str, Tensor], tail: Entries) -> Entries
     return Entries(plain[0], plain[1], torch.cat((body["code_positions"][:, :, :n], tail.positions), 2))
 
 
-def settle(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor) -> None:
+def flush(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor) -> None:
     """Write the tail's first `counts [B, H_kv]` entries to the end of the body, in place.
 
     What is not to be written goes to the spare block behind the body, which nothing reads.

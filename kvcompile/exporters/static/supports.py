@@ -29,7 +29,7 @@ def _refuse_storage(p: LayerPlan) -> None:
         raise KvcompileError(f"layer {p.index} must hold contiguous rows", f"pages of {s.page}", "drop paged")
     if s.offload:
         raise KvcompileError(f"layer {p.index} must stay on one device", "offloaded", "drop offload")
-    if s.coded and every and p.selection:
+    if s.quantized and every and p.selection:
         raise KvcompileError(
             f"layer {p.index}: encoded tokens are not dropped while decoding",
             f"{s.policy} under {p.selection.policy} with decode_every={every}",
@@ -84,7 +84,7 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
             f"decode_every={s.schedule.decode_every}",
             f"stack.{s.policy}.decode_every=0",
         )
-    if s.allocation.competing and p.storage.coded:
+    if s.allocation.competing and p.storage.quantized:
         raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
     if s.allocation.competing and p.softcap:
         raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")

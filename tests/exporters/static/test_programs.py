@@ -92,7 +92,7 @@ def test_equal_to_the_compiled_model(name: str) -> None:
         for token in expected[:, :-1].argmax(-1).unbind(1):
             got.append(program.decode(token[:, None], state)[:, -1])
         # encoding rounds: numbers that differ by float error may get neighbouring codes, a step of some value's range
-        atol = 3e-2 if model.kvcompile.plan.layers[0].storage.coded else 2e-4
+        atol = 3e-2 if model.kvcompile.plan.layers[0].storage.quantized else 2e-4
         torch.testing.assert_close(torch.stack(got, 1), expected, atol=atol, rtol=1e-4)
 
 
@@ -113,7 +113,7 @@ def _entries(program: Program, state: dict[str, Any]) -> list[list[int]]:
             .tolist()
             for r in program.rooms
         ]
-    names = [("positions", "code_positions") if r.body else ("positions",) for r in program.rooms]
+    names = [("positions", "code_positions") if r.codes else ("positions",) for r in program.rooms]
     return [
         sum((state[f"{name}_{r.plan.index}"] >= 0).sum(-1) for name in mine).flatten().tolist()  # type: ignore[union-attr]
         for r, mine in zip(program.rooms, names, strict=True)
@@ -159,7 +159,7 @@ def test_encoded_rows_take_what_they_are_made_for_and_no_more() -> None:
     """A tail as long as can be before it is settled; then a block past the limit, which would go where nobody reads."""
     program = Program(compiled("llama", ["policy=kivi", *KIVI]), Limits(batch=1, prompt=47, new=60))
     logits, state = program.prefill(tiny_ids(1, 47))
-    read = state["code_positions_0"][..., : program.rooms[0].body], state["positions_0"]
+    read = state["code_positions_0"][..., : program.rooms[0].codes], state["positions_0"]
     seen = [47]
 
     def decode() -> None:

@@ -9,7 +9,7 @@ import pytest
 from programs import planned
 
 from kvcompile.errors import KvcompileError
-from kvcompile.exporters.registry import build_doors, require_open
+from kvcompile.exporters.registry import build_exporters, require_open
 from kvcompile.exporters.static.capacity import Limits, rooms
 from kvcompile.exporters.static.supports import refuse
 from kvcompile.exporters.torch_export import TorchProgram
@@ -74,12 +74,12 @@ def test_taken(name: str) -> None:
 def test_absurd_sizes_are_refused_from_the_plan_alone(sizes: dict[str, int], message: str) -> None:
     plan, config = planned("llama", ["policy=snapkv"])
     with pytest.raises(KvcompileError, match=message):
-        require_open(build_doors({"torch": sizes}), plan, config)
+        require_open(build_exporters({"torch": sizes}), plan, config)
 
 
 def test_a_cache_takes_at_least_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than programs get: room for every token, for those after the prompt, or unknown."""
-    door = TorchProgram(batch=3, prompt=40, new=9)
+    exporter = TorchProgram(batch=3, prompt=40, new=9)
     for overrides, entries in (([], 49), (["policy=snapkv"], 9), (["policy=streaming"], 0), (["policy=mla"], 49)):
         plan, config = planned("llama", overrides)
         least = 3 * sum(p.kv_heads * p.nbytes(entries, "float32") for p in plan.layers)
@@ -88,7 +88,7 @@ def test_a_cache_takes_at_least_what_is_counted(monkeypatch: pytest.MonkeyPatch)
         for memory in (least - 1, least):
             monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: SimpleNamespace(total=memory))
             with nullcontext() if memory == least else pytest.raises(KvcompileError, match="must fit"):
-                door.refuse(plan, config)
+                exporter.refuse(plan, config)
 
 
 def test_angles_that_depend_on_the_length_are_refused() -> None:

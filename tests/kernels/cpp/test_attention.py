@@ -22,7 +22,7 @@ from kvcompile.plan.storage import Codec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from coded import Coded, case, poison
+from quantized import Quantized, case, poison
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
 
@@ -96,10 +96,10 @@ def check(one: KernelSpec, lengths: list[list[int]], batch: int, heads: int, **o
     assert bool(got.isfinite().all())
     codecs = [codec for p in one.parts for codec in (p.key, p.value) if codec.scaled]
     whole = made.queries.states.shape[2] == 1 and any(c.kind.startswith("int") for c in codecs)
-    coded = WHOLE if whole else CODED if codecs else 0.0
-    assert error(got, expected) < max(coded, TOLERANCE[got.dtype])
+    quantized = WHOLE if whole else CODED if codecs else 0.0
+    assert error(got, expected) < max(quantized, TOLERANCE[got.dtype])
     if one.scores:
-        assert error(sums[0], sums[1]) < max(coded, TOLERANCE[torch.float32])
+        assert error(sums[0], sums[1]) < max(quantized, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("one", SPECS, ids=lambda s: s.name)
@@ -172,7 +172,7 @@ def test_a_chunk_over_codes_under_a_window_and_a_soft_cap(one: KernelSpec) -> No
             check(one, lengths, 2, 2, seed=new, count=new, valid=padded)
 
 
-def added(one: KernelSpec, made: Coded, width: int) -> list[Tensor]:
+def added(one: KernelSpec, made: Quantized, width: int) -> list[Tensor]:
     """Column sums of a case by the kernel that reads no values, and by the reference."""
     sums = [torch.full((4, width), 0.5) for _ in range(2)]
     reference.attend(made.queries, made.view, one, sums[1])
@@ -195,8 +195,8 @@ def test_column_sums_without_values(place: int) -> None:
             if dense and valid is not None:
                 continue
             made = case(one, rows, 2, 2, seed=count, count=count, valid=valid)
-            coded = any(p.key.scaled for p in one.parts)
-            assert error(*added(one, made, sum(map(max, rows)) + 80)) < (CODED if coded else 3e-6)
+            quantized = any(p.key.scaled for p in one.parts)
+            assert error(*added(one, made, sum(map(max, rows)) + 80)) < (CODED if quantized else 3e-6)
     text = backend.source(one, torch.float32, True, False)
     assert text == backend.source(replace(one), torch.float32, True, False)
     for absent in ("decoded_values", "tile.value_", "value_numbers", "out_token", "attend_chunk", "b.sum", "finish"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
-from kvcompile.kernels.dispatch import choose, mover
+from kvcompile.kernels.dispatch import choose, compactor
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, tuning
@@ -27,9 +27,9 @@ from kvcompile.plan.storage import Codec
 from kvcompile.runtime.layer import LayerCache
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
-from coded import case  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
+from quantized import case  # noqa: E402
 from sample import CODED, FLOATS, Sample, samples  # noqa: E402
 from working import STORAGES, plan_of, worked  # noqa: E402
 
@@ -207,7 +207,7 @@ def test_compaction_of_many_blocks_and_stretches(way: tuple[str, str]) -> None:
 def test_stores_hold_what_they_hold_with_torch(name: str) -> None:
     """Prompts, evictions and encodings of a whole layer."""
     plan = plan_of(STORAGES[name])
-    mine = worked(LayerCache(plan, mover=mover("triton")), 1, turns=20)
+    mine = worked(LayerCache(plan, compactor=compactor("triton")), 1, turns=20)
     for a, b in zip(mine, worked(LayerCache(plan), 1, turns=20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 

@@ -47,13 +47,13 @@ def samples(number: int, seed: int = 0) -> list[Sample]:
 
 def _sample(i: int, draw: random.Random) -> Sample:
     batch, heads = draw.choice([(1, 2), (2, 1), (2, 2)])
-    coded = CODED[i % len(CODED)], CODED[(7 * i + 3) % len(CODED)]
+    quantized = CODED[i % len(CODED)], CODED[(7 * i + 3) % len(CODED)]
     tail = FLOATS[i % 3]
     kinds = [
-        [coded, (tail, tail)],
+        [quantized, (tail, tail)],
         [(tail, tail)],
-        [coded],
-        [coded, (draw.choice(CODED), draw.choice(CODED)), (tail, tail)],
+        [quantized],
+        [quantized, (draw.choice(CODED), draw.choice(CODED)), (tail, tail)],
     ]
     kind = kinds[(0, 0, 1, 2, 3)[i % 5]]
     parts = tuple(_part(k, v, LAYOUTS[(i + n) % 3], draw) for n, (k, v) in enumerate(kind))

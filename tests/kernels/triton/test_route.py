@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from coded import case
+from quantized import case
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose

@@ -46,7 +46,7 @@ class StoragePolicy(Policy):
 
 
 @dataclass(frozen=True)
-class CodedPolicy(StoragePolicy):
+class QuantizedPolicy(StoragePolicy):
     """Base of the policies that encode tokens older than the newest `residual`.
 
     residual: newest tokens of each KV head that keep the model's dtype.
@@ -63,7 +63,7 @@ class CodedPolicy(StoragePolicy):
 
     def store(self, p: LayerPlan) -> LayerPlan:
         """With this policy's codecs. Raises KvcompileError where another policy chose some."""
-        if p.storage.coded:
+        if p.storage.quantized:
             raise KvcompileError(
                 f"layer {p.index}: a layer has only one number format",
                 f"{self.name!r} after {p.storage.policy!r}",
