@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
 from kvcompile.calibration.probe import Everything
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
@@ -60,7 +60,7 @@ class Branching:
         identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
         recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
         self.identity, self.stride, self.rotated = identity, stride, rotated
-        self.model = build(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
+        self.model = compile_plan(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
 

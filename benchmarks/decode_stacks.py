@@ -26,9 +26,9 @@ from needle_sweep import plans, stacks
 from tabulate import tabulate
 from transformers import DynamicCache
 
-from kvcompile.build import build
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
+from kvcompile.compiler import compile_plan
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.speed import cache_bytes
 from kvcompile.models.loading import load
@@ -108,7 +108,7 @@ def main() -> None:
     rows = stacks(args.stacks)
     runs = Branching(model)
     all_plans = {"dense": runs.identity, **plans(rows, model, ModelCalibrator(model, tokenizer, lambda *_: None))}
-    models = {"transformers": model, **{k: build(shared(model), plan) for k, plan in all_plans.items()}}
+    models = {"transformers": model, **{k: compile_plan(shared(model), plan) for k, plan in all_plans.items()}}
     ids = tokenizer(" ".join(sentences()))["input_ids"]
     text, data = [], []
     for context in args.contexts:

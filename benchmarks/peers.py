@@ -29,9 +29,10 @@ from transformers import QuantizedCache
 from turns import Contestant, found, race, tensors_bytes
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build, plan_of
+from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
+from kvcompile.compiler import compile_plan
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.needle import NeedleTask
@@ -78,7 +79,7 @@ def contestants(path: str, model: Any, tokenizer: Any) -> dict[str, Contestant]:
         policies = tuple(p.calibrated(calibrator) for p in config.policies())
         plans[f"kvcompile {label}"] = plan_of(model.config, "float32", config, policies)
     for label, plan in plans.items():
-        ours = build(shared(model), plan)
+        ours = compile_plan(shared(model), plan)
         rows[label] = contestant(ours, ours.new_cache, lambda cache: cache.nbytes())
     return rows
 

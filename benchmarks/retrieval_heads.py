@@ -4,7 +4,8 @@ r"""How many retrieval heads, and what for the others: one calibration of the de
     python benchmarks/retrieval_heads.py --samples 10 --seed 1 --rows recipe \
         --out benchmarks/results/retrieval_heads-held_out
 
-Calibration uses the forms of `kvcompile.calibration.retrieval`, the scores those of `kvcompile.evaluation.needle`: no form is in both.
+Calibration uses the forms of `kvcompile.calibration.retrieval`, the scores those of `kvcompile.evaluation.needle`: no
+form is in both.
 Columns: share of KV bytes held after prefill (measured), exact-match needle score per form and length, perplexity of
 128 tokens read after 512 over the compressed cache. The calibration itself goes to
 `<out>-calibration.json` (unless --rows is given).

@@ -23,9 +23,10 @@ from needle_sweep import stacks
 from tabulate import tabulate
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build, plan_of
+from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
+from kvcompile.compiler import compile_plan
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.speed import Comparison, compare
@@ -38,11 +39,11 @@ DEFAULT = "benchmarks/stacks/speed.txt"
 def models(path: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Dense transformers, dense through our cache, and every stack of the file."""
     calibrator = ModelCalibrator(model, tokenizer, lambda *_: None)
-    out = {"transformers": model, "dense": build(shared(model), describe(model.config))}
+    out = {"transformers": model, "dense": compile_plan(shared(model), describe(model.config))}
     for label, overrides in stacks(path).items():
         config = compose(overrides)
         policies = tuple(p.calibrated(calibrator) for p in config.policies())
-        out[label] = build(shared(model), plan_of(model.config, "float32", config, policies))
+        out[label] = compile_plan(shared(model), plan_of(model.config, "float32", config, policies))
     return out
 
 

@@ -66,6 +66,19 @@ def assemble(
     return built
 
 
+def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
+    """Compile a loaded model in place to a plan made by hand: weights are converted, then the model is built.
+
+    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
+    """
+    from kvcompile.structure.convert import convert
+    from kvcompile.structure.rotate import fold_rotation
+
+    convert(model, plan)
+    fold_rotation(model, plan)
+    return build(model, plan, kernels)
+
+
 def _require_causal_lm(model: Any) -> None:
     from transformers import PreTrainedModel
 

@@ -1,1 +1,1 @@
-"""Policies: one file each. A policy imports `kvcompile.plan.plan`, `kvcompile.plan.selection` and its base, nothing else."""
+"""Policies: one file each. A policy imports `kvcompile.plan` and its base, nothing else."""

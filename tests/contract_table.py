@@ -11,7 +11,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.hadamard import turn_basis
@@ -172,7 +172,7 @@ def plan_of(stack: Options, architecture: str = "llama", **changes: Any) -> Plan
 
 @functools.lru_cache(256)
 def _compiled(stack: str, architecture: str, kernels: str, changes: tuple[tuple[str, Any], ...]) -> Any:
-    return build(shared(dense(architecture)), plan_of(json.loads(stack), architecture, **dict(changes)), kernels)
+    return compile_plan(shared(dense(architecture)), plan_of(json.loads(stack), architecture, **dict(changes)), kernels)
 
 
 def compiled(stack: Options, architecture: str = "llama", kernels: str = "auto", **changes: Any) -> Any:

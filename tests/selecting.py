@@ -11,7 +11,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.plan.selection import Allocation, Budget, LayerScores, Scope, Score, Selection
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.observation import Observation
@@ -135,7 +135,7 @@ def compiled(
     model = tiny_model(name)
     plan = replace(describe(model.config), prefill_chunk=chunk).map(lambda p: replace(p, selection=s), layers)
     plan.check()
-    return build(model, plan, **options)
+    return compile_plan(model, plan, **options)
 
 
 def left_padded(tokens: int, *pads: int, seed: int = 0) -> tuple[Tensor, Tensor]:

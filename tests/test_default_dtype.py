@@ -15,7 +15,7 @@ from test_contract import steps
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.models.sharing import shared
 from kvcompile.structure.convert import convert
 
@@ -45,7 +45,7 @@ def logits(name: str, kernels: str) -> Tensor:
     plan = plan_of(STACKS[name], prefill_chunk=32)
     if name in STRUCTURES:
         convert(model, plan, None)
-    model = build(model, plan, kernels, converted=name in STRUCTURES)
+    model = compile_plan(model, plan, kernels, converted=name in STRUCTURES)
     found, _ = steps(model, tiny_ids(1, 65), 60)
     return found
 

@@ -18,9 +18,10 @@ from contract_table import TABLE, compiled, dense, kept_positions
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build, plan_of
+from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.retrieval import FORMS as CALIBRATED
+from kvcompile.compiler import compile_plan
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.errors import KvcompileError
@@ -89,7 +90,7 @@ def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
 class Found:
     """Answers and shares of bytes held, one a prompt.
 
-    `contained` is RULER's measure (the answer's digits come in what is said), `exact` that of `kvcompile.evaluation.needle`
+    `contained` is RULER's measure (the answer's digits come in what is said), `exact` that of `evaluation.needle`
     (they are a number of their own: a model that does not stop after them fails).
     """
 
@@ -151,7 +152,7 @@ def test_a_branch_is_what_compiling_gives_on_the_real_model(real: Real) -> None:
     real.runs.prefill(prompt.ids)
     for name in ("quarter", "heads"):
         plan = real.plans[name]
-        tokens, _ = generated(build(shared(real.model), plan), prompt.ids, 10)
+        tokens, _ = generated(compile_plan(shared(real.model), plan), prompt.ids, 10)
         assert real.runs.decode(real.runs.branch(plan), len(tokens)) == tokens
         assert len(tokens) > 5
 

@@ -82,7 +82,7 @@ class Sentence:
 class NeedleTask:
     """`samples` prompts of at most `tokens` tokens, spread over `depths` (0: start, 1: end of the text).
 
-    form: one of `FORMS`. source: path of a text file to hide the needle in (None: `kvcompile.calibration.text.builtin`).
+    form: one of `FORMS`. source: path of a text file to hide the needle in (None: `calibration.text.builtin`).
     `magic` is the form of RULER's niah_single_2 (arXiv 2404.06654) with other words, another haystack and, unlike
     there, numbers without repeated digits, which makes it a little easier: scores do not compare with RULER's.
     Raises KvcompileError for values out of range.

@@ -11,9 +11,7 @@ from kvcompile.kernels import sdpa
 from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec
-from kvcompile.runtime import eviction as selections
 from kvcompile.runtime.cache import Step
-from kvcompile.runtime.eviction import learns
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.stores.dense import DenseStore
 
@@ -24,7 +22,7 @@ def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
     cache = step.cache
     summed = sums(kv, queries, step)
     spec = cache.spec(layer, store.parts, summed is not None)
-    attend = differentiable(cache.route) if selections.learns(kv, queries) else cache.attend
+    attend = differentiable(cache.route) if learns(kv, queries) else cache.attend
     return attend(Queries(queries, step.positions, step.valid), store.view(), spec, summed)
 
 
@@ -100,3 +98,8 @@ def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
     if kv.plan.selection is not None and kv.plan.selection.score.carries:
         step.cache.summed()
     return kv.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
+
+
+def learns(kv: LayerCache, queries: Tensor) -> bool:
+    """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
+    return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))

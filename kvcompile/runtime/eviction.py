@@ -67,11 +67,6 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     return looks
 
 
-def learns(kv: LayerCache, queries: Tensor) -> bool:
-    """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
-    return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))
-
-
 @torch.no_grad()
 def look(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
     """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""

@@ -221,7 +221,8 @@ class CompiledMixin:
             compiled.told = True
             log.warning(
                 "kvcompile: logits of a whole prompt are computed before its cache is compressed. A loss or benchmark "
-                "made of them measures the uncompressed model; kvcompile.evaluation.perplexity reads the compressed cache."
+                "made of them measures the uncompressed model; "
+                "kvcompile.evaluation.perplexity reads the compressed cache."
             )
 
     def _prepare_cache_for_generation(

@@ -16,7 +16,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe, swap
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.passes import DropObservers, InsertCompression, Pass, TrimSliding, rewrite
@@ -97,7 +97,7 @@ def test_edges_run_from_projection_to_attention() -> None:
 
 
 def test_code_is_readable() -> None:
-    module = build(tiny_model(), SnapKV(window=4).apply(describe(tiny_model().config))).kvcompile.graph
+    module = compile_plan(tiny_model(), SnapKV(window=4).apply(describe(tiny_model().config))).kvcompile.graph
     assert type(module).__name__ == "LlamaForCausalLM"
     for line in ("layers_3_self_attn_q_proj", "kv_append", "observe", "attend", "compress", "o_proj"):
         assert line in module.code
@@ -222,7 +222,7 @@ def test_a_pass_that_breaks_its_word_names_itself() -> None:
 def test_graph_runs_after_every_pass() -> None:
     """What is dead goes, what has an effect stays, and the result is a working module."""
     for s in (PLAIN, SHARED):
-        model = build(tiny_model(), select(describe(tiny_model().config), s, [0, 2]))
+        model = compile_plan(tiny_model(), select(describe(tiny_model().config), s, [0, 2]))
         model.kvcompile.graph.graph.lint()
         with torch.no_grad():
             cache = model(tiny_ids(1, 12)).past_key_values
@@ -251,7 +251,7 @@ def test_compiling_in_threads_disturbs_nobody() -> None:
     def compile_and_run(name: str) -> None:
         try:
             for model in models[name]:
-                built = build(model, describe(model.config))
+                built = compile_plan(model, describe(model.config))
                 with torch.no_grad():
                     torch.testing.assert_close(built(ids).logits, expected[name], atol=1e-5, rtol=1e-5)
         except Exception as error:

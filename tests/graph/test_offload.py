@@ -8,7 +8,7 @@ import pytest
 from contract_table import Options, dense, plan_of
 from offloading import STACKS, offloaded
 
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.offload import InsertOffload
@@ -41,7 +41,7 @@ def test_the_moves_stand_in_the_graph_where_they_must(stack: Options) -> None:
 
 @pytest.mark.parametrize("op", [ops.prefetch, ops.fetch, ops.to_host])
 def test_a_missing_or_misplaced_move_is_noticed(op: Any) -> None:
-    model = build(shared(dense()), plan_of({"offload": {}}))  # not `offloaded`: it is changed here
+    model = compile_plan(shared(dense()), plan_of({"offload": {}}))  # not `offloaded`: it is changed here
     module, plan = model.kvcompile.graph, model.kvcompile.plan
     InsertOffload(plan).ensures(module)
     node = next(n for n in module.graph.nodes if n.target is op and n.args[1] == 2)

@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.heal.student import Teacher, student
 from kvcompile.heal.taps import taps
 from kvcompile.models.sharing import shared
@@ -20,7 +20,7 @@ from kvcompile.models.sharing import shared
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_through_the_graph_are_those_of_the_plain_model(name: str) -> None:
     plain, ids = tiny_model(name), tiny_ids(2, 24)
-    compiled = build(tiny_model(name), describe(plain.config), "sdpa")
+    compiled = compile_plan(tiny_model(name), describe(plain.config), "sdpa")
     for model in (plain, compiled):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()

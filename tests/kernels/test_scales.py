@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_ids, tiny_model
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.dispatch import encoder
@@ -93,7 +93,7 @@ def test_a_model_of_huge_or_tiny_values_says_which_layer_to_skip(policy: str, fa
             attention.v_proj.weight *= factor
             attention.o_proj.weight /= factor
         stack = {policy: {**({"residual": 32, "bits": 8} if policy == "kivi" else {}), **fields}}
-        return build(model, apply_stack(describe(model.config, "float32"), build_stack([policy], stack)), "sdpa")
+        return compile_plan(model, apply_stack(describe(model.config, "float32"), build_stack([policy], stack)), "sdpa")
 
     ids, options = tiny_ids(1, 96), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     with pytest.raises(KvcompileError, match=rf"add 2 to stack\.{policy}\.skip_layers"):

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Uniform
@@ -124,7 +124,7 @@ def test_layers_with_nothing_to_rank_do_not_pay_for_a_score() -> None:
 @pytest.mark.parametrize("every", [0, 4])
 def test_the_cache_holds_what_the_plan_says_and_stays_bounded_while_decoding(every: int) -> None:
     found = planned(heads=HEADS, budget=10, sinks=2, recent=4, decode_every=every)
-    model = build(tiny_model(), found)
+    model = compile_plan(tiny_model(), found)
     ids = tiny_ids(1, 40)
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=9, min_new_tokens=9, do_sample=False, return_dict_in_generate=True)
@@ -135,7 +135,7 @@ def test_the_cache_holds_what_the_plan_says_and_stays_bounded_while_decoding(eve
 
 
 def test_window_and_sinks_are_what_the_others_hold() -> None:
-    model = build(tiny_model(), planned(heads=HEADS, budget=10, sinks=2, recent=4))
+    model = compile_plan(tiny_model(), planned(heads=HEADS, budget=10, sinks=2, recent=4))
     with torch.no_grad():
         cache = model(tiny_ids(1, 40), use_cache=True).past_key_values
     _, _, positions = next(iter(cache.layers[1].held.rows()))

@@ -10,7 +10,7 @@ from contract_table import KIVI8, LAYERS, Options, dense, kept_positions, plan_o
 from tiny import tiny_ids
 from torch import Tensor
 
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose, scores
 from kvcompile.kernels.spec import plain
@@ -36,7 +36,7 @@ every = pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
 
 
 def of_route(route: str, stack: Options, architecture: str = "llama", **changes: Any) -> Any:
-    return build(shared(dense(architecture)), plan_of(stack, architecture, **changes), kernels=route)
+    return compile_plan(shared(dense(architecture)), plan_of(stack, architecture, **changes), kernels=route)
 
 
 def run(model: Any, ids: Tensor, prompt: int = PROMPT) -> tuple[list[Any], KVCache]:

@@ -12,7 +12,7 @@ from test_contract import steps
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.models.sharing import shared
@@ -54,10 +54,10 @@ def test_logits_are_those_of_the_model(name: str) -> None:
     ids = tiny_ids(2, TOKENS + 4)
     with torch.no_grad():
         expected = model(ids).logits
-    rotated = build(shared(model), plan)
+    rotated = compile_plan(shared(model), plan)
     got, cache = steps(rotated, ids, TOKENS)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
-    plain, _ = steps(build(model, describe(model.config)), ids, TOKENS)
+    plain, _ = steps(compile_plan(model, describe(model.config)), ids, TOKENS)
     torch.testing.assert_close(got, plain, atol=2e-4, rtol=1e-4)
     assert sum(n.target is ops.hadamard for n in rotated.kvcompile.graph.graph.nodes) == 2 * 4
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_model(name: str) -> None:
 def test_the_original_keeps_its_weights() -> None:
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    turned = build(shared(model), rotated_plan(model))
+    turned = compile_plan(shared(model), rotated_plan(model))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     changed = [n for n, p in turned.named_parameters() if not torch.equal(p, before[n])]
     assert all(n.endswith(("v_proj.weight", "o_proj.weight")) for n in changed)
@@ -84,7 +84,7 @@ def test_a_weight_that_cannot_be_folded_is_refused() -> None:
     attention: Any = model.model.layers[2].self_attn
     attention.v_proj = torch.nn.Sequential(attention.v_proj)
     with pytest.raises(KvcompileError, match="plain"):
-        build(model, rotated_plan(model))
+        compile_plan(model, rotated_plan(model))
 
 
 @pytest.mark.parametrize("score", ["snapkv", "expected_attention", "h2o", "tova", "keydiff", "knorm", "adakv", "corm"])
@@ -112,7 +112,7 @@ def test_few_bits_hold_more_of_keys_with_outliers() -> None:
     stored = {"kivi": {"key_bits": 8, "value_bits": 4, "group": 16, "residual": 0}}
     errors = []
     for stack in (stored, {"rotate": {}, **stored}):
-        got, _ = steps(build(shared(model), plan_of(stack)), ids, TOKENS)
+        got, _ = steps(compile_plan(shared(model), plan_of(stack)), ids, TOKENS)
         errors.append(off(got[:, TOKENS:], expected))
     assert errors[1] < 0.8 * errors[0]
 

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.policies.snapkv import SnapKV
@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
 def compiled(name: str = "llama", policy: Any = None, chunk: int = 0, **over: Any) -> Any:
     model = tiny_model(name, **over)
     plan = replace(describe(model.config), prefill_chunk=chunk)
-    return build(model, policy.apply(plan) if policy else plan)
+    return compile_plan(model, policy.apply(plan) if policy else plan)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor, nn
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.stack import apply_stack, build_stack
 
 PROMPT, NEW = 40, 4
@@ -28,7 +28,7 @@ STACKS: dict[str, Options] = {
 def compiled(stack: Options) -> Any:
     """Few layers, as torch takes seconds for each; with torch's own linear layers, which it has in a trace too."""
     model = tiny_model(num_hidden_layers=2 if "offload" in stack else 1)
-    build(model, apply_stack(describe(model.config, "float32"), build_stack(list(stack), stack)), "auto")
+    compile_plan(model, apply_stack(describe(model.config, "float32"), build_stack(list(stack), stack)), "auto")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             vars(module).pop("forward", None)

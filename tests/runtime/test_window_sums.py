@@ -13,7 +13,7 @@ from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.build import build
+from kvcompile.compiler import compile_plan
 from kvcompile.kernels import dispatch
 from kvcompile.kernels.cpp import build as toolchain
 from kvcompile.kernels.spec import plain
@@ -108,7 +108,7 @@ def test_sixteen_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     model = tiny_model().to(dtype)
     plan = describe(model.config, str(dtype).removeprefix("torch."))
     stack = STACKS["zigzag"]
-    compiled = build(model, apply_stack(plan, build_stack(list(stack), stack)), kernels="cpp")
+    compiled = compile_plan(model, apply_stack(plan, build_stack(list(stack), stack)), kernels="cpp")
     compared = Compared(monkeypatch)
     with torch.no_grad():
         compiled(tiny_ids(2, PROMPT))

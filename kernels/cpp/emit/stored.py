@@ -1,8 +1,8 @@
 """How stored keys and values become vectors of floats: one emitter for each number format and each axis of scales.
 
 The channels of one entry are read in `runs` of `lanes` <= 16 stored elements. Codes below 8 bits are packed
-split-part (see `kvcompile.plan.storage.Codec`): with `pieces` = 8 / bits, a run gives `pieces` vectors, whose channels lie
-D / pieces apart. A `slot` is the place of one such vector: slot `i * runs + c` is piece i of run c.
+split-part (see `kvcompile.plan.storage.Codec`): with `pieces` = 8 / bits, a run gives `pieces` vectors, whose channels
+lie D / pieces apart. A `slot` is the place of one such vector: slot `i * runs + c` is piece i of run c.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A selection as tensor operations on batches of rows, with nothing read back: `kvcompile.runtime.eviction` in a trace."""
+"""A selection as tensor operations on batches of rows, with nothing read back: `runtime.eviction` in a trace."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _observation(p: LayerPlan, held: Entries, asked: Asked, b: int) -> _Seen:
 
 
 def moments(p: LayerPlan, unrotated: Tensor, positions: Tensor, stride: int) -> list[Moments]:
-    """Of the queries before rotation `[B, H_q, T, D]` at `positions [T]`, as `kvcompile.runtime.history` sums them up."""
+    """Of the queries before rotation `[B, H_q, T, D]` at `positions [T]`, as `runtime.history` sums them up."""
     counted = in_moments(positions, stride).float()
     count = counted.sum().clamp(min=1)
     found = []

@@ -316,7 +316,7 @@ def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatc
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.architectures import describe
-    from kvcompile.build import build
+    from kvcompile.compiler import compile_plan
     from kvcompile.kernels.triton import launch
     from kvcompile.stack import apply_stack, build_stack
 
@@ -334,7 +334,7 @@ def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatc
     for kernels in ("reference", "triton"):
         model = tiny_model("gemma2", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
         plan = replace(describe(model.config), prefill_chunk=20)
-        built = build(model, apply_stack(plan, build_stack(list(stack), stack)), kernels)
+        built = compile_plan(model, apply_stack(plan, build_stack(list(stack), stack)), kernels)
         assert not launches
         with torch.no_grad():
             cache = built(tiny_ids(2, 37)).past_key_values
@@ -350,7 +350,7 @@ def test_a_whole_model_runs_on_it() -> None:
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.architectures import describe
-    from kvcompile.build import build
+    from kvcompile.compiler import compile_plan
     from kvcompile.policies.kivi import KIVI
 
     ids = tiny_ids(2, 21)
@@ -359,7 +359,7 @@ def test_a_whole_model_runs_on_it() -> None:
     logits = []
     for kernels in ("reference", "triton"):
         model = tiny_model("gemma2")
-        built = build(model, KIVI(bits=8, group=8, residual=8).apply(describe(model.config)), kernels)
+        built = compile_plan(model, KIVI(bits=8, group=8, residual=8).apply(describe(model.config)), kernels)
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         logits.append(torch.stack(built.generate(ids, attention_mask=mask, **options).logits))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
