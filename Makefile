@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 
 # Fetches and converts the default model once, into the user's cache folder.
 model: $(READY)
-	@$(BIN)/python -m kvcompile.models.loading
+	@$(BIN)/python -m kvcompile.models.default
 
 $(DEMO)/recipe.yaml: | model
 	$(BIN)/kvcompile recipe=zigzag model=llama

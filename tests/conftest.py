@@ -18,5 +18,5 @@ def real_model_dir() -> Path:
 
     folder = default_folder()
     if not (folder / "manifest.json").exists():
-        pytest.skip(f"the default model is not in {folder}: python -m kvcompile.models.loading fetches it")
+        pytest.skip(f"the default model is not in {folder}: python -m kvcompile.models.default fetches it")
     return folder

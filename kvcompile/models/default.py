@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompile import atomic
 from kvcompile.errors import KvcompileError
 from kvcompile.paths import cache_folder, make_folder, sha256
-from kvcompile.progress import Progress, no_foreign_bars, silent
+from kvcompile.progress import Progress, no_foreign_bars, progress_bar, silent
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import ModelConfig
@@ -167,3 +167,9 @@ def _require_default(model: ModelConfig) -> None:
 def _require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise KvcompileError("GGUF files need the gguf package", "none installed", "pip install kvcompile[gguf]")
+
+
+if __name__ == "__main__":
+    with progress_bar() as bar:
+        place = default_model(bar)
+    sys.stdout.write(f"{place}\n")

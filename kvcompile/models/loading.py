@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvcompile.models.default import (
     _require_gguf,
     default_model,
 )
-from kvcompile.progress import Progress, no_foreign_bars, progress_bar, silent
+from kvcompile.progress import Progress, no_foreign_bars, silent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -221,9 +220,3 @@ def _unquantised(loaded: PreTrainedModel) -> PreTrainedModel:
     clean.generation_config = loaded.generation_config
     clean.config._name_or_path = loaded.config._name_or_path
     return clean
-
-
-if __name__ == "__main__":
-    with progress_bar() as bar:
-        place = default_model(bar)
-    sys.stdout.write(f"{place}\n")
