@@ -3,9 +3,9 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/compact.py --out benchmarks/results/compact
 
 keep: all that dropping entries takes, page tables and the first touch of new memory included (which varies: huge
-pages). move: the mover alone, between arrays that are there (for pages too: into the same pages). Milliseconds for one
-layer and sequence, medians; faster: torch over
-C++, the median of the ratios by round. extra: what a mover allocates at its peak beside source and target.
+pages). move: the compactor alone, between arrays that are there (for pages too: into the same pages). Milliseconds for
+one layer and sequence, medians; faster: torch over C++, the median of the ratios by round. extra: what a compactor
+allocates at its peak beside source and target.
 int4: kivi, keys 32 tokens a scale (whole groups stay), values 32 channels a scale.
 Nothing is printed unless both leave the very same bytes.
 """

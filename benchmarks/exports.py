@@ -1,11 +1,11 @@
-"""What comes out of each door, run by others: size, speed, and how far its logits are from the compiled model's.
+"""What each exporter writes, run by others: size, speed, and how far its logits are from the compiled model's.
 
     python benchmarks/exports.py --stack policy=mqa --llama VENV/bin/python --out benchmarks/results/exports-mqa
-    python benchmarks/exports.py --stack policy=snapkv stack.snapkv.budget=256 --doors torch aoti
+    python benchmarks/exports.py --stack policy=snapkv stack.snapkv.budget=256 --exporters torch aoti
 
 Every export is run by another process that never imports kvcompile: a prompt of text, then the tokens that the compiled
 model chooses, one by one. Times are of single steps; run it on a machine that does nothing else (with --keep, a second
-time: exports take minutes, their runs seconds). A door that is refused is a row with the reason. `gguf` runs under
+time: exports take minutes, their runs seconds). An export that is refused is a row with the reason. `gguf` runs under
 llama-cpp-python, in this interpreter or in the one that --llama names.
 """
 
@@ -68,7 +68,7 @@ def row(found: Any, wanted: Any) -> dict[str, Any]:
 
 
 def through(exporter: str, model: Any, tokenizer: Any, place: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Export through one door, run that elsewhere, and compare; what is refused is a row with the reason."""
+    """Run one exporter, run what it wrote elsewhere, and compare; what is refused is a row with the reason."""
     made, took = place / f"{exporter}.json", dict[str, Any]()
     if not made.is_file():
         sizes = {"prompt": args.prompt, "new": args.tokens}
@@ -100,7 +100,7 @@ def main() -> None:
     """Compile, export, run each export elsewhere, print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stack", nargs="+", default=["policy=mqa"], help="overrides as on the command line")
-    parser.add_argument("--doors", nargs="+", default=list(discover()), choices=list(discover()))
+    parser.add_argument("--exporters", nargs="+", default=list(discover()), choices=list(discover()))
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--llama", default=sys.executable, help="interpreter that has llama_cpp")

@@ -4,7 +4,7 @@
 
 fastest s: the fastest whole prefill (models in turns, each round beginning with another one; other work on a machine
 only ever adds time). overhead %: that over the fastest of dense transformers, less one.
-selection %: time of the graph's nodes that only a compressed model has (observe, compress, allocate, trim, settle)
+selection %: time of the graph's nodes that only a compressed model has (observe, compress, allocate, trim, flush)
 over the time of all others, in the same pass: noise on the machine hits both alike. Median of the rounds.
 """
 

@@ -53,7 +53,7 @@ def spec(parts: tuple[Part, ...], group: int = 4, dim: int = 128) -> KernelSpec:
 
 
 def body(layout: str, codecs: tuple[Codec, Codec], dtype: str = "float16") -> tuple[Part, ...]:
-    """A coded body and its residual in the model's type."""
+    """Codes and their residual in the model's type."""
     return Part(layout, *codecs, 32 if layout == "paged" else 0), *plain(
         "ragged" if layout == "paged" else layout, dtype
     )

@@ -148,7 +148,7 @@ def _work(config: Config) -> sweep.Done:
 
 
 def _export(artifact: str, config: Config) -> sweep.Done:
-    """Export what lies in an artifact, each door into its folder below `output`."""
+    """Export what lies in an artifact, each exporter into its folder below `output`."""
     from kvcompile.exporters.write import opened, write_new
     from kvcompile.progress import progress_bar
     from kvcompile.report.units import size

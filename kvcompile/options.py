@@ -25,7 +25,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def schema(cls: type[Any]) -> type[Any]:
-    """A plain dataclass with the fields of a policy or a door: OmegaConf would make a frozen one read-only."""
+    """A plain dataclass with the fields of a policy or an exporter: OmegaConf would make a frozen one read-only."""
     hints = typing.get_type_hints(cls)
     fields = [(f.name, _config_type(hints[f.name]), _default(f)) for f in dataclasses.fields(cls)]
     return dataclasses.make_dataclass(cls.__name__, fields, namespace={"__doc__": cls.__doc__})

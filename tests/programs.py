@@ -27,7 +27,7 @@ def planned(architecture: str, overrides: list[str], dtype: str = "float32") -> 
 
 
 def code(usage: str, language: str = "python") -> str:
-    """The block of a door's usage in one language."""
+    """The block of an exporter's usage in one language."""
     (found,) = re.findall(rf"```{language}\n(.*?)```", usage, re.S)
     return str(found)
 

@@ -63,6 +63,16 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @every_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Paths from the root or from `kvcompile/`, and modules by their dotted names; `x` stands for any name."""
+    text = page.read_text("utf-8") if page.name != "CHANGELOG.md" else ""
+    for path in re.findall(r"`([\w-]+/[\w/.-]*\.(?:py|h|yaml|md))`", text):
+        assert Path(path).stem == "x" or any((home / path).exists() for home in (ROOT, ROOT / "kvcompile")), path
+    for name in re.findall(r"(?:from|import|python -m) (kvcompile(?:\.\w+)+)", text):
+        assert importlib.util.find_spec(name), name
+
+
+@every_page
 def test_commands_compose(page: Path) -> None:
     for words in commands(page.read_text("utf-8")):
         check([word for word in words if word != "-m"], "-m" in words)

@@ -70,7 +70,7 @@ class RecipeFolder(SearchPathPlugin):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Give Hydra the recipes, the schema, every installed policy as an option of `policy`, every door of `export`."""
+    """Give Hydra the recipes, the schema, every policy as an option of `policy`, every exporter as one of `export`."""
     Plugins.instance().register(RecipeFolder)
     store = ConfigStore.instance()
     if not _STORED:

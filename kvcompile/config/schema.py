@@ -125,7 +125,7 @@ class PlanConfig:
 
 @dataclass
 class Config:
-    """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each door.
+    """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each exporter.
 
     budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
     prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: attention route. output: artifact folder.
@@ -158,7 +158,7 @@ class Config:
         return build_stack(list(self.stack), self.stack)
 
     def exporters(self) -> tuple[Exporter, ...]:
-        """The doors to export through. Raises KvcompileError (see `build_exporters`)."""
+        """The exporters with their options. Raises KvcompileError (see `build_exporters`)."""
         from kvcompile.exporters.registry import build_exporters
 
         return build_exporters(self.export)

@@ -1,1 +1,1 @@
-"""Doors out: a compiled model written in a form that others run without kvcompile."""
+"""Exporters: a compiled model written in a form that others run without kvcompile."""

@@ -1,4 +1,4 @@
-"""Door `aoti`: ahead-of-time compiled packages (AOTInductor), for Python and for C++ without Python."""
+"""Exporter `aoti`: ahead-of-time compiled packages (AOTInductor), for Python and for C++ without Python."""
 
 from __future__ import annotations
 

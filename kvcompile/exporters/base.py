@@ -1,4 +1,4 @@
-"""What a door is: a frozen dataclass whose fields are its options, one question and one action."""
+"""What an exporter is: a frozen dataclass whose fields are its options, one question and one action."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exported:
-    """What went through a door: bytes by file, relative to the folder it was written to."""
+    """What an exporter wrote: bytes by file, relative to the folder it was written to."""
 
     exporter: str
     files: dict[str, int]
@@ -27,11 +27,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class Exporter:
-    """Base of all doors. `name` is how `export=` calls it, `summary` the one line `kvcompile ls` prints.
+    """Base of all exporters. `name` is how `export=` calls it, `summary` the one line `kvcompile ls` prints.
 
     usage: Markdown for the model card that is put beside what was written: how to load and run it.
-    A module of a door imports neither torch nor transformers at its top: its fields are the options
-    `export.<door>.<field>`, which `kvcompile --help` needs.
+    The module of an exporter imports neither torch nor transformers at its top: its fields are the options
+    `export.<name>.<field>`, which `kvcompile --help` needs.
     """
 
     name: ClassVar[str]
@@ -39,11 +39,11 @@ class Exporter:
     usage: ClassVar[str] = ""
 
     def refuse(self, plan: Plan, model_config: Any) -> None:
-        """Raise KvcompileError, with the reason, for what cannot go through this door (or not on this machine).
+        """Raise KvcompileError, with the reason, for what this exporter cannot write (or not on this machine).
 
         Asked before weights are read, and again before `write`. What counts is the plan: the KV heads in `model_config`
         (the transformers config) may be those before the conversion or after it.
-        Without a fix in it, the error is given one that names the doors that are open.
+        Without a fix in it, the error is given one that names the exporters that can write it.
         """
         raise NotImplementedError
 
@@ -58,6 +58,6 @@ class Exporter:
         raise NotImplementedError
 
     def require(self, ok: bool, name: str, rule: str) -> None:
-        """Range check of a field, for `__post_init__`. Raises KvcompileError naming `export.<door>.<field>`."""
+        """Range check of a field, for `__post_init__`. Raises KvcompileError naming `export.<name>.<field>`."""
         if not ok:
             raise KvcompileError(f"export.{self.name}: {name} must be {rule}", repr(getattr(self, name)))

@@ -1,4 +1,4 @@
-"""Door `deepseek`: a llama-like model with latents (policy mla) as a stock `DeepseekV3ForCausalLM`: same logits.
+"""Exporter `deepseek`: a llama-like model with latents (policy mla) as a stock `DeepseekV3ForCausalLM`: same logits.
 
 What the stock class has and we have not is filled so that it does nothing. Its experts: every layer is a dense one.
 Its frequencies, one geometric row for all layers: `longrope` with a factor for each of those that any layer turns. Its
@@ -71,7 +71,7 @@ class Deepseek(Exporter):
 
 
 def to_deepseek(model: Any) -> Any:
-    """The stock model of a compiled one that the door lets through, in its dtype, in eval mode."""
+    """The stock model of a compiled one that `refuse` let pass, in its dtype, in eval mode."""
     import torch
     from transformers import DeepseekV3ForCausalLM
 

@@ -1,4 +1,4 @@
-"""Door `hf`: a plain transformers checkpoint of the model's own class, with the converted weights."""
+"""Exporter `hf`: a plain transformers checkpoint of the model's own class, with the converted weights."""
 
 from __future__ import annotations
 

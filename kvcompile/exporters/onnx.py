@@ -1,4 +1,4 @@
-"""Door `onnx`: a graph with the plain cache as inputs and outputs, for onnxruntime and its kin."""
+"""Exporter `onnx`: a graph with the plain cache as inputs and outputs, for onnxruntime and its kin."""
 
 from __future__ import annotations
 

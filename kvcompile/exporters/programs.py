@@ -1,4 +1,4 @@
-"""What the doors that write programs of fixed shape have in common: their limits, and what they refuse."""
+"""What the exporters that write programs of fixed shape have in common: their limits, and what they refuse."""
 
 from __future__ import annotations
 

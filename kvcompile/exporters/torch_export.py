@@ -1,4 +1,4 @@
-"""Door `torch`: `torch.export` programs that any PyTorch steps, without kvcompile and without transformers."""
+"""Exporter `torch`: `torch.export` programs that any PyTorch steps, without kvcompile and without transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a compiled model through doors: into its artifact while that is made, or into a folder of its own."""
+"""Running exporters on a compiled model: into its artifact while that is made, or into a folder of its own."""
 
 from __future__ import annotations
 
@@ -17,15 +17,29 @@ from kvcompile.report import files
 if TYPE_CHECKING:
     from kvcompile.report.report import Report
 
-FOLDER = "export"  # of an artifact: export/<door>/
+FOLDER = "export"  # of an artifact: export/<name>/
 
 
 def export(model: Any, exporter: str, folder: str | Path, tokenizer: Any = None, **options: Any) -> Exported:
-    """Write a compiled model for others to run: `kvcompile.export(model, "hf", "out")`.
+    """Write a compiled model in a form that others run without kvcompile.
 
-    model: a compiled model, or the folder of an artifact (whose tokenizer goes with it). door: as in `kvcompile ls`.
-    folder: new or empty; an interrupt leaves it as it was. options: the door's fields.
-    Raises KvcompileError for an unknown door or option, and for what cannot go through the door.
+    Args:
+        model: a compiled model, or the folder of an artifact, whose tokenizer and report then go with it.
+        exporter: its name, as `kvcompile ls` lists them: `hf`, `gguf`, `deepseek`, `torch`, `aoti`, `onnx`.
+        folder: where to write, new or empty. It appears when it is complete; an interrupt leaves it as it was.
+        tokenizer: goes into the folder with the model; some exporters need one.
+        options: the exporter's own, as `export.<name>.<option>` on the command line.
+
+    Returns:
+        What was written: `exporter`, `files` (bytes by file) and `bytes` (of all).
+
+    Raises:
+        KvcompileError: for an unknown exporter or option, and for a model that this exporter cannot write exactly.
+
+    >>> model = kvcompile.compile(model, recipe="gqa")
+    >>> done = kvcompile.export(model, "hf", folder / "plain")
+    >>> sorted(done.files)
+    ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     (built,) = build_exporters({exporter: options})
     measured = None
@@ -58,7 +72,7 @@ def write_new(
     measured: Report | None = None,
     progress: Progress = silent,
 ) -> Exported:
-    """Write a compiled model through a door into a new folder, which appears when it is complete."""
+    """Export a compiled model into a new folder, which appears when it is complete."""
     require_here()
     folder = Path(folder).expanduser().resolve()
     require_short(folder)
@@ -84,7 +98,7 @@ def write_into(
     measured: Report | None = None,
     progress: Progress = silent,
 ) -> list[Exported]:
-    """Write a compiled model through `exporters`, each into `folder/<door>/`, with a model card beside it."""
+    """Run `exporters` on a compiled model, each into `folder/<name>/`, with a model card beside it."""
     from kvcompile.report import card
 
     done = []

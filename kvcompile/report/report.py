@@ -23,7 +23,7 @@ class Report:
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
     whose split depends on the input. needle, perplexity, parameters: (uncompressed, compiled). speed: the first is
     uncompressed, the last compiled. kernels, passes: what runs in which layer, how often each pass rewrote the graph.
-    exports: bytes by door and file.
+    exports: bytes by exporter and file.
     """
 
     title: str

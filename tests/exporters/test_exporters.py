@@ -1,4 +1,4 @@
-"""The doors as a user names them: options, refusals before any work, whole folders or none, the command line."""
+"""The exporters as a user names them: options, refusals before any work, whole folders or none, the command line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Shut(Exporter):
     summary: ClassVar[str] = "never opens"
 
     def refuse(self, plan: Plan, model_config: Any) -> None:
-        raise KvcompileError("nothing goes through this door", "a plan")
+        raise KvcompileError("this exporter writes nothing", "a plan")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_python_names_doors_as_the_command_line_does() -> None:
 def test_a_refusal_names_the_reason_and_the_doors_that_are_open() -> None:
     with pytest.raises(KvcompileError, match=r"export=shut: nothing goes .* got a plan. Fix: export=\[hf\]"):
         require_open(build_exporters({"shut": {}}), plan_of("gqa"), tiny_config("llama"))
-    found = registry.open_doors(plan_of("gqa"), tiny_config("llama"))
+    found = registry.open_exporters(plan_of("gqa"), tiny_config("llama"))
     assert found[0] == "hf"
     assert "broken" in found
     assert "shut" not in found

@@ -1,4 +1,4 @@
-"""Door gguf: what the file says of a model, and that llama.cpp computes the same from it."""
+"""Exporter gguf: what the file says of a model, and that llama.cpp computes the same from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Door hf: what it writes is a model of transformers alone, with the logits of the compiled model."""
+"""Exporter hf: what it writes is a model of transformers alone, with the logits of the compiled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Door `gguf`: one file for llama.cpp and what is built on it."""
+"""Exporter `gguf`: one file for llama.cpp and what is built on it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(llama("Once upon a time", max_tokens=30)["choices"][0]["text"])
 class GGUF(Exporter):
     """`model.gguf` with weights, tokenizer and chat template; norms and biases in float32.
 
-    dtype: of the matrices; auto keeps the model's. weights_only: as in door hf.
+    dtype: of the matrices; auto keeps the model's. weights_only: as in exporter hf.
     """
 
     name: ClassVar[str] = "gguf"

@@ -1,10 +1,10 @@
-"""Encoding of a layer's old tokens, by torch and by generated C++ (encoder and mover) in turns in one process.
+"""Encoding of a layer's old tokens, by torch and by generated C++ (encoder and compactor) in turns in one process.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/settle.py --out benchmarks/results/settle
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/flush.py --out benchmarks/results/flush
 
-prompt: the whole of `flush` after a prompt of `--tokens` tokens (gather, encode, write the body, give the rest back);
-flush: the same when 32 decoded tokens a row move to the body. encode: the part of it that makes codes.
-Medians over `--rounds`, milliseconds a layer; faster: torch over C++, of whole settles.
+prompt: the whole of `flush` after a prompt of `--tokens` tokens (gather, encode, write the codes, give the rest back);
+flush: the same when 32 decoded tokens a row are encoded. encode: the part of it that makes codes.
+Medians over `--rounds`, milliseconds a layer; faster: torch over C++, of whole flushes.
 Nothing is printed unless both ways leave the very same bytes.
 """
 
@@ -66,8 +66,8 @@ def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Compac
     key, value, residual = FORMATS[format]
     heads, dim = SHAPES[shape]
     fresh = new(heads, tokens, dim, 0)
-    residual = factory.opened(*fresh[:2], None, 0)
-    store = QuantizedStore(Storage(key, value, residual), residual, encode, move)
+    rows = factory.opened(*fresh[:2], None, 0)
+    store = QuantizedStore(Storage(key, value, residual), rows, encode, move)
     store.append(*fresh, 0)
     return store
 
@@ -86,7 +86,7 @@ def contents(store: QuantizedStore) -> list[Tensor]:
 
 
 def flushed(store: QuantizedStore, release: bool) -> tuple[float, float]:
-    """Seconds of one settle, and those in it that encode."""
+    """Seconds of one flush, and those in it that encode."""
     timed = store.format.encoder
     timed.seconds = 0.0  # type: ignore[attr-defined]
     start = time.perf_counter()
@@ -116,7 +116,7 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
     for what in ("prompt", "flush"):
         whole = {name: 1e3 * statistics.median(t for t, _ in taken[what, name]) for name in WAYS}
         inside = {name: 1e3 * statistics.median(t for _, t in taken[what, name]) for name in WAYS}
-        row: dict[str, object] = {"format": format, "heads x dim": shape, "flush": what}
+        row: dict[str, object] = {"format": format, "heads x dim": shape, "after": what}
         row |= {f"{name} ms": f"{whole[name]:.3f}" for name in WAYS}
         row |= {f"{name} encode": f"{inside[name]:.3f}" for name in WAYS}
         rows.append({**row, "faster": f"{whole['torch'] / whole['C++']:.2f}"})
