@@ -186,7 +186,7 @@ def test_a_door_module_imports_nothing_heavy(name: str) -> None:
     assert spec is not None
     assert spec.origin is not None
     tops = set()
-    for node in ast.parse(Path(spec.origin).read_text("utf-8")).codes:
+    for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         tops |= {n.split(".")[0] for n in names}

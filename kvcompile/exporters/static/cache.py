@@ -43,8 +43,8 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
         state[f"entries_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         if room.shared:
             state[f"heads_{p.index}"] = torch.zeros(shape, dtype=torch.int32, device=device)
-        if room.body:
-            n = room.body + p.storage.block  # the spare block takes what is not to be written
+        if room.codes:
+            n = room.codes + p.storage.block  # the spare block takes what is not to be written
             spare = torch.zeros(*shape[:2], n, p.head_dim, dtype=dtype, device=device)
             nowhere = torch.full((*shape[:2], n), -1, dtype=torch.int32, device=device)
             body = body_of(Entries(spare, spare, nowhere), format_of(room, dtype))
@@ -182,7 +182,7 @@ class PrefillCache:
     def _store(self, kv: Layer, order: Tensor, counts: Tensor) -> None:
         """Keep the entries `order [B, H_kv, m]`, the first `counts` (per head, or of all) of which are there."""
         made, counts = State(), counts.expand(order.shape[:2])
-        if kv.room.body:
+        if kv.room.codes:
             made, order, old = split(kv.room, kv.held, order, counts)
             made["encoded"], counts = old, counts - old
         kept = kv.held.at(order)
@@ -277,7 +277,7 @@ class DecodeCache:
     def flush(self, kv: Layer) -> None:
         """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.flush`)."""
         room, mine = kv.room, self._of(kv.room.plan.index)
-        if not room.body:
+        if not room.codes:
             return
         due = (self.tick + room.plan.index) % FLUSH == 0
         counts = torch.where(due, encoded(room, mine["entries"]), 0)

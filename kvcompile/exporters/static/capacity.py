@@ -35,7 +35,7 @@ class Room:
     what a head keeps on average, and at least. recent `[t]`: newest tokens among them (all of a selection only).
     ring: entry of position p lies at p % capacity, so that a new token replaces the one that left the window.
     window: newest queries that the selection looks at again while decoding (0: none, or the last one alone).
-    body: encoded entries a row, which come before the others; a multiple of the storage's block.
+    codes: encoded entries a row, which come before the others; a multiple of the storage's block.
     shared: all heads share one row, which says of every entry whose it is.
     """
 
@@ -47,7 +47,7 @@ class Room:
     recent: tuple[int, ...] = ()
     ring: bool = False
     window: int = 0
-    body: int = 0
+    codes: int = 0
     shared: bool = False
 
     @property
@@ -88,7 +88,7 @@ class Room:
     @property
     def places(self) -> int:
         """Entries a row, encoded or not."""
-        return self.body + self.capacity
+        return self.codes + self.capacity
 
     @property
     def every(self) -> int:
@@ -107,7 +107,7 @@ def _room(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
         return room
     # the longest tail: what no settling encodes, and the tokens until the next one
     tail = p.storage.residual + p.storage.block + FLUSH
-    return replace(room, capacity=min(room.capacity, tail), body=p.storage.encoded(room.capacity))
+    return replace(room, capacity=min(room.capacity, tail), codes=p.storage.encoded(room.capacity))
 
 
 def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:

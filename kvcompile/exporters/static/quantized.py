@@ -45,7 +45,7 @@ def split(room: Room, held: Entries, order: Tensor, counts: Tensor) -> tuple[dic
     tail `[B, H_kv, capacity]` are places in `held`; `encoded [B, H_kv]` is how many entries the body has.
     """
     n, old = held.positions.shape[-1], encoded(room, counts)
-    longest = room.body + room.plan.storage.block
+    longest = room.codes + room.plan.storage.block
     padded = F.pad(order, (0, longest + room.capacity))
     place = torch.arange(padded.shape[-1], device=order.device, dtype=torch.int64).expand_as(padded)
     there = place < counts.unsqueeze(-1)
@@ -57,7 +57,7 @@ def split(room: Room, held: Entries, order: Tensor, counts: Tensor) -> tuple[dic
 
 def entries_of(room: Room, body: Mapping[str, Tensor], tail: Entries) -> Entries:
     """Body and tail as plain rows: the body decoded, without its spare block."""
-    format, n = format_of(room, tail.keys.dtype), room.body
+    format, n = format_of(room, tail.keys.dtype), room.codes
     if not n:
         return tail
     plain = []
@@ -80,8 +80,8 @@ def flush(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor)
     oldest = Entries(tail.keys[:, :, :most], tail.values[:, :, :most], tail.positions[:, :, :most])
     j = torch.arange(most, device=counts.device, dtype=torch.int64)
     end = body["encoded"].unsqueeze(-1) + j
-    end = end + block * (end >= room.body)  # past the spare block too: what does not fit is an error
-    place = torch.where(j < counts.unsqueeze(-1), end, room.body + j % block)
+    end = end + block * (end >= room.codes)  # past the spare block too: what does not fit is an error
+    place = torch.where(j < counts.unsqueeze(-1), end, room.codes + j % block)
     batch, heads = counts.shape
     rows = (
         torch.arange(batch, device=counts.device, dtype=torch.int64).view(-1, 1, 1),
