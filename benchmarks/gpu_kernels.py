@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
-from kvcompile.kernels.codecs import DTYPES, encode
+from kvcompile.kernels.codecs import dtype_of, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, tuning
@@ -66,7 +66,7 @@ def segment(part: Part, n: int, first: int, batch: int, device: str) -> Segment:
     made: list[Tensor | None] = []
     for codec in (part.key, part.value):
         x = torch.randn(rows * room, DIM, device=device)
-        made += encode(x, codec) if codec.scaled else (x.to(DTYPES[codec.kind]), None)
+        made += encode(x, codec) if codec.scaled else (x.to(dtype_of(codec)), None)
     keys, key_scales, values, value_scales = made
     assert keys is not None
     assert values is not None

@@ -10,68 +10,44 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.storage import Codec
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8": torch.float8_e4m3fn,
-    "int8": torch.uint8,
-    "int4": torch.uint8,
-    "int2": torch.uint8,
-}
-FLOAT8_MAX = 448.0
 Encoder = Callable[[Tensor, Codec], tuple[Tensor, Tensor | None]]  # the contract of `encode`
 
 
-def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
-    """Codes `[..., n, W]` and scales (see `layout`) of `x [..., n, D]`.
+def dtype_of(codec: Codec) -> torch.dtype:
+    """What stored elements are. Raises KvcompileError for a format that there is not."""
+    dtype = getattr(torch, codec.format.dtype, None)
+    if not isinstance(dtype, torch.dtype) or 8 * dtype.itemsize != max(8, codec.bits):
+        raise KvcompileError(
+            f"number format {codec.kind}: elements must be a torch dtype of the size of its codes",
+            f"{codec.bits} bits in {codec.format.dtype}",
+        )
+    return dtype
 
-    Integers: scale = (max - min) / (2^bits - 1), zero = min over each group, both rounded to float16 before the
-    codes are taken, so that decoding uses the very numbers that encoding did; a constant group has scale 0, codes 0.
-    """
-    _require_known(codec)
+
+def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
+    """Codes `[..., n, W]` and scales (see `layout`) of `x [..., n, D]`, as the codec's `NumberFormat` makes them."""
+    dtype = dtype_of(codec)
     if not codec.scaled:
-        return x.to(DTYPES[codec.kind]), None
-    grouped = _grouped(x.float(), codec)
-    if codec.kind == "float8":
-        scales = (grouped.abs().amax(-2 if codec.axis == "channel" else -1, keepdim=True) / FLOAT8_MAX).half()
-        codes = (grouped / _never_zero(scales)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
-        return codes.reshape(x.shape).to(torch.float8_e4m3fn), _stacked(codec, scales)
-    along = -2 if codec.axis == "channel" else -1
-    levels = 2**codec.bits - 1
-    least, most = grouped.amin(along, keepdim=True), grouped.amax(along, keepdim=True)
-    zero = least.half()
-    scale = ((most - zero.float()) / levels).half()
-    codes = ((grouped - zero.float()) / _never_zero(scale)).round().clamp(0, levels).to(torch.uint8)
-    return pack(codes.reshape(x.shape), codec.bits), _stacked(codec, scale, zero)
+        return x.to(dtype), None
+    codes, parameters = codec.format.encode(_grouped(x.float(), codec), -2 if codec.axis == "channel" else -1)
+    return pack(codes.reshape(x.shape).to(dtype), codec.bits), _stacked(codec, *parameters)
 
 
 def decode(codes: Tensor, scales: Tensor | None, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[..., n, D]` from what `encode` gave: code * scale + zero."""
-    _require_known(codec)
+    """`[..., n, D]` in a dtype from what `encode` gave."""
     if scales is None:
         return codes.to(dtype)
-    values = codes.to(dtype) if codec.kind == "float8" else unpack(codes, codec.bits).to(dtype)
-    grouped = _grouped(values, codec)
+    whole = unpack(codes, codec.bits)
     numbers = scales.to(dtype)
     # channel: [..., n/g, 1, D] against [..., n/g, g, D]; token: [..., n, D/g, 1] against [..., n, D/g, g]
     split = torch.split(numbers if codec.axis == "channel" else numbers.unsqueeze(-1).transpose(-3, -2), 1, -2)
     split = split if codec.axis == "channel" else tuple(x.squeeze(-2) for x in split)
-    decoded: Tensor = grouped * split[0]
-    if len(split) == 2:
-        decoded = decoded + split[1]
-    return decoded.reshape(values.shape)
-
-
-def _require_known(codec: Codec) -> None:
-    if codec.kind not in DTYPES:
-        raise KvcompileError(f"number formats are {', '.join(DTYPES)}", codec.name)
+    return codec.format.decode(_grouped(whole, codec), *split).reshape(whole.shape)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes `[..., D]` (uint8) below 8 bits into `[..., D * bits / 8]` bytes, split-part."""
-    if bits == 8:
+    if bits >= 8:
         return codes
     pieces = codes.chunk(8 // bits, -1)
     packed = pieces[0].clone()
@@ -82,7 +58,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes `[..., D]` (uint8) that `pack` packed."""
-    if bits == 8:
+    if bits >= 8:
         return packed
     return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], -1)
 
@@ -98,8 +74,3 @@ def _stacked(codec: Codec, *numbers: Tensor) -> Tensor:
     if codec.axis == "channel":
         return torch.cat(numbers, -2)
     return torch.stack([x.squeeze(-1) for x in numbers], -2)
-
-
-def _never_zero(scale: Tensor) -> Tensor:
-    wide = scale.float()
-    return torch.where(wide > 0, wide, torch.ones_like(wide))

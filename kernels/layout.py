@@ -1,8 +1,8 @@
 """How cached keys and values lie in memory, as a kernel sees them: no policy, no bookkeeping.
 
 Codes and scales are as `kvcompile.plan.storage.Codec` says. Scales (float16) of entry t: axis `token`
-`[t, P, D / group]`, axis `channel` `[t // group, P, D]`, where P is 2 (scale, zero), or 1 for float8.
-Formats without scales have None.
+`[t, P, D / group]`, axis `channel` `[t // group, P, D]`, where P counts the parameters of the format: 2 (scale, zero),
+or 1 (scale). Formats without scales have None.
 """
 
 from __future__ import annotations

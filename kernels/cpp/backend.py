@@ -20,7 +20,7 @@ from torch import Tensor
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS
+from kvcompile.kernels.cpp.emit.stored import emitted
 from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
 from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
@@ -85,8 +85,11 @@ def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bo
 
     many: more than one new token of each sequence; whole: they are all that is held.
     """
-    if not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
+    if dtype not in QUERY_TYPES:
         return "sdpa (float64 is not generated)"
+    if not generated(spec.parts, QUERY_TYPES[dtype]):
+        odd = {codec.kind: None for p in spec.parts for codec in (p.key, p.value) if not emitted(codec)}
+        return f"sdpa (no kernels are generated for {', '.join(odd)})"
     if many and whole and _plain(spec, dtype):
         return "sdpa (a whole prompt over plain dense floats)"
     return "cpp"
@@ -94,8 +97,7 @@ def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bo
 
 def generated(held: tuple[Part, ...], query: str) -> bool:
     """Whether there are kernels over these parts for queries of a dtype (its name)."""
-    kinds = {codec.kind for part in held for codec in (part.key, part.value)}
-    return query in QUERY_TYPES.values() and kinds <= set(ELEMENTS)
+    return query in QUERY_TYPES.values() and all(emitted(codec) for p in held for codec in (p.key, p.value))
 
 
 def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:

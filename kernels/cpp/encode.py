@@ -13,10 +13,11 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, emitted
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.opaque import opaque
 from kvcompile.kernels.pointers import address
+from kvcompile.plan.formats import Float, Table
 from kvcompile.plan.storage import Codec
 
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -112,13 +113,7 @@ KEEP_TOKENS = """
 @opaque
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     """Same contract as `codecs.encode`, which also does what C++ is not here for (other devices, no compiler)."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype not in TYPES
-        or codec.kind not in ELEMENTS
-        or not codec.scaled
-        or not x.numel()
-    ):
+    if x.device.type != "cpu" or x.dtype not in TYPES or not emitted(codec) or not codec.scaled or not x.numel():
         return codecs.encode(x, codec)
     dim = x.shape[-1]
     run = _kernel(codec, dim, x.dtype)
@@ -126,7 +121,7 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
         return codecs.encode(x, codec)
     stored = Stored(codec, dim)
     rows = x.detach().contiguous()
-    codes = torch.empty(*x.shape[:-1], stored.width, dtype=codecs.DTYPES[codec.kind], device=x.device)
+    codes = torch.empty(*x.shape[:-1], stored.width, dtype=codecs.dtype_of(codec), device=x.device)
     shape = (*x.shape[:-1], codec.parameters, codec.groups(dim))
     if codec.axis == "channel":
         if x.shape[-2] % codec.group:
@@ -152,7 +147,7 @@ def source(codec: Codec, dim: int, dtype: str) -> str:
     """C++ text for entries of `dim` channels of a dtype, prelude excluded."""
     stored = Stored(codec, dim)
     channel, zeros = codec.axis == "channel", stored.zeros
-    levels = f"{2**codec.bits - 1}.0f" if zeros else f"{codecs.FLOAT8_MAX}f"
+    levels = f"{2**codec.bits - 1}.0f" if zeros else f"{_largest(codec)}f"
     tokens, groups = (codec.group, dim) if channel else (BLOCK, BLOCK * codec.groups(dim))
     return fill(
         SOURCE,
@@ -174,6 +169,13 @@ def source(codec: Codec, dim: int, dtype: str) -> str:
         codes=_codes(stored),
         place=f"t / TOKENS * {codec.parameters} * D" if channel else f"t * {stored.numbers}",
     )
+
+
+def _largest(codec: Codec) -> float:
+    """The largest number that a code stands for, where groups have a scale alone."""
+    format = codec.format
+    assert isinstance(format, (Float, Table))
+    return format.largest
 
 
 def _measure(stored: Stored) -> str:
@@ -230,7 +232,7 @@ def _codes(stored: Stored) -> str:
         lines.append(f"F y{i} = ({x} - {zero}) / {scale};" if stored.zeros else f"F y{i} = {x} / {scale};")
     to = f"codes + t * WIDTH + c * {stored.lanes}"
     if not stored.zeros:
-        most = f"set({codecs.FLOAT8_MAX}f)"
+        most = f"set({_largest(stored.codec)}f)"
         return "\n".join([*lines, f"store({to}, max(min(y0, {most}), zero() - {most}){count});"])
     bits = stored.codec.bits
     codes = [f"round_to_code(y{i}, {2**bits - 1})" for i in range(stored.pieces)]

@@ -19,6 +19,7 @@ from kvcompile.kernels.triton.forms import Blocks, blocks, known, pieces, power_
 from kvcompile.kernels.triton.launch import launch
 from kvcompile.kernels.triton.parts import POINTERS, Argument, Lines, indent
 from kvcompile.kernels.triton.tuning import Choice
+from kvcompile.plan.formats import Float
 from kvcompile.plan.storage import Codec
 
 TOKENS = 32  # of a program, where every token has its own scales
@@ -95,7 +96,7 @@ class Encoder:
         return [f"store_block(codes, entry, codes_t, ok, {chunk * b.width}, {b.width}, {whole})"]
 
     def _plain(self) -> Lines:
-        if self.codec.kind == "float8":
+        if isinstance(self.codec.format, Float):
             return [line for i in range(self.blocks.count) for line in self._store([f"to_e4m3_bits(x{i})"], i)]
         return [line for i in range(self.blocks.count) for line in self._store([f"x{i}.to(codes.dtype.element_ty)"], i)]
 

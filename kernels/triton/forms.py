@@ -54,7 +54,7 @@ def power_of_two(n: int) -> int:
 
 def pieces(codec: Codec) -> int:
     """Codes in one stored byte."""
-    return max(1, 8 // codec.bits) if codec.kind.startswith("int") else 1
+    return max(1, 8 // codec.bits)
 
 
 def blocks(dim: int, codecs: list[Codec]) -> Blocks:

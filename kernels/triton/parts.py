@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.forms import Blocks, Form, key_blocks, mode, one_page, pieces, tile, value_blocks
+from kvcompile.plan.formats import Float
 from kvcompile.plan.storage import Codec
 
 POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
@@ -167,7 +168,7 @@ class Emitter:
         name = f"{side}_codes{block % chunks}"
         if pieces(codec) > 1:
             return f"unpacked({name}, {block // chunks}, {codec.bits}, CODE)"
-        if codec.kind == "float8":
+        if isinstance(codec.format, Float):
             return f"e4m3({name}, CODE)"
         return f"{name}.to({'DOT' if codec.kind in POINTERS else 'CODE'})"
 

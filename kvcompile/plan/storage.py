@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvcompile.plan.formats import NumberFormat, number_format
+
 Axis = Literal["none", "token", "channel"]
-BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "int4": 4, "int2": 2}
 SCALE_BYTES = 2  # scales and zeros are float16; what they cannot hold is refused (see `cache.scales`)
 FLUSH = 32  # decoded tokens between two encodings of a layer: some twenty small calls, however many rows they are for
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One number format of keys or values `[n, D]`, and which entries share a scale (and a zero, for integers).
+    """One number format of keys or values `[n, D]`, and which entries share its parameters (a scale, say, and a zero).
 
-    x = code * scale + zero. axis `token`: `group` channels of one token share them (0: all D).
+    kind: name of a `NumberFormat`. axis `token`: `group` channels of one token share them (0: all D).
     axis `channel`: `group` consecutive tokens of one channel share them; n is then a multiple of `group`.
-    float8 is e4m3 with a scale and no zero. Codes below 8 bits are packed split-part: with P = 8 / bits,
+    axis `none`: numbers are stored as they are. Codes below 8 bits are packed split-part: with P = 8 / bits,
     byte j holds channels j, j + D/P, j + 2D/P, ..., lowest bits first. Source of the axes: KIVI, arXiv 2402.02750.
     """
 
@@ -26,9 +27,14 @@ class Codec:
     group: int = 0
 
     @property
+    def format(self) -> NumberFormat:
+        """The number format. Raises KvcompileError where no package has one of this name."""
+        return number_format(self.kind)
+
+    @property
     def bits(self) -> int:
         """Bits of one code."""
-        return BITS[self.kind]
+        return self.format.bits
 
     @property
     def scaled(self) -> bool:
@@ -37,8 +43,8 @@ class Codec:
 
     @property
     def parameters(self) -> int:
-        """Numbers per group: scale and zero, or the scale alone."""
-        return 1 if self.kind == "float8" else 2
+        """Numbers per group: the scale, say, and a zero."""
+        return len(self.format.parameters)
 
     def width(self, dim: int) -> int:
         """Stored elements of one token: `dim`, or packed bytes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.codecs import DTYPES, decode, encode
+from kvcompile.kernels.codecs import decode, dtype_of, encode
 from kvcompile.kernels.layout import DenseView, MixedView, PagedView, Queries, RaggedView, Segment, View
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.storage import Codec
@@ -142,7 +142,7 @@ def _buffers(
     part: Part, total: int, dim: int, value_dim: int
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
     def pair(codec: Codec, d: int) -> tuple[Tensor, Tensor | None]:
-        codes = poison(torch.empty(total, codec.width(d), dtype=DTYPES[codec.kind]))
+        codes = poison(torch.empty(total, codec.width(d), dtype=dtype_of(codec)))
         if not codec.scaled:
             return codes, None
         shape = (total, codec.parameters, codec.groups(d))

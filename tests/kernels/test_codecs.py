@@ -17,6 +17,8 @@ FORMATS = [
     Codec("float8", "token"),
     Codec("float8", "token", 16),
     Codec("float8", "channel", 8),
+    *(Codec("nf4", "token", group) for group in (0, 16)),
+    Codec("nf4", "channel", 8),
 ]
 
 
@@ -25,7 +27,11 @@ def test_error_is_at_most_half_a_step(codec: Codec) -> None:
     x = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)) * 3 + 1
     along = x.unflatten(1, (-1, codec.group)) if codec.axis == "channel" else x.unflatten(2, (-1, codec.group or 32))
     dim = 2 if codec.axis == "channel" else 3
-    if codec.kind == "float8":  # 3 bits of mantissa, and subnormals below 2^-6 of 448
+    if codec.kind == "nf4":  # the nearest level, but for the scale's rounding to float16
+        most = along.abs().amax(dim, keepdim=True)
+        distances = torch.stack([(along - level * most).abs() for level in codec.format.levels])
+        limit = distances.amin(0) + most * 2**-11
+    elif codec.kind == "float8":  # 3 bits of mantissa, and subnormals below 2^-6 of 448
         limit = (along.abs() * 2**-4).maximum(along.abs().amax(dim, keepdim=True) * 2**-9 / 448 * 1.01)
     else:
         step = (along.amax(dim, keepdim=True) - along.amin(dim, keepdim=True)) / (2**codec.bits - 1)
@@ -37,7 +43,7 @@ def test_error_is_at_most_half_a_step(codec: Codec) -> None:
 def test_constant_and_zero_groups_come_back_exactly(codec: Codec) -> None:
     for value in (0.0, 1.5, -2.0):
         x = torch.full((32, 32), value)
-        if codec.kind == "float8" and value:
+        if codec.parameters == 1 and value:
             assert bool((decoded_error(x, codec) <= abs(value) * 2**-10).all())
         else:
             assert not decoded_error(x, codec).any()

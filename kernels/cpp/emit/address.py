@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvcompile.kernels.codecs import DTYPES
+from kvcompile.kernels.codecs import dtype_of
 from kvcompile.kernels.cpp.emit.stored import Stored
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.pointers import address
@@ -59,7 +59,7 @@ class Array(NamedTuple):
 
 
 def _codes(name: str, stored: Stored, step: int) -> Array:
-    return Array(name, stored.element, step, 1, DTYPES[stored.codec.kind], (stored.width,), (step, 1))
+    return Array(name, stored.element, step, 1, dtype_of(stored.codec), (stored.width,), (step, 1))
 
 
 def _scales(name: str, stored: Stored) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+from kvcompile.plan.formats import Integer
 from kvcompile.plan.storage import Codec
 
 ELEMENTS = {
@@ -21,6 +22,11 @@ ELEMENTS = {
     "int4": "uint8_t",
     "int2": "uint8_t",
 }
+
+
+def emitted(codec: Codec) -> bool:
+    """Whether there is C++ for a number format."""
+    return codec.kind in ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Stored:
     @property
     def whole(self) -> bool:
         """Whether codes are whole numbers, to be multiplied as such."""
-        return self.codec.kind.startswith("int")
+        return isinstance(self.codec.format, Integer)
 
     @property
     def numbers(self) -> int:
