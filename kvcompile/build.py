@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.plan.plan import Plan
@@ -13,14 +14,19 @@ if TYPE_CHECKING:
     from kvcompile.plan.policy import Policy
 
 
-def plan_of(model_config: Any, dtype: str, config: Config, policies: Sequence[Policy]) -> Plan:
-    """The checked plan of a stack on a model, from the model's config alone."""
-    from dataclasses import replace
+def identity_plan(model_config: Any, dtype: str, config: Config) -> Plan:
+    """The plan of a model as it is, from its config alone, read in the chunks that `config` asks for.
 
+    Raises KvcompileError for an architecture that is not known.
+    """
     from kvcompile.adapters.architectures import describe
 
-    plan = replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
-    return apply_stack(plan, policies)
+    return replace(describe(model_config, dtype), prefill_chunk=config.prefill_chunk)
+
+
+def plan_of(model_config: Any, dtype: str, config: Config, policies: Iterable[Policy]) -> Plan:
+    """The checked plan of a stack on a model, from the model's config alone."""
+    return apply_stack(identity_plan(model_config, dtype, config), policies)
 
 
 def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> Any:

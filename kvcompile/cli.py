@@ -138,9 +138,9 @@ def _work(config: Config) -> sweep.Done:
     if config.plan.mode == "only":
         from kvcompile.report import plan_table
 
-        plan = compiler.plan_config(config)
-        plan_table.show(plan, config, _console())
-        return None, plan_table.summary(plan, config)
+        stack = compiler.plan_config(config)
+        plan_table.show(stack.plan, config, _console(), stack.policies)
+        return None, plan_table.summary(stack.plan, config)
     from kvcompile.job import compile_config
 
     outcome = compile_config(config)

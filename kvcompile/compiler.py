@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.build import build, plan_of
+from kvcompile.build import build, identity_plan
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import to_recipe
 from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.progress import Progress, silent
+from kvcompile.stack import StackPlan, apply_stack, plan_stack
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import ModelConfig
 
-if TYPE_CHECKING:
-    pass
-
 
 def assemble(
-    model: Any, config: Config, tokenizer: Any = None, progress: Progress = silent, workspace: Path | None = None
+    model: Any,
+    config: Config,
+    tokenizer: Any = None,
+    progress: Progress = silent,
+    workspace: Path | None = None,
+    stack: StackPlan | None = None,
 ) -> Any:
     """Compile a loaded model in place by a config: calibrate what needs it, plan, heal, build. Nothing is measured.
 
     Structural policies calibrate on the original model and convert it, then it is healed if the config says so; the
-    others calibrate on what came out. workspace: folder for the checkpoints of a healing (None: it keeps none).
+    others calibrate on what came out. Only what a policy learns there leads to another plan than `stack`'s.
+    workspace: folder for the checkpoints of a healing (None: it keeps none). stack: of `plan_config`, where the model's
+    configuration was planned before its weights were read (None: it is planned here).
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
     from kvcompile.adapters.architectures import require_as_configured
@@ -47,23 +52,31 @@ def assemble(
     if tokenizer is not None:
         require_vocabulary(model, tokenizer)
     teacher = shared(model) if config.heal.tokens else None
-    dtype, original = str(model.dtype).removeprefix("torch."), copy.deepcopy(model.config)
-    policies = config.policies()
-    require_convertible(model, plan_of(original, dtype, config, policies))  # before anything is calibrated
+    stack = _planned(model, config, stack)
+    require_convertible(model, stack.plan)  # before anything is calibrated
     calibrator = ModelCalibrator(model, tokenizer, progress)
-    structure = tuple(p.calibrated(calibrator) for p in policies if p.family == "structure")
-    shape = plan_of(original, dtype, config, structure)
+    structure = tuple(p.calibrated(calibrator) for p in stack.structure)
+    shape = stack.shape if structure == stack.structure else apply_stack(stack.identity, structure)
     tokens = text_wanted(shape)
     convert(model, shape, calibration_ids(tokenizer, tokens, "align") if tokens else None)
     healed = repair(model, teacher, shape, config, tokenizer, progress, workspace) if teacher is not None else None
     calibrator = ModelCalibrator(model, tokenizer, progress, shape)
-    policies = structure + tuple(p.calibrated(calibrator) for p in policies if p.family != "structure")
-    config = config.with_policies(policies)
-    plan = plan_of(original, dtype, config, policies)
+    others = tuple(p.calibrated(calibrator) for p in stack.others)
+    plan = stack.plan if structure + others == stack.policies else apply_stack(shape, others)
     fold_rotation(model, plan)
-    built = build(model, plan, config.kernels, to_recipe(config))
+    built = build(model, plan, config.kernels, to_recipe(config.with_policies(structure + others)))
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built
+
+
+def _planned(model: Any, config: Config, stack: StackPlan | None) -> StackPlan:
+    """The stack planned for a loaded model, whose dtype is known now."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    if stack is None:
+        return plan_stack(identity_plan(model.config, dtype, config), config.policies())
+    if stack.identity.dtype != dtype:
+        return plan_stack(replace(stack.identity, dtype=dtype), stack.policies)
+    return stack
 
 
 def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
@@ -114,20 +127,21 @@ def compile(
     return assemble(model, config, tokenizer)
 
 
-def plan_config(config: Config) -> Plan:
-    """The plan of a config, from the model's configuration alone.
+def plan_config(config: Config, architecture: Any = None) -> StackPlan:
+    """The stack of a config, planned from the model's configuration alone.
 
+    architecture: that configuration, where it has been read (`config_of`).
     Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
     not be exported.
     """
     from kvcompile.exporters.registry import require_open
     from kvcompile.models.loading import config_of
 
-    architecture = config_of(config.model)
+    architecture = architecture or config_of(config.model)
     dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
-    plan = plan_of(architecture, dtype, config, config.policies())
-    require_open(config.exporters(), plan, architecture)
-    return plan
+    stack = plan_stack(identity_plan(architecture, dtype, config), config.policies())
+    require_open(config.exporters(), stack.plan, architecture)
+    return stack
 
 
 def cache_dtype(model: ModelConfig, own: object) -> str:

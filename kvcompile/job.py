@@ -32,27 +32,56 @@ from kvcompile.progress import Progress, progress_bar
 from kvcompile.report import card, files, report
 from kvcompile.report.plan_table import notes
 from kvcompile.report.report import Report
+from kvcompile.stack import StackPlan
 
 PROOF_TOKENS = 1024
+Material = tuple[Tensor | None, list[NeedleTask]]  # windows of text for perplexity, and needle tasks
 WORSE = 1.1  # perplexity against the original's, from which on a conversion is said to need healing
 
 
-def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Progress) -> Outcome:
+def compile_and_report(
+    model: Any, tokenizer: Any, config: Config, progress: Progress, stack: StackPlan | None = None
+) -> Outcome:
     """Compile a loaded model by `config` and leave an artifact with its report.
 
+    stack: as it was planned before the model was loaded (None: it is planned now).
     Raises KvcompileError where the plan cannot be, or the live cache is not what the plan says.
     """
     folder = target(config)
     weights.require_plain(model)
     for exporter in config.exporters():
         exporter.refuse_tokenizer(tokenizer)
-    text, tasks = _material(model, tokenizer, config)  # what cannot be measured fails before the work
+    material = _material(model, tokenizer, config)  # what cannot be measured fails before the work
     original = shared(model)
     workspace = folder.parent / f"{folder.name}-heal"
-    compiled = compiler.assemble(model, config, tokenizer, progress, workspace)
-    ids = _text(tokenizer, _proof_length(config, model))
+    compiled = compiler.assemble(model, config, tokenizer, progress, workspace, stack)
+    measured = _measured(original, compiled, tokenizer, config, material, progress)
+    del original
+    measured = replace(measured, warnings=warnings(compiled, measured))
+    judge(measured, config.gate, folder, compiled.kvcompile.recipe)
+
+    def add(tmp: Path) -> None:
+        nonlocal measured
+        written = write_into(config.exporters(), compiled, tokenizer, tmp / FOLDER, measured, progress)
+        measured = replace(measured, exports={each.exporter: each.files for each in written})
+        files.write(measured, tmp)
+        card.write(compiled, tmp, card.ARTIFACT, measured)
+
+    artifact.save(compiled, folder, tokenizer, extra=add)
+    if measured.healed is not None:
+        shutil.rmtree(workspace, ignore_errors=True)
+    files.show(measured)
+    return Outcome(str(folder), report.summary(measured))
+
+
+def _measured(
+    original: Any, compiled: Any, tokenizer: Any, config: Config, material: Material, progress: Progress
+) -> Report:
+    """The report of a compiled model beside its original: that the compression ran, and what it costs."""
+    text, tasks = material
+    ids = _text(tokenizer, _proof_length(config, original))
     rows, planned_total = prove(compiled, ids)
-    made = Report(
+    return Report(
         title=config.label,
         model=config.model.pretrained or config.model.name,
         recipe=config.recipe or "",
@@ -70,22 +99,6 @@ def compile_and_report(model: Any, tokenizer: Any, config: Config, progress: Pro
         needle=_needle(original, compiled, tokenizer, tasks, progress) if tasks else None,
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
-    del original
-    made = replace(made, warnings=warnings(compiled, made))
-    judge(made, config.gate, folder, compiled.kvcompile.recipe)
-
-    def add(tmp: Path) -> None:
-        nonlocal made
-        done = write_into(config.exporters(), compiled, tokenizer, tmp / FOLDER, made, progress)
-        made = replace(made, exports={each.exporter: each.files for each in done})
-        files.write(made, tmp)
-        card.write(compiled, tmp, card.ARTIFACT, made)
-
-    artifact.save(compiled, folder, tokenizer, extra=add)
-    if made.healed is not None:
-        shutil.rmtree(workspace, ignore_errors=True)
-    files.show(made)
-    return Outcome(str(folder), report.summary(made))
 
 
 def judge(made: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
@@ -116,7 +129,7 @@ def _text(tokenizer: Any, tokens: int) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int64, device="cpu")
 
 
-def _material(model: Any, tokenizer: Any, config: Config) -> tuple[Tensor | None, list[NeedleTask]]:
+def _material(model: Any, tokenizer: Any, config: Config) -> Material:
     """What quality is measured on, as far as that is asked for: windows of text, and needle tasks.
 
     Raises KvcompileError for a text that cannot be read or is too short, and prompts too short to hide anything in.
@@ -216,14 +229,14 @@ class Outcome:
 
 def compile_config(config: Config) -> Outcome:
     """One job of the command line: load, measure, compile, prove, measure again, report, save."""
-    pass
-    from kvcompile.models.loading import load
+    from kvcompile.models.loading import config_of, load
 
     target(config)  # what cannot work, or cannot be written, fails before weights are read
-    compiler.plan_config(config)
+    architecture = config_of(config.model)
+    stack = compiler.plan_config(config, architecture)
     with progress_bar() as progress:
-        model, tokenizer = load(config.model, progress)
-        return compile_and_report(model, tokenizer, config, progress)
+        model, tokenizer = load(config.model, progress, architecture)
+        return compile_and_report(model, tokenizer, config, progress, stack)
 
 
 def target(config: Config) -> Path:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,41 @@ def orphan(name: str, names: Sequence[str]) -> KvcompileError:
 
 def apply_stack(plan: Plan, policies: Iterable[Policy]) -> Plan:
     """Left fold of the policies over the plan, then one check. Raises KvcompileError where they cannot work."""
-    for policy in policies:
-        plan = policy.apply(plan)
+    plan = _folded(plan, policies)
     plan.check()
     return plan
+
+
+def _folded(plan: Plan, policies: Iterable[Policy]) -> Plan:
+    return functools.reduce(lambda plan, policy: policy.apply(plan), policies, plan)
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """A stack planned for a model: made once a job, before weights are read, and handed down.
+
+    identity: the plan of the model as it is. policies: the stack. shape: the plan of the structural policies alone,
+    to which weights are converted. plan: that of the whole stack, checked.
+    """
+
+    identity: Plan
+    policies: tuple[Policy, ...]
+    shape: Plan
+    plan: Plan
+
+    @property
+    def structure(self) -> tuple[Policy, ...]:
+        """The policies that convert weights; they stand first."""
+        return tuple(p for p in self.policies if p.family == "structure")
+
+    @property
+    def others(self) -> tuple[Policy, ...]:
+        """The policies that select and store, which see the converted model."""
+        return tuple(p for p in self.policies if p.family != "structure")
+
+
+def plan_stack(identity: Plan, policies: tuple[Policy, ...]) -> StackPlan:
+    """The policies applied to a model, each of them once. Raises KvcompileError where they cannot work on it."""
+    shape = _folded(identity, (p for p in policies if p.family == "structure"))
+    plan = apply_stack(shape, (p for p in policies if p.family != "structure"))
+    return StackPlan(identity, policies, shape, plan)

@@ -1,18 +1,25 @@
-"""What is refused before any work: a place that holds something else, a tokenizer of another model."""
+"""What is refused before any work: a place that holds something else, a tokenizer of another model; one plan a job."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 import kvcompile
+from kvcompile import compiler, stack
+from kvcompile.adapters import architectures
 from kvcompile.artifact.manifest import MANIFEST, RECIPE
+from kvcompile.config import schema
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import to_recipe
+from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
-from kvcompile.job import target
+from kvcompile.job import compile_config, target
+from kvcompile.models import loading
 
 
 def test_an_artifact_of_other_policies_is_not_replaced(tmp_path: Path) -> None:
@@ -42,3 +49,72 @@ def test_a_tokenizer_of_another_vocabulary_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<image>"])
     kvcompile.compile(tiny_model(), "snapkv", tokenizer=tokenizer)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the things are made that a job needs once; a policy's `apply` by its name."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: Any, function: str, name: str) -> None:
+        original = getattr(owner, function)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, function, counting)
+
+    for owner, function in (
+        (Config, "policies"),
+        (schema, "build_stack"),
+        (architectures, "describe"),
+        (loading, "config_of"),
+    ):
+        count(owner, function, function)
+    for name in ("gqa", "snapkv", "retrieval_heads", "int8"):
+        count(stack.policy_class(name), "apply", name)
+    return counted
+
+
+QUICK = ["needle.enabled=false", "speed.enabled=false", "perplexity.enabled=false"]
+ONCE = {"policies": 1, "build_stack": 1, "describe": 1, "config_of": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "planned"),
+    [
+        (["policy=[snapkv,int8]"], {"snapkv": 1, "int8": 1}),
+        (["policy=[gqa,snapkv]"], {"gqa": 1, "snapkv": 1}),
+        (["policy=[retrieval_heads,int8]", "stack.retrieval_heads.samples=1"], {"retrieval_heads": 2, "int8": 2}),
+    ],
+)
+def test_a_job_makes_its_policies_and_its_plan_once(
+    overrides: list[str], planned: dict[str, int], calls: Counter[str], tmp_path: Path
+) -> None:
+    """They are handed down; only what a policy has learnt from the model makes another plan."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    where = [f"model.pretrained={tmp_path / 'model'}", "model.device=cpu", f"output={tmp_path / 'out'}"]
+    config = compose([*overrides, *where, *QUICK])
+    calls.clear()  # composing checks the options of each policy
+    compile_config(config)
+    assert calls == ONCE | planned
+
+
+def test_only_planning_makes_them_once_too(calls: Counter[str]) -> None:
+    config = compose(["policy=[gqa,snapkv]", "plan=only"])
+    calls.clear()
+    planned = compiler.plan_config(config)
+    assert calls == ONCE | {"gqa": 1, "snapkv": 1}
+    assert [p.name for p in planned.policies] == [a.name for a in planned.plan.applied]
+    assert [a.name for a in planned.shape.applied] == ["gqa"]
+    assert planned.identity.applied == ()
+
+
+def test_weights_of_another_dtype_than_planned_are_planned_anew() -> None:
+    """On an accelerator, `dtype=auto` is what the checkpoint holds, which its configuration need not say."""
+    config, model = compose(["policy=[int8]"]), tiny_model()
+    planned = stack.plan_stack(architectures.describe(model.config, "bfloat16"), config.policies())
+    built = compiler.assemble(model, config, stack=planned)
+    assert built.kvcompile.plan.dtype == "float32"

@@ -65,7 +65,7 @@ def test_header_says_what_it_is_and_how_it_is_run(name: str) -> None:
 @every
 def test_plan_only(name: str) -> None:
     config = compose([f"recipe={name}", "plan=only", "plan.context=2048", "plan.memory=1"])
-    plan, out = compiler.plan_config(config), io.StringIO()
+    plan, out = compiler.plan_config(config).plan, io.StringIO()
     plan_table.show(plan, config, Console(file=out, width=140))
     assert f"{name}-llama: llama" in out.getvalue()
     held, uncompressed = plan_table.cache_bytes(plan, 1, 2048)

@@ -49,9 +49,12 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
         return config
 
 
-def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedModel, Any]:
+def load(
+    model: ModelConfig, progress: Progress = silent, architecture: PretrainedConfig | None = None
+) -> tuple[PreTrainedModel, Any]:
     """The model, in eval mode on its device, and its tokenizer.
 
+    architecture: its configuration, where `config_of` has read it (None: it is read with the weights).
     dtype `auto`: float32 on CPU, the checkpoint's own on an accelerator. device `auto`: cuda if there is one, else cpu.
     Raises KvcompileError where anything is missing, or weights are not in memory.
     """
@@ -69,9 +72,11 @@ def load(model: ModelConfig, progress: Progress = silent) -> tuple[PreTrainedMod
     with _plain_errors(model), no_foreign_bars():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         file = _gguf(source, options)
-        given = {"config": config_of(model)} if file else {}
+        if file and architecture is None:
+            architecture = config_of(model)
+        known = {} if architecture is None or model.pretrained is None else {"config": architecture}
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **given, **options
+            source, dtype=dtype, output_loading_info=True, **known, **options
         )
     _require_whole(model, info)
     if file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvcompile.config.schema import Config
+    from kvcompile.plan.policy import Policy
 
 GIB = 1 << 30
 HEADINGS = ("layers", "KV heads", "kept per head", "precision", "bytes", "kept")
@@ -69,8 +71,11 @@ def summary(plan: Plan, config: Config) -> dict[str, float | int | str | None]:
     return row
 
 
-def show(plan: Plan, config: Config, console: Console) -> None:
-    """Print the plan: a row for each run of layers alike, the total, the ratio, and what fits in the given memory."""
+def show(plan: Plan, config: Config, console: Console, policies: Iterable[Policy] = ()) -> None:
+    """Print the plan: a row for each run of layers alike, the total, the ratio, and what fits in the given memory.
+
+    policies: those that made it; what they have yet to learn from the loaded model is told.
+    """
     wanted = config.plan
     held, dense = cache_bytes(plan, wanted.batch, wanted.context)
     console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
@@ -82,7 +87,7 @@ def show(plan: Plan, config: Config, console: Console) -> None:
             "these layers attend",
             highlight=False,
         )
-    for policy in config.policies():
+    for policy in policies:
         if policy.uncalibrated:
             console.print(
                 f"not calibrated: {policy.name} finds out {policy.uncalibrated} when a model is compiled; until then "

@@ -238,7 +238,7 @@ import hashlib, sys
 from tiny import tiny_config
 from kvcompile import sources
 from kvcompile.config.compose import compose
-from kvcompile.compiler import plan_of
+from kvcompile.build import plan_of
 config = compose(["model=llama", *sys.argv[1:]])
 plan = plan_of(tiny_config("llama"), "float32", config, config.policies())
 for route in ("cpp", "triton"):

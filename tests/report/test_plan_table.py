@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from io import StringIO
 from typing import Any
@@ -14,6 +15,7 @@ from kvcompile import compiler
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import Config, ModelConfig, PlanConfig
 from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.policy import Policy
 from kvcompile.plan.selection import Budget, Score, Selection
 from kvcompile.report import plan_table, units
 
@@ -27,9 +29,9 @@ def plan(budget: float | None = None) -> Plan:
     return Plan("llama", "float32", tuple(layers))
 
 
-def shown(p: Plan, config: Config) -> str:
+def shown(p: Plan, config: Config, policies: Iterable[Policy] = ()) -> str:
     out = StringIO()
-    plan_table.show(p, config, Console(file=out, width=140))
+    plan_table.show(p, config, Console(file=out, width=140), policies)
     return out.getvalue()
 
 
@@ -71,7 +73,8 @@ def test_table_groups_layers_alike_and_shows_owners() -> None:
 def test_a_plan_that_calibration_may_change_says_so(given: list[str], said: bool) -> None:
     """Which heads retrieve is found in the loaded model; a plan without one only guesses where they are."""
     config = compose(["recipe=retrieval_heads", *given])
-    text = " ".join(shown(compiler.plan_config(config), config).split())
+    stack = compiler.plan_config(config)
+    text = " ".join(shown(stack.plan, config, stack.policies).split())
     assert ("not calibrated: retrieval_heads finds out which heads retrieve when a model is compiled" in text) == said
 
 
@@ -117,7 +120,7 @@ def test_cache_dtype_follows_the_model() -> None:
 
 
 def test_plan_of_the_default_model_needs_no_weights() -> None:
-    p = compiler.plan_config(compose(["policy=[snapkv]", "budget=0.5", "prefill_chunk=256"]))
+    p = compiler.plan_config(compose(["policy=[snapkv]", "budget=0.5", "prefill_chunk=256"])).plan
     assert (len(p.layers), p.layers[0].kv_heads, p.layers[0].head_dim, p.prefill_chunk) == (30, 3, 64, 256)
     held, dense = plan_table.cache_bytes(p, 1, 1000)
     assert held * 2 == dense

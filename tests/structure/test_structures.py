@@ -190,7 +190,7 @@ def test_four_kinds_multiply(tmp_path: Path) -> None:
 
 def test_plan_only_shows_what_is_shared() -> None:
     config = compose(["policy=[gqa,cla,zigzag]", "stack.zigzag.budget=0.5", "plan=only"])
-    plan = compiler.plan_config(config)
+    plan = compiler.plan_config(config).plan
     held, uncompressed = plan_table.cache_bytes(plan, 1, 4096)
     assert held / uncompressed == pytest.approx(1 / 3 / 2 / 2)
     assert [p.owner for p in plan.layers][:4] == [0, 0, 2, 2]
