@@ -147,7 +147,7 @@ def test_a_truncated_conversion_is_refused(tmp_path: Path) -> None:
     del weights["model.layers.2.self_attn.k_proj.weight"]
     save_file(weights, path / "model.kvcompile.safetensors", metadata={"format": "pt"})
     manifest.write(path, manifest.read(path).plan)
-    with pytest.raises(KvcompileError, match=r"weights of its config: [0-9,]+ numbers, got [0-9,]+"):
+    with pytest.raises(KvcompileError, match=r"weights of its config: it asks for [0-9,]+ numbers, got [0-9,]+"):
         kvcompile.load(path)
 
 
