@@ -1,4 +1,4 @@
-"""The corridor: recipe -> stack -> plan -> graph -> model, and around it proof, measurement and the artifact."""
+"""From a recipe or a plan to a compiled model: stack, plan, conversion, graph. Nothing is measured or written."""
 
 from __future__ import annotations
 
@@ -80,9 +80,30 @@ def _planned(model: Any, config: Config, stack: StackPlan | None) -> StackPlan:
 
 
 def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
-    """Compile a loaded model in place to a plan made by hand: weights are converted, then the model is built.
+    """Compile a loaded model to a plan made by hand, without recipe and config. Nothing is calibrated.
 
-    Raises KvcompileError where a conversion, an adapter, a pass or the wiring check fails.
+    Such a model cannot be saved as an artifact, which holds a recipe.
+
+    Args:
+        model: a loaded transformers causal LM, which is rewritten in place: its weights are converted where the plan
+            asks for that.
+        plan: made from `kvcompile.adapters.architectures.describe(model.config)`, which keeps everything.
+        kernels: which kernels attend: `auto`, `cpp`, `triton`, `sdpa` or `reference`.
+
+    Returns:
+        The compiled model, still its transformers class.
+
+    Raises:
+        KvcompileError: where the plan does not fit the model.
+
+    Examples:
+        >>> from kvcompile.adapters.architectures import describe
+        >>> from kvcompile.compiler import compile_plan
+        >>> from kvcompile.policies.snapkv import SnapKV
+        >>> plan = SnapKV(budget=50).apply(describe(model.config))
+        >>> model = compile_plan(model, plan)
+        >>> model(ids).past_key_values.lengths()[0]
+        [50, 50]
     """
     from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
@@ -109,12 +130,29 @@ def compile(
     overrides: Sequence[str] = (),
     tokenizer: Any = None,
 ) -> Any:
-    """Compile a model in memory: no files, nothing measured.
+    """Give a model a smaller KV cache, in memory: nothing is written and nothing is measured.
 
-    model: a loaded transformers causal LM (rewritten in place), or the name of a model group (`"llama"`).
-    recipe: name of a recipe; overrides: as on the command line (`["stack.zigzag.budget=0.1"]`), or one of them.
-    tokenizer: only needed by policies that calibrate. Returns the compiled model, still its transformers class.
-    Raises KvcompileError for anything that would be an error on the command line.
+    Args:
+        model: a loaded transformers causal LM, which is rewritten in place; or the name of a model that `kvcompile ls`
+            lists, such as `"llama"`, which is then loaded with its tokenizer.
+        recipe: the name of a recipe. None: what `overrides` say alone, and without any the model's whole cache.
+        overrides: settings as on the command line, `["policy=[snapkv,kivi]", "budget=0.25"]`, or one such string.
+        tokenizer: the model's own. Only policies that calibrate on text need it.
+
+    Returns:
+        The compiled model. It keeps its class, config and weights (but those that a policy converts), `generate` works
+        as before, and `model.kvcompile.plan` says what each layer keeps.
+
+    Raises:
+        KvcompileError: for an unknown name or setting, and for a stack that cannot work on this model.
+
+    Examples:
+        >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+        >>> cache = model(ids).past_key_values  # ids [1, 100]
+        >>> cache.lengths()[0]  # tokens held in the first layer, by KV head
+        [50, 50]
+        >>> type(model).__name__
+        'LlamaForCausalLM'
     """
     named = isinstance(model, str)
     wanted = [f"recipe={recipe}"] if recipe else []

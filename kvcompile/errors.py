@@ -13,9 +13,22 @@ FOREIGN = 120  # of what stood in somebody else's file
 
 
 class KvcompileError(CompactHydraException):  # type: ignore[misc]
-    """A mistake the user can mend: the rule, what was given, the fix, on one line.
+    """A mistake that its user can mend, on one line: what must hold, what was found, what to do.
 
-    Derives from Hydra's compact exception, so the command line prints it without a traceback.
+    Derives from Hydra's compact exception, so that the command
+    line prints it without a traceback.
+
+    Attributes:
+        rule: what must hold.
+        got: what was found in its place, or None.
+        fix: what to do, or None where the rule says it.
+
+    Examples:
+        >>> try:
+        ...     kvcompile.compile(model, recipe="snapkv", overrides=["budget=0"])
+        ... except kvcompile.KvcompileError as error:
+        ...     print(error)
+        stack.snapkv: budget must be in (0, 1] or a whole number of tokens, got 0.0.
     """
 
     def __init__(self, rule: str, got: object = None, fix: str | None = None) -> None:

@@ -91,9 +91,29 @@ class TokenPolicy(Policy):
 
 @dataclass(frozen=True)
 class SelectionPolicy(TokenPolicy):
-    """Base of the policies that rank tokens: a score, under a budget.
+    """Base of the policies that rank tokens: a score, under a budget. A subclass says how entries are ranked.
 
     budget: fraction of the tokens seen (<= 1) or tokens (> 1), per KV head.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> from typing import ClassVar
+        >>> from kvcompile.adapters.architectures import describe
+        >>> from kvcompile.compiler import compile_plan
+        >>> from kvcompile.plan.selection import Score
+        >>> from kvcompile.policies.base import SelectionPolicy
+        >>> class ValueNorm(Score):
+        ...     def score(self, seen):  # [H_kv, n], the highest stay
+        ...         return seen.values.float().norm(dim=-1)
+        >>> @dataclass(frozen=True)
+        ... class VNorm(SelectionPolicy):
+        ...     name: ClassVar[str] = "vnorm"
+        ...     summary: ClassVar[str] = "tokens whose values have the largest norm"
+        ...     def score(self):
+        ...         return ValueNorm()
+        >>> plan = VNorm(budget=0.25).apply(describe(model.config))
+        >>> compile_plan(model, plan)(ids).past_key_values.lengths()[0]
+        [25, 25]
     """
 
     budget: float = 0.2

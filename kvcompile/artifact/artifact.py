@@ -30,13 +30,27 @@ PLACES = ("auto", "balanced", "balanced_low_0", "sequential")  # what transforme
 
 
 def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[[Path], object] | None = None) -> Path:
-    """Write a compiled model as an artifact; return its folder.
+    """Write a compiled model as an artifact: a folder that `kvcompile.load` opens.
 
-    It is made in a folder beside `folder` and then put there in one step: an interrupt or a kill leaves what was there
-    before. An artifact that was there is replaced as a whole. `extra` may add files (the report) before the manifest is
-    made.
-    Raises KvcompileError for a model that was not compiled from a recipe, for weights that would load differently, for
-    a folder that holds something else than an artifact, and where writing fails.
+    It is made beside `folder` and then put there in one step: an interrupt or a kill leaves what was there before.
+
+    Args:
+        model: a compiled model, whose recipe goes with it.
+        folder: where to write. An artifact that is there is replaced as a whole.
+        tokenizer: saved with the model. Files added to an artifact later are refused.
+        extra: called with the folder before its manifest is made; may add files, such as the report.
+
+    Returns:
+        The folder, as an absolute path.
+
+    Raises:
+        KvcompileError: for a model that was not compiled from a recipe, for weights that would load differently, for a
+            folder that holds something else than an artifact, and where writing fails.
+
+    Examples:
+        >>> model = kvcompile.compile(model, recipe="snapkv")
+        >>> kvcompile.save(model, folder / "small", tokenizer).name
+        'small'
     """
     weights.require_saveable(model)
     folder = place(folder)
@@ -66,37 +80,44 @@ def load(
     torch_dtype: Any = None,
     **hub: Any,
 ) -> Any:
-    """The compiled model that an artifact holds, in eval mode: the same class, the same logits to the bit.
+    """Open an artifact: the compiled model that was saved, with the same logits to the bit.
 
-    path: its folder, or its id on the Hugging Face hub (`"owner/name"`), from where it is fetched; hub: `revision`,
-    `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
-    device: where to put it (default: the CPU, as in transformers), or, as transformers says it, device_map: a device or
-    `"auto"`, which is the accelerator if there is one. dtype (torch_dtype): `"bfloat16"`, `torch.bfloat16`, ...
-    (default, and `"auto"`: as saved). Data only is read: no pickle, no code, no `_target_`.
-    Warns where another version of kvcompile wrote the texts of the kernels, and they differ from those that run.
-    Raises KvcompileError for artifacts that are missing, truncated, altered, newer, or compile differently by now.
+    Only data is read: no pickle, no code. A warning says where another version of kvcompile wrote the kernels' texts
+    and they differ from those that run now.
+
+    Args:
+        path: the folder of an artifact, or its id on the Hugging Face hub, `"owner/name"`, from where it is fetched.
+        device: where to put the model. None: the CPU, as in transformers.
+        dtype: of the weights, as `"bfloat16"` or `torch.bfloat16`. None and `"auto"`: as saved.
+        device_map: the same as `device`, in transformers' words: a device, or `"auto"` for the accelerator if there
+            is one.
+        torch_dtype: the same as `dtype`, in transformers' words.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, as huggingface_hub takes them.
+
+    Returns:
+        The compiled model in eval mode, still its transformers class.
+
+    Raises:
+        KvcompileError: for an artifact that is missing, truncated, altered, newer, or would compile differently by now.
+
+    Examples:
+        >>> model = kvcompile.compile(model, recipe="snapkv")
+        >>> loaded = kvcompile.load(kvcompile.save(model, folder / "small"))
+        >>> torch.equal(loaded(ids).logits, model(ids).logits)
+        True
     """
-    from kvcompile.build import build, plan_of
-    from kvcompile.config.recipe import from_recipe, to_recipe
-
     wanted, place = _dtype(torch_dtype if dtype is None else dtype), _device(device, device_map)
-    folder = _local(path, hub)
-    facts = manifest.verify(folder)
-    with told(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
-        config = from_recipe(manifest.read_text(folder / RECIPE))
-    stored = weights.Stored(folder, facts)
-    original = weights.original_config(folder, stored)
-    with told(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
-        plan = plan_of(original, wanted or stored.dtype, config, config.policies())
-    model = _placed(weights.read(folder, stored, original, plan), place)
-    model = build(model, plan, config.kernels, to_recipe(config))
-    kernel_texts.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=wanted is not None), folder, facts)
-    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
-    return model
+    return _opened(_local(path, hub), wanted, place)
 
 
 def from_pretrained(path: str | Path, **options: Any) -> Any:
-    """`load` under the name, and with the keywords, that users of transformers expect: dtype, device_map, revision."""
+    """`kvcompile.load` under transformers' name: takes and returns the same.
+
+    Examples:
+        >>> path = kvcompile.save(kvcompile.compile(model, recipe="snapkv"), folder / "small")
+        >>> kvcompile.from_pretrained(path, dtype="bfloat16").dtype
+        torch.bfloat16
+    """
     return load(path, **options)
 
 
@@ -145,6 +166,24 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
     (folder / kernel_texts.FOLDER).mkdir()
     for name, text in kernel_texts.of_model(model).items():
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
+    from kvcompile.build import build, plan_of
+    from kvcompile.config.recipe import from_recipe, to_recipe
+
+    facts = manifest.verify(folder)
+    with told(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
+        config = from_recipe(manifest.read_text(folder / RECIPE))
+    stored = weights.Stored(folder, facts)
+    original = weights.original_config(folder, stored)
+    with told(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
+        plan = plan_of(original, dtype or stored.dtype, config, config.policies())
+    model = _placed(weights.read(folder, stored, original, plan), device)
+    model = build(model, plan, config.kernels, to_recipe(config))
+    kernel_texts.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=dtype is not None), folder, facts)
+    model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
+    return model
 
 
 def _graph_text(model: Any) -> str:

@@ -17,13 +17,33 @@ from kvcompile.progress import Progress, silent
 def cached_perplexity(
     model: Any, ids: Tensor, context: int, tokens: int, windows: int = 1, progress: Progress = silent
 ) -> float:
-    """Perplexity of the tokens after a cached context, each predicted by a query of one token over the cache.
+    """Perplexity of text read through the cache, as generation reads it: a context, then one token at a time.
 
-    exp( mean over windows and i of -log p(x[c+i+1] | cache of x[:c], x[c:c+i+1]) ),  c = context, i = 0..tokens-1.
+        exp( mean over windows and i of -log p(x[c+i+1] | cache of x[:c], x[c:c+i+1]) ),  c = context, i = 0..tokens-1
+
     One forward over a whole text never reads a compressed cache; this does for every scored token. The first token
     after the context is fed, not scored: prefill predicts it before anything is dropped.
-    ids: `[T]` or `[1, T]`; the windows of `context + tokens + 1` tokens are spread evenly over it: one batch.
-    Raises KvcompileError if the text is too short for one window.
+
+    Args:
+        model: a compiled model, or any causal LM of transformers.
+        ids: the text, `[T]` or `[1, T]`.
+        context: tokens of each window that are read before scoring begins.
+        tokens: tokens of each window that are scored.
+        windows: how many windows of `context + tokens + 1` tokens are spread evenly over the text, as one batch.
+        progress: called with what is done and how far it is.
+
+    Returns:
+        The perplexity over all windows.
+
+    Raises:
+        KvcompileError: if the text is too short for one window.
+
+    Examples:
+        >>> from kvcompile.evaluation.perplexity import cached_perplexity
+        >>> dense = cached_perplexity(model, ids, context=60, tokens=32)
+        >>> small = cached_perplexity(kvcompile.compile(model, recipe="streaming"), ids, context=60, tokens=32)
+        >>> small == dense  # what was dropped is missed
+        False
     """
     return of_windows(model, spread(ids, context, tokens, windows), context, progress)
 
@@ -35,12 +55,30 @@ def of_windows(model: Any, rows: Tensor, context: int, progress: Progress = sile
 
 @torch.inference_mode()
 def cached_log_likelihood(model: Any, context: Tensor, continuation: Tensor) -> tuple[float, bool]:
-    """Log-likelihood (nats) of a continuation read through the cache, and whether it is what greedy decoding gives.
+    """Log-likelihood of a continuation read through the cache, as benchmarks of multiple choice need it.
 
-    sum over i of log p(y[i] | cache of x[:-1], x[-1], y[:i]): the prompt is compressed one token before its end, so
-    that each token of the continuation, the first one too, is predicted by a query over the compressed cache.
-    context: ids `[n]`, continuation: ids `[m]`, n and m 1 or more. A context of one token leaves nothing to compress.
-    Raises KvcompileError if one of them is empty.
+        sum over i of log p(y[i] | cache of x[:-1], x[-1], y[:i]),  x = context, y = continuation
+
+    The prompt is compressed one token before its end, so that each token of the continuation, the first one too, is
+    predicted by a query over the compressed cache.
+
+    Args:
+        model: a compiled model, or any causal LM of transformers.
+        context: token ids `[n]`, at least one. A single token leaves nothing to compress.
+        continuation: token ids `[m]`, at least one.
+
+    Returns:
+        The log-likelihood in nats, and whether greedy decoding gives this continuation.
+
+    Raises:
+        KvcompileError: if one of them is empty.
+
+    Examples:
+        >>> from kvcompile.evaluation.perplexity import cached_log_likelihood
+        >>> model = kvcompile.compile(model, recipe="streaming")
+        >>> nats, greedy = cached_log_likelihood(model, ids[0, :90], ids[0, 90:])
+        >>> nats < 0, greedy
+        (True, False)
     """
     context, continuation = (ids.reshape(1, -1).to(model.device) for ids in (context, continuation))
     if not context.numel() or not continuation.numel():

@@ -36,10 +36,11 @@ def export(model: Any, exporter: str, folder: str | Path, tokenizer: Any = None,
     Raises:
         KvcompileError: for an unknown exporter or option, and for a model that this exporter cannot write exactly.
 
-    >>> model = kvcompile.compile(model, recipe="gqa")
-    >>> done = kvcompile.export(model, "hf", folder / "plain")
-    >>> sorted(done.files)
-    ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
+    Examples:
+        >>> model = kvcompile.compile(model, recipe="gqa")
+        >>> done = kvcompile.export(model, "hf", folder / "plain")
+        >>> sorted(done.files)
+        ['README.md', 'config.json', 'generation_config.json', 'model.safetensors']
     """
     (built,) = build_exporters({exporter: options})
     measured = None

@@ -98,7 +98,26 @@ class Applied:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per-layer plans of a model plus the policies that made them."""
+    """What each layer of a model keeps, where and in which numbers, and the policies that said so. Frozen.
+
+    A compiled model carries it as `model.kvcompile.plan`. `kept` and `bytes` predict the cache; a job compares its live
+    cache with them.
+
+    Attributes:
+        architecture: transformers' name of the model type.
+        dtype: in which keys and values are held where nothing says otherwise.
+        layers: one `LayerPlan` a layer.
+        prefill_chunk: tokens of a prompt that are read at once; 0: all.
+        applied: the policies, in order.
+
+    Examples:
+        >>> plan = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.1"]).kvcompile.plan
+        >>> plan.kept(index=0, tokens=1000)  # by KV head, after a prompt of 1,000 tokens
+        (100, 100)
+        >>> layer = plan.bytes(batch=1, tokens=1000)[0]
+        >>> layer.bytes, layer.dense_bytes
+        (25600, 256000)
+    """
 
     architecture: str
     dtype: str

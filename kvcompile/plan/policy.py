@@ -29,7 +29,17 @@ class Calibrator(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies. `name` is how recipes call it, `summary` the one line `kvcompile ls` prints."""
+    """Base of all policies: a frozen dataclass whose fields are what a recipe can set, with one method, `apply`.
+
+    `name` is how recipes call it, `family` its place in a stack, `summary` the one line that `kvcompile ls` prints.
+
+    Examples:
+        >>> from kvcompile.adapters.architectures import describe
+        >>> from kvcompile.policies.int8 import Int8
+        >>> plan = describe(model.config)  # everything is kept, in the model's dtype
+        >>> Int8(skip_layers=[0]).apply(plan).applied
+        (Applied(name='int8', family='storage'),)
+    """
 
     name: ClassVar[str]
     family: ClassVar[Family]

@@ -54,12 +54,21 @@ class Evictions:
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """Keys and values of all owner layers of a compiled model.
+    """Keys and values of a compiled model: what its forward returns and takes as `past_key_values`.
 
     `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
     `shift [B]` is how far rotary positions lie behind true ones (compact positions only).
     Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room; where the plan
     offloads, `resident()` what is on the compute device of that, and `in_host_memory()` what lies beside it.
+
+    Examples:
+        >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+        >>> cache = model(ids).past_key_values  # ids [1, 100]
+        >>> cache.seen, cache.lengths()[0]  # read, and held by each KV head of the first layer
+        ([100], [50, 50])
+        >>> cache = model(ids[:, :1], past_key_values=cache).past_key_values  # one more token
+        >>> cache.seen, cache.lengths()[0]
+        ([101], [51, 51])
     """
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
@@ -174,11 +183,25 @@ class KVCache(Cache):  # type: ignore[misc]
         self.croppable = 0
 
     def lengths(self) -> list[list[int]]:
-        """Tokens held per layer and row (sequence-major); empty for layers that own no cache."""
+        """Returns how many tokens each layer holds, by row: sequence by sequence, in each its KV heads.
+
+        The list of a layer that reads another layer's cache is empty.
+
+        Examples:
+            >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+            >>> model(ids).past_key_values.lengths()  # 4 layers, 2 KV heads
+            [[50, 50], [50, 50], [50, 50], [50, 50]]
+        """
         return [layer.store.lengths if layer.store is not None else [] for layer in self.layers]
 
     def nbytes(self) -> int:
-        """Bytes of all keys and values held."""
+        """Returns the bytes of all keys and values held, scales of codes included: what the plan predicts.
+
+        Examples:
+            >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+            >>> model(ids).past_key_values.nbytes()  # 4 layers x 2 heads x 50 tokens x (16 + 16) floats
+            51200
+        """
         return sum(layer.store.nbytes() for layer in self.layers if layer.store is not None)
 
     def allocated(self) -> int:
@@ -186,11 +209,11 @@ class KVCache(Cache):  # type: ignore[misc]
         return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
 
     def resident(self) -> int:
-        """Bytes allocated on the compute device: all but what is parked, and copies on their way."""
+        """Bytes allocated on the compute device: all but what lies in host memory, and copies on their way."""
         return sum(layer.resident() for layer in self.layers)
 
     def in_host_memory(self) -> int:
-        """Bytes allocated in host memory: parked stores, and what copies on the device were made of."""
+        """Bytes allocated in host memory: offloaded stores, and what copies on the device were made of."""
         return sum(layer.in_host_memory() for layer in self.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -231,10 +254,18 @@ class KVCache(Cache):  # type: ignore[misc]
         self._select(indices)
 
     def fork(self) -> KVCache:
-        """A second cache with the same tokens, for another continuation of them; each goes its own way from here.
+        """Returns a second cache with the same tokens, for another continuation; each goes its own way from here.
 
         Where the plan stores in pages (`policy=paged`), both share all pages until one of them writes there; any other
-        layout is copied.
+        layout is copied. `copy.deepcopy(cache)` does the same.
+
+        Examples:
+            >>> model = kvcompile.compile(model, recipe="paged")
+            >>> cache = model(ids).past_key_values
+            >>> other = cache.fork()
+            >>> other = model(ids[:, :1], past_key_values=other).past_key_values
+            >>> cache.seen, other.seen
+            ([100], [101])
         """
         return copy.deepcopy(self)
 
@@ -255,15 +286,34 @@ class KVCache(Cache):  # type: ignore[misc]
         )
 
     def reset(self) -> None:
-        """Forget everything; the plan stays."""
+        """Forget everything; the plan stays, and the next pass begins a new prompt.
+
+        Examples:
+            >>> cache = kvcompile.compile(model, recipe="kivi")(ids).past_key_values
+            >>> cache.reset()
+            >>> cache.seen, cache.nbytes()
+            ([], 0)
+        """
         for layer in self.layers:
             layer.reset()
         self._start()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest `-tokens_to_remove` tokens, exactly.
+        """Take back the newest tokens, exactly: the cache is then as it was before them.
 
-        Raises KvcompileError if an eviction has seen them, or one was encoded: what was lost cannot come back.
+        Args:
+            tokens_to_remove: how many, as a negative number (which is how transformers says it); 0 does nothing.
+
+        Raises:
+            KvcompileError: if an eviction has seen one of them, or one was encoded: what was lost cannot come back.
+
+        Examples:
+            >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+            >>> cache = model(ids).past_key_values  # 100 tokens, of which 50 stay
+            >>> cache = model(ids[:, :1], past_key_values=cache).past_key_values
+            >>> cache.crop(-1)  # what was read after the eviction
+            >>> cache.seen, cache.lengths()[0]
+            ([100], [50, 50])
         """
         count = abs(tokens_to_remove)
         if count == 0:

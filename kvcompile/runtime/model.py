@@ -23,10 +23,10 @@ from kvcompile.runtime.live import LiveGraph, Skeleton
 from kvcompile.runtime.prompt import Prompt
 
 log = logging.getLogger(__name__)
-# what `generate` and `Trainer` pass on to every model, and no model reads
 if TYPE_CHECKING:
     from kvcompile.heal.record import HealRecord
 
+# what `generate` and `Trainer` pass on to every model, and no model reads
 IGNORED = {"cache_position", "token_type_ids", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 
 
@@ -63,7 +63,15 @@ class CompiledMixin:
 
     @opaque
     def new_cache(self) -> KVCache:
-        """An empty cache of this model's plan, for multi-turn use: pass it as `past_key_values`."""
+        """Returns an empty cache of this model's plan, to keep between calls: pass it as `past_key_values`.
+
+        Examples:
+            >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
+            >>> cache = model.new_cache()
+            >>> out = model.generate(ids, past_key_values=cache, max_new_tokens=1)
+            >>> cache.seen
+            [100]
+        """
         compiled = self.kvcompile
         route = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
         return KVCache(compiled.plan, compiled.rotaries, route)
