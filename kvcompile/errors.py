@@ -15,8 +15,7 @@ FOREIGN = 120  # of what stood in somebody else's file
 class KvcompileError(CompactHydraException):  # type: ignore[misc]
     """A mistake that its user can mend, on one line: what must hold, what was found, what to do.
 
-    Derives from Hydra's compact exception, so that the command
-    line prints it without a traceback.
+    Derives from Hydra's compact exception, so that the command line prints it without a traceback.
 
     Attributes:
         rule: what must hold.
