@@ -106,7 +106,7 @@ def every() -> list[tuple[KernelSpec, str]]:
     found += [(spec(body("dense", KIVI4)), "float16"), (spec(body("paged", KIVI4)), "float16")]
     found += [(spec(plain("ragged", "float16"), 4, dim), "float16") for dim in (80, 96, 256)]
     found += [(spec(body("ragged", KIVI4), 4, dim), "float16") for dim in (96, 256)]
-    features = {"sliding_window": 4096, "sinks": 4, "softcap": 50.0, "scores": True}
+    features = {"sliding_window": 4096, "softcap": 50.0, "scores": True, "sink": True}
     found += [
         (replace(spec(parts), **features), "float16") for parts in (plain("ragged", "float16"), body("ragged", KIVI4))
     ]

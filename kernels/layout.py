@@ -17,6 +17,8 @@ class DenseView:
     """Rows of one length: keys `[B, H_kv, n, W]`, values `[B, H_kv, n, W_v]`, true positions `[B, H_kv or 1, n]`.
 
     Scales have `[B, H_kv]` in front. Rows lie at one stride (slices of `[B, H_kv, room, ...]`).
+    `bias [B, H_kv, n]` (float32) is added to the logits of an entry, in a spec that says so; so it is in other layouts,
+    where it lies as positions do.
     """
 
     keys: Tensor
@@ -24,6 +26,7 @@ class DenseView:
     positions: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class RaggedView:
     ends: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class PagedView:
     counts: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    bias: Tensor | None = None
 
 
 Segment = DenseView | RaggedView | PagedView
@@ -98,9 +103,11 @@ def longest(view: View) -> int:
 class Queries:
     """The new tokens: states `[B, H_q, Q, D]`, true positions `[B, Q]`, and which are real (None: all of them).
 
-    Keys and values of the new tokens are already the last entries of their rows.
+    Keys and values of the new tokens are already the last entries of their rows. `sinks [H_q]` (float32): the learned
+    logits of the query heads, in a spec that has them.
     """
 
     states: Tensor
     positions: Tensor
     valid: Tensor | None = None
+    sinks: Tensor | None = None

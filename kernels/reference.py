@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.codecs import decode
-from kvcompile.kernels.layout import DenseView, PagedView, Queries, Segment, View, parts
+from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part
 
 
@@ -27,13 +27,7 @@ def _stretch(view: Segment, part: Part, b: int, h: int, dtype: torch.dtype) -> t
         keys = decode(view.keys[b, h], key_scales, part.key, dtype)
         values = decode(view.values[b, h], value_scales, part.value, dtype)
         return keys, values, view.positions[b, min(h, view.positions.shape[1] - 1)]
-    r = b * view.heads + h
-    n = view.lengths[r]
-    if isinstance(view, PagedView):
-        j = torch.arange(n, device=view.keys.device, dtype=torch.int64)
-        at = view.table[r].long()[j // view.page] * view.page + j % view.page
-    else:
-        at = torch.arange(view.starts[r], view.starts[r] + n, device=view.keys.device, dtype=torch.int64)
+    at = _entries(view, b * view.heads + h)
 
     def scales(x: Tensor | None, group: int, channel: bool) -> Tensor | None:
         return None if x is None else x[at[::group] // group if channel else at]
@@ -46,36 +40,74 @@ def _stretch(view: Segment, part: Part, b: int, h: int, dtype: torch.dtype) -> t
     )
 
 
+def _entries(view: RaggedView | PagedView, r: int) -> Tensor:
+    """Where the entries of row `r` lie, `[n]`."""
+    j = torch.arange(view.lengths[r], device=view.keys.device, dtype=torch.int64)
+    if isinstance(view, PagedView):
+        return view.table[r].long()[j // view.page] * view.page + j % view.page
+    return view.starts[r] + j
+
+
+def biases(view: View, b: int, h: int) -> Tensor:
+    """What is added to the logits of the entries of one row, `[n]`. Raises ValueError where a part has no bias."""
+    found = []
+    for s in parts(view):
+        bias = required(s.bias, "a bias of each entry")
+        if isinstance(s, DenseView):
+            found.append(bias[b, min(h, bias.shape[1] - 1)])
+        else:
+            found.append(bias[_entries(s, b * s.heads + h)])
+    return torch.cat(found)
+
+
+def required(x: Tensor | None, what: str) -> Tensor:
+    """A tensor that a spec asks for. Raises ValueError where the caller brings none."""
+    if x is None:
+        raise ValueError(f"the spec has {what}, and the call brings no tensor for it")
+    return x
+
+
+def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """softmax over the last dimension, with one more logit in its denominator, `sinks` (broadcast), which weighs in
+    and is then dropped.
+    """
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat((logits, sinks.to(logits).expand(*logits.shape[:-1], 1)), -1).softmax(-1)[..., :-1]
+
+
 def hidden(held: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
     """Which entries at true positions `held` a query at `at` does not see (broadcast)."""
     unseen = held > at
     if spec.sliding_window:
-        left = held <= at - spec.sliding_window
-        unseen = unseen | (left & (held >= spec.sinks) if spec.sinks else left)
+        unseen = unseen | (held <= at - spec.sliding_window)
     return unseen
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Attention of each new token to the entries at or before it, `[B, H_q, Q, D_v]`; zeros for padding.
 
-    O_i = sum_j softmax_j(softcap(q_i k_j * scale)) v_j over 0 <= p_i - p_j (< sliding window, or p_j < sinks), in
-    float64. Where the spec has `scores`, the attention that each entry received, summed over the group's queries and
-    the new tokens, is added to `sums [R, longest row]` (float32).
+    O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j) v_j over 0 <= p_i - p_j (< sliding window), in float64; with
+    a sink, its exp is one more term of the denominator. Where the spec has `scores`, the attention that each entry
+    received, summed over the group's queries and the new tokens, is added to `sums [R, longest row]` (float32).
     """
     q = queries.states
     batch, heads, count, _ = q.shape
     out = q.new_zeros(batch, heads, count, spec.value_dim)
+    sinks = required(queries.sinks, "a learned sink").double() if spec.sink else None
     for b in range(batch):
         at = queries.positions[b].unsqueeze(-1)
         real = slice(None) if queries.valid is None else queries.valid[b]
         for h in range(heads // spec.group):
             keys, values, held = row(view, spec, b, h)
             unseen = hidden(held, at, spec)
+            bias = biases(view, b, h) if spec.bias else 0.0
             for g in range(h * spec.group, (h + 1) * spec.group):
                 logits = q[b, g].double() @ keys.T * spec.scale
                 if spec.softcap:
                     logits = spec.softcap * torch.tanh(logits / spec.softcap)
-                weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
+                logits = (logits + bias).masked_fill(unseen, float("-inf"))
+                weights = softmax(logits, None if sinks is None else sinks[g])
                 out[b, g, real] = (weights @ values)[real].to(q.dtype)
                 if sums is not None:
                     sums[b * (heads // spec.group) + h, : keys.shape[0]] += weights[real].sum(0).to(sums.dtype)

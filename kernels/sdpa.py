@@ -23,10 +23,10 @@ QUERY_BLOCK = 512
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Same contract as `reference.attend`, in the dtype of the queries; coded and paged rows are decoded first.
 
-    Raises KvcompileError for a spec with `scores` or `sinks`, which no library call computes.
+    Raises KvcompileError for a spec with `scores`, which no library call computes.
     """
-    if spec.scores or spec.sinks:
-        raise KvcompileError("kernels=sdpa computes neither scores nor sinks", spec.name, "set kernels=auto")
+    if spec.scores:
+        raise KvcompileError("kernels=sdpa computes no scores", spec.name, "set kernels=auto")
     view = _plain(view, spec, queries.states.dtype)
     if spec.latent:  # library calls want values as wide as keys: the rows themselves, of which the end is kept
         return _attended(queries, replace(view, values=view.keys), spec)[..., -spec.value_dim :]
@@ -35,7 +35,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
 
 def _attended(queries: Queries, view: DenseView | RaggedView, spec: KernelSpec) -> Tensor:
     if isinstance(view, DenseView):
-        return _dense(queries.states, queries.positions, view, spec)
+        return _dense(queries, view, spec)
     if queries.states.shape[2] == 1 and queries.valid is None:
         return _ragged_step(queries, view, spec)
     return _ragged_prefill(queries, view, spec)
@@ -47,23 +47,38 @@ def _plain(view: View, spec: KernelSpec, dtype: torch.dtype) -> DenseView | Ragg
         return view
     first = parts(view)[0]
     batch, heads = first.keys.shape[:2] if isinstance(first, DenseView) else (first.batch, first.heads)
-    rows = [reference.row(view, spec, b, h, dtype) for b in range(batch) for h in range(heads)]
+    each = [(b, h) for b in range(batch) for h in range(heads)]
+    rows = [reference.row(view, spec, b, h, dtype) for b, h in each]
+    added = [reference.biases(view, b, h) for b, h in each] if spec.bias else None
     lengths = [r[0].shape[0] for r in rows]
     if len(set(lengths)) == 1:
         keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
-        return DenseView(keys, values, positions)
+        bias = None if added is None else torch.unflatten(torch.stack(added), 0, (batch, heads))
+        return DenseView(keys, values, positions, bias=bias)
     keys, values, positions = (torch.cat(x) for x in zip(*rows, strict=True))
+    bias = None if added is None else torch.cat(added)
     ends = torch.tensor(lengths, device=keys.device, dtype=torch.int64).cumsum(0)
     starts = [int(e) - n for e, n in zip(ends, lengths, strict=True)]
     begins = torch.tensor(starts, device=keys.device, dtype=torch.int64)
-    return RaggedView(keys, values, positions, starts, lengths, batch, heads, begins, ends)
+    return RaggedView(keys, values, positions, starts, lengths, batch, heads, begins, ends, bias=bias)
 
 
-def _dense(q: Tensor, at: Tensor, view: DenseView, spec: KernelSpec) -> Tensor:
+def _explicit(spec: KernelSpec) -> bool:
+    """Whether the softmax has what SDPA has no argument for (a bias would do, but with no sink beside it)."""
+    return bool(spec.softcap or spec.sink or spec.bias)
+
+
+def _sinks(queries: Queries, spec: KernelSpec) -> Tensor | None:
+    """Sink logits by KV head, `[H_kv, g, 1]`; None: the spec has none."""
+    return reference.required(queries.sinks, "a learned sink").view(-1, spec.group, 1) if spec.sink else None
+
+
+def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
+    q, at = queries.states, queries.positions
     count, held = q.shape[2], view.keys.shape[2]
     if count == 1:
-        return _folded(q, view.keys, view.values, _window_mask(at, view.positions, spec), spec)
-    if count == held and not spec.softcap and not (spec.sliding_window and count > spec.sliding_window):
+        return _folded(queries, view, _window_mask(at, view.positions, spec), spec)
+    if count == held and not _explicit(spec) and not (spec.sliding_window and count > spec.sliding_window):
         return F.scaled_dot_product_attention(
             q, view.keys, view.values, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -72,32 +87,50 @@ def _dense(q: Tensor, at: Tensor, view: DenseView, spec: KernelSpec) -> Tensor:
         stop = min(start + QUERY_BLOCK, count)
         # entries of later new tokens lie behind `seen`: no block needs them
         seen = held - count + stop
-        mask = _mask(at[:, start:stop], view.positions[:, :, :seen], spec)
-        blocks.append(_folded(q[:, :, start:stop], view.keys[:, :, :seen], view.values[:, :, :seen], mask, spec))
+        block = replace(queries, states=q[:, :, start:stop], positions=at[:, start:stop])
+        bias = None if view.bias is None else view.bias[:, :, :seen]
+        part = DenseView(view.keys[:, :, :seen], view.values[:, :, :seen], view.positions[:, :, :seen], bias=bias)
+        blocks.append(_folded(block, part, _mask(block.positions, part.positions, spec), spec))
     return torch.cat(blocks, 2)
 
 
-def _folded(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: KernelSpec) -> Tensor:
-    """q `[B, H_q, Q, D]` over keys `[B, H_kv, n, D]` with the group's queries as rows; mask `[B, 1 or H_kv, Q, n]`."""
+def _folded(queries: Queries, view: DenseView, mask: Tensor | None, spec: KernelSpec) -> Tensor:
+    """`[B, H_q, Q, D]` over keys `[B, H_kv, n, D]` with the group's queries as rows; mask `[B, 1 or H_kv, Q, n]`."""
+    q, keys, values = queries.states, view.keys, view.values
     batch, heads, count, dim = q.shape
     rows = q.reshape(batch, -1, spec.group * count, dim)
     if mask is not None and count > 1:
         mask = mask.unsqueeze(2).expand(-1, -1, spec.group, -1, -1).flatten(2, 3)
-    if spec.softcap:
-        out = _softcapped(rows, keys, values, mask, spec)
+    if _explicit(spec):
+        sinks = _sinks(queries, spec)
+        sinks = sinks if sinks is None or count == 1 else sinks.repeat_interleave(count, 1)
+        out = _by_hand(rows, keys, values, mask, spec, sinks, view.bias)
     else:
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=spec.scale)
     return out.reshape(batch, heads, count, -1)
 
 
-def _softcapped(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, spec: KernelSpec) -> Tensor:
-    """SDPA has no soft-cap: matmul, tanh, softmax in float32, matmul."""
-    cap = spec.softcap or 1.0
+def _by_hand(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    spec: KernelSpec,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """SDPA has neither soft-cap nor sink: matmul, tanh, softmax in float32, matmul.
+
+    sinks: those of the `rows [B, H_kv, r, D]`, `[H_kv, r, 1]`; bias: that of the keys, `[B, H_kv, n]`.
+    """
     logits = torch.matmul(rows, keys.transpose(-1, -2)).float() * spec.scale
-    logits = cap * torch.tanh(logits / cap)
+    if spec.softcap:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    if spec.bias:
+        logits = logits + reference.required(bias, "a bias of each entry").unsqueeze(-2)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    return torch.matmul(logits.softmax(-1).to(values.dtype), values)
+    return torch.matmul(reference.softmax(logits, sinks).to(values.dtype), values)
 
 
 def _mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor:
@@ -124,14 +157,17 @@ def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor
     q = queries.states
     batch, heads, _, dim = q.shape
     rows = q.reshape(batch * view.heads, 1, 1, spec.group, dim)
+    sinks = _sinks(queries, spec)
     outs = []
     for i, (start, length) in enumerate(zip(view.starts, view.lengths, strict=True)):
         keys = view.keys[None, None, start : start + length]
         values = view.values[None, None, start : start + length]
         held = view.positions[None, None, start : start + length]
         mask = _window_mask(queries.positions[i // view.heads, None], held, spec)
-        if spec.softcap:
-            outs.append(_softcapped(rows[i], keys, values, mask, spec))
+        if _explicit(spec):
+            mine = None if sinks is None else sinks[i % view.heads]
+            bias = None if view.bias is None else view.bias[None, None, start : start + length]
+            outs.append(_by_hand(rows[i], keys, values, mask, spec, mine, bias))
         else:
             outs.append(_one_row(rows[i], keys, values, mask, spec))
     return torch.cat(outs, 1).reshape(batch, heads, 1, -1)
@@ -154,17 +190,18 @@ def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Ten
     out = q.new_zeros(*q.shape[:3], view.values.shape[-1])
     for b in range(view.batch):
         real = slice(None) if queries.valid is None else queries.valid[b].nonzero().squeeze(-1)
-        states, at = q[b : b + 1, :, real], queries.positions[b : b + 1, real]
-        if not states.shape[2]:
+        new = Queries(q[b : b + 1, :, real], queries.positions[b : b + 1, real], sinks=queries.sinks)
+        if not new.states.shape[2]:
             continue
         rows = range(b * view.heads, (b + 1) * view.heads)
         lengths = {view.lengths[i] for i in rows}
         if len(lengths) == 1:
-            out[b : b + 1, :, real] = _dense(states, at, _stacked(view, rows), spec)
+            out[b : b + 1, :, real] = _dense(new, _stacked(view, rows), spec)
             continue
         for h, i in enumerate(rows):
             mine = slice(h * spec.group, (h + 1) * spec.group)
-            out[b : b + 1, mine, real] = _dense(states[:, mine], at, _stacked(view, range(i, i + 1)), spec)
+            one = replace(new, states=new.states[:, mine], sinks=None if new.sinks is None else new.sinks[mine])
+            out[b : b + 1, mine, real] = _dense(one, _stacked(view, range(i, i + 1)), spec)
     return out
 
 
@@ -174,4 +211,5 @@ def _stacked(view: RaggedView, rows: range) -> DenseView:
     def stack(flat: Tensor) -> Tensor:
         return torch.stack([flat[view.starts[i] : view.starts[i] + view.lengths[i]] for i in rows]).unsqueeze(0)
 
-    return DenseView(stack(view.keys), stack(view.values), stack(view.positions))
+    bias = None if view.bias is None else stack(view.bias)
+    return DenseView(stack(view.keys), stack(view.values), stack(view.positions), bias=bias)

@@ -40,8 +40,15 @@ class KernelSpec:
 
     A row of the cache is its entries in `parts[0]`, then those in `parts[1]`, and so on (a quantised body and its
     full-precision residual, or two precision tiers); one softmax runs over all of them.
-    `sinks`: under a sliding window, positions below this stay visible. `scores`: column sums of attention come too.
+    `scores`: column sums of attention come too.
     `latent`: values have no memory of their own, they are the last `value_dim` channels of the keys (MLA).
+
+    The variant of attention is what makes a logit out of q . k, and what weighs beside the entries:
+
+    s_j = softcap(q . k_j * scale) + b_j,   w_j = exp(s_j) / (exp(sink_h) + sum_k exp(s_k))
+
+    `softcap`: logits are capped. `bias`: each entry of the view has a b_j. `sink`: each query head brings a learned
+    logit, whose weight goes to no value. Without the last two b_j is 0 and the sink's term is missing.
     """
 
     parts: tuple[Part, ...]
@@ -50,18 +57,20 @@ class KernelSpec:
     value_dim: int
     scale: float
     sliding_window: int | None = None
-    sinks: int = 0
     softcap: float | None = None
     scores: bool = False
     latent: bool = False
+    sink: bool = False
+    bias: bool = False
 
     @property
     def name(self) -> str:
         """Readable and unique up to `scale`: `dense-float32-g3-d64`."""
         dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
         extras = [f"-w{self.sliding_window}"] if self.sliding_window else []
-        extras += [f"-s{self.sinks}"] if self.sinks else []
         extras += [f"-cap{self.softcap:g}"] if self.softcap else []
         extras += ["-scores"] if self.scores else []
         extras += ["-latent"] if self.latent else []
+        extras += ["-sink"] if self.sink else []
+        extras += ["-bias"] if self.bias else []
         return "+".join(p.name for p in self.parts) + f"-g{self.group}-{dims}" + "".join(extras)

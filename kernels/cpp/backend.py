@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import sdpa
+from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
 from kvcompile.kernels.cpp.emit.stored import emitted
@@ -90,6 +90,8 @@ def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bo
     if not generated(spec.parts, QUERY_TYPES[dtype]):
         odd = {codec.kind: None for p in spec.parts for codec in (p.key, p.value) if not emitted(codec)}
         return f"sdpa (no kernels are generated for {', '.join(odd)})"
+    if spec.bias:
+        return "sdpa (a bias of each entry is not generated)"
     if many and whole and _plain(spec, dtype):
         return "sdpa (a whole prompt over plain dense floats)"
     return "cpp"
@@ -104,7 +106,7 @@ def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:
     """Whether SDPA takes these rows as they lie, with its own causal mask."""
     own = Codec(QUERY_TYPES[dtype])
     alike = all(p.layout == "dense" and p.key == own and p.value == own for p in spec.parts)
-    return alike and len(spec.parts) == 1 and not (spec.sliding_window or spec.softcap or spec.scores)
+    return alike and len(spec.parts) == 1 and not (spec.sliding_window or spec.softcap or spec.scores or spec.sink)
 
 
 def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool, values: bool = True) -> Kernel:
@@ -113,7 +115,7 @@ def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool, values: bool = Tru
         mine = _building.setdefault(key, threading.Lock())
     with mine:
         if key not in _kernels:
-            if not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
+            if spec.bias or not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
                 _kernels[key] = partial(_library, spec)
             else:
                 _kernels[key] = (Chunk if values else Window)(spec, dtype) if many else Step(spec, dtype)
@@ -179,6 +181,7 @@ class Step(_Compiled):
         numbers.append(torch.get_num_threads())
         if spec.sliding_window:
             numbers.append(address("positions", queries.positions, torch.int64, (batch, 1)))
+        numbers += _sinks(queries, spec, groups)
         self.call(numbers, batch, groups, view, sums)
         return out
 
@@ -232,6 +235,7 @@ def _laid_out(queries: Queries) -> Queries:
         states if states.stride(3) == 1 else states.contiguous(),
         queries.positions.contiguous(),
         None if valid is None else valid.contiguous(),
+        queries.sinks,
     )
 
 
@@ -247,7 +251,15 @@ def _new_tokens(asked: Queries, spec: KernelSpec) -> list[int]:
     batch, heads, count, _ = asked.states.shape
     groups, at = heads // spec.group, asked.positions
     numbers = [batch * groups, groups, count, address("positions", at, torch.int64, (batch, count)), at.stride(0)]
-    return [*numbers, _marks(asked.valid, batch, count), torch.get_num_threads()]
+    return [*numbers, _marks(asked.valid, batch, count), torch.get_num_threads(), *_sinks(asked, spec, groups)]
+
+
+def _sinks(queries: Queries, spec: KernelSpec, heads: int) -> tuple[int, ...]:
+    """Where the sink logits of the query heads over `heads` KV heads lie; nothing, of a spec without."""
+    if not spec.sink:
+        return ()
+    sinks = reference.required(queries.sinks, "a learned sink")
+    return (address("sinks", sinks, torch.float32, (heads * spec.group,)),)
 
 
 def _marks(valid: Tensor | None, batch: int, count: int) -> int:

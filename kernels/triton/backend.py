@@ -43,14 +43,15 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     """Same contract as `reference.attend`, in the dtype of the queries; a row with nothing visible gives zeros.
 
     A prompt over nothing but itself (one dense, uncoded part, no window, no scores) is left to SDPA: prefill is not
-    what generated kernels are for. Raises KvcompileError where there is no GPU, no interpreter or no Triton.
+    what generated kernels are for; nor are entries that have a bias. Raises KvcompileError where there is no GPU, no
+    interpreter or no Triton.
     """
     if not torch.compiler.is_compiling():  # a trace follows a choice of this route, which has asked
         ready(queries.states.device.type)
-    if _fresh(queries, view, spec):
+    if spec.bias or _fresh(queries, view, spec):
         return sdpa.attend(queries, view, spec)
     states, at, tensors, longest = operands(queries, view)
-    return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest)  # type: ignore[no-any-return]
+    return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest, queries.sinks)  # type: ignore[no-any-return]
 
 
 @opaque
@@ -62,7 +63,7 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, ls
     ready(queries.states.device.type)
     from kvcompile.kernels.triton.launch import Call, columns
 
-    columns(Call(spec, *operands(queries, view)), lse, sums)
+    columns(Call(spec, *operands(queries, view), queries.sinks), lse, sums)
 
 
 @opaque
@@ -78,8 +79,8 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
 
 def written(spec: KernelSpec) -> str:
     """A spec as text, in f-strings alone, which torch.compile can trace; `ops.read` reads it."""
-    fields = f"{spec.group} {spec.head_dim} {spec.value_dim} {spec.scale!r} {spec.sliding_window or 0} {spec.sinks} "
-    text = fields + f"{spec.softcap or 0.0!r} {spec.scores} {spec.latent}"
+    fields = f"{spec.group} {spec.head_dim} {spec.value_dim} {spec.scale!r} {spec.sliding_window or 0} "
+    text = fields + f"{spec.softcap or 0.0!r} {spec.scores} {spec.latent} {spec.sink}"
     for p in spec.parts:
         text += f";{p.layout} {p.page} {p.key.kind} {p.key.axis} {p.key.group}"
         text += f" {p.value.kind} {p.value.axis} {p.value.group}"
@@ -114,5 +115,5 @@ def _fresh(queries: Queries, view: View, spec: KernelSpec) -> bool:
     if not isinstance(view, DenseView) or queries.valid is not None:
         return False
     plain = not (spec.parts[0].key.scaled or spec.parts[0].value.scaled)
-    special = spec.scores or spec.sinks or spec.softcap or spec.sliding_window
+    special = spec.scores or spec.sink or spec.softcap or spec.sliding_window
     return plain and not special and 1 < queries.states.shape[2] == view.keys.shape[2]

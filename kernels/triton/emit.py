@@ -73,8 +73,6 @@ class Kernels:
             found["SCALE"] = s.scale
         if s.sliding_window:
             found["WINDOW"] = s.sliding_window
-            if s.sinks:
-                found["SINKS"] = s.sinks
         return found
 
     def _signature(self, name: str, arguments: list[Argument]) -> Lines:
@@ -120,8 +118,7 @@ class Kernels:
         if part.positioned:
             visible = f"(held[None, :] <= {asked}) & ({asked} >= 0)"
             if s.sliding_window:
-                near = f"held[None, :] > {asked} - WINDOW"
-                visible += f" & (({near}) | (held < SINKS)[None, :])" if s.sinks else f" & ({near})"
+                visible += f" & (held[None, :] > {asked} - WINDOW)"
         return [*lines, f"s = tl.where({visible}, s, HIDDEN)"]
 
     def _held(self, part: Emitter) -> Lines:
@@ -154,6 +151,7 @@ class Kernels:
     def _attend(self, values: bool) -> str:
         form, blocks = self.form, value_blocks(self.spec)
         arguments = QUERIES + (TOKENS if form.tokens == "many" else [])
+        arguments += [Argument("sinks", "*fp32")] if self.spec.sink else []
         for part in self.parts:
             arguments += part.arguments(values, part.positioned)
         if values:
@@ -164,9 +162,9 @@ class Kernels:
         lines = [*ROW, *self._program(), *self._rows("tile * ROWS")]
         if form.tokens == "many":
             lines.append("newest = tl.max(asked, 0)")
-            if self.spec.sliding_window and not self.spec.sinks:
+            if self.spec.sliding_window:
                 lines.append("oldest = tl.min(tl.where(asked >= 0, asked, NEVER), 0)")
-        lines += ["top = tl.full([ROWS], FLOOR, tl.float32)", "total = tl.zeros([ROWS], tl.float32)"]
+        lines += self._nothing_seen()
         if values:
             lines += [f"acc{x} = tl.zeros([ROWS, {blocks.wide}], tl.float32)" for x in range(blocks.count)]
         for part in self.parts:
@@ -177,6 +175,19 @@ class Kernels:
             lines.append(f"tl.store(lse + {place}, log_sum(top, total), mask=real)")
         name = "attend" if values else "log_sums"
         return "\n".join([*self._signature(name, arguments + TYPES), *indent(lines)]) + "\n"
+
+    def _nothing_seen(self) -> Lines:
+        """The softmax before the first entry: empty, or with the sink, of which one split knows."""
+        if not self.spec.sink:
+            return ["top = tl.full([ROWS], FLOOR, tl.float32)", "total = tl.zeros([ROWS], tl.float32)"]
+        head = "m" if self.form.tokens == "one" else "m % GROUP"
+        lines = [
+            f"top = tl.load(sinks + h * GROUP + {head}, mask=real, other=0) * LOG2E  # a weight that goes to no value",
+            "total = tl.full([ROWS], 1.0, tl.float32)",
+        ]
+        if self.form.split:
+            lines += ["top = tl.where(split == 0, top, FLOOR)", "total = tl.where(split == 0, total, 0.0)"]
+        return lines
 
     def _line(self) -> str:
         """Where query row m counts among all of the batch."""

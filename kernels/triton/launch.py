@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.reference import required
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.emit import Kernels
@@ -53,7 +54,7 @@ def _device(index: int) -> tuple[str, int]:
 @dataclass(frozen=True)
 class Call:
     """One call of a spec: queries `[B, H_q, Q, D]`, their positions `[B, Q]` (-1: padding), the tensors of the view in
-    the order of `flatten`, and the longest row of each part.
+    the order of `flatten`, the longest row of each part, and the sink logits `[H_q]` of a spec with a sink.
     """
 
     spec: KernelSpec
@@ -61,6 +62,7 @@ class Call:
     at: Tensor
     held: Sequence[Tensor]
     longest: Sequence[int]
+    sinks: Tensor | None = None
 
     @property
     def tokens(self) -> str:
@@ -89,6 +91,8 @@ class Call:
         found: dict[str, Any] = {"queries": q, "at": self.at, "count": q.shape[2], "DOT": dot}
         found |= {"queries_b": q.stride(0), "queries_h": q.stride(1), "queries_t": q.stride(2)}
         found["CODE"] = tl.float32 if dot == tl.float32 else tl.float16  # codes and scales are float16 exactly
+        if self.spec.sink:
+            found["sinks"] = required(self.sinks, "a learned sink").float().contiguous()
         held = iter(self.held)
         for i, part in enumerate(self.spec.parts):
             names = [f"keys{i}", f"values{i}"]

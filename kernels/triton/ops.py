@@ -12,14 +12,17 @@ from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.launch import Call, attend
 from kvcompile.plan.storage import Codec
 
-SCHEMA = "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str spec, SymInt[] longest) -> Tensor"
+SCHEMA = (
+    "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str spec, SymInt[] longest, "
+    "Tensor? sinks=None) -> Tensor"
+)
 
 
 @cache
 def read(text: str) -> KernelSpec:
     """The spec that `route.written` wrote."""
     head, *pieces = text.split(";")
-    group, head_dim, value_dim, scale, window, sinks, softcap, scores, latent = head.split()
+    group, head_dim, value_dim, scale, window, softcap, scores, latent, sink = head.split()
     found = []
     for piece in pieces:
         layout, page, *codecs = piece.split()
@@ -32,21 +35,33 @@ def read(text: str) -> KernelSpec:
         int(value_dim),
         float(scale),
         int(window) or None,
-        int(sinks),
         float(softcap) or None,
         scores == "True",
         latent == "True",
+        sink == "True",
     )
 
 
 def _attend(
-    queries: Tensor, at: Tensor, held: list[Tensor], sums: Tensor | None, spec: str, longest: list[int]
+    queries: Tensor,
+    at: Tensor,
+    held: list[Tensor],
+    sums: Tensor | None,
+    spec: str,
+    longest: list[int],
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    return attend(Call(read(spec), queries, at, held, longest), sums)
+    return attend(Call(read(spec), queries, at, held, longest, sinks), sums)
 
 
 def _fake(
-    queries: Tensor, at: Tensor, held: list[Tensor], sums: Tensor | None, spec: str, longest: list[int]
+    queries: Tensor,
+    at: Tensor,
+    held: list[Tensor],
+    sums: Tensor | None,
+    spec: str,
+    longest: list[int],
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return queries.new_empty(*queries.shape[:3], read(spec).value_dim)
 

@@ -130,7 +130,7 @@ class Emitter:
         )
         page = f", {self.part.page}" if paged else ""
         lines.append(f"stop = tl.minimum(stop, {name}({row}, n{i}, newest{page}))")
-        if self.spec.sliding_window and not self.spec.sinks:
+        if self.spec.sliding_window:
             left = f"{name}({row}, n{i}, oldest - WINDOW{page})"
             lines.append(f"start = tl.maximum(start, {left} // {self.tile} * {self.tile})")
         return lines

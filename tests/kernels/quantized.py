@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,8 +74,15 @@ def case(
             done[r] += n
         views.append(_segment(part, pieces, batch, heads, slack, g))
     states = torch.randn(batch, heads * spec.group, count, spec.head_dim, generator=g).to(dtype)
+    if spec.bias:
+        views = [replace(v, bias=torch.randn(_places(v), generator=g)) for v in views]
     view = views[0] if len(views) == 1 else MixedView(tuple(views))
-    return Quantized(spec, view, Queries(states, at, valid))
+    sinks = torch.randn(heads * spec.group, generator=g) * 2 + 1 if spec.sink else None
+    return Quantized(spec, view, Queries(states, at, valid, sinks))
+
+
+def _places(view: Segment) -> torch.Size:
+    return view.keys.shape[:3] if isinstance(view, DenseView) else view.keys.shape[:1]
 
 
 def poison(x: Tensor) -> Tensor:

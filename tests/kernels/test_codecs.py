@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from quantized import case, decoded_error
@@ -98,9 +101,10 @@ PARTS = [
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: "+".join(x.name for x in p))
 @pytest.mark.parametrize("count", [1, 5])
-def test_library_route_decodes_what_the_reference_decodes(parts: tuple[Part, ...], count: int) -> None:
+@pytest.mark.parametrize("variant", [{}, {"sink": True}, {"bias": True}, {"sink": True, "bias": True, "softcap": 2.0}])
+def test_library_route_decodes_what_the_reference_decodes(parts: tuple[Part, ...], count: int, variant: dict) -> None:
     """No poisoned slack leaks in, and every layout and mixture gives what its decoded rows give."""
-    spec = KernelSpec(parts, 3, 16, 16, 0.25)
+    spec = KernelSpec(parts, 3, 16, 16, 0.25, **variant)
     uniform = any(p.layout == "dense" for p in parts)
     lengths = [[32] * 4 if uniform else [40, 8, 0, 33] for _ in parts]
     if parts[-1].layout == "dense" and len(parts) > 1:
@@ -120,11 +124,41 @@ def test_column_sums_are_attention_received() -> None:
     assert not sums[1, 4:].any()
 
 
-def test_sinks_stay_visible_under_a_window() -> None:
-    spec = KernelSpec(plain("ragged", "float32"), 1, 16, 16, 0.25, sliding_window=3, sinks=2, scores=True)
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_sink_weighs_in_and_is_dropped(window: int | None) -> None:
+    """By the formula, entry by entry: exp(sink) is a term of the denominator that no value and no entry receives."""
+    spec = KernelSpec(plain("ragged", "float32"), 2, 16, 16, 0.25, window, sink=True, scores=True)
     made = case(spec, [[12]], batch=1, heads=1)
     made.view.positions[:12] = torch.arange(12)
     made.queries.positions[:] = 11
     sums = torch.zeros(1, 12)
-    reference.attend(made.queries, made.view, spec, sums)
-    assert (sums[0] > 0).tolist() == [True, True] + [False] * 7 + [True] * 3
+    out = reference.attend(made.queries, made.view, spec, sums)
+    received = torch.zeros(12)
+    for head, sink in enumerate(made.queries.sinks.tolist()):
+        logits = (made.queries.states[0, head, 0] @ made.view.keys[:12].T * 0.25)[12 - window if window else 0 :]
+        weights = logits.exp() / (logits.exp().sum() + math.exp(sink))
+        received[-len(weights) :] += weights
+        torch.testing.assert_close(out[0, head, 0], weights @ made.view.values[:12][-len(weights) :])
+    torch.testing.assert_close(sums[0], received)
+    assert float(sums.sum()) < 1.9
+
+
+def test_a_bias_is_added_to_the_logit_of_its_entry() -> None:
+    """log(3) makes an entry count three times."""
+    spec = KernelSpec(plain("dense", "float32"), 2, 16, 16, 0.25, bias=True)
+    made = case(spec, [[6]], batch=1, heads=1)
+    made.view.bias.zero_()[..., 2] = math.log(3)
+    x = made.view
+    copies = [0, 1, 2, 2, 2, 3, 4, 5]
+    same = replace(x, keys=x.keys[:, :, copies], values=x.values[:, :, copies], positions=x.positions[:, :, copies])
+    want = reference.attend(made.queries, same, replace(spec, bias=False))
+    torch.testing.assert_close(reference.attend(made.queries, made.view, spec), want)
+
+
+def test_a_spec_gets_what_it_asks_for() -> None:
+    for variant, what in (({"sink": True}, "a learned sink"), ({"bias": True}, "a bias of each entry")):
+        spec = KernelSpec(plain("ragged", "float32"), 2, 16, 16, 0.25, **variant)
+        made = case(replace(spec, sink=False, bias=False), [[9, 4]], batch=1, heads=2)
+        for attend in (reference.attend, sdpa.attend):
+            with pytest.raises(ValueError, match=what):
+                attend(made.queries, made.view, spec)

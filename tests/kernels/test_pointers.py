@@ -41,7 +41,7 @@ RAGGED = RaggedView(
 )
 TABLE = torch.arange(4, dtype=torch.int32).view(2, 2)
 PAGED = PagedView(FLAT, FLAT, at(2 * HELD, dtype=torch.int32), TABLE, [HELD, HELD], 1, 2, 4, at(2) + HELD)
-ASKED = Queries(torch.ones(1, 4, 1, DIM), at(1, 1) + HELD)
+ASKED = Queries(torch.ones(1, 4, 1, DIM), at(1, 1) + HELD, sinks=torch.zeros(4))
 SUMS = torch.zeros(2, HELD)
 
 # what is asked, what is held, what sums are added to; each with one tensor that is not what the kernel reads
@@ -52,6 +52,8 @@ WRONG: dict[str, tuple[Any, Any, Any]] = {
     "sums of fewer rows": (ASKED, PAGED, SUMS[1:]),
     "sums column by column": (ASKED, DENSE, torch.zeros(HELD, 2).T),
     "queries of another size": (replace(ASKED, states=torch.ones(1, 4, 1, DIM // 2)), DENSE, SUMS),
+    "sinks of half width": (replace(ASKED, sinks=torch.zeros(4).half()), DENSE, SUMS),
+    "a sink for each KV head": (replace(ASKED, sinks=torch.zeros(2)), RAGGED, SUMS),
     "keys of half width": (ASKED, replace(DENSE, keys=DENSE.keys.half()), SUMS),
     "fewer values": (ASKED, replace(DENSE, values=DENSE.values[:, :, 1:]), SUMS),
     "values column by column": (ASKED, replace(RAGGED, values=torch.ones(DIM, 2 * HELD).T), SUMS),
@@ -68,10 +70,10 @@ WRONG: dict[str, tuple[Any, Any, Any]] = {
 def test_attention_refuses_what_it_would_misread(name: str, many: bool) -> None:
     asked, view, sums = WRONG[name]
     if many:
-        asked = Queries(asked.states.expand(-1, -1, 2, -1), asked.positions.expand(-1, 2))
+        asked = Queries(asked.states.expand(-1, -1, 2, -1), asked.positions.expand(-1, 2), sinks=asked.sinks)
     layout = type(view).__name__.removesuffix("View").lower()
     part = replace(plain(layout, "float32")[0], page=4 if layout == "paged" else 0)
-    spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True)
+    spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True, sink=True)
     with pytest.raises(KvcompileError, match="a kernel reads"):
         dispatch.ROUTES["cpp"](asked, view, spec, sums)
     if many and name not in ("fewer values", "values column by column"):  # which no sum reads

@@ -268,6 +268,7 @@ def test_routes_say_what_they_hand_on() -> None:
     wide = replace(one, parts=plain("dense", "float64"))
     assert describe("cpp", one, torch.float32) == "cpp"
     assert describe("cpp", wide, torch.float64) == "sdpa (float64 is not generated)"
+    assert describe("cpp", replace(one, bias=True), torch.float32) == "sdpa (a bias of each entry is not generated)"
     assert describe("reference", one, torch.float32) == "reference"
 
 
@@ -283,7 +284,8 @@ def test_spec_names_tell_kernels_apart() -> None:
         replace(base, parts=(replace(quantized, value=quantized.key),)),
         replace(base, value_dim=32),
         replace(base, scores=True),
-        replace(base, sliding_window=16, sinks=4),
+        replace(base, sink=True),
+        replace(base, bias=True),
         replace(base, group=4),
         replace(base, head_dim=32),
         replace(base, sliding_window=16),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kvcompile.kernels.cpp.emit import decode_keys, decode_values, integer_keys, integer_values
 from kvcompile.kernels.cpp.emit.address import TILE, Address, aligned
-from kvcompile.kernels.cpp.emit.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
+from kvcompile.kernels.cpp.emit.parts import FIRST, address, base2, constants, fields, helpers, logit, struct, total
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
@@ -21,7 +21,7 @@ SMALL = 1 << 18  # products below which one thread is faster than two
 HEAD = """
     // $name
     // Attention of one new token per sequence, in one pass over its rows. For each query head g of a KV head:
-    //   out[g] = sum_j p_j v_j / sum_j p_j,   p_j = exp($logit),   over the entries j that the token sees.
+    //   out[g] = sum_j p_j v_j / $total,   p_j = exp($logit),   over the entries j that the token sees.
     // Logits are kept times log2(e): exp is then 2^x.
     #include <vector>
 
@@ -127,10 +127,11 @@ SHRINK = """
 
 MERGE = """
     // The result of a row from those of its pieces, weighted by 2^(largest logit of the piece - largest of all).
-    KV_INLINE void merge(const float* results, int pieces, Query* out$shares_in) {
+    KV_INLINE void merge(const float* results, int pieces, Query* out$shares_in$sinks_in) {
       for (int g = 0; g < G; g++) {
-        float top = MASKED, total = 0;
+        float top = $least, total = 0;
         for (int i = 0; i < pieces; i++) top = fmaxf(top, results[i * RESULT + G * WIDTH + g]);
+        $sink
         alignas(64) float sum[WIDTH] = {};
         for (int i = 0; i < pieces; i++) {
           const float* result = results + i * RESULT;
@@ -233,7 +234,7 @@ RUN = """
       $dispatch
     }
     for (int64_t r = 0; r < a.rows; r++)  // little work: to wake threads for it would take longer
-      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV);
+      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV$sinks);
     """
 
 RUN_SCORES = """
@@ -242,7 +243,7 @@ RUN_SCORES = """
       $dispatch
     };
     auto merge_row = [&](int64_t r) {
-      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G);
+      merge(results + (int64_t)first[r] * RESULT, first[r + 1] - first[r], a.out + r * G * DV, shares + r * G$sinks);
     };
     auto give = [&](Kept& kept) {
       if (kept.pieces.empty()) return;
@@ -305,6 +306,7 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
         HEAD,
         name=spec.name,
         logit=logit(spec),
+        total=total(spec, "sum_j p_j"),
         constants=constants(spec, query),
         width=-(-spec.value_dim // 16) * 16,
         tile=TILE,
@@ -312,7 +314,7 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
         helpers=helpers(spec),
         parts="\n\n".join(struct(i, where, _methods(where, spec)) for i, where in enumerate(places)),
         positions="const int64_t* positions;  // of the new tokens [sequences]" if spec.sliding_window else "",
-        sums=fill(SUMS) if spec.scores else "",
+        sums=fields(spec),
         arguments="\n".join(f"Part{i} part{i};" for i in range(len(places))),
         place=fill(PLACE) if spec.scores else "",
     )
@@ -341,7 +343,7 @@ def _attend(spec: KernelSpec) -> str:
         ATTEND,
         count=f"P::together(from, {count})" if any(map(aligned, spec.parts)) else count,
         kept_in=", float* kept" if spec.scores else "",
-        cap=fill(CAP, cap=decimal(cap * LOG2E)) if cap else "",
+        cap=fill(CAP, cap=base2(cap)) if cap else "",
         kept=", kept, piece.columns(), from - piece.from" if spec.scores else "",
     )
 
@@ -350,6 +352,9 @@ def _merge(spec: KernelSpec) -> str:
     merge = fill(
         MERGE,
         shares_in=", float (*shares)[2]" if spec.scores else "",
+        sinks_in=", const float* sinks" if spec.sink else "",
+        least=f"sinks[g] * {base2(1)}" if spec.sink else "MASKED",
+        sink=f"total = exp2f(sinks[g] * {base2(1)} - top);  // goes to no value" if spec.sink else "",
         share="shares[g][0] = top, shares[g][1] = total > 0 ? 1 / total : 0;" if spec.scores else "",
         out_count="" if spec.value_dim % 16 == 0 else ", least(16, DV - c)",
     )
@@ -367,9 +372,6 @@ def _cut_part(spec: KernelSpec, i: int) -> str:
         last = spec.sliding_window - 1
         seen = f"int seen = Part{i}::first(row, a.positions[r / a.heads] - {last});"
         cuts = f"cut(cuts, r, {i}, seen, row.count{end});"
-        if spec.sinks:
-            seen += f"\nint sinks = least(seen, Part{i}::first(row, {spec.sinks}));"
-            cuts = f"cut(cuts, r, {i}, 0, sinks{end});\n{cuts}"
     return fill(CUT_PART, i=i, seen=seen, cuts=cuts, offset="offset += row.count;" if spec.scores else "")
 
 
@@ -387,6 +389,7 @@ def _launch(spec: KernelSpec) -> str:
         longest_run=LONGEST_RUN,
         run=fill(
             RUN_SCORES if spec.scores else RUN,
+            sinks=", a.sinks + r % a.heads * G" if spec.sink else "",
             dispatch=calls[0] if count == 1 else f"switch (pieces[i].part) {{\n{cases}\n}}",
         ),
     )

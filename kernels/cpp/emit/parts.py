@@ -44,6 +44,8 @@ SUMS = """
     int64_t sums_row;
     """
 
+SINKS = "const float* sinks;  // logits of the query heads [heads * G]"
+
 APART = """
     // The N scales and zeros of each entry of a tile, float16 in memory, as floats to[i][t], with zeros past the end.
     template <int N> KV_INLINE void apart(const fp16* from, int count, float* to) {
@@ -88,10 +90,25 @@ def decimal(x: float) -> str:
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
+def base2(x: float) -> str:
+    """A C++ float: what x is where exp(x) is written as 2^x."""
+    return decimal(x * LOG2E)
+
+
 def logit(spec: KernelSpec) -> str:
     """The logit of query q and entry j, for a comment."""
     plain, cap = f"q . k_j * {spec.scale:.9g}", spec.softcap
     return f"{cap:g} tanh({plain} / {cap:g})" if cap else plain
+
+
+def fields(spec: KernelSpec) -> str:
+    """Arguments that only some specs have: the sinks, and where column sums go."""
+    return "\n".join([SINKS] * spec.sink + [fill(SUMS)] * spec.scores)
+
+
+def total(spec: KernelSpec, weights: str) -> str:
+    """What the weights of a query are divided by, for a comment: `weights` is their sum."""
+    return f"(exp(sink) + {weights})" if spec.sink else weights
 
 
 def constants(spec: KernelSpec, query: str) -> str:

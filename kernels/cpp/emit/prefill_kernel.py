@@ -5,8 +5,7 @@ attention was computed elsewhere.
 
 Lanes are queries: 64 of them, of all heads of a group, go through a row's entries together. Keys and values are decoded
 once a tile for all of them, logits and weights lie `[entry][query]`, so that neither side is ever transposed and the
-softmax needs no sums across lanes. What a query sees of a part are two ranges of entries, since positions ascend:
-those of its window, and the sinks.
+softmax needs no sums across lanes. What a query sees of a part is one range of entries, since positions ascend.
 Online softmax: Milakov and Gimelshein, arXiv 1805.02867; tiles of queries and keys: FlashAttention, arXiv 2205.14135.
 """
 
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 from kvcompile.kernels.cpp.emit.address import TILE, Address, aligned
 from kvcompile.kernels.cpp.emit.dequantize import decoder
-from kvcompile.kernels.cpp.emit.parts import FIRST, LOG2E, SUMS, address, constants, decimal, helpers, logit, struct
+from kvcompile.kernels.cpp.emit.parts import FIRST, address, base2, constants, fields, helpers, logit, struct, total
 from kvcompile.kernels.cpp.emit.prefill_columns import COLUMNS, KEEP, KEPT, LAUNCH_SCORES, RANGE, START
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.spec import KernelSpec
@@ -98,7 +97,6 @@ BLOCK = """
       $from_field
       int low, high;      // those that any sees
       int most_low, least_high;  // those that all see
-      $sinks
       $kept
       alignas(64) float s[TILE * LANES], keys[TILE * D]$values;
     };
@@ -113,7 +111,7 @@ BLOCK = """
         int64_t token = (first + i) / G;
         bool real = token < a.count && (!a.valid || a.valid[sequence * a.count + token]);
         b.token[i] = real ? (int)token : -1, b.head[i] = (int)((first + i) % G);
-        b.top[i] = NOTHING, b.total[i] = 0;
+        $first
         any |= real;
         const Query* q = a.q + sequence * a.q_sequence + (head + b.head[i]) * a.q_head + token * a.q_token;
         for (int c = 0; c < D; c += 16) {
@@ -126,11 +124,10 @@ BLOCK = """
       return any;
     }
 
-    // Which entries of a part each lane sees: positions ascend, so that they are one range$sinks_too.
+    // Which entries of a part each lane sees: positions ascend, so that they are one range.
     template <class P> KV_INLINE void see(const Arguments& a, Block& b, const typename P::Row& row) {
       int last = -1, from = 0, to = 0;
       b.low = b.least_high = row.count, b.high = b.most_low = 0;
-      $sink_end
       for (int i = 0; i < b.across * 16; i++) {
         if (b.token[i] >= 0 && b.token[i] != last) {
           last = b.token[i];
@@ -195,7 +192,6 @@ ATTEND = """
     template <class P> KV_INLINE void attend(const Arguments& a, const P& part, Block& b) {
       typename P::Row row = P::row(part, a.heads, b.row);
       see<P>(a, b, row);
-      $read_sinks
       read<P>(b, row, b.low, b.high);
       $offset
     }
@@ -203,12 +199,12 @@ ATTEND = """
 
 WHAT = """
     // Attention of the new tokens of each sequence. For each query i, of any head of the group:
-    //   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp($logit),   over the entries j that it sees.
+    //   out[i] = sum_j p_ij v_j / $total,   p_ij = exp($logit),   over the entries j that it sees.
     """
 
 WHAT_WITHOUT_VALUES = """
     // What each entry j receives from the new tokens of each sequence, i being their queries of any head of the group:
-    //   sums[j] += sum_i p_ij / sum_k p_ik,   p_ij = exp($logit),   over the entries that i sees.
+    //   sums[j] += sum_i p_ij / $total,   p_ij = exp($logit),   over the entries that i sees.
     """
 
 OUT = """
@@ -281,13 +277,17 @@ def source(spec: KernelSpec, query: str, values: bool = True) -> str:
     head = fill(
         HEAD,
         name=spec.name,
-        what=fill(WHAT if values else WHAT_WITHOUT_VALUES, logit=logit(spec)),
+        what=fill(
+            WHAT if values else WHAT_WITHOUT_VALUES,
+            logit=logit(spec),
+            total=total(spec, "sum_j p_ij" if values else "sum_k p_ik"),
+        ),
         constants=constants(spec, query),
         tile=TILE,
         helpers=helpers(spec),
         parts="\n\n".join(struct(i, where, _methods(where, values), values) for i, where in enumerate(places)),
         out=fill(OUT) if values else "",
-        sums=fill(SUMS) if spec.scores else "",
+        sums=fields(spec),
         arguments="\n".join(f"Part{i} part{i};" for i in range(len(places))),
     )
     return "\n".join((head, fill(MULTIPLY), _block(spec, values), _attend(spec, values), _launch(spec, values)))
@@ -300,7 +300,9 @@ def _methods(where: Address, values: bool) -> str:
 
 
 def _block(spec: KernelSpec, values: bool) -> str:
-    window, sinks = spec.sliding_window, spec.sinks
+    window = spec.sliding_window
+    nothing = "b.top[i] = NOTHING, b.total[i] = 0;"
+    sink = f"b.top[i] = a.sinks[head + b.head[i]] * {base2(1)}, b.total[i] = 1;  // what goes to no value"
     hide = "x = if_less(at, load(b.from + v), set(MASKED), x);"
     return fill(
         BLOCK,
@@ -312,17 +314,15 @@ def _block(spec: KernelSpec, values: bool) -> str:
         shrink=SHRINK if values else "",
         from_field="alignas(64) float from[LANES];  // and start here" if window else "",
         from_keep="b.from[i] = (float)from;" if window else "",
-        sinks="int sinks;  // entries before this one are seen whatever the window" if sinks else "",
         kept=fill(KEPT, most=2 * len(spec.parts)) if spec.scores else "",
-        sink_end=f"b.sinks = P::first(row, {sinks});" if sinks else "",
-        sinks_too=" behind the sinks" if sinks else "",
         window_start=f"from = P::first(row, at - {(window or 1) - 1});" if window else "",
-        window_mask=f"if (first + t >= b.sinks) {hide}" if sinks else hide if window else "",
+        window_mask=hide if window else "",
+        first=sink if spec.sink else nothing,
     )
 
 
 def _attend(spec: KernelSpec, values: bool) -> str:
-    cap = fill(CAP, cap=decimal(spec.softcap * LOG2E)) if spec.softcap else ""
+    cap = fill(CAP, cap=base2(spec.softcap)) if spec.softcap else ""
     count = "least(TILE, last - from)"
     text = fill(
         ATTEND,
@@ -331,7 +331,6 @@ def _attend(spec: KernelSpec, values: bool) -> str:
         keep=KEEP if spec.scores else "",
         accumulate=ACCUMULATE if values else "",
         range=RANGE if spec.scores else "",
-        read_sinks="read<P>(b, row, 0, least(b.sinks, b.low));" if spec.sinks else "",
         offset="b.offset += row.count;" if spec.scores else "",
     )
     return "\n".join((text, *([fill(FINISH)] if values else []), *([fill(COLUMNS)] if spec.scores else [])))

@@ -47,7 +47,7 @@ def spec(*parts: tuple, group: int = 3, dim: int = 64, value_dim: int | None = N
 SPECS = [
     spec(("dense", FLOAT, FLOAT)),
     spec(("ragged", FLOAT, FLOAT), group=4, dim=128),
-    spec(("paged", FLOAT, FLOAT, 16), sliding_window=50, sinks=4),
+    spec(("paged", FLOAT, FLOAT, 16), sliding_window=50, sink=True),
     spec(("ragged", BRAIN, BRAIN), group=8, dim=80, softcap=3.0),
     spec(("paged", HALF, BRAIN, 7), group=1, dim=96, value_dim=64, sliding_window=9, scores=True),
     spec(("dense", EIGHT, HALF), group=2, dim=256),
@@ -62,13 +62,15 @@ SPECS = [
     spec(("ragged", Codec("float8", "channel", 16), Codec("float8", "token", 16)), ("ragged", FLOAT, FLOAT), group=1),
     spec(("ragged", Codec("int8", "channel", 32), KIVI4[1]), ("ragged", *KIVI4), ("dense", FLOAT, FLOAT), group=7),
     # pages of whole tiles and more: a tile ends where its page does, wherever a window begins
-    spec(("paged", FLOAT, FLOAT, 64), sliding_window=50, sinks=4, scores=True),
+    spec(("paged", FLOAT, FLOAT, 64), sliding_window=50, sink=True, scores=True),
     spec(("paged", *KIVI4, 128), ("dense", FLOAT, FLOAT), sliding_window=300, scores=True),
     spec(("paged", Codec("int8", "token"), Codec("int4", "token", 16), 80), ("paged", HALF, HALF, 16), group=4),
     # groups of channels for keys too, and whole numbers in runs that no register fits
     spec(("paged", Codec("int8", "token", 32), Codec("int4", "token", 32), 16), ("ragged", FLOAT, FLOAT), dim=128),
     spec(("ragged", Codec("int4", "token", 20), Codec("int2", "token", 40)), group=5, dim=80, scores=True),
-    spec(("dense", FLOAT, FLOAT), group=33, dim=5, value_dim=16, sliding_window=20, sinks=3, softcap=1.5, scores=True),
+    spec(
+        ("dense", FLOAT, FLOAT), group=33, dim=5, value_dim=16, sliding_window=20, sink=True, softcap=1.5, scores=True
+    ),
 ]
 
 
@@ -156,7 +158,7 @@ def test_a_chunk_over_a_long_history(one: KernelSpec, padding: str) -> None:
 
 
 COMBINED = [
-    replace(SPECS[6], sliding_window=130, sinks=4, softcap=2.0, scores=False),
+    replace(SPECS[6], sliding_window=130, sink=True, softcap=2.0, scores=False),
     replace(SPECS[11], sliding_window=40, softcap=3.0),
     replace(SPECS[12], sliding_window=200, softcap=2.0, scores=True),
 ]
@@ -357,7 +359,7 @@ def test_source_is_deterministic_and_has_no_dead_branch() -> None:
             assert text == backend.source(replace(one), torch.float32, many)
             assert ("tanh" in text) == bool(one.softcap)
             assert ("positions" in text) == (many or bool(one.sliding_window))
-            assert ("sinks" in text) == bool(one.sinks)
+            assert ("sinks" in text) == one.sink
             assert ("sums_row" in text) == one.scores
             assert ("tile.value_" in text) == any(p.value.axis == "token" for p in one.parts)
             assert ("table" in text) == any(p.layout == "paged" for p in one.parts)

@@ -62,7 +62,7 @@ def test_the_sample_covers_every_codec_and_feature() -> None:
     assert {p.layout for p in every} == {"dense", "ragged", "paged"}
     assert {len(s.parts) for s in specs} == {1, 2, 3}
     assert {s.head_dim for s in specs} == {64, 80, 96, 128, 256}
-    for feature in ("sliding_window", "sinks", "softcap", "scores"):
+    for feature in ("sliding_window", "sink", "softcap", "scores"):
         assert {bool(getattr(s, feature)) for s in specs} == {True, False}
     assert any(s.head_dim != s.value_dim for s in specs)
     assert {s.padded for s in SAMPLES} == {True, False}

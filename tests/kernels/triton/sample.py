@@ -74,9 +74,9 @@ def _sample(i: int, draw: random.Random) -> Sample:
         draw.choice([dim, dim, 64, 80, 128]),
         dim**-0.5 * draw.choice([1.0, 0.7]),
         window,
-        sinks=4 if window and draw.random() < 0.5 else 0,
         softcap=draw.choice([None, None, 5.0]),
         scores=draw.random() < 0.4,
+        sink=draw.random() < 0.3,
     )
     # as long as keys and values lie in one unit, a whole number of real tokens ends each row
     padded = count > 1 and batch > 1 and parts[-1].layout != "dense" and block(parts[-1]) == 1 and draw.random() < 0.7

@@ -55,8 +55,8 @@ def test_text_is_deterministic_and_has_no_dead_branch() -> None:
     assert Kernels(replace(SPEC), Form()).text == text
     for absent in ("float8", "e4m3", "softcapped", "held", "WINDOW", "logits", "spread_numbers", "first_after"):
         assert absent not in text, absent
-    full = Kernels(replace(SPEC, sliding_window=9, sinks=2, softcap=5.0, scores=True), Form()).text
-    for present in ("softcapped", "held", "WINDOW", "SINKS", "logits", "def received"):
+    full = Kernels(replace(SPEC, sliding_window=9, softcap=5.0, sink=True, scores=True), Form()).text
+    for present in ("softcapped", "held", "WINDOW", "sinks", "logits", "def received"):
         assert present in full, present
 
 
@@ -67,6 +67,7 @@ def test_different_kernels_have_different_texts() -> None:
         replace(SPEC, scale=0.25),
         replace(SPEC, scores=True),
         replace(SPEC, softcap=5.0),
+        replace(SPEC, sink=True),
         replace(SPEC, sliding_window=9),
         replace(SPEC, parts=SPEC.parts[:1]),
         replace(SPEC, parts=(replace(INT4, page=64), SPEC.parts[1])),
