@@ -116,6 +116,11 @@ def test_every_result_is_in_the_index() -> None:
     assert linked == {path.name for path in RESULTS.glob("*.md")}
 
 
+def test_every_benchmark_is_in_the_index() -> None:
+    named = set(re.findall(r"`(\w+\.py)`", section("results")))
+    assert named == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+
+
 def measured() -> dict[str, dict[str, Any]]:
     """Rows of the two files behind the README's table and picture, by their overrides."""
     rows: dict[str, dict[str, Any]] = {}
