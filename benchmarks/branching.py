@@ -20,7 +20,7 @@ from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
-from kvcompile.plan.selection import Schedule, Score, Selection
+from kvcompile.plan.selection import Needs, Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
@@ -34,14 +34,9 @@ class Recorder(Score):
     stride: int
 
     @property
-    def queries(self) -> int:
-        """All of them."""
-        return 1 << 30
-
-    @property
-    def moments(self) -> int:
-        """Before rotation too."""
-        return self.stride
+    def needs(self) -> Needs:
+        """All of them, before rotation too."""
+        return Needs(queries=1 << 30, moments=self.stride)
 
     def score(self, seen: Any) -> Tensor:
         """Zeros."""
@@ -77,7 +72,7 @@ class Branching:
         """
         if any(p.storage.rotated != self.rotated or p.heads or p.owner != p.index for p in plan.layers):
             raise KvcompileError("one prefill serves only stacks that leave the weights alone", str(plan.applied))
-        strides = {p.selection.score.moments for p in plan.selected if p.selection} - {0, self.stride}
+        strides = {p.selection.score.needs.moments for p in plan.selected if p.selection} - {0, self.stride}
         if strides:
             raise KvcompileError(f"one prefill has moments of every {self.stride}th query", f"stride {strides}")
         if self.cache is None:
@@ -92,7 +87,7 @@ class Branching:
                 mine.store = QuantizedStore(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
         looks = {p.index: eviction.look(branch.layers[p.index], step, p) for p in plan.selected}
-        together = [p.index for p in plan.selected if p.selection and p.selection.allocation.cross_layer]
+        together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]
         if together:
             eviction.compress(step, {i: looks[i] for i in together})
         for i in set(looks) - set(together):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Allocation, Demand, LayerScores, Scope
+from kvcompile.plan.selection import Allocation, Demand, LayerScores, Traits
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
 
@@ -26,10 +26,7 @@ class AdaptiveHeads(Allocation):
 
     safeguard: float
 
-    @property
-    def scope(self) -> Scope:
-        """Heads differ."""
-        return "head"
+    traits = Traits(scope="head", traceable=True, competing=True)
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         """Tokens per head, one int64 `[H_kv]` for each layer."""
@@ -43,16 +40,6 @@ class AdaptiveHeads(Allocation):
         share = (1 - self.safeguard) * hits(layer.scores, total) + self.safeguard * total / heads
         low = layer.lengths.clamp(max=layer.floor)
         return water_fill(share, torch.ones_like(share), low, layer.lengths, total)
-
-    @property
-    def traceable(self) -> bool:
-        """The number of entries is known, whose they are is found in a trace."""
-        return True
-
-    @property
-    def competing(self) -> bool:
-        """By score."""
-        return True
 
     def most(self, layers: Sequence[Demand]) -> list[int]:
         """The budget."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Family, LayerPlan, Plan
 from kvcompile.plan.policy import Policy
-from kvcompile.plan.selection import Allocation, Budget, Schedule, Score, Selection, Uniform
+from kvcompile.plan.selection import Allocation, Budget, Needs, Schedule, Score, Selection, Uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,20 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CarriedScore(Score):
-    """Base of the scores that every query updates once: one number per entry, carried from look to look.
+    """Base of the scores that every query updates once: one number per entry, carried from one scoring to the next.
 
     s[h, j] starts at 0 where entry j is new; `update` says what the attention of some queries makes of it.
     """
 
-    @property
-    def queries(self) -> None:
-        """Every query since the last look."""
-        return None
-
-    @property
-    def carries(self) -> bool:
-        """The numbers so far."""
-        return True
+    needs = Needs(queries=None, carries=True)
 
     def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """`state [H_kv, n]` after queries at positions `asked [w]`, whose attention is `[H_kv, g, w, n]`."""
@@ -51,7 +43,7 @@ class CarriedScore(Score):
         return state if seen.column_sums is None else self.receive(state, seen.column_sums)
 
     def receive(self, state: Tensor, column_sums: Tensor) -> Tensor:
-        """`state [H_kv, n]` after queries of which only sums came (where the score has `sums`)."""
+        """`state [H_kv, n]` after queries of which only sums came (where `needs.reduce` is `sum`)."""
         raise NotImplementedError
 
     def score(self, seen: Observation) -> Tensor:

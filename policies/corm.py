@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Allocation, LayerScores, Schedule, Scope, Selection
+from kvcompile.plan.selection import Allocation, LayerScores, Schedule, Selection, Traits
 from kvcompile.policies.base import CarriedScore, TokenPolicy
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ class Threshold(Allocation):
 
     window: int
 
-    @property
-    def scope(self) -> Scope:
-        """Heads differ."""
-        return "head"
+    traits = Traits(scope="head")
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         """Entries above the threshold, int64 `[H_kv]`; protected ones have infinite scores and count."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class FutureAttention(Score):
     stride: int = 1
 
     @property
-    def moments(self) -> int:
+    def needs(self) -> Needs:
         """Mean and covariance of the queries."""
-        return self.stride
+        return Needs(moments=self.stride)
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; before the fifth token there are no moments, and all entries are expected alike."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import CarriedScore, SelectionPolicy
 
 if TYPE_CHECKING:
@@ -21,10 +21,7 @@ class AccumulatedAttention(CarriedScore):
     Source: H2O, arXiv 2306.14048, algorithm 1.
     """
 
-    @property
-    def sums(self) -> bool:
-        """Sums are what it adds up."""
-        return True
+    needs = Needs(queries=None, reduce="sum", carries=True)
 
     def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """Plus what the queries pay, averaged over the group."""

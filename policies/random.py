@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ class Uniformly(Score):
 
     seed: int
 
-    @property
-    def traceable(self) -> bool:
-        """No: the numbers come from a generator that Python seeds."""
-        return False
+    needs = Needs(traceable=False)  # the numbers come from a generator that Python seeds
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; the same on every machine and in every batch."""

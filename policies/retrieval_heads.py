@@ -8,7 +8,7 @@ from typing import ClassVar
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.policy import Calibrator
-from kvcompile.plan.selection import Allocation, Budget, Schedule, Scope, Selection, Uniform
+from kvcompile.plan.selection import Allocation, Budget, Schedule, Selection, Traits, Uniform
 from kvcompile.policies.base import TokenPolicy, choose, require_budget, scored_by
 
 RECENCY = "streaming"
@@ -25,10 +25,7 @@ class HeadShares(Allocation):
     keep: Budget
     calibrated: bool = True
 
-    @property
-    def scope(self) -> Scope:
-        """Heads differ."""
-        return "head"
+    traits = Traits(scope="head")
 
     def static(self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int) -> tuple[int, ...]:
         """`max(budget, keep)` tokens for the retrieval heads, `budget` for the others."""

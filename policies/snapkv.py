@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -29,20 +29,15 @@ class WindowAttention(Score):
     reduce: Literal["mean", "max"] = "mean"
 
     @property
-    def queries(self) -> int:
-        """The observation window."""
-        return self.window
-
-    @property
-    def averages(self) -> bool:
-        """Where it takes the mean over queries."""
-        return self.reduce == "mean"
+    def needs(self) -> Needs:
+        """The observation window; its mean attention, where that is what it takes."""
+        return Needs(queries=self.window, reduce="mean" if self.reduce == "mean" else None)
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`."""
         from kvcompile.runtime.observation import pool
 
-        votes = seen.mean_attention() if self.averages else seen.attention().amax(dim=(1, 2))
+        votes = seen.mean_attention() if self.reduce == "mean" else seen.attention().amax(dim=(1, 2))
         if self.kernel == 1:
             return votes
         before = (seen.positions >= 0) & (seen.positions < seen.query_positions[0])

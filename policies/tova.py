@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -21,15 +21,7 @@ class LastAttention(Score):
     Source: TOVA, arXiv 2401.06104, section 3.
     """
 
-    @property
-    def queries(self) -> int:
-        """The last query."""
-        return 1
-
-    @property
-    def sums(self) -> bool:
-        """The sum over one query."""
-        return True
+    needs = Needs(queries=1, reduce="sum")
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; all rows hold the same entries, since every head gets the same selection."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvcompile.plan.selection import Allocation, Demand, LayerScores, Scope, Selection
+from kvcompile.plan.selection import Allocation, Demand, LayerScores, Scope, Selection, Traits
 from kvcompile.policies.adakv import AdaptiveHeads
 from kvcompile.policies.allocation import water_fill
 from kvcompile.policies.base import AllocationPolicy
@@ -50,14 +50,10 @@ class Uncertainty(Allocation):
     safeguard: float = 0.2
 
     @property
-    def scope(self) -> Scope:
-        """Whether heads of one layer may differ."""
-        return "layer" if self.per == "layer" else "head"
-
-    @property
-    def cross_layer(self) -> bool:
-        """All layers' attention, before any is compressed."""
-        return True
+    def traits(self) -> Traits:
+        """All layers at once; their heads compete where they are adaptive."""
+        scope: Scope = "layer" if self.per == "layer" else "head"
+        return Traits(scope, cross_layer=True, traceable=True, competing=self.per == "adaptive")
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         """Tokens per head, one int64 `[H_kv]` for each layer."""
@@ -66,16 +62,6 @@ class Uncertainty(Allocation):
             shares = [replace(layer, budget=row) for row, layer in zip(rows, layers, strict=True)]
             return AdaptiveHeads(self.safeguard).allot(shares)
         return [row.expand_as(layer.lengths) for row, layer in zip(rows, layers, strict=True)]
-
-    @property
-    def traceable(self) -> bool:
-        """All layers at once."""
-        return True
-
-    @property
-    def competing(self) -> bool:
-        """Where they are adaptive."""
-        return self.per == "adaptive"
 
     def most(self, layers: Sequence[Demand]) -> list[int]:
         """The cap; of layers that get less than they hold, which alone share the total."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import compile_plan
-from kvcompile.plan.selection import Allocation, Budget, LayerScores, Scope, Score, Selection
+from kvcompile.plan.selection import Allocation, Budget, LayerScores, Needs, Score, Selection, Traits
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.observation import Observation
 
@@ -36,13 +36,7 @@ def hashed(position: Tensor, layer: int, head: Tensor) -> Tensor:
 class AllAttention(Score):
     """Attention of every query so far, summed (as h2o): carries state, needs every query once."""
 
-    @property
-    def queries(self) -> None:
-        return None
-
-    @property
-    def carries(self) -> bool:
-        return True
+    needs = Needs(queries=None, carries=True)
 
     def observe(self, seen: Observation) -> Tensor:
         total = seen.carried.clone() if seen.carried is not None else torch.zeros(seen.keys.shape[:2])
@@ -77,8 +71,8 @@ class Expected(Score):
     stride: int = 1
 
     @property
-    def moments(self) -> int:
-        return self.stride
+    def needs(self) -> Needs:
+        return Needs(moments=self.stride)
 
     def score(self, seen: Observation) -> Tensor:
         assert seen.moments is not None
@@ -94,12 +88,8 @@ class PerHead(Allocation):
     across: bool = False
 
     @property
-    def scope(self) -> Scope:
-        return "head"
-
-    @property
-    def cross_layer(self) -> bool:
-        return self.across
+    def traits(self) -> Traits:
+        return Traits("head", cross_layer=self.across)
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         total = sum(min(int(x.budget), int(n)) for x in layers for n in x.lengths)
@@ -116,9 +106,7 @@ class Above(Allocation):
 
     least: float
 
-    @property
-    def scope(self) -> Scope:
-        return "head"
+    traits = Traits(scope="head")
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         return [(x.scores > self.least).sum(1) for x in layers]

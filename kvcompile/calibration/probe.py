@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
-from kvcompile.plan.selection import Allocation, LayerScores, Score, Selection
+from kvcompile.plan.selection import Allocation, LayerScores, Needs, Score, Selection
 from kvcompile.runtime.observation import Observation
 
 
@@ -23,9 +23,9 @@ class Probe(Score):
     found: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @property
-    def queries(self) -> int:
+    def needs(self) -> Needs:
         """The observation window."""
-        return self.window
+        return Needs(queries=self.window)
 
     def score(self, seen: Observation) -> Tensor:
         """Zeros; the attention `[H_kv, g, w, n]` goes to `found[layer]`."""

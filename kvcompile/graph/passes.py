@@ -49,9 +49,9 @@ class InsertCompression(Pass):
         watched, readers = observes(graph), last_readers(graph)
         groups: dict[int, list[LayerPlan]] = {}
         for p in self.plan.selected:
-            if p.selection is not None and p.selection.allocation.cross_layer:
-                mates = [q.index for q in self.plan.selected if q.selection == p.selection]
-                groups.setdefault(mates[0], []).append(p)
+            if p.selection is not None and p.selection.allocation.traits.cross_layer:
+                peers = [q.index for q in self.plan.selected if q.selection == p.selection]
+                groups.setdefault(peers[0], []).append(p)
                 continue
             node = watched[p.index]
             with graph.inserting_after(max(readers[p.index], node)):

@@ -193,7 +193,7 @@ class Plan:
 
     def _check_selection(self, p: LayerPlan, s: Selection) -> None:
         where = f"{s.policy}: layer {p.index}"
-        if s.positions == "compact" and (s.score.queries != 0 or s.uncertainty is not None):
+        if s.positions == "compact" and (s.score.needs.queries != 0 or s.uncertainty is not None):
             raise KvcompileError(
                 f"{where}: compact positions need a score that looks at no queries",
                 type(s.score).__name__,
@@ -201,7 +201,8 @@ class Plan:
             )
         if s.positions == "compact":
             alike = all(q.selection == s for q in self.layers if q.owner == q.index)
-            if s.allocation.scope == "head" or s.allocation.cross_layer or not alike or p.sliding_window:
+            traits = s.allocation.traits
+            if traits.scope == "head" or traits.cross_layer or not alike or p.sliding_window:
                 raise KvcompileError(
                     f"{where}: compact positions need every layer and head to keep the same tokens",
                     f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from kvcompile.errors import KvcompileError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,50 +33,65 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a score must see of a layer. What it does not ask for is neither remembered nor computed.
+
+    queries: how many of the newest queries; None: every query since it last scored.
+    reduce: `sum` or `mean` where it sees the attention of its `queries` to each entry as that alone. A kernel then
+        adds that up, and it comes as `Observation.column_sums` or as `Observation.window_attention`.
+    carries: it keeps one number per cached entry from one scoring to the next (see `Score.observe`).
+    moments: mean and covariance of every how many-th query before rotation (1: of all); 0 none.
+    traceable: `score` is made of tensor operations alone, as an exported program needs it.
+
+    Raises KvcompileError for a value out of range.
+    """
+
+    queries: int | None = 0
+    reduce: Literal["sum", "mean"] | None = None
+    carries: bool = False
+    moments: int = 0
+    traceable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.reduce not in (None, "sum", "mean"):
+            raise KvcompileError("Needs: reduce must be None, 'sum' or 'mean'", repr(self.reduce))
+        if (self.queries is not None and self.queries < 0) or self.moments < 0:
+            raise KvcompileError("Needs: queries and moments are counts", f"{self.queries} and {self.moments}")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """How an allocation splits a budget.
+
+    scope: `head` if the heads of one layer may keep different numbers of tokens.
+    cross_layer: it must see the scores of all layers before any of them is compressed.
+    traceable: `allot` is made of tensor operations alone, with nothing read back; there must be a `most` then.
+    competing: the heads of a layer compete for what it gets, so that one of them may take nearly all.
+    """
+
+    scope: Scope = "layer"
+    cross_layer: bool = False
+    traceable: bool = False
+    competing: bool = False
+
+
+@dataclass(frozen=True)
 class Score:
     """Ranks the cached entries of one sequence in one layer; the highest stay.
 
-    A subclass says what it must see (`queries`, `carries`, `moments`) and implements `score`.
+    A subclass says what it must see (`needs`) and implements `score`.
     """
 
     @property
-    def queries(self) -> int | None:
-        """How many of the newest queries it looks at; None means every query since its last look, 0 none."""
-        return 0
+    def needs(self) -> Needs:
+        """What it must see; a subclass may say it as a class attribute, `needs = Needs(queries=32)`.
 
-    @property
-    def carries(self) -> bool:
-        """Whether it keeps one number per cached entry between looks (see `observe`)."""
-        return False
-
-    @property
-    def moments(self) -> int:
-        """Mean and covariance of every how many-th query before rotation it needs (1: of all); 0 none."""
-        return 0
-
-    @property
-    def traceable(self) -> bool:
-        """Whether `score` is made of tensor operations alone, as an exported program needs it."""
-        return True
-
-    @property
-    def sums(self) -> bool:
-        """Whether the attention of its `queries` to each entry, summed, is all that it sees of them.
-
-        Where the attention kernel adds that up in its own pass, it comes as `Observation.column_sums`.
+        Not a field (no annotation): it follows from the fields, so a plan does not hold it.
         """
-        return False
-
-    @property
-    def averages(self) -> bool:
-        """Whether `Observation.mean_attention` of its `queries` is all that it sees of them.
-
-        Where a kernel adds that up without holding the attention itself, it does.
-        """
-        return False
+        return Needs()
 
     def observe(self, seen: Observation) -> Tensor:
-        """New per-entry state `[H_kv, n]`, from the state carried so far and the new queries (only if `carries`)."""
+        """New per-entry state `[H_kv, n]`, from the state so far and the new queries (only where `needs.carries`)."""
         raise NotImplementedError
 
     def score(self, seen: Observation) -> Tensor:
@@ -117,14 +134,9 @@ class Allocation:
     """
 
     @property
-    def scope(self) -> Scope:
-        """`head` if the heads of one layer may keep different numbers of tokens."""
-        return "layer"
-
-    @property
-    def cross_layer(self) -> bool:
-        """Whether it must see the scores of all layers before any of them is compressed."""
-        return False
+    def traits(self) -> Traits:
+        """How it splits; a subclass may say it as a class attribute, `traits = Traits(scope="head")`."""
+        return Traits()
 
     def static(
         self, layer: int, layers: int, heads: int, budget: int, tokens: int, floor: int
@@ -136,18 +148,11 @@ class Allocation:
         """Tokens per head, one int64 `[H_kv]` for each given layer."""
         raise NotImplementedError
 
-    @property
-    def traceable(self) -> bool:
-        """Whether `allot` is made of tensor operations alone, with nothing read back; there must be a `most` then."""
-        return False
-
-    @property
-    def competing(self) -> bool:
-        """Whether the heads of a layer compete for what it gets, so that one of them may take nearly all."""
-        return False
-
     def most(self, layers: Sequence[Demand]) -> list[int]:
-        """The most entries that a head (where they compete, a mean head) of each layer may get, whatever the scores."""
+        """The most entries that a head of each layer may get, whatever the scores (where heads compete: a mean head).
+
+        Asked where `traits.traceable`.
+        """
         raise NotImplementedError
 
 
@@ -190,8 +195,8 @@ class Selection:
 
     @property
     def averages(self) -> bool:
-        """Whether a score of it averages the attention of the newest queries."""
-        return self.score.averages or (self.uncertainty is not None and self.uncertainty.averages)
+        """Whether a score of it sees the newest queries as their mean attention."""
+        return "mean" in (self.score.needs.reduce, self.uncertainty and self.uncertainty.needs.reduce)
 
     def protected(self, budget: int) -> tuple[int, int]:
         """(first tokens, last tokens) that always stay, where a head may keep `budget` tokens.

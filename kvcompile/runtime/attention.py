@@ -81,21 +81,22 @@ class Expansion:
 def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
     """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
     s = kv.plan.selection
-    if s is None or not s.score.sums or learns(kv, queries):
+    if s is None or not (step.prefill or s.schedule.decode_every):
         return False
-    if s.score.carries:
-        asked = step.prefill or s.schedule.decode_every > 0
-    else:  # of one query: nobody may have been asked earlier
-        asked = queries.shape[2] == 1 and step.valid is None and not step.prefill and step.due(s.schedule.decode_every)
-    return asked and step.cache.scores(kv.held.parts, queries.dtype)
+    needs, single = s.score.needs, queries.shape[2] == 1 and step.valid is None and not step.prefill
+    if needs.reduce != "sum" or learns(kv, queries):
+        return False
+    if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
+        return False
+    return step.cache.scores(kv.held.parts, queries.dtype)
 
 
 def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
-    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody asks."""
+    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody needs it."""
     if not sums_wanted(kv, queries, step):
         return None
     store = kv.held
-    if kv.plan.selection is not None and kv.plan.selection.score.carries:
+    if kv.plan.selection is not None and kv.plan.selection.score.needs.carries:
         step.cache.summed()
     return kv.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
 

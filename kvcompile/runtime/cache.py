@@ -166,7 +166,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
         s = self.plan.layers[self.plan.layers[index].owner].selection
-        summed = s is not None and s.score.sums and s.schedule.decode_every > 0
+        summed = s is not None and s.score.needs.reduce == "sum" and s.schedule.decode_every > 0
         return [self.spec(index, p, summed and self.scores(p, self.plan.dtype)) for p in parts]
 
     def evicted(self, index: int, dropped: int) -> None:

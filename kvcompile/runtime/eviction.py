@@ -48,10 +48,10 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     attentive = step.prefill or s.schedule.decode_every > 0
     if not attentive:
         return None
-    summed = sums_wanted(kv, queries, step)
+    needs, summed = s.score.needs, sums_wanted(kv, queries, step)
     keep = _queries_needed(s, summed)
-    if s.score.moments:
-        kv.history.add_moments(unrotated, step.positions, step.valid, s.score.moments)
+    if needs.moments:
+        kv.history.add_moments(unrotated, step.positions, step.valid, needs.moments)
         step.cache.summed()
     if keep != 0:
         kv.history.remember(queries, step.positions, step.valid, keep, counted=summed)
@@ -60,7 +60,7 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
         _carry(layer)
     asking = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
     looks = [_score_sequence(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
-    if not s.score.carries:
+    if not needs.carries:
         kv.history.column_sums = None
     if step.last and step.prefill and not s.schedule.decode_every:
         kv.history.forget()
@@ -80,20 +80,23 @@ def look(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
 def _carry(layer: _Layer) -> None:
     """Let a score that carries state count the queries that came since its last look."""
     s, watch = layer.selection, layer.kv.history
-    if s.score.carries:
+    if s.score.needs.carries:
         watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
         layer.step.cache.summed()
-        watch.counted(s.uncertainty.queries or 0 if s.uncertainty else 0)
+        watch.counted(s.uncertainty.needs.queries or 0 if s.uncertainty else 0)
 
 
 def _queries_needed(s: Selection, summed: bool) -> int | None:
-    mine = 0 if summed and s.score.carries else s.score.queries
-    needs = [mine] + ([s.uncertainty.queries] if s.uncertainty else [])
-    return None if None in needs else max(n for n in needs if n is not None)
+    needs = s.score.needs
+    counts = [0 if summed and needs.carries else needs.queries]
+    if s.uncertainty:
+        counts.append(s.uncertainty.needs.queries)
+    return None if None in counts else max(n for n in counts if n is not None)
 
 
 def _observation(layer: _Layer, b: int, score: Score) -> Observation:
     kv, plan, step = layer.kv, layer.plan, layer.step
+    needs = score.needs
     keys, values, positions, lengths = kv.held.sequence(b)
     queries, asked = _asked(layer, b, score, keys, positions)
     return Observation(
@@ -108,9 +111,11 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
         carried=kv.history.carry(b, keys.shape[1]),
-        column_sums=kv.history.gained(b, keys.shape[1], step.cache.group(plan.index)) if score.sums else None,
+        column_sums=(
+            kv.history.gained(b, keys.shape[1], step.cache.group(plan.index)) if needs.reduce == "sum" else None
+        ),
         window_attention=_window_attention(layer, b, score, keys.shape[1]),
-        moments=kv.history.moments(b, keys.shape[0]) if score.moments else None,
+        moments=kv.history.moments(b, keys.shape[0]) if needs.moments else None,
         mean_rotation=_mean_rotation(layer, b, keys),
         layer=plan.index,
     )
@@ -118,12 +123,13 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
 
 def _window_attention(layer: _Layer, b: int, score: Score, entries: int) -> Tensor | None:
     """Mean attention of the newest queries of one sequence, `[H_kv, entries]`; None where no kernel has added it up."""
-    if not score.averages or not score.queries:
+    window = score.needs.queries
+    if score.needs.reduce != "mean" or not window:
         return None
-    if score.queries not in layer.window_attention:
-        layer.window_attention[score.queries] = _added_up(layer, score.queries)
-    found = layer.window_attention[score.queries]
-    return None if found is None else found[b, :, :entries]
+    if window not in layer.window_attention:
+        layer.window_attention[window] = _added_up(layer, window)
+    of_all = layer.window_attention[window]
+    return None if of_all is None else of_all[b, :, :entries]
 
 
 def _added_up(layer: _Layer, window: int) -> Tensor | None:
@@ -144,10 +150,10 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
 
 def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The queries that a score looks at, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
-    watch, heads = layer.kv.history, keys.shape[0]
-    unread = [g for g in watch.segments if score.queries is not None or not g.counted]
-    if score.queries != 0 and unread:
-        return watch.recall(b, heads, score.queries)
+    history, heads, wanted = layer.kv.history, keys.shape[0], score.needs.queries
+    unread = [g for g in history.segments if wanted is not None or not g.counted]
+    if wanted != 0 and unread:
+        return history.recall(b, heads, wanted)
     return keys.new_empty(heads, layer.plan.group, 0, keys.shape[-1]), positions.new_empty(0)
 
 

@@ -30,9 +30,10 @@ class Observation:
     `[H_kv, n, D]` as cached (keys after rotation); positions `[H_kv, n]`, true ones, ascending, -1 past a row's end.
     `lengths [H_kv]` are the rows' entries, `tokens` the number of tokens the sequence has seen.
     `carried [H_kv, n]` is the state of a score that carries one (zeros for new entries).
-    `received [H_kv, n]`: attention to each entry, mean over the group and summed over the queries that only the kernel
-    has seen, which are not among `queries` unless the score looks at one query (None: there are none).
-    `paid [H_kv, n]`: attention of `queries` to each entry, mean over them and the group, where a kernel added it up.
+    `column_sums [H_kv, n]`: attention to each entry, mean over the group and summed over the queries that only the
+    kernel has seen, which are not among `queries` unless the score needs one query (None: there are none).
+    `window_attention [H_kv, n]`: attention of `queries` to each entry, mean over them and the group, where a kernel
+    added it up.
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
     `layer` is the index in the model.
     """

@@ -23,7 +23,7 @@ from kvcompile.graph.passes import DropObservers, InsertCompression, Pass, TrimS
 from kvcompile.graph.tracer import trace
 from kvcompile.graph.wiring import appends, attends, observes, verify, wiring
 from kvcompile.plan.plan import Plan
-from kvcompile.plan.selection import Allocation, Budget, LayerScores, Selection
+from kvcompile.plan.selection import Allocation, Budget, LayerScores, Selection, Traits
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 
 
@@ -31,9 +31,7 @@ from kvcompile.policies.snapkv import SnapKV, WindowAttention
 class Across(Allocation):
     """A budget shared by all layers (never run here)."""
 
-    @property
-    def cross_layer(self) -> bool:
-        return True
+    traits = Traits(cross_layer=True)
 
     def allot(self, layers: Sequence[LayerScores]) -> list[Tensor]:
         return [x.lengths for x in layers]

@@ -135,7 +135,7 @@ def test_a_split_reads_no_number_back_in_a_trace(how: Allocation, monkeypatch: p
         layers = [LayerScores(torch.rand(3, 9), torch.rand(3, 9), (9 * one).expand(3), 4 * one, one) for _ in range(2)]
         kept = how.allot(layers)
     assert [k.shape for k in kept] == [(3,)] * 2
-    assert how.traceable
+    assert how.traits.traceable
 
 
 @given(layer_shapes)
@@ -281,7 +281,7 @@ def test_zigzag_in_a_program_is_zigzag(drawn: tuple[list[LayerScores], Uncertain
     got = [k[0] for k in allotted(how, budgets, seen).values()]
     assert [k.tolist() for k in got] == [k.tolist() for k in expected]
     most = how.most([Demand(len(x.lengths), int(x.budget), int(x.floor), int(x.lengths[0])) for x in layers])
-    spent = [k.double().mean() if how.competing else k.max() for k in got]
+    spent = [k.double().mean() if how.traits.competing else k.max() for k in got]
     assert all(k <= limit for k, limit in zip(spent, most, strict=True))
 
 

@@ -110,7 +110,7 @@ def test_a_key_that_the_queries_ask_for_survives(kind: Any, kernel: int) -> None
     seen = replace(seen, keys=keys, queries=seen.queries.mean((1, 2), keepdim=True).expand_as(seen.queries))
     policy = SnapKV(window=8, kernel=kernel) if kind is SnapKV else kind()
     score = policy.score()
-    if score.carries:
+    if score.needs.carries:
         seen = replace(seen, carried=score.observe(seen))
     scores = score.score(seen)[:, :112]
     assert (scores.argmax(1) == needle).all() if kind is not SnapKV else True

@@ -67,8 +67,8 @@ def test_what_the_allocation_policy_says_itself_wins() -> None:
 def test_zigzag_measures_the_whole_prompt_unpooled() -> None:
     assert folded(KeyDiff(), ZigZag(window=24)).uncertainty == WindowAttention(24)
     assert folded(ZigZag(scope="head", floor=0.5)).allocation == Uncertainty(0.9, 0.5, "head", 1.0)
-    assert folded(ZigZag()).allocation.cross_layer
-    assert folded(ZigZag(scope="head")).allocation.scope == "head"
+    assert folded(ZigZag()).allocation.traits.cross_layer
+    assert folded(ZigZag(scope="head")).allocation.traits.scope == "head"
 
 
 def test_layers_that_the_score_skipped_stay_whole() -> None:

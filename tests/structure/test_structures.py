@@ -167,7 +167,9 @@ def test_retrieval_heads_are_looked_for_in_the_converted_model() -> None:
     """Heads are numbered as the plan counts them, and only owners have any."""
     options = {"samples": 1, "tokens": 128, "fraction": 0.5, "budget": 24, "recent": 4}
     model = assembled({"gqa": {}, "cla": {"pattern": [0, 1, 1, 0]}, "retrieval_heads": options})
-    found = [p.index for p in model.kvcompile.plan.layers if p.selection and p.selection.allocation.scope == "head"]
+    found = [
+        p.index for p in model.kvcompile.plan.layers if p.selection and p.selection.allocation.traits.scope == "head"
+    ]
     assert len(found) == 1
     assert found[0] in (0, 1)
     prove(model, tiny_ids(1, 60))

@@ -50,7 +50,7 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
             body = body_of(Entries(spare, spare, nowhere), format_of(room, dtype))
             state.update({f"{name}_{p.index}": x for name, x in body.items()})
             state[f"encoded_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
-        if room.every and room.score.carries:
+        if room.every and room.score.needs.carries:
             state[f"carried_{p.index}"] = torch.zeros(shape, device=device, dtype=torch.float32)
         if room.window > 1:
             heads = sum(q.query_heads for q in plan.layers if q.owner == p.index)
@@ -95,8 +95,8 @@ class PrefillCache:
 
     def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
         """Scores of every entry for the queries `[B, H_q, T, D]` of all readers."""
-        room, s = kv.room, kv.room.score
-        last, at = self._last(queries, s.queries)
+        room, needs = kv.room, kv.room.score.needs
+        last, at = self._last(queries, needs.queries)
         if room.window > 1:
             self.state[f"queries_{room.plan.index}"] = last
         asked = Asked(
@@ -104,13 +104,13 @@ class PrefillCache:
             at,
             self.seen,
             self.tables[f"recent_{room.plan.index}"][self.seen],
-            moments(room.plan, unrotated, self.positions, s.moments) if s.moments else None,
+            moments(room.plan, unrotated, self.positions, needs.moments) if needs.moments else None,
             lambda horizon: self._mean_rotation(room.plan, horizon),
         )
         look = scores(room.plan, kv.held, asked)
         if room.measure is None:
             return look
-        last, at = self._last(queries, room.measure.queries)
+        last, at = self._last(queries, room.measure.needs.queries)
         asked = replace(asked, queries=last, positions=at)
         return replace(look, mass=masses(room.plan, kv.held, asked, room.measure))
 
@@ -246,7 +246,8 @@ class DecodeCache:
         p, room = kv.room.plan, kv.room
         if not room.every:
             return None
-        window = 1 if room.score.queries is None else room.score.queries
+        wanted = room.score.needs.queries
+        window = 1 if wanted is None else wanted
         if room.window > 1:
             remembered = self.state[f"queries_{p.index}"]
             remembered.copy_(torch.cat((remembered[:, :, 1:], queries), 2))

@@ -116,7 +116,7 @@ def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
         if p.sliding_window and p.sliding_window < limits.tokens:
             return Room(p, p.sliding_window, ring=True)
         return Room(p, limits.tokens)
-    if s.allocation.traceable:
+    if s.allocation.traits.traceable:
         return _allotted(plan, p, s, limits)
     every = s.schedule.decode_every
     longest = limits.tokens if every else limits.prompt
@@ -128,16 +128,17 @@ def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
 
 
 def _allotted(plan: Plan, p: LayerPlan, s: Selection, limits: Limits) -> Room:
-    mates = [q for q in plan.selected if q.selection == s] if s.allocation.cross_layer else [p]
-    given = [[_demand(q, t) for q in mates] for t in range(limits.prompt + 1)]
-    place = mates.index(p)
-    most = max(s.allocation.most(layers)[place] for layers in given)
-    shared = s.allocation.competing and most < p.span(limits.prompt)  # else any head has room for everything
+    traits = s.allocation.traits
+    peers = [q for q in plan.selected if q.selection == s] if traits.cross_layer else [p]  # those who share the budget
+    demands = [[_demand(q, t) for q in peers] for t in range(limits.prompt + 1)]
+    place = peers.index(p)
+    most = max(s.allocation.most(layers)[place] for layers in demands)
+    shared = traits.competing and most < p.span(limits.prompt)  # else any head has room for everything
     return Room(
         p,
         (most + limits.new) * (p.kv_heads if shared else 1),
-        budgets=tuple(layers[place].budget for layers in given),
-        floors=tuple(layers[place].floor for layers in given),
+        budgets=tuple(layers[place].budget for layers in demands),
+        floors=tuple(layers[place].floor for layers in demands),
         recent=tuple(_recent(p, s, t) for t in range(limits.prompt + 1)),
         shared=shared,
     )
@@ -167,4 +168,4 @@ def _recent(p: LayerPlan, s: Selection, tokens: int) -> int:
 
 def queries_needed(s: Selection) -> int:
     """The newest queries that a selection must remember; a score that wants all of them has counted each as it came."""
-    return s.score.queries or 0
+    return s.score.needs.queries or 0

@@ -115,7 +115,7 @@ def scores(p: LayerPlan, held: Entries, asked: Asked) -> Look:
     found, carried = list[Tensor](), list[Tensor]()
     for b in range(held.keys.shape[0]):
         seen = _observation(p, held, asked, b)
-        if s.score.carries:
+        if s.score.needs.carries:
             carried.append(s.score.observe(seen))
             seen = replace(seen, carried=carried[-1])
         found.append(s.score.score(seen).float())

@@ -43,19 +43,20 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
         raise KvcompileError(
             f"{where}: keys keep their true positions", "positions=compact", f"stack.{s.policy}.positions=original"
         )
-    if s.score.queries is None and not s.score.carries:
+    needs = s.score.needs
+    if needs.queries is None and not needs.carries:
         raise KvcompileError(
             f"{where}: a score may look at a fixed number of queries, or sum over all", type(s.score).__name__
         )
-    if s.score.moments and s.schedule.decode_every:
+    if needs.moments and s.schedule.decode_every:
         raise KvcompileError(
             f"{where}: moments of queries are taken of the prompt alone",
             f"decode_every={s.schedule.decode_every}",
             f"stack.{s.policy}.decode_every=0",
         )
-    if not s.score.traceable:
+    if not needs.traceable:
         raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__)
-    if s.allocation.traceable:
+    if s.allocation.traits.traceable:
         _refuse_allotted(p, s, where)
     elif s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
         raise KvcompileError(
@@ -84,9 +85,9 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
             f"decode_every={s.schedule.decode_every}",
             f"stack.{s.policy}.decode_every=0",
         )
-    if s.allocation.competing and p.storage.quantized:
+    if s.allocation.traits.competing and p.storage.quantized:
         raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
-    if s.allocation.competing and p.softcap:
+    if s.allocation.traits.competing and p.softcap:
         raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")
 
 
