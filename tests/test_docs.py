@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -70,6 +71,9 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert Path(path).stem == "x" or any((home / path).exists() for home in (ROOT, ROOT / "kvcompile")), path
     for name in re.findall(r"(?:from|import|python -m) (kvcompile(?:\.\w+)+)", text):
         assert importlib.util.find_spec(name), name
+    for home, names in re.findall(r"^ *from (kvcompile[\w.]*) import (.+)$", text, re.M):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(home), name) or importlib.util.find_spec(f"{home}.{name}"), name
 
 
 @every_page
