@@ -25,15 +25,17 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kvcompile.kernels.compact import Arrays, Compactor
+from kvcompile.kernels.compact import Compactor
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.dispatch import compactor
 from kvcompile.plan.storage import Codec
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
-from kvcompile.stores.codes import CodeRows, Codes, Format, RaggedCodes
+from kvcompile.stores.codes import Codes, Format, RaggedCodes
+from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.paged import PagedStore
 from kvcompile.stores.paged_codes import PagedCodes
+from kvcompile.stores.ragged import RaggedStore
 
 SHAPES = {"8x128": (8, 128), "3x64": (3, 64)}
 PAGE, GROUP = 32, 32
@@ -42,7 +44,7 @@ WAYS = ("dense - dense", "dense - ragged", "paged in place")
 CASES = [(kind, way) for kind in ("float32", "bfloat16") for way in WAYS]
 CASES += [("int4", "ragged - ragged"), ("int4", "paged in place")]
 COMPACTORS = {"torch": compactor("sdpa"), "C++": compactor("cpp")}
-Store = factory.PlainStore | CodeRows
+Store = DenseStore | RaggedStore | PagedStore | RaggedCodes | PagedCodes
 
 
 def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[], Store]:
@@ -53,16 +55,15 @@ def filler(kind: str, way: str, heads: int, dim: int, tokens: int) -> Callable[[
         keys, values = (x.to(getattr(torch, kind)) for x in (keys, values))
 
         def plain_store() -> Store:
-            store = factory.opened(keys, values, None, HEADROOM, page)
-            store.append(keys, values, at, HEADROOM)
-            return store
+            store = PagedStore.empty(keys, values, page) if page else factory.contiguous(keys, values, None, HEADROOM)
+            return store.append(keys, values, at, HEADROOM)
 
         return plain_store
     format = Format(*INT4, torch.float32)
     codes = Codes.of(keys.flatten(0, 2), values.flatten(0, 2), at.int().expand(heads, -1).flatten(), format)
 
     def body() -> Store:
-        made: CodeRows = RaggedCodes(codes, format, 1, heads, [tokens] * heads)
+        made: Store = RaggedCodes(codes, format, 1, heads, [tokens] * heads)
         if page:
             made = PagedCodes.like(codes, format, 1, heads, page)
         made.append([tokens] * heads, codes, HEADROOM)
@@ -81,20 +82,13 @@ def chosen(kind: str, way: str, heads: int, tokens: int, share: float) -> list[T
 
 def kept(store: Store, indices: list[Tensor], move: Compactor) -> Store:
     """What the selection leaves."""
-    if isinstance(store, RaggedCodes | PagedCodes):
-        return store.take(indices, HEADROOM, move)
-    return factory.taken(store, indices, HEADROOM, move)  # type: ignore[arg-type]
-
-
-def arrays(store: Store) -> Arrays:
-    """What is moved, and where."""
-    return store.pages.arrays() if isinstance(store, PagedStore | PagedCodes) else store.arrays()  # type: ignore[union-attr]
+    return store.keep(indices, HEADROOM, move)
 
 
 def contents(store: Store) -> list[Tensor]:
     """All that the rows hold, as bytes."""
     lengths = store.lengths
-    held, rows = arrays(store), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    held, rows = store.arrays(), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     entries = torch.cat([torch.arange(n) for n in lengths])
     found = []
     for x, n, sharing in zip(held.flat(), held.shared, held.sharing(len(lengths)), strict=True):
@@ -131,8 +125,8 @@ def race(kind: str, way: str, shape: str, tokens: int, share: float, rounds: int
     if any(not torch.equal(a, b) for a, b in zip(*map(contents, left.values()), strict=True)):
         sys.exit(f"they differ at {kind}, {way}, {shape}, {tokens} tokens: nothing was timed")
     entries, counts = torch.cat(indices), [len(i) for i in indices]
-    source = arrays(whole)
-    target = source if paged else arrays(left["C++"])
+    source = whole.arrays()
+    target = source if paged else left["C++"].arrays()
     calls = {name: (lambda move=move: move(source, target, entries, counts)) for name, move in COMPACTORS.items()}
     del left
     taken: dict[tuple[str, str], list[float]] = {}

@@ -61,13 +61,12 @@ def new(heads: int, tokens: int, dim: int, start: int) -> tuple[Tensor, Tensor, 
     return keys, values, torch.arange(start, start + tokens).unsqueeze(0)
 
 
-def prompted(format: str, shape: str, tokens: int, encode: Encoder, move: Compactor) -> QuantizedStore:
+def prompted(format: str, shape: str, tokens: int, encode: Encoder) -> QuantizedStore:
     """A store that holds a prompt, as it is when `flush` is called."""
     key, value, residual = FORMATS[format]
     heads, dim = SHAPES[shape]
     fresh = new(heads, tokens, dim, 0)
-    rows = factory.opened(*fresh[:2], None, 0)
-    store = QuantizedStore(Storage(key, value, residual), rows, encode, move)
+    store = QuantizedStore(Storage(key, value, residual), factory.contiguous(*fresh[:2], None, 0), encode)
     store.append(*fresh, 0)
     return store
 
@@ -85,12 +84,12 @@ def contents(store: QuantizedStore) -> list[Tensor]:
     return found
 
 
-def flushed(store: QuantizedStore, release: bool) -> tuple[float, float]:
+def flushed(store: QuantizedStore, release: bool, move: Compactor) -> tuple[float, float]:
     """Seconds of one flush, and those in it that encode."""
     timed = store.format.encoder
     timed.seconds = 0.0  # type: ignore[attr-defined]
     start = time.perf_counter()
-    store.flush(HEADROOM, release)
+    store.flush(HEADROOM, release, move)
     return time.perf_counter() - start, timed.seconds  # type: ignore[attr-defined]
 
 
@@ -102,10 +101,11 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
         left = {}
         for name, route in WAYS.items():
             torch.manual_seed(round_)
-            store = prompted(format, shape, tokens, Timed(encoder(route)), compactor(route))
-            prompt = flushed(store, True)
+            move = compactor(route)
+            store = prompted(format, shape, tokens, Timed(encoder(route)))
+            prompt = flushed(store, True, move)
             store.append(*new(heads, FLUSH, dim, tokens), HEADROOM)
-            flush = flushed(store, False)
+            flush = flushed(store, False, move)
             left[name] = contents(store)
             if round_ > 1:
                 taken.setdefault(("prompt", name), []).append(prompt)

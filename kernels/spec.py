@@ -28,10 +28,10 @@ class Part:
 
 
 @cache
-def plain(layout: str, dtype: object) -> tuple[Part, ...]:
+def plain(layout: str, dtype: object, page: int = 0) -> tuple[Part, ...]:
     """The one part of rows that are held in one float type (a torch dtype or its name)."""
     codec = Codec(str(dtype).removeprefix("torch."))
-    return (Part(layout, codec, codec),)
+    return (Part(layout, codec, codec, page),)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.plan.plan import LayerPlan
+from kvcompile.stores.base import POSITION_TYPE
 from kvcompile.stores.codes import Codes, Format
-from kvcompile.stores.dense import POSITION_TYPE
 
 Entries = tuple[tuple[int, int], ...]
 GATHERED = (("dense", "dense"), ("dense", "ragged"), ("ragged", "ragged"))  # as rows have one length or not

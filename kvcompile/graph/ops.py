@@ -15,7 +15,6 @@ from kvcompile.kernels.opaque import opaque
 from kvcompile.plan.selection import Schedule
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime import eviction as selections
-from kvcompile.runtime.attention import attended
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
@@ -117,7 +116,7 @@ def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: E
     """
     if expansion is not None:
         return expansion.attended(queries, kv, step, layer)
-    return attended(queries, kv, step, layer).transpose(1, 2).flatten(2)
+    return kv.attend(queries, step, layer).transpose(1, 2).flatten(2)
 
 
 @at_the_cache

@@ -1,4 +1,4 @@
-"""The one way to attend to a layer."""
+"""Attention of a prompt to latent rows, with keys and values of every head made of them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import sdpa
-from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.runtime.cache import Step
 from kvcompile.runtime.layer import LayerCache
-from kvcompile.stores.dense import DenseStore
-
-
-def attended(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
-    """Attention of queries `[B, H_q, Q, D]` to what `kv` holds, `[B, H_q, Q, D_v]`."""
-    store = kv.held
-    cache = step.cache
-    summed = sums(kv, queries, step)
-    spec = cache.spec(layer, store.parts, summed is not None)
-    attend = differentiable(cache.route) if learns(kv, queries) else cache.attend
-    return attend(Queries(queries, step.positions, step.valid), store.view(), spec, summed)
 
 
 def per_head(heads: Tensor, weight: Tensor) -> Tensor:
@@ -49,12 +37,13 @@ class Expansion:
         absorbed queries do; everything else meets the rows as they are cached, also where a kernel is to add up what
         these receive.
         """
-        store, count = kv.held, absorbed.shape[2]
-        library = step.cache.route != "reference" and step.valid is None and not sums_wanted(kv, absorbed, step)
-        if isinstance(store, DenseStore) and library and store.length == count > 1:
-            out = self._expanded(absorbed, store.view(), step, step.cache.spec(layer, store.parts))
+        count = absorbed.shape[2]
+        library = step.cache.route != "reference" and step.valid is None and not kv.sums_wanted(absorbed, step)
+        view = kv.held.view() if library and count > 1 else None
+        if isinstance(view, DenseView) and view.keys.shape[2] == count:
+            out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts))
         else:
-            out = per_head(attended(absorbed, kv, step, layer), self.up)
+            out = per_head(kv.attend(absorbed, step, layer), self.up)
         return out.transpose(1, 2).flatten(2)
 
     def _expanded(self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec) -> Tensor:
@@ -76,31 +65,3 @@ class Expansion:
         keys = torch.cat((positioned.expand(-1, heads, -1, -1), latent @ self.absorb[:, rope:]), -1)
         values = torch.nn.functional.pad(latent @ self.up.mT, (0, rope))
         return torch.cat((absorbed[..., :rope], self.queries), -1), keys, values
-
-
-def sums_wanted(kv: LayerCache, queries: Tensor, step: Step) -> bool:
-    """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
-    s = kv.plan.selection
-    if s is None or not (step.prefill or s.schedule.decode_every):
-        return False
-    needs, single = s.score.needs, queries.shape[2] == 1 and step.valid is None and not step.prefill
-    if needs.reduce != "sum" or learns(kv, queries):
-        return False
-    if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
-        return False
-    return step.cache.scores(kv.held.parts, queries.dtype)
-
-
-def sums(kv: LayerCache, queries: Tensor, step: Step) -> Tensor | None:
-    """Where the kernel adds up what entries receive from `queries [B, H_q, Q, D]`, `[R, n]`; None: nobody needs it."""
-    if not sums_wanted(kv, queries, step):
-        return None
-    store = kv.held
-    if kv.plan.selection is not None and kv.plan.selection.score.needs.carries:
-        step.cache.summed()
-    return kv.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
-
-
-def learns(kv: LayerCache, queries: Tensor) -> bool:
-    """Whether gradients of attention are wanted, with respect to these queries or to what `kv` holds."""
-    return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in kv.held.tensors()))

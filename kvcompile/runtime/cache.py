@@ -17,7 +17,7 @@ from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.runtime.layer import LayerCache
-from kvcompile.stores.quantized import expected_parts
+from kvcompile.stores.factory import expected_parts
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 HEADROOM = 64  # tokens of room behind a row; a full row moves once per so many tokens

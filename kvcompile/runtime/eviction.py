@@ -14,7 +14,6 @@ from torch import Tensor
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import LayerScores, Score, Selection
-from kvcompile.runtime.attention import sums_wanted
 from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
@@ -48,7 +47,7 @@ def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan
     attentive = step.prefill or s.schedule.decode_every > 0
     if not attentive:
         return None
-    needs, summed = s.score.needs, sums_wanted(kv, queries, step)
+    needs, summed = s.score.needs, kv.sums_wanted(queries, step)
     keep = _queries_needed(s, summed)
     if needs.moments:
         kv.history.add_moments(unrotated, step.positions, step.valid, needs.moments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from transformers.cache_utils import CacheLayerMixin
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
+from kvcompile.kernels.dispatch import differentiable
+from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.runtime.history import QueryHistory
 from kvcompile.stores import factory
-from kvcompile.stores.host import HostTransfer, Store, pools, travelling
-from kvcompile.stores.paged import PagedStore
-from kvcompile.stores.quantized import QuantizedStore
+from kvcompile.stores.base import Chosen, Store
+from kvcompile.stores.host import HostTransfer
+
+if TYPE_CHECKING:
+    from kvcompile.runtime.cache import Step
 
 
 class LayerCache(CacheLayerMixin):  # type: ignore[misc]
@@ -90,14 +94,59 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if latent is not None:
             values = keys[..., latent:]
         if self.store is None:
-            storage = self.plan.storage
-            first = factory.opened(keys, values, valid, headroom, 0 if storage.quantized else storage.page, latent)
-            quantized = (storage, first, self.encoder, self.compactor, self.plan.index)
-            self.store = QuantizedStore(*quantized) if storage.quantized else first
+            how = self.plan.storage, latent, self.encoder, self.plan.index
+            self.store = factory.opened(keys, values, valid, headroom, *how)
             self.is_initialized = True
         if self.transfer is not None and self.transfer.home is not None:
-            self.transfer.appended.append(((keys, values, positions, valid), headroom))
-        self.store = _added(self.store, keys, values, positions, valid, headroom, self.compactor)
+            self.transfer.appended.append(((keys, values, positions), valid, headroom))
+        self.store = self.store.append(keys, values, positions, headroom, valid, self.compactor)
+
+    def attend(self, queries: Tensor, step: Step, layer: int, chosen: Chosen | None = None) -> Tensor:
+        """Attention of the new queries to what is held: the one way to attend to a layer.
+
+        Args:
+            queries: `[B, H_q, Q, D]`, of the new tokens, whose keys and values are already held.
+            step: the forward pass that they belong to.
+            layer: who asks: this layer, or one that reads its cache.
+            chosen: the only entries of each row that are seen, those of the new tokens among them (see `Store.view`).
+
+        Returns `[B, H_q, Q, D_v]`. Raises KvcompileError for a choice where a score adds up attention to all entries.
+        """
+        if chosen is not None and self.sums_wanted(queries, step):
+            raise KvcompileError(
+                f"layer {self.plan.index}: its score adds up attention to every entry",
+                "attention to chosen entries",
+                "use a score that looks at keys or queries itself, or attend to all entries",
+            )
+        store, cache, sums = self.held, step.cache, self._sums(queries, step)
+        spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
+        attend = differentiable(cache.route) if self._learns(queries) else cache.attend
+        return attend(Queries(queries, step.positions, step.valid), store.view(chosen), spec, sums)
+
+    def sums_wanted(self, queries: Tensor, step: Step) -> bool:
+        """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
+        s = self.plan.selection
+        if s is None or not (step.prefill or s.schedule.decode_every):
+            return False
+        needs, single = s.score.needs, queries.shape[2] == 1 and step.valid is None and not step.prefill
+        if needs.reduce != "sum" or self._learns(queries):
+            return False
+        if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
+            return False
+        return step.cache.scores(self.held.parts, queries.dtype)
+
+    def _sums(self, queries: Tensor, step: Step) -> Tensor | None:
+        """Where the kernel adds up what entries receive from the queries, `[R, n]`; None where that is not wanted."""
+        if not self.sums_wanted(queries, step):
+            return None
+        if self.plan.selection is not None and self.plan.selection.score.needs.carries:
+            step.cache.summed()
+        store = self.held
+        return self.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
+
+    def _learns(self, queries: Tensor) -> bool:
+        """Whether gradients of attention are wanted, with respect to these queries or to what is held."""
+        return torch.is_grad_enabled() and (queries.requires_grad or any(x.requires_grad for x in self.held.tensors()))
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
@@ -105,24 +154,17 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
             self._changed()
-            if isinstance(store, QuantizedStore):
-                store.keep(indices, headroom)
-            else:
-                self.store = factory.taken(store, indices, headroom, self.compactor)
+            self.store = store.keep(indices, headroom, self.compactor)
 
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
         self._changed()
-        if isinstance(self.held, PagedStore):
-            self.held.rewrite(keys)
-            return
-        for (old, _, _), new in zip(self.held.rows(), keys, strict=True):
-            old.copy_(new)
+        self.held.rewrite(keys)
 
     def flush(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual (see `QuantizedStore.flush`); whether anything was."""
         with self._at_hand() as store:
-            flushed = isinstance(store, QuantizedStore) and store.flush(headroom, release)
+            flushed = store.flush(headroom, release, self.compactor)
             if flushed:
                 self._changed()
         return flushed
@@ -140,7 +182,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def to_host(self) -> None:
         """Put the store into host memory."""
         if self.transfer is not None and self.store is not None:
-            self.store = self.transfer.to_host(self.store, _added)
+            self.store = self.transfer.to_host(self.store)
 
     def resident(self) -> int:
         """Bytes allocated on the compute device, measured tensor by tensor."""
@@ -152,7 +194,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def host_bytes_held(self) -> int:
         """Bytes of keys and values held, where all of them lie in host memory; else 0."""
-        if self.store is None or not all(map(self._at_home, travelling(self.store))):
+        if self.store is None or not all(map(self._at_home, self.store.buffers())):
             return 0
         return self.store.nbytes()
 
@@ -161,9 +203,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def _alive(self) -> list[Tensor]:
         """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
-        found = [] if self.store is None else self.store.tensors()
-        found = found + (self.transfer.spare() if self.transfer is not None else [])
-        found += [x for pool in pools(self.store) if pool.residency is not None for x in pool.residency.tensors()]
+        found = self.transfer.spare() if self.transfer is not None else []
+        if self.store is not None:
+            pools = [pool.residency for pool in self.store.pools if pool.residency is not None]
+            found = [*self.store.tensors(), *found, *(x for residency in pools for x in residency.tensors())]
         return list({id(x): x for x in found}.values())
 
     def _rehome(self) -> None:
@@ -219,19 +262,3 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search picks sequences."""
         self.select(beam_idx)
-
-
-def _added(
-    store: Store,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    valid: Tensor | None,
-    headroom: int,
-    compactor: Compactor = compact,
-) -> Store:
-    """The store with new tokens in it, as `LayerCache.append` gets them."""
-    if isinstance(store, QuantizedStore):
-        store.append(keys, values, positions, headroom, valid)
-        return store
-    return factory.added(store, keys, values, positions, valid, headroom, compactor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kvcompile.kernels.codecs import Encoder, decode, encode
 from kvcompile.kernels.compact import Arrays, Compactor, compact
-from kvcompile.kernels.layout import RaggedView, Segment
+from kvcompile.kernels.layout import PagedView, RaggedView, Segment
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Codec
 from kvcompile.stores import hugepages
-
-Row = tuple[Tensor, Tensor, Tensor]
+from kvcompile.stores.base import Chosen, Move, Row, listed, scattered
+from kvcompile.stores.pool import PagePool
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Codes:
         cut = [None if x is None else x[start // n : stop // n] for x, n in zip(self._all, format.steps, strict=True)]
         return Codes(*cut)  # type: ignore[arg-type]
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Codes:
+    def moved(self, move: Move) -> Codes:
         """What `move` makes of each tensor."""
         return Codes(*(None if x is None else move(x) for x in self._all))  # type: ignore[arg-type]
 
@@ -124,8 +124,13 @@ class CodeRows(Protocol):
         """How a kernel must read it."""
         ...
 
-    def segment(self) -> Segment:
-        """What a kernel reads."""
+    @property
+    def pools(self) -> list[PagePool]:
+        """The pools in whose pages it lies."""
+        ...
+
+    def segment(self, chosen: Chosen | None = None) -> Segment:
+        """What a kernel reads: all entries, or whole blocks of them that are `chosen`, in pages of a block."""
         ...
 
     def append(self, counts: list[int], new: Codes, headroom: int, compactor: Compactor = compact) -> None:
@@ -136,8 +141,8 @@ class CodeRows(Protocol):
         """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
         ...
 
-    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> CodeRows:
-        """A new body with only the entries `indices[row]` of each row."""
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> CodeRows:
+        """Only the entries `indices[row]` of each row, codes as they are."""
         ...
 
     def select(self, sequences: Tensor) -> None:
@@ -146,6 +151,14 @@ class CodeRows(Protocol):
 
     def nbytes(self) -> int:
         """Bytes of the codes and scales held (not of the room behind them)."""
+        ...
+
+    def moved(self, move: Move) -> CodeRows:
+        """The same entries where every tensor is what `move` makes of this one's; pages move by pool."""
+        ...
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that move between a device and host memory."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -170,9 +183,18 @@ class RaggedCodes:
         """Ragged, in the format's codecs."""
         return Part("ragged", self.format.key, self.format.value)
 
-    def segment(self) -> RaggedView:
-        """What a kernel reads."""
+    @property
+    def pools(self) -> list[PagePool]:
+        """None."""
+        return []
+
+    def segment(self, chosen: Chosen | None = None) -> RaggedView | PagedView:
+        """What a kernel reads: all entries, or those `chosen`."""
         c = self.codes
+        if chosen is not None:
+            rows, entries, counts = listed(chosen, self._begins.device)
+            arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
+            return scattered(arrays, self._begins[rows] + entries, counts, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,
             c.values,
@@ -230,7 +252,7 @@ class RaggedCodes:
         first = self.starts[row]
         return self.codes.span(first + start, first + self.lengths[row], self.format).decoded(self.format)
 
-    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedCodes:
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedCodes:
         """A new body with only the entries `indices[row]` of each row, codes as they are."""
         rooms = [len(index) + headroom for index in indices]
         return self._made(range(len(indices)), indices, self.batch, rooms, compactor)
@@ -248,11 +270,15 @@ class RaggedCodes:
         held = self.codes.span(0, sum(self.lengths), self.format)
         return sum(x.numel() * x.element_size() for x in held.tensors if x is not held.positions)
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedCodes:
+    def moved(self, move: Move) -> RaggedCodes:
         """A body of the same entries whose every tensor is what `move` makes of this one's."""
         made = copy.copy(self)
         made.codes, made._begins, made._ends = self.codes.moved(move), move(self._begins), move(self._ends)
         return made
+
+    def buffers(self) -> list[Tensor]:
+        """All tensors."""
+        return self.tensors()
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

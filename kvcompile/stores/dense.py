@@ -8,21 +8,20 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels.compact import Arrays, Compactor, compact
-from kvcompile.kernels.layout import DenseView
+from kvcompile.kernels.layout import DenseView, PagedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
+from kvcompile.stores.ragged import RaggedStore
 
-POSITION_TYPE = torch.int32
 
-
-class DenseStore:
+class DenseStore(Plain):
     """Keys `[B, H_kv, capacity, D]`, values, true positions `[B, H_kv or 1, capacity]`, one length for all rows.
 
     Appending writes into room kept at the end; a full store grows by `headroom` tokens, so that a token costs a
     copy of its own keys only. `latent`: values are the channels of the keys from this one on, and have no memory.
+    Where padding or a selection makes lengths differ, it becomes a ragged store.
     """
-
-    layout = "dense"
 
     def __init__(
         self, keys: Tensor, values: Tensor | None, positions: Tensor, length: int, latent: int | None = None
@@ -67,8 +66,19 @@ class DenseStore:
         """Tokens held by each row (sequence-major)."""
         return [self.length] * (self.batch * self.heads)
 
-    def append(self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int) -> None:
-        """Add `keys [B, H_kv, Q, D]`, `values`, at true `positions [B, Q]`."""
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        compactor: Compactor = compact,
+    ) -> DenseStore | RaggedStore:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at true `positions [B, Q]`; ragged where only some are `valid`."""
+        if valid is not None:
+            ragged = RaggedStore.of(self.rows(), self.batch, self.heads, headroom, self.latent)
+            return ragged.append(keys, values, positions, headroom, valid)
         start, stop = self.length, self.length + keys.shape[2]
         if stop > self.keys.shape[2]:
             self._grow(stop + headroom)
@@ -77,6 +87,7 @@ class DenseStore:
             self._values[:, :, start:stop] = values
         self.positions[:, :, start:stop] = positions.unsqueeze(1)
         self.length = stop
+        return self
 
     def _grow(self, capacity: int) -> None:
         def grown(old: Tensor) -> Tensor:
@@ -91,15 +102,28 @@ class DenseStore:
         self.keys, self.positions = change(self.keys), change(self.positions)
         self._values = None if self._values is None else change(self._values)
 
-    def view(self) -> DenseView:
-        """What a kernel reads."""
-        n = self.length
-        return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
+    def view(self, chosen: Chosen | None = None) -> DenseView | PagedView:
+        """What a kernel reads: all entries, or those `chosen`.
+
+        The first choice gives each head positions of its own, as kernels read those of a chosen entry beside its key.
+        """
+        if chosen is None:
+            n = self.length
+            return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
+        self.positions = self.positions.expand(-1, self.heads, -1).contiguous()
+        rows, entries, counts = listed(chosen, self.device)
+        keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
+        return scattered((keys, values, positions), rows * self.keys.shape[2] + entries, counts, self.heads)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """How a kernel must read it."""
         return plain("dense", self.keys.dtype)
+
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """How a kernel must read chosen entries: as pages of one."""
+        return plain("paged", self.keys.dtype, 1)
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` and row lengths of one sequence."""
@@ -107,7 +131,7 @@ class DenseStore:
         positions = self.positions[b, :, :n].expand(self.heads, n)
         return self.keys[b, :, :n], self.values[b, :, :n], positions, [n] * self.heads
 
-    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major."""
         out = []
         for b in range(self.batch):
@@ -119,9 +143,11 @@ class DenseStore:
         """What compaction moves."""
         return Arrays(tuple(self.tensors()))
 
-    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> DenseStore:
-        """A new store with only the entries `indices[row]` of each row, all of one number."""
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> DenseStore | RaggedStore:
+        """A new store with only the entries `indices[row]` of each row, ragged where their numbers differ."""
         count = indices[0].numel()
+        if any(index.numel() != count for index in indices):
+            return RaggedStore.kept(self, indices, headroom, compactor)
 
         def room(old: Tensor) -> Tensor:
             return hugepages.empty(old, self.batch, self.heads, count + headroom, *old.shape[3:])
@@ -167,10 +193,16 @@ class DenseStore:
         own = [] if self._values is None else [self._values]
         return [self.keys, *own, self.positions]
 
-    def allocated(self) -> int:
-        """Bytes of everything allocated: keys, values, positions, room."""
-        return sum(map(_bytes, self.tensors()))
-
 
 def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
+
+
+def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> DenseStore | RaggedStore:
+    """A store of the given rows, dense if they have one length."""
+    if len({len(p) for _, _, p in rows}) > 1:
+        return RaggedStore.of(rows, batch, heads, headroom)
+    keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
+    count = positions.shape[2]
+    whole = torch.arange(count, device=keys.device, dtype=torch.int64)
+    return DenseStore(keys, values, positions, count).keep([whole] * len(rows), headroom)

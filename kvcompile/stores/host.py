@@ -11,35 +11,11 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from kvcompile.stores import factory
-from kvcompile.stores.pages import PagedRows
+from kvcompile.stores.base import Move, Store
 from kvcompile.stores.pool import PagePool
-from kvcompile.stores.quantized import QuantizedStore
 
-Store = factory.PlainStore | QuantizedStore
 T = TypeVar("T")
-Move = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
-
-
-def moved(store: Store, move: Move) -> Store:
-    """A store of the same entries whose every tensor is what `move` makes of the old one's; pages move by pool."""
-    return store.moved(move) if isinstance(store, QuantizedStore) else factory.moved(store, move)
-
-
-def pools(store: Store | None) -> list[PagePool]:
-    """The pools in whose pages (some of) the store lies."""
-    places = (store, getattr(store, "body", None))
-    return [rows.pool for x in places if isinstance(rows := getattr(x, "pages", None), PagedRows)]
-
-
-def travelling(store: Store | None) -> list[Tensor]:
-    """The tensors of a store that move between device and host: all but the books of its pools."""
-    if store is None:
-        return []
-    rows = [store.residual, store.codes] if isinstance(store, QuantizedStore) else [store]
-    own = [x for part in rows if part is not None and not hasattr(part, "pages") for x in part.tensors()]
-    return own + [x for pool in pools(store) for x in pool.buffers.values()]
 
 
 @dataclass
@@ -181,7 +157,7 @@ class HostTransfer:
     on_host: bool = False
     home: Store | None = None
     coming: Coming[Store] | None = None
-    appended: list[tuple[Any, ...]] = field(default_factory=list)
+    appended: list[tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, int]] = field(default_factory=list)
     changed: bool = False
 
     def _host(self, store: Store) -> Host:
@@ -191,41 +167,42 @@ class HostTransfer:
 
     def prefetch(self, store: Store) -> None:
         """Begin to bring the `store`, where it is parked."""
-        for pool in pools(store):
+        for pool in store.pools:
             with pool.alone():
                 if pool.residency is not None:
                     pool.residency.prefetch(pool)
         if self.on_host:
-            self.coming = self._host(store).send(lambda near: moved(store, near))
+            self.coming = self._host(store).send(lambda near: store.moved(near))
 
     def fetch(self, store: Store) -> Store:
         """The `store`, on the device."""
-        for pool in pools(store):
+        for pool in store.pools:
             with pool.alone():
                 if pool.residency is not None:
                     pool.residency.fetch(pool, self)
         if not self.on_host:
             return store
-        coming = self.coming or self._host(store).send(lambda near: moved(store, near))
+        coming = self.coming or self._host(store).send(lambda near: store.moved(near))
         self.on_host, self.home, self.coming = False, store, None
         return self._host(store).receive(coming)
 
-    def to_host(self, store: Store, add: Callable[..., Store]) -> Store:
-        """`store` at home; where it only grew, the copy there grows by `add(copy, *appended)` instead."""
+    def to_host(self, store: Store) -> Store:
+        """`store` at home; where it only grew, what was `appended` is appended to the copy there instead."""
         host = self._host(store)
-        for pool in pools(store):
+        for pool in store.pools:
             with pool.alone():
                 pool.residency = pool.residency or PagePoolResidency(host)
                 pool.residency.to_host(pool, self)
         if self.on_host:
             return store
         if self.home is None or self.changed:
-            mine = moved(store, host.away)
+            mine = store.moved(host.away)
         else:
             mine = self.home
-            for new, headroom in self.appended if mine is not store else ():
-                mine = add(mine, *(x if x is None else x.to(host.home) for x in new), headroom)
-            mine = moved(mine, host.kept)
+            for new, valid, headroom in self.appended if mine is not store else ():
+                keys, values, positions = (x.to(host.home) for x in new)
+                mine = mine.append(keys, values, positions, headroom, None if valid is None else valid.to(host.home))
+            mine = mine.moved(host.kept)
         self.on_host, self.home, self.appended, self.changed = True, None, [], False
         return mine
 
@@ -233,12 +210,13 @@ class HostTransfer:
         """The store after an operation on it where it lies: what that made at home is made as `away` does."""
         if self.host is None or not self.on_host:
             return store
-        for pool in pools(store):
+        for pool in store.pools:
             with pool.alone():
                 if pool.residency is not None:
                     pool.residency.rehome(pool)
-        return moved(store, self.host.kept)
+        return store.moved(self.host.kept)
 
     def spare(self) -> list[Tensor]:
         """Tensors kept alive beside those of the store and its pools."""
-        return [*travelling(self.home), *(self.coming.tensors if self.coming else [])]
+        home = self.home.buffers() if self.home is not None else []
+        return [*home, *(self.coming.tensors if self.coming else [])]

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView
-from kvcompile.kernels.spec import Part
-from kvcompile.plan.storage import Codec
-from kvcompile.stores.dense import POSITION_TYPE
+from kvcompile.kernels.spec import Part, plain
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
 from kvcompile.stores.pages import Paged, PagedRows, alone, ranges
 
 
-@cache
-def paged(dtype: object, page: int) -> tuple[Part, ...]:
-    """The one part of rows that lie in pages in one float type (a torch dtype or its name)."""
-    codec = Codec(str(dtype).removeprefix("torch."))
-    return (Part("paged", codec, codec, page),)
-
-
-class PagedStore(Paged):
+class PagedStore(Paged, Plain):
     """Keys `[pages * page, D]`, values, true positions `[pages * page]` in the model's dtype; rows as in `PagedRows`.
 
     `latent`: values are the channels of the keys from this one on, and have no memory of their own.
     Copies (`fork`, `copy.deepcopy`) and repeated sequences (`select`) share pages until one of them writes there.
     """
-
-    layout = "paged"
 
     def __init__(self, pages: PagedRows, batch: int, heads: int, latent: int | None = None) -> None:
         self.pages, self.batch, self.heads, self.latent = pages, batch, heads, latent
@@ -75,7 +64,7 @@ class PagedStore(Paged):
         headroom: int,
         valid: Tensor | None = None,
         compactor: Compactor = compact,
-    ) -> None:
+    ) -> PagedStore:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`.
 
         Where each row gets one token, its slot is known ahead; pages are looked for once every `page` tokens.
@@ -87,18 +76,22 @@ class PagedStore(Paged):
             if self.latent is None:
                 new["values"] = values.reshape(rows, -1)
             self.pages.write(self.pages.step(headroom), new)
-            return
+            return self
         given = (keys, at.unsqueeze(1)) if self.latent is not None else (keys, values, at.unsqueeze(1))
         added, kept = [count] * rows, None
         if valid is not None:
             real = valid.repeat_interleave(self.heads, 0)
             added, kept = real.sum(1).tolist(), real.nonzero()[:, 1]
         self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, compactor, kept)
+        return self
 
     @alone
-    def view(self) -> PagedView:
-        """What a kernel reads."""
+    def view(self, chosen: Chosen | None = None) -> PagedView:
+        """What a kernel reads: all entries, or those `chosen`."""
         pages = self.pages
+        if chosen is not None:
+            rows, entries, counts = listed(chosen, self.device)
+            return scattered((self.keys, self.values, self.positions), pages.slots(rows, entries), counts, self.heads)
         return PagedView(
             self.keys,
             self.values,
@@ -114,10 +107,15 @@ class PagedStore(Paged):
     @property
     def parts(self) -> tuple[Part, ...]:
         """How a kernel must read it."""
-        return paged(self.keys.dtype, self.pages.pool.page)
+        return plain("paged", self.keys.dtype, self.pages.pool.page)
+
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """How a kernel must read chosen entries: as pages of one."""
+        return plain("paged", self.keys.dtype, 1)
 
     @alone
-    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
         held = self.pages.read(self.pages.held())
         whole = (held["keys"], self._values(held), held["positions"])
@@ -148,21 +146,6 @@ class PagedStore(Paged):
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens of every row."""
         self.pages.truncate([n - count for n in self.lengths])
-
-    @alone
-    def oldest(self, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys `[n, D]`, values and positions of the first `counts[row]` entries, row after row."""
-        stops = torch.tensor(counts, device=self.device, dtype=torch.int64)
-        held = self.pages.read(self.pages.slots(*ranges(torch.zeros_like(stops), stops)))
-        return held["keys"], self._values(held), held["positions"]
-
-    @alone
-    def shed(self, counts: list[int], compactor: Compactor = compact) -> None:
-        """Forget the first `counts[row]` entries of each row, in place."""
-        rest = [
-            torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, self.lengths, strict=True)
-        ]
-        self.pages.keep(rest, self.pages.headroom, compactor)
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""

@@ -7,7 +7,8 @@ from torch import Tensor
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
-from kvcompile.stores.codes import Codes, Format, Row
+from kvcompile.stores.base import Chosen, Row, listed, scattered
+from kvcompile.stores.codes import Codes, Format
 from kvcompile.stores.pages import Paged, PagedRows, alone
 
 NAMES = ("keys", "key_scales", "values", "value_scales", "positions")
@@ -31,9 +32,14 @@ class PagedCodes(Paged):
         return Part("paged", self.format.key, self.format.value, self.pages.pool.page)
 
     @alone
-    def segment(self) -> PagedView:
-        """What a kernel reads."""
+    def segment(self, chosen: Chosen | None = None) -> PagedView:
+        """What a kernel reads: all entries, or those `chosen`."""
         pages, found = self.pages, self.pages.pool.buffers
+        if chosen is not None:
+            rows, entries, counts = listed(chosen, pages.where)
+            arrays = found["keys"], found["values"], found["positions"]
+            scales = found.get("key_scales"), found.get("value_scales")
+            return scattered(arrays, pages.slots(rows, entries), counts, self.heads, self.format.block, scales)
         return PagedView(
             found["keys"],
             found["values"],

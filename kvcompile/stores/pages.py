@@ -266,8 +266,25 @@ class Paged:
         """Entries of each row (sequence-major)."""
         return self.pages.lengths
 
+    @property
+    def pools(self) -> list[PagePool]:
+        """The one in whose pages it lies."""
+        return [self.pages.pool]
+
+    def moved(self: P, move: Callable[[Tensor], Tensor]) -> P:
+        """Itself: pages move by pool."""
+        return self
+
+    def buffers(self) -> list[Tensor]:
+        """The pages."""
+        return list(self.pages.pool.buffers.values())
+
+    def arrays(self) -> Arrays:
+        """What compaction moves."""
+        return self.pages.arrays()
+
     @alone
-    def take(self: P, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> P:
+    def keep(self: P, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> P:
         """With only the entries `indices[row]` of each row, in place; pages that empty are freed."""
         self.pages.keep(indices, headroom, compactor)
         return self

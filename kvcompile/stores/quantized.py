@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,13 @@ from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
-from kvcompile.kernels.spec import plain as plain_parts
 from kvcompile.plan.storage import Storage
-from kvcompile.stores import factory
+from kvcompile.stores.base import Chosen, Move, Row
 from kvcompile.stores.codes import CodeRows, Codes, Format, RaggedCodes
-from kvcompile.stores.paged import paged
+from kvcompile.stores.dense import DenseStore, of_rows
 from kvcompile.stores.paged_codes import PagedCodes
-from kvcompile.stores.ragged import padded
+from kvcompile.stores.pool import PagePool
+from kvcompile.stores.ragged import RaggedStore, padded
 
 
 class QuantizedStore:
@@ -31,17 +31,10 @@ class QuantizedStore:
     Until something is encoded there is no body.
     """
 
-    layout = "quantized"
-
     def __init__(
-        self,
-        storage: Storage,
-        residual: factory.PlainStore,
-        encoder: Encoder = encode,
-        compactor: Compactor = compact,
-        layer: int = 0,
+        self, storage: Storage, residual: DenseStore | RaggedStore, encoder: Encoder = encode, layer: int = 0
     ) -> None:
-        self.storage, self.residual, self.compactor, self.layer = storage, residual, compactor, layer
+        self.storage, self.residual, self.layer = storage, residual, layer
         self.codes: CodeRows | None = None
         dtype = residual.keys.dtype
         self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
@@ -72,12 +65,19 @@ class QuantizedStore:
         return [old + new for old, new in zip(self.encoded, self.residual.lengths, strict=True)]
 
     def append(
-        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
-    ) -> None:
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        compactor: Compactor = compact,
+    ) -> QuantizedStore:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
-        self.residual = factory.added(self.residual, keys, values, positions, valid, headroom)
+        self.residual = self.residual.append(keys, values, positions, headroom, valid, compactor)
+        return self
 
-    def flush(self, headroom: int, release: bool) -> bool:
+    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
         """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
 
         Returns whether anything was encoded. Raises KvcompileError for numbers that float16 scales cannot hold.
@@ -91,14 +91,14 @@ class QuantizedStore:
         require_held(new, (keys, values), self.format, self.storage.policy, self.layer)
         if self.codes is None:
             self.codes = self._opened(new, counts, headroom)
-        self.codes.append(counts, new, headroom, self.compactor)
+        self.codes.append(counts, new, headroom, compactor)
         if release:
             kept = [
                 torch.arange(c, n, device=self.device, dtype=torch.int64) for c, n in zip(counts, lengths, strict=True)
             ]
-            self.residual = factory.taken(self.residual, kept, headroom, self.compactor)
+            self.residual = self.residual.keep(kept, headroom, compactor)
         else:
-            self.residual.shed(counts, self.compactor)
+            self.residual.shed(counts, compactor)
         return True
 
     def _opened(self, like: Codes, counts: list[int], headroom: int) -> CodeRows:
@@ -107,21 +107,42 @@ class QuantizedStore:
             return PagedCodes.like(like, self.format, self.batch, self.heads, self.storage.page)
         return RaggedCodes(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
 
-    def view(self) -> View:
-        """What a kernel reads."""
-        newest = self.residual.view()
-        return newest if self.codes is None else MixedView((self.codes.segment(), newest))
+    def view(self, chosen: Chosen | None = None) -> View:
+        """What a kernel reads: all entries, or those `chosen`; of encoded ones whole blocks that share scales.
+
+        Raises KvcompileError for parts of such blocks.
+        """
+        if self.codes is None:
+            return self.residual.view(chosen)
+        if chosen is None:
+            return MixedView((self.codes.segment(), self.residual.view()))
+        inside = torch.stack([(row < n).sum() for row, n in zip(chosen, self.encoded, strict=True)]).tolist()
+        old = [row[:n] for row, n in zip(chosen, inside, strict=True)]
+        new = [row[n:] - start for row, n, start in zip(chosen, inside, self.encoded, strict=True)]
+        return MixedView((self.codes.segment(old), self.residual.view(new)))
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """How a kernel must read it."""
         return self.residual.parts if self.codes is None else (self.codes.part, *self.residual.parts)
 
-    def rows(self) -> list[factory.Row]:
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """How a kernel must read chosen entries: encoded ones as pages of a block, others as pages of one."""
+        if self.codes is None:
+            return self.residual.chosen_parts
+        return replace(self.codes.part, layout="paged", page=self.format.block), *self.residual.chosen_parts
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """The one of codes in pages."""
+        return [] if self.codes is None else self.codes.pools
+
+    def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major, decoded to the model's dtype."""
         return [self._row(r, 0, residual) for r, residual in enumerate(self.residual.rows())]
 
-    def _row(self, row: int, start: int, residual: factory.Row) -> factory.Row:
+    def _row(self, row: int, start: int, residual: Row) -> Row:
         """The entries from `start` on of a row that ends in `residual`."""
         if self.codes is None:
             return residual
@@ -133,15 +154,15 @@ class QuantizedStore:
         mine, tails = range(b * self.heads, (b + 1) * self.heads), self.residual.rows()
         return padded([self._row(r, 0, tails[r]) for r in mine])
 
-    def keep(self, indices: list[Tensor], headroom: int) -> None:
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> QuantizedStore:
         """Keep only the entries `indices[row]` (ascending) of each row.
 
         Codes stay as they are where every token has its own scales; where tokens share them, up to the first block
         that loses one. What comes after goes back to the tail, to be encoded again by `flush`.
         """
         if self.codes is None:
-            self.residual = factory.taken(self.residual, indices, headroom, self.compactor)
-            return
+            self.residual = self.residual.keep(indices, headroom, compactor)
+            return self
         stay, rows = [], []
         for r, (index, residual) in enumerate(zip(indices, self.residual.rows(), strict=True)):
             old = self.encoded[r]
@@ -152,8 +173,19 @@ class QuantizedStore:
             rest = index[count:] - start
             keys, values, positions = self._row(r, start, residual)
             rows.append((keys[rest], values[rest], positions[rest]))
-        self.codes = self.codes.take(stay, headroom, self.compactor) if any(map(len, stay)) else None
-        self.residual = factory.of_rows(rows, self.batch, self.heads, headroom)
+        self.codes = self.codes.keep(stay, headroom, compactor) if any(map(len, stay)) else None
+        self.residual = of_rows(rows, self.batch, self.heads, headroom)
+        return self
+
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where some are encoded."""
+        if self.codes is not None:
+            raise KvcompileError(
+                "only keys that are not encoded can be rewritten",
+                f"up to {max(self.encoded)} encoded tokens a row",
+                "store them in the model's own dtype",
+            )
+        self.residual.rewrite(keys)
 
     def _untouched(self, inside: Tensor, total: int) -> int:
         """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""
@@ -185,13 +217,16 @@ class QuantizedStore:
         """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
         return self.residual.nbytes() + (self.codes.nbytes() if self.codes is not None else 0)
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> QuantizedStore:
+    def moved(self, move: Move) -> QuantizedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
         made = copy.copy(self)
-        made.residual = factory.moved(self.residual, move)
-        if isinstance(self.codes, RaggedCodes):
-            made.codes = self.codes.moved(move)
+        made.residual = self.residual.moved(move)
+        made.codes = None if self.codes is None else self.codes.moved(move)
         return made
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that move between a device and host memory."""
+        return self.residual.buffers() + (self.codes.buffers() if self.codes is not None else [])
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""
@@ -200,12 +235,3 @@ class QuantizedStore:
     def allocated(self) -> int:
         """Bytes of everything allocated: codes, scales, plain numbers, positions, room."""
         return sum(x.numel() * x.element_size() for x in self.tensors())
-
-
-def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...]:
-    """How rows of a layer lie once they are longer than the residual, where the tail is `layout`."""
-    if storage.page and not storage.quantized:
-        return paged(dtype, storage.page)
-    residual = plain_parts(layout, dtype)
-    body = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
-    return (body, *residual) if storage.quantized else residual

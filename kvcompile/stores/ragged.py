@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.compact import Arrays, Compactor, compact
-from kvcompile.kernels.layout import RaggedView
+from kvcompile.kernels.layout import PagedView, RaggedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
-from kvcompile.stores.dense import POSITION_TYPE, DenseStore
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
+
+if TYPE_CHECKING:
+    from kvcompile.stores.dense import DenseStore
 
 
-class RaggedStore:
+class RaggedStore(Plain):
     """Rows back to back in flat buffers: keys `[T, D]`, values `[T, D]`, true positions `[T]`.
 
     Row `b * heads + h` occupies `starts[row] : starts[row] + lengths[row]` and may grow to `rooms[row]` tokens;
     when one row is full all are moved once, with `headroom` tokens of new room each.
     `latent`: values are the channels of the keys from this one on, and have no memory of their own.
     """
-
-    layout = "ragged"
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class RaggedStore:
     @classmethod
     def of(
         cls,
-        rows: list[tuple[Tensor, Tensor, Tensor]],
+        rows: list[Row],
         batch: int,
         heads: int,
         headroom: int,
@@ -85,8 +87,14 @@ class RaggedStore:
         self.lengths[row] += keys.shape[0]
 
     def append(
-        self, keys: Tensor, values: Tensor, positions: Tensor, headroom: int, valid: Tensor | None = None
-    ) -> None:
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        compactor: Compactor = compact,
+    ) -> RaggedStore:
         """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
         count = keys.shape[2]
         added = [count] * self.batch if valid is None else [int(n) for n in valid.sum(1)]
@@ -101,19 +109,24 @@ class RaggedStore:
             )
             self.lengths = [n + 1 for n in self.lengths]
             self._ends += 1
-            return
+            return self
         for b in range(self.batch):
             real = slice(None) if valid is None else valid[b]
             for h in range(self.heads):
                 self._write(b * self.heads + h, keys[b, h, real], values[b, h, real], positions[b, real])
         self._mark_ends()
+        return self
 
     def _grow(self, room: int) -> None:
         grown = RaggedStore.of(self.rows(), self.batch, self.heads, room, self.latent)
         self.__dict__.update(grown.__dict__)
 
-    def view(self) -> RaggedView:
-        """What a kernel reads."""
+    def view(self, chosen: Chosen | None = None) -> RaggedView | PagedView:
+        """What a kernel reads: all entries, or those `chosen`."""
+        if chosen is not None:
+            rows, entries, counts = listed(chosen, self.device)
+            arrays = self.keys, self.values, self.positions
+            return scattered(arrays, self._begins[rows] + entries, counts, self.heads)
         return RaggedView(
             self.keys,
             self.values,
@@ -131,7 +144,12 @@ class RaggedStore:
         """How a kernel must read it."""
         return plain("ragged", self.keys.dtype)
 
-    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """How a kernel must read chosen entries: as pages of one."""
+        return plain("paged", self.keys.dtype, 1)
+
+    def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major."""
         spans = [slice(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)]
         return [(self.keys[at], self.values[at], self.positions[at]) for at in spans]
@@ -157,7 +175,7 @@ class RaggedStore:
         made._mark_ends()
         return made
 
-    def take(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedStore:
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
         return RaggedStore.kept(self, indices, headroom, compactor)
 
@@ -209,10 +227,6 @@ class RaggedStore:
         own = [] if self._values is None else [self._values]
         return [self.keys, *own, self.positions]
 
-    def allocated(self) -> int:
-        """Bytes of everything allocated: keys, values, positions, room."""
-        return sum(x.numel() * x.element_size() for x in self.tensors())
-
 
 def spans(begins: Tensor, counts: Tensor) -> Tensor:
     """The indices `begins[i], ..., begins[i] + counts[i] - 1` of every i, one after the other."""
@@ -221,7 +235,7 @@ def spans(begins: Tensor, counts: Tensor) -> Tensor:
     return begins.repeat_interleave(counts) + within
 
 
-def padded(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def padded(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Keys `[rows, n, D]`, values, positions `[rows, n]` (zeros and -1 past a row's end) and row lengths."""
     keys, values, positions = zip(*rows, strict=True)
     pad = torch.nn.utils.rnn.pad_sequence

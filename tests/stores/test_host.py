@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompile.stores import factory
 from kvcompile.stores.host import HostTransfer, beside
 from kvcompile.stores.paged import PagedStore
 
@@ -20,7 +19,7 @@ def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int) -> None:
     store = PagedStore.empty(keys, keys, 4)
     store.append(keys, keys, torch.arange(6)[None], room)
     first, second = HostTransfer(), HostTransfer()
-    first.to_host(store, factory.added)
+    first.to_host(store)
     fork = store.fork()
     second.on_host = True
     for transfer, mine in ((first, store), (second, fork)):
@@ -29,9 +28,9 @@ def test_a_pool_is_on_the_device_while_any_guest_needs_it(room: int) -> None:
     new = {store: torch.full((1, 1, 1, 4), 7.0), fork: torch.full((1, 1, 1, 4), 9.0)}
     for mine, x in new.items():
         mine.append(x, x, torch.tensor([[6]]), 4)
-    first.to_host(store, factory.added)
+    first.to_host(store)
     assert not host.holds(fork.keys)
-    second.to_host(fork, factory.added)
+    second.to_host(fork)
     assert host.holds(fork.keys)
     for mine, x in new.items():
         assert torch.equal(mine.rows()[0][0], torch.cat((keys[0, 0], x[0, 0])))
@@ -41,7 +40,7 @@ def test_pages_on_their_way_are_not_used_where_the_pool_was_made_anew_meanwhile(
     keys = torch.randn(1, 1, 6, 4)
     store, transfer = PagedStore.empty(keys, keys, 4), HostTransfer()
     store.append(keys, keys, torch.arange(6)[None], 4)
-    transfer.to_host(store, factory.added)
+    transfer.to_host(store)
     transfer.prefetch(store)
     store.pages.pool.grow(3)
     transfer.fetch(store)

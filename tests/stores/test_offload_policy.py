@@ -25,7 +25,7 @@ from kvcompile.models.sharing import shared
 from kvcompile.plan.storage import FLUSH
 from kvcompile.report import plan_table
 from kvcompile.runtime.cache import KVCache
-from kvcompile.stores.host import Host, travelling
+from kvcompile.stores.host import Host
 
 TOKENS, NEW = 40, FLUSH + 2  # far enough to encode while decoding
 every = pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
@@ -74,9 +74,10 @@ def books(cache: Any) -> int:
 
 
 def books_of(layer: Any) -> int:
-    moving = {id(x) for x in travelling(layer.store)}
-    every = [] if layer.store is None else layer.store.tensors()
-    return sum(x.numel() * x.element_size() for x in every if id(x) not in moving)
+    if layer.store is None:
+        return 0
+    moving = {id(x) for x in layer.store.buffers()}
+    return sum(x.numel() * x.element_size() for x in layer.store.tensors() if id(x) not in moving)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, host: Host) -> list[tuple[int, int]]:
@@ -88,7 +89,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, host: Host) -> list[tuple[int, int]]:
         layer = self.layers[self.plan.layers[index].owner]
         if layer.transfer is not None:
             assert not layer.transfer.on_host
-            assert not any(map(host.holds, travelling(layer.store)))
+            assert not any(map(host.holds, layer.held.buffers()))
         seen.append((index, self.resident()))
         return spec(self, index, *given)
 

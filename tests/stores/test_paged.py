@@ -69,7 +69,7 @@ def test_random_operations_like_a_ragged_store(seed: int, page: int) -> None:
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     batch, seen, paged, ragged = rng.randint(1, 3), 0, None, None
     for turn in range(30):
-        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "keep", "select", "drop", "fork", "shed"])
+        op = "append" if turn == 0 else rng.choice(["append", "step", "step", "keep", "select", "drop", "fork"])
         if op in ("append", "step"):
             count = 1 if op == "step" else rng.randint(1, 20)
             keys, values = tokens(batch, count, g)
@@ -85,18 +85,13 @@ def test_random_operations_like_a_ragged_store(seed: int, page: int) -> None:
                 store.append(keys, values, positions, rng.choice([0, HEADROOM]), valid)
         elif op == "keep":
             indices = [torch.randperm(n, generator=g)[: rng.randint(0, n)].sort().values for n in ragged.lengths]
-            paged, ragged = paged.take(indices, HEADROOM), ragged.take(indices, HEADROOM)
+            paged, ragged = paged.keep(indices, HEADROOM), ragged.keep(indices, HEADROOM)
         elif op == "select":
             chosen = torch.tensor([rng.randrange(batch) for _ in range(rng.randint(1, 3))])
             batch = len(chosen)
             paged.select(chosen), ragged.select(chosen)
         elif op == "drop" and min(ragged.lengths) > 3:
             paged.drop_last(3), ragged.drop_last(3)
-        elif op == "shed":
-            counts = [rng.randint(0, n) for n in ragged.lengths]
-            for x, y in zip(paged.oldest(counts), ragged.oldest(counts), strict=True):
-                assert torch.equal(x, y)
-            paged.shed(counts), ragged.shed(counts)
         elif op == "fork":
             paged = copy.deepcopy(paged)
         poison(paged)
@@ -194,7 +189,7 @@ def test_selecting_one_sequence_gives_memory_back() -> None:
 
 def test_allocated_is_what_the_tensors_keep_alive() -> None:
     store = filled(2, 100)
-    for change in (lambda: more(store, 60, 0), lambda: store.take([torch.arange(7)] * 4, HEADROOM), store.fork):
+    for change in (lambda: more(store, 60, 0), lambda: store.keep([torch.arange(7)] * 4, HEADROOM), store.fork):
         change()
         assert store.allocated() == sum(x.untyped_storage().nbytes() for x in store.tensors())
         assert {id(store.keys), id(store.pages.table.host), id(store.pages.pool.references)} <= set(
@@ -212,7 +207,7 @@ def test_rewritten_keys_are_nobody_elses() -> None:
 
 def test_the_view_is_what_kernels_expect() -> None:
     store = filled(2, 37)
-    store = store.take([torch.arange(0, n, 1 + r) for r, n in enumerate(store.lengths)], HEADROOM)
+    store = store.keep([torch.arange(0, n, 1 + r) for r, n in enumerate(store.lengths)], HEADROOM)
     poison(store)
     (part,) = store.parts
     assert part.name == "paged16-float32"

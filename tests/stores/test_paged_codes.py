@@ -63,7 +63,7 @@ def test_random_operations_like_a_ragged_body(seed: int, name: str) -> None:
             for n in ragged.lengths:
                 kept = torch.rand(n // block, generator=g) < 0.8
                 indices.append((kept.nonzero() * block + torch.arange(block)).flatten())
-            paged, ragged = paged.take(indices, 8), ragged.take(indices, 8)
+            paged, ragged = paged.keep(indices, 8), ragged.keep(indices, 8)
         elif op == "select":
             chosen = torch.tensor([rng.randrange(batch) for _ in range(rng.randint(1, 3))])
             batch = len(chosen)

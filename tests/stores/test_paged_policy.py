@@ -181,7 +181,7 @@ def test_a_page_holds_whole_groups() -> None:
     assert {p.storage.page for p in plan_of({**KIVI8, **PAGED}).layers} == {16}
     with pytest.raises(KvcompileError, match="pages of 16, groups of 32"):
         plan_of({**PAGED, "kivi": {}})
-    with pytest.raises(KvcompileError, match="page must be 1 or more"):
+    with pytest.raises(KvcompileError, match="page must be 1 to 4,096 tokens"):
         plan_of({"paged": {"page": 0}})
 
 

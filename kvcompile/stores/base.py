@@ -1,0 +1,202 @@
+"""What a layer asks of the store that holds its keys and values, in whatever layout its rows lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.compact import Compactor, compact, placed
+from kvcompile.kernels.layout import PagedView, View
+from kvcompile.kernels.spec import Part
+from kvcompile.stores.pool import PagePool
+
+POSITION_TYPE = torch.int32
+
+Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
+Chosen = Tensor | list[Tensor]  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
+Move = Callable[[Tensor], Tensor]
+
+
+class Store(Protocol):
+    """Keys, values and true positions of one layer. Row `b * heads + h` belongs to sequence b and KV head h.
+
+    What changes the rows returns the store that holds them afterwards: itself, or one in another layout.
+    `headroom`: tokens of room behind a row where memory is taken for it. `compactor`: what copies entries that stay.
+    """
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        ...
+
+    @property
+    def heads(self) -> int:
+        """KV heads held."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each row."""
+        ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How a kernel must read `view()`."""
+        ...
+
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """How a kernel must read `view(chosen)`."""
+        ...
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """The pools in whose pages some of it lies."""
+        ...
+
+    def view(self, chosen: Chosen | None = None) -> View:
+        """What a kernel reads: all entries, or of each row only those `chosen`.
+
+        Chosen ones stay where they are: the view is a table of their places, and nothing but that is made for it.
+        """
+        ...
+
+    def rows(self) -> list[Row]:
+        """Each row's keys `[n, D]`, values and positions, decoded where they are encoded."""
+        ...
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
+        ...
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        headroom: int,
+        valid: Tensor | None = None,
+        compactor: Compactor = compact,
+    ) -> Store:
+        """Add `keys [B, H_kv, Q, D]`, `values`, at true `positions [B, Q]`; only those `valid [B, Q]`."""
+        ...
+
+    def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> Store:
+        """Keep only the entries `indices[row]` (ascending) of each row; the memory of the others is freed."""
+        ...
+
+    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
+        """Encode what is older than the residual; whether anything was. `release`: give the room of a prefill back."""
+        ...
+
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where they are encoded."""
+        ...
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
+        ...
+
+    def drop_last(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
+        ...
+
+    def moved(self, move: Move) -> Store:
+        """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
+        ...
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that move between a device and host memory: all but the books of pools."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
+        ...
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: keys, values, positions, room."""
+        ...
+
+
+class Plain(ABC):
+    """What stores in the model's own dtype have in common: nothing is encoded, and where they do not say so nothing
+    lies in pages.
+    """
+
+    @property
+    def pools(self) -> list[PagePool]:
+        """None."""
+        return []
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Each row's keys `[n, D]`, values and positions, as views."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept alive."""
+
+    def buffers(self) -> list[Tensor]:
+        """All tensors."""
+        return self.tensors()
+
+    def allocated(self) -> int:
+        """Bytes of everything allocated: keys, values, positions, room."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
+        """Nothing is encoded: False."""
+        return False
+
+    def rewrite(self, keys: list[Tensor]) -> None:
+        """Replace the keys of every row by `keys[row] [n, D]`."""
+        for (old, _, _), new in zip(self.rows(), keys, strict=True):
+            old.copy_(new)
+
+
+def listed(chosen: Chosen, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Row and entry of all that is chosen, row after row `[N]`, `[N]`, and how many of each row."""
+    counts = [len(entries) for entries in chosen]
+    return placed(counts, None, device)[0], torch.cat(list(chosen)).to(device), counts
+
+
+def scattered(
+    arrays: tuple[Tensor, Tensor, Tensor],
+    slots: Tensor,
+    counts: list[int],
+    heads: int,
+    page: int = 1,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> PagedView:
+    """The entries at `slots [N]` of flat keys, values and positions, `counts[r]` of each row, as pages of `page`.
+
+    Raises KvcompileError where tokens share scales (`page` of them) and some of them are chosen without the others.
+    """
+    whole = slots.view(-1, page) if slots.numel() % page == 0 else None
+    if page > 1:
+        steps = torch.arange(page, device=slots.device, dtype=torch.int64)
+        if whole is None or any(n % page for n in counts) or bool((whole != whole[:, :1] // page * page + steps).any()):
+            raise KvcompileError(
+                f"{page} tokens share scales: of encoded entries only whole blocks of {page} can be chosen",
+                f"{sum(counts)} entries that are not",
+                "choose the other entries of these blocks too",
+            )
+    pages = [n // page for n in counts]
+    table = torch.zeros(len(counts), max(pages), dtype=torch.int32, device=slots.device)
+    table[placed(pages, None, slots.device)] = (slots[::page] // page).int()
+    lengths = torch.tensor(counts, device=slots.device, dtype=torch.int64)
+    return PagedView(*arrays, table, counts, len(counts) // heads, heads, page, lengths, *scales)
