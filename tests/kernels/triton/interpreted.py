@@ -27,6 +27,7 @@ from kvcompile.plan.storage import Codec
 from kvcompile.runtime.layer import LayerCache
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
+from choosing import STORES, choice, filled, gathered, within  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
 from quantized import case  # noqa: E402
@@ -210,6 +211,14 @@ def test_stores_hold_what_they_hold_with_torch(name: str) -> None:
     mine = worked(LayerCache(plan, compactor=compactor("triton")), 1, turns=20)
     for a, b in zip(mine, worked(LayerCache(plan), 1, turns=20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_chosen_entries_are_read_where_they_lie(name: str) -> None:
+    layer, step, queries = filled(name, "triton", 3)
+    chosen = choice(layer, 3)
+    found = layer.attend(queries, step, 0, chosen)
+    torch.testing.assert_close(found, gathered(layer, step, queries, chosen), atol=within(name), rtol=0)
 
 
 @triton.jit
