@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,15 +72,26 @@ def standard_output() -> Iterator[None]:
 
 
 @contextmanager
-def room_to_write() -> Iterator[None]:
-    """Turn what a full device, a quota or a limit says into one line. Raises KvcompileError."""
+def room_to_write(fix: str = "make room, or output=<elsewhere>") -> Iterator[None]:
+    """Turn what a full device, a quota or a limit says into one line, with this `fix`. Raises KvcompileError."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except KvcompileError:
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number not in NO_ROOM:
             raise
-        got = f"{error.strerror}: {shortened(error.filename)}" if error.filename else error.strerror
-        raise KvcompileError("files must be written", got, "make room, or output=<elsewhere>") from error
+        said, name = os.strerror(number), getattr(error, "filename", None)
+        raise KvcompileError("files must be written", f"{said}: {shortened(name)}" if name else said, fix) from error
+
+
+def _number(error: Exception) -> int:
+    """The system's number of an error; of what safetensors raises, as its text says. 0: it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(said[1]) if said else 0
 
 
 def _fill() -> None:

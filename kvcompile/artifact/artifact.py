@@ -16,6 +16,7 @@ from kvcompile.artifact import kernel_texts, manifest, weights
 from kvcompile.artifact.manifest import CONFIG, PLAN, RECIPE, Manifest, stamp
 from kvcompile.errors import KvcompileError, first_line, told
 from kvcompile.models.provenance import in_words, versions
+from kvcompile.output import NO_ROOM
 from kvcompile.paths import require_here, require_short, sync
 from kvcompile.report import card
 
@@ -66,7 +67,8 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
             _sync(made)
             atomic.publish(made, folder)
     except OSError as error:
-        raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error)) from error
+        fix = weights.ROOM if error.errno in NO_ROOM else None
+        raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error), fix) from error
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)
     return folder
 

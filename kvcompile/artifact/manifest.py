@@ -85,14 +85,15 @@ def verify(folder: Path) -> Manifest:
         size = path.stat().st_size
         if size != fact.bytes:
             raise KvcompileError(f"{path} must have {fact.bytes} bytes", f"{size}: truncated or altered", REMADE)
-    for path in _files(folder):
-        name = path.relative_to(folder).as_posix()
-        if name not in manifest.files and path.name != CARD and not name.startswith("."):
-            raise KvcompileError(
-                f"{folder}: an artifact holds no file that its manifest does not list",
-                name,
-                "move it away; a tokenizer is saved with its model: kvcompile.save(model, folder, tokenizer)",
-            )
+    names = (p.relative_to(folder).as_posix() for p in _files(folder) if p.name != CARD)
+    unlisted = [name for name in names if name not in manifest.files and not name.startswith(".")]
+    if unlisted:
+        raise KvcompileError(
+            f"{folder}: an artifact holds no file that its manifest does not list",
+            ", ".join(unlisted),
+            f"move {'it' if len(unlisted) == 1 else 'them'} away; a tokenizer is saved with its model, in one call: "
+            f"kvcompile.save(model, {str(folder)!r}, tokenizer)",
+        )
     for name, fact in manifest.files.items():
         if sha256(folder / name) != fact.sha256:
             raise KvcompileError(f"{folder / name} must be as it was saved", "other content of the same size", REMADE)

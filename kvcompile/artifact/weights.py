@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.artifact.manifest import CONFIG, REMADE, Manifest, read_text, stamp
 from kvcompile.errors import KvcompileError, told
+from kvcompile.output import room_to_write
 from kvcompile.progress import no_foreign_bars
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ GENERATION_CONFIG = "generation_config.json"
 HEADS = "num_key_value_heads"
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 RUNTIME = ("quantization_config", "fusion_config", "distributed_config")  # with these transformers builds another model
-SAVEABLE = "mend what it says of model.config or model.generation_config, or make room on the disk"
+SAVEABLE = "mend what it says of model.config or model.generation_config"
+ROOM = "make room, or save elsewhere"
 
 
 def require_plain(model: Any) -> None:
@@ -114,7 +116,11 @@ def write(model: Any, folder: Path, tokenizer: Any = None) -> None:
 def _write_checkpoint(model: Any, folder: Path, tokenizer: Any, variant: str | None) -> None:
     from transformers import PreTrainedModel
 
-    with _borrowed_config(model), told("transformers must be able to save the model", SAVEABLE):
+    with (
+        _borrowed_config(model),
+        told("transformers must be able to save the model", SAVEABLE),
+        room_to_write(ROOM),
+    ):
         PreTrainedModel.save_pretrained(model, folder, variant=variant)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -425,6 +425,35 @@ def test_save_pretrained_writes_a_whole_artifact(model: Any, tmp_path: Path) -> 
         model.save_pretrained(tmp_path / "b", variant="fp16")
 
 
+def test_a_tokenizer_saved_beside_an_artifact_is_told_how_to_come_along(model: Any, tmp_path: Path) -> None:
+    """The two calls of transformers' users: the manifest was made before the second one."""
+    folder = tmp_path / "a"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(KvcompileError, match=r"got tokenizer\.json, tokenizer_config\.json\. Fix: move them") as error:
+        kvcompile.load(folder)
+    _, _, command = str(error.value).partition("in one call: ")
+    exec(command.removesuffix("."), {"kvcompile": kvcompile, "model": model, "tokenizer": tiny_tokenizer()})
+    assert_same(model, kvcompile.load(folder))
+    assert AutoTokenizer.from_pretrained(folder)("w7")["input_ids"] == [7]
+
+
+@pytest.mark.parametrize("most", [100, 20_000], ids=["config", "weights"])
+def test_a_full_disk_asks_for_room(most: int, made: Path, tmp_path: Path) -> None:
+    """Not for another config: what safetensors raises then is no OSError."""
+    code = f"""
+import resource, kvcompile
+model = kvcompile.load({str(made)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, resource.RLIM_INFINITY))
+try:
+    kvcompile.save(model, {str(tmp_path / "full")!r})
+except kvcompile.KvcompileError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith("got File too large. Fix: make room, or save elsewhere.\n"), said
+
+
 def test_keywords_of_transformers(made: Path) -> None:
     assert kvcompile.from_pretrained(made, dtype=torch.bfloat16, device_map="cpu").dtype == torch.bfloat16
     assert kvcompile.load(made, torch_dtype="float16", device_map={"": "cpu"}).dtype == torch.float16
