@@ -117,7 +117,7 @@ def test_public_names_are_declared() -> None:
 def test_the_top_level_kernels_package_holds_a_docstring_only() -> None:
     import ast
 
-    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text("utf-8")).codes
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text("utf-8")).body
     assert [type(node).__name__ for node in body] == ["Expr"], "transformers imports a package called kernels"
 
 

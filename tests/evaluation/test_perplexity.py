@@ -89,7 +89,7 @@ def test_log_likelihoods_are_read_through_the_compressed_cache() -> None:
 
 def test_the_lm_eval_model_of_the_docs_reads_through_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stands on one method of lm-eval's HFLM: requests of (texts, context ids, continuation ids)."""
-    page = (Path(__file__).parents[1] / "docs/evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
     stub: Any = ModuleType("lm_eval.models.huggingface")
     stub.HFLM = SimpleNamespace
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", stub)
