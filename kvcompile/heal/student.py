@@ -67,7 +67,7 @@ class StudentMixin(CompiledMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Weights and config as transformers writes them: a checkpoint of the training is no artifact."""
-        super(CompiledMixin, self).save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        super(CompiledMixin, self).save_pretrained(*args, **kwargs)
 
 
 def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
