@@ -65,9 +65,9 @@ class StudentMixin(CompiledMixin):
             loss = loss + self.hidden * relative_error(states[1:], targets["states"][1:])
         return {"loss": loss}
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Weights and config as transformers writes them: a checkpoint of the training is no artifact."""
-        super(CompiledMixin, self).save_pretrained(*args, **kwargs)
+        super(CompiledMixin, self).save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
