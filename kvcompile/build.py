@@ -36,7 +36,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
     Raises KvcompileError where an adapter, a pass or the wiring check fails.
     """
-    from kvcompile.adapters.architectures import rotations, swap
+    from kvcompile.adapters.architectures import architecture_of
     from kvcompile.adapters.base import prune
     from kvcompile.adapters.latent import latent_rotations
     from kvcompile.graph.passes import rewrite
@@ -49,8 +49,9 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
 
     route = choose(kernels, model.device)  # one that cannot run here fails before any work
     align_weights(model)
-    rotaries = latent_rotations(rotations(model), plan)
-    swap(model, plan)
+    architecture = architecture_of(model.config)
+    rotaries = latent_rotations(architecture.rotations(model), plan)
+    architecture.swap(model, plan)
     graph = trace(model)
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)

@@ -36,7 +36,7 @@ def assemble(
     configuration was planned before its weights were read (None: it is planned here).
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
-    from kvcompile.adapters.architectures import require_as_configured
+    from kvcompile.adapters.architectures import architecture_of
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
     from kvcompile.calibration.probe import ModelCalibrator
@@ -48,7 +48,7 @@ def assemble(
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
-    require_as_configured(model)
+    architecture_of(model.config).require_as_configured(model)
     if tokenizer is not None:
         require_vocabulary(model, tokenizer)
     teacher = shared(model) if config.heal.tokens else None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvcompile.adapters.architectures import ARCHITECTURES
+from kvcompile.adapters.architectures import BUILT_IN
 from kvcompile.config.compose import check
 from kvcompile.stack import discover
 
@@ -106,7 +106,7 @@ def test_every_option_is_described(policy: str) -> None:
 @pytest.mark.parametrize("text", [README, section("limits"), section("getting-started")])
 def test_every_architecture_is_named(text: str) -> None:
     (named,) = re.findall(r"(llama, mistral, [\w, \n]+?)(?: \(text\))?,\s+gpt_neox\.", text)
-    known = {name.removesuffix("_text") for name in ARCHITECTURES}
+    known = {name.removesuffix("_text") for name in BUILT_IN}
     assert {*re.split(r",\s+", named), "gpt_neox"} == known
 
 

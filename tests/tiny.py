@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kvcompile.adapters.architectures import architecture_of, describe
+from kvcompile.adapters.layout import Layout
+
 BASE: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -88,3 +91,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Seeded token ids `[batch, tokens]`, none of them special."""
     return torch.randint(4, BASE["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def attentions(model: Any) -> list[Any]:
+    """The attention modules of a model, by layer."""
+    return list(architecture_of(model.config).attentions(model))
+
+
+def layouts(model: Any) -> list[Layout]:
+    """The projections of an unconverted model, by layer."""
+    return architecture_of(model.config).layouts(model, describe(model.config))
+
+
+def rotary(model: Any, layer: int) -> Any:
+    """The rotation of a layer, as policies ask for it."""
+    return architecture_of(model.config).rotary(model, layer)

@@ -9,6 +9,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from kvcompile.adapters.latent import Latent
+from kvcompile.adapters.layout import Layout
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan
@@ -18,13 +19,14 @@ from kvcompile.runtime.cache import Step
 class Attention(nn.Module):
     """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
-    A family overrides `keeps`, `out` and `project`. `rotary` is False for layers without position embedding, `reads`
-    is True for those without keys and values of their own, which are traced, then dropped: they read another layer's
-    cache, or compress into a `latent`.
+    A family overrides `keeps`, `out`, `project` and `layout` (None: its weights cannot be converted). `rotary` is False
+    for layers without position embedding, `reads` is True for those without keys and values of their own, which are
+    traced, then dropped: they read another layer's cache, or compress into a `latent`.
     Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
     Raises KvcompileError where the original has other submodules than its family.
     """
 
+    layout: ClassVar[type[Layout] | None] = None
     kvcompile_traced: ClassVar[bool] = True  # see `graph.tracer.TRACED`
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     out: ClassVar[str] = "o_proj"

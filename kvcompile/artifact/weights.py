@@ -146,7 +146,7 @@ def original_config(folder: Path, stored: Stored) -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from kvcompile.adapters.architectures import architecture_of
+    from kvcompile.adapters.architectures import architecture, architecture_of
 
     path = folder / CONFIG
     with told(f"{path} must describe a known model", REMADE):
@@ -161,6 +161,7 @@ def original_config(folder: Path, stored: Stored) -> Any:
             raise KvcompileError(f"num_hidden_layers must be in 1 to {stored.tensors}, the tensors stored", layers)
         said = data["kvcompile"]["original"]
         named = {key: said[key] for key in ("model_type", "architectures")}
+        architecture(named["model_type"])  # that of another package makes its config known to transformers
         known = CONFIG_MAPPING[named["model_type"]]
         # attention is `eager` because ours replaces it: no name in the config can fetch a kernel
         config = known.from_dict({**data, **named}, attn_implementation="eager")

@@ -66,14 +66,15 @@ def keys_values(model: Any, ids: Tensor) -> list[LayerKV]:
 @torch.no_grad()
 def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
     """What every attention of an uncompiled model reads over `ids [1, n]`: normed hidden states, `[n, hidden]`."""
-    from kvcompile.adapters.architectures import attentions
+    from kvcompile.adapters.architectures import architecture_of
 
     found: list[Tensor] = []
 
     def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"])[0])
 
-    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in attentions(model)]
+    attentions = architecture_of(model.config).attentions(model)
+    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in attentions]
     try:
         model(ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:

@@ -9,7 +9,6 @@ from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import PLAIN
 
-UNGROUPED = ("gpt_neox",)  # stock classes whose every query head has a KV head of its own
 SHARING = "gemma3n and gemma4"  # the only stock classes in which layers read the cache of another
 USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +24,9 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
 
     weights_only: leave policies behind that act on the cache at run time; `option` is what sets it.
     """
-    kind = model_config.model_type
+    from kvcompile.adapters.architectures import architecture_of
+
+    kind, grouped = model_config.model_type, architecture_of(model_config).grouped
     for p in plan.layers:
         if p.owner != p.index:
             raise KvcompileError(
@@ -38,7 +39,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
                 f"no stock class of {kind!r} caches a latent in place of keys and values",
                 f"'mla' in layer {p.index}",
             )
-        if p.heads is not None and kind in UNGROUPED:
+        if p.heads is not None and not grouped:
             raise KvcompileError(
                 f"the stock class of {kind!r} has as many KV heads as query heads",
                 f"{p.kv_heads} and {p.query_heads} in layer {p.index}",

@@ -75,7 +75,7 @@ def to_deepseek(model: Any) -> Any:
     import torch
     from transformers import DeepseekV3ForCausalLM
 
-    from kvcompile.adapters.architectures import attentions
+    from kvcompile.adapters.architectures import architecture_of
 
     plan: Plan = model.kvcompile.plan
     Deepseek().refuse(plan, model.config)
@@ -84,8 +84,9 @@ def to_deepseek(model: Any) -> Any:
     stock: Any = DeepseekV3ForCausalLM(config).to(model.dtype).eval()
     state = {name: x for name, x in model.state_dict().items() if ".self_attn." not in name}
     layers = getattr(model, model.base_model_prefix).layers
+    attentions = architecture_of(model.config).attentions(model)
     with torch.no_grad():
-        for index, (attention, layer) in enumerate(zip(attentions(model), layers, strict=True)):
+        for index, (attention, layer) in enumerate(zip(attentions, layers, strict=True)):
             made = _attention(attention, plan, index, turned, config, layer.input_layernorm.weight)
             state |= {f"model.layers.{index}.self_attn.{name}": x.to(model.dtype) for name, x in made.items()}
     stock.load_state_dict(state)
@@ -150,7 +151,7 @@ def _attention(
     """The state of one stock attention: k_R at the layer's own frequencies, zeros at the others', and the constant."""
     import torch
 
-    from kvcompile.structure.layout import precise
+    from kvcompile.structure.precision import precise
 
     p, latent = plan.layers[index], attention.latent
     how, rank, wide = p.latent, config.kv_lora_rank, config.qk_rope_head_dim

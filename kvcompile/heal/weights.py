@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 def projections(model: Any, scope: str, lora: bool) -> list[str]:
     """Names of matrices of the attentions, or of all but the output embedding (`scope="all"`); `lora`: Linear ones."""
-    from kvcompile.adapters.architectures import attentions
+    from kvcompile.adapters.architectures import architecture_of
     from kvcompile.adapters.latent import PerHead
 
     kinds = nn.Linear if lora else (nn.Linear, PerHead)
-    inside = {id(m) for attention in attentions(model) for m in attention.modules()}
+    inside = {id(m) for attention in architecture_of(model.config).attentions(model) for m in attention.modules()}
     head = model.get_output_embeddings()
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
     return [name for name, module in linear if scope == "all" or id(module) in inside]

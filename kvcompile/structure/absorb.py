@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.latent import Latent as Module
+from kvcompile.adapters.layout import Layout, Weights, linear_like, plain
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.structure import Latent
 from kvcompile.structure.latent import Factors, components, decompose
-from kvcompile.structure.layout import Layout, Weights, linear_like, plain, precise
 from kvcompile.structure.moments import moments
+from kvcompile.structure.precision import precise
 
 
 @torch.no_grad()
@@ -23,9 +26,6 @@ def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]
 
     Raises KvcompileError without such a text, and for a rank that no layer of this width has.
     """
-    from kvcompile.adapters.architectures import attentions
-    from kvcompile.structure.layout import layout_of
-
     mine = [(p, p.latent) for p in plan.layers if p.latent is not None]
     if not mine:
         return {}
@@ -35,10 +35,12 @@ def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]
             "stack.mla is fitted to text", "no tokenizer to read it", "pass tokenizer=, or stack.mla.factor=weights"
         )
     seen = moments(model, plan, text[:, :tokens]) if tokens and text is not None else None
-    found, modules = {}, attentions(model)
+    found, architecture = {}, architecture_of(model.config)
+    layouts = architecture.layouts(model, plan)
     for p, how in mine:
-        weights = layout_of(model, modules[p.index], p).read()
-        made = decompose(weights, p, how, seen[p.index] if seen else None, _amplitude(model, p))
+        weights = layouts[p.index].read()
+        amplitude = _amplitude(architecture, model, p)
+        made = decompose(weights, p, how, seen[p.index] if seen else None, amplitude)
         _require_rank(p, how, made.singular.shape[0])
         found[p.index] = made.factors(how.rank, _biased(weights))
     return found
@@ -53,12 +55,10 @@ def calibrate(
     plan: with latents of the wanted sizes. by: `norm` or `position` (None: frequencies as planned); energy: None for
     ranks as planned. What is not asked for comes back empty.
     """
-    from kvcompile.adapters.architectures import attentions
-    from kvcompile.structure.layout import layout_of
-
-    ranks, frequencies, modules = [], [], attentions(model)
-    for p, seen in zip(plan.layers, moments(model, plan, ids, keep=True), strict=True):
-        weights, how = layout_of(model, modules[p.index], p).read(), p.latent
+    ranks, frequencies, architecture = [], [], architecture_of(model.config)
+    layouts = architecture.layouts(model, plan)
+    for p, layout, seen in zip(plan.layers, layouts, moments(model, plan, ids, keep=True), strict=True):
+        weights, how = layout.read(), p.latent
         if how is None:
             raise ValueError(f"layer {p.index} has no latent")
         if by is not None:
@@ -68,15 +68,13 @@ def calibrate(
             how = replace(how, frequencies=best)
         if energy is not None:
             fitted = seen if how.factor == "activations" else None
-            ranks.append(decompose(weights, p, how, fitted, _amplitude(model, p)).rank(energy))
+            ranks.append(decompose(weights, p, how, fitted, _amplitude(architecture, model, p)).rank(energy))
     return ranks, frequencies
 
 
-def _amplitude(model: Any, p: LayerPlan) -> float:
+def _amplitude(architecture: Architecture, model: Any, p: LayerPlan) -> float:
     """By how much the layer's RoPE stretches what it turns. Raises KvcompileError where it turns something else."""
-    from kvcompile.adapters.architectures import rotary
-
-    cos, _ = rotary(model, p.index)(torch.zeros(1, dtype=torch.long, device=model.device))
+    cos, _ = architecture.rotary(model, p.index)(torch.zeros(1, dtype=torch.long, device=model.device))
     if p.rotates and cos.shape[-1] != p.rotary:
         raise KvcompileError(f"layer {p.index}: RoPE must turn {p.rotary} channels of a head", cos.shape[-1])
     return float(cos[0, 0]) if p.rotates else 1.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.plan.structure import Groups
-from kvcompile.structure.layout import precise
+from kvcompile.structure.precision import precise
 
 ROUNDS = 8  # of a generalised Procrustes fit; the mean moves by less than 1e-3 after a few
 

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architectures import architecture_of
+from kvcompile.adapters.layout import Weights
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan, converts
 from kvcompile.structure.absorb import factorise, modules_of
 from kvcompile.structure.heads import fold_layers, merge_heads
 from kvcompile.structure.latent import Factors
-from kvcompile.structure.layout import Weights, layout_of
 
 Turns = dict[int, tuple[Tensor | None, Tensor | None]]  # layer -> rotations of its keys and values, `[H_kv, D, D]`
 
@@ -31,37 +33,35 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
     require_convertible(model, plan)
     if not converts(plan):
         return
-    _rewrite(model, plan, _turns(model, plan, text), factorise(model, plan, text))
+    architecture = architecture_of(model.config)
+    _rewrite(architecture, model, plan, _turns(architecture, model, plan, text), factorise(model, plan, text))
 
 
 def require_convertible(model: Any, plan: Plan) -> None:
     """Raise KvcompileError for weights that a plan asks to edit and that cannot be: absent, tied, or not plain."""
-    from kvcompile.adapters.architectures import attentions
     from kvcompile.models.loading import require_weights
 
     if not converts(plan) and not any(p.storage.rotated for p in plan.layers):
         return
     require_weights(model)
+    architecture = architecture_of(model.config)
     if converts(plan):
-        _require_untied(model)
-    for attention, p in zip(attentions(model), plan.layers, strict=True):
-        layout_of(model, attention, p).read()
+        _require_untied(architecture, model)
+    for layout in architecture.layouts(model, plan):
+        layout.read()
 
 
 def reshape(model: Any, plan: Plan) -> None:
     """As `convert`, of a model without weights (on the meta device): modules for converted weights to come."""
     if converts(plan):
-        _rewrite(model, plan, {}, {})
+        _rewrite(architecture_of(model.config), model, plan, {}, {})
 
 
-def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
-    from kvcompile.adapters.architectures import attentions
-
+def _rewrite(architecture: Architecture, model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:
     kv_heads = {p.kv_heads if p.latent is None else p.dense_heads for p in plan.layers}
     if len(kv_heads) > 1:
         raise KvcompileError("all layers must have the same number of KV heads", sorted(kv_heads))
-    modules = attentions(model)
-    layouts = [layout_of(model, attention, p) for attention, p in zip(modules, plan.layers, strict=True)]
+    layouts = architecture.layouts(model, plan)
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
     made: list[dict[str, nn.Module]] = []
     for layout, p in zip(layouts, plan.layers, strict=True):
@@ -73,9 +73,9 @@ def _rewrite(model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) 
             mine = Weights(mine.query, None, None, mine.out)
         readers = [weights[q.index] for q in plan.layers if q.owner == p.index]
         made.append(layout.write(fold_layers(readers, p.fold) if p.owner == p.index else mine))
-    for attention, new in zip(modules, made, strict=True):
+    for layout, new in zip(layouts, made, strict=True):
         for name, module in new.items():
-            setattr(attention, name, module)
+            setattr(layout.attention, name, module)
     model.config.num_key_value_heads = kv_heads.pop()
 
 
@@ -83,11 +83,9 @@ def _merged(weights: Weights, p: LayerPlan, turns: Turns) -> Weights:
     return weights if p.heads is None else merge_heads(weights, p.heads, *turns.get(p.index, (None, None)))
 
 
-def _require_untied(model: Any) -> None:
-    from kvcompile.adapters.architectures import attentions
-
+def _require_untied(architecture: Architecture, model: Any) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for index, attention in enumerate(attentions(model)):
+    for index, attention in enumerate(architecture.attentions(model)):
         for name, parameter in attention.named_parameters():
             if uses[id(parameter)] > 1:
                 raise KvcompileError(
@@ -98,8 +96,7 @@ def _require_untied(model: Any) -> None:
 
 
 @torch.no_grad()
-def _turns(model: Any, plan: Plan, text: Tensor | None) -> Turns:
-    from kvcompile.adapters.architectures import rotary
+def _turns(architecture: Architecture, model: Any, plan: Plan, text: Tensor | None) -> Turns:
     from kvcompile.calibration.activations import keys_values
     from kvcompile.structure.align import alignment
 
@@ -115,7 +112,7 @@ def _turns(model: Any, plan: Plan, text: Tensor | None) -> Turns:
             continue
         keys = None
         if heads.align == "both":
-            cos, _ = rotary(model, index)(torch.zeros(1, dtype=torch.long, device=model.device))
+            cos, _ = architecture.rotary(model, index)(torch.zeros(1, dtype=torch.long, device=model.device))
             turning = cos.shape[-1] if plan.layers[index].rotates else 0
             keys = alignment(seen[index].keys, heads.groups, turning)
         turns[index] = keys, alignment(seen[index].values, heads.groups, 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcompile.calibration.activations import LayerKV
 from kvcompile.plan.structure import Groups, contiguous
-from kvcompile.structure.layout import precise
+from kvcompile.structure.precision import precise
 
 
 def by_similarity(kv: LayerKV, kept: int) -> Groups:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvcompile.adapters.layout import Projection, Weights
 from kvcompile.plan.structure import Fold, Heads, Merge
-from kvcompile.structure.layout import Projection, Weights, precise
+from kvcompile.structure.precision import precise
 
 
 def merge_heads(

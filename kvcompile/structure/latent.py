@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcompile.adapters.layout import Projection, Weights
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.structure import Latent
-from kvcompile.structure.layout import Projection, Weights, precise
 from kvcompile.structure.moments import Moments
+from kvcompile.structure.precision import precise
 
 FLOOR = 1e-6  # of a mean eigenvalue: directions that the text never shows keep this much weight
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompile.adapters.architectures import architecture_of
+from kvcompile.adapters.layout import Layout, Projection, Weights
 from kvcompile.plan.plan import LayerPlan, Plan
-from kvcompile.structure.layout import Layout, Projection, Weights
 
 WINDOW = 512  # tokens that the text is read in at a time
 
@@ -50,17 +51,14 @@ def moments(model: Any, plan: Plan, ids: Tensor, keep: bool = False) -> list[Mom
 
 @torch.no_grad()
 def _measured(model: Any, plan: Plan, ids: Tensor) -> list[Moments]:
-    from kvcompile.adapters.architectures import attentions, rotary
-    from kvcompile.structure.layout import layout_of
-
-    modules = attentions(model)
+    architecture = architecture_of(model.config)
+    layouts = architecture.layouts(model, plan)
     watchers = [
-        _Watcher(layout_of(model, module, p), p, rotary(model, p.index))
-        for module, p in zip(modules, plan.layers, strict=True)
+        _Watcher(layout, p, architecture.rotary(model, p.index)) for layout, p in zip(layouts, plan.layers, strict=True)
     ]
     hooks = [
-        module.register_forward_pre_hook(watcher, with_kwargs=True)
-        for module, watcher in zip(modules, watchers, strict=True)
+        layout.attention.register_forward_pre_hook(watcher, with_kwargs=True)
+        for layout, watcher in zip(layouts, watchers, strict=True)
     ]
     try:
         for window in torch.split(ids, WINDOW, 1):

@@ -12,7 +12,7 @@ from kvcompile.calibration.activations import attention_inputs, keys_values
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.structure import Fold
-from kvcompile.structure.layout import precise
+from kvcompile.structure.precision import precise
 
 By = Literal["kv", "activations"]
 

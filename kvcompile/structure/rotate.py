@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvcompile.adapters.architectures import architecture_of
+from kvcompile.adapters.layout import Layout, linear_like, plain
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.runtime.hadamard import matrix
-from kvcompile.structure.layout import LAYOUTS, Layout, linear_like, plain
 
 
 @torch.no_grad()
@@ -20,17 +21,16 @@ def fold_rotation(model: Any, plan: Plan) -> None:
     query head of the output, in float64 and rounded once. New modules; no tensor is written in place.
     Raises KvcompileError for projections that are no plain Linear, or not in memory.
     """
-    from kvcompile.adapters.architectures import architecture_of, attentions
     from kvcompile.models.loading import require_weights
 
     if not any(p.storage.rotated for p in plan.layers):
         return
     require_weights(model)
-    layout = LAYOUTS[architecture_of(model.config).adapter]
     made: list[tuple[nn.Module, dict[str, nn.Module]]] = []
-    for attention, p in zip(attentions(model), plan.layers, strict=True):
+    layouts = architecture_of(model.config).layouts(model, plan, converted=True)
+    for layout, p in zip(layouts, plan.layers, strict=True):
         if plan.layers[p.owner].storage.rotated:
-            made.append((attention, _folded(layout(attention, p.query_heads, p.kv_heads, p.head_dim), p)))
+            made.append((layout.attention, _folded(layout, p)))
     for attention, modules in made:
         for name, module in modules.items():
             setattr(attention, name, module)

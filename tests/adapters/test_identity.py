@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_ids, tiny_model
+from tiny import ARCHITECTURES, rotary, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.architectures import describe, rotary, swap
+from kvcompile.adapters.architectures import architecture_of, describe
 from kvcompile.graph.tracer import trace
 from kvcompile.runtime.cache import KVCache
 
@@ -43,7 +43,7 @@ def original(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Tensor:
 def compiled(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Tensor:
     dtype = str(model.dtype).removeprefix("torch.")
     plan = describe(model.config, dtype)
-    swap(model)
+    architecture_of(model.config).swap(model, describe(model.config))
     graph = trace(model)
     cache = KVCache(plan, [rotary(model, p.index) for p in plan.layers])
     positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, WINDOW, tiny_config, tiny_ids, tiny_model
+from tiny import ARCHITECTURES, WINDOW, rotary, tiny_config, tiny_ids, tiny_model
 from transformers import GPT2Config
 
 from kvcompile.adapters import architectures
-from kvcompile.adapters.architectures import describe, rotary, rotations, swap
+from kvcompile.adapters.architectures import architecture_of, describe
 from kvcompile.adapters.base import Attention
 from kvcompile.errors import KvcompileError
 
@@ -49,7 +49,7 @@ def test_facts_from_the_config_alone(
 
 
 def test_every_known_architecture_is_tested() -> None:
-    assert set(architectures.ARCHITECTURES) == set(ARCHITECTURES)
+    assert set(architectures.BUILT_IN) == set(ARCHITECTURES)
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
@@ -73,7 +73,7 @@ def test_unknown_layer_type_is_refused() -> None:
 def test_swap_keeps_weights_and_names(name: str) -> None:
     model = tiny_model(name)
     before = {key: value.data_ptr() for key, value in model.state_dict().items()}
-    names = swap(model)
+    names = architecture_of(model.config).swap(model, describe(model.config))
     assert {key: value.data_ptr() for key, value in model.state_dict().items()} == before
     assert len(names) == 4
     assert all(isinstance(model.get_submodule(n), Attention) for n in names)
@@ -109,25 +109,25 @@ def test_refused_swap_changes_nothing(change: Any, says: str) -> None:
     model = tiny_model("llama")
     change(model)
     with pytest.raises(KvcompileError, match=says):
-        swap(model)
+        architecture_of(model.config).swap(model, describe(model.config))
     assert not any(isinstance(module, Attention) for module in model.modules())
 
 
 def test_second_swap_is_refused() -> None:
     model = tiny_model("llama")
-    swap(model)
+    architecture_of(model.config).swap(model, describe(model.config))
     with pytest.raises(KvcompileError, match="compiled once"):
-        swap(model)
+        architecture_of(model.config).swap(model, describe(model.config))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox"])
 def test_heads_are_counted_on_the_tensors(name: str) -> None:
     """With the first half of the heads, projections give the first half: nothing reads head counts from the config."""
     model, shard = tiny_model(name), tiny_model(name)
-    swap(model)
-    swap(shard)
+    architecture_of(model.config).swap(model, describe(model.config))
+    architecture_of(shard.config).swap(shard, describe(shard.config))
     whole, half = (
-        m.base_model.layers[1].get_submodule(architectures.ARCHITECTURES[name].attention) for m in (model, shard)
+        m.base_model.layers[1].get_submodule(architectures.architecture(name).attention) for m in (model, shard)
     )
     for key, linear in half.named_children():
         if key == "qkv_proj":  # 4 query, 2 key, 2 value heads of 16
@@ -146,7 +146,7 @@ def test_heads_are_counted_on_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rotation_is_the_one_the_layer_gets(name: str) -> None:
     model, seen = tiny_model(name), {}
-    attention = architectures.ARCHITECTURES[name].attention
+    attention = architectures.architecture(name).attention
 
     def watch(index: int) -> Any:
         return lambda module, args, kwargs: seen.__setitem__(index, kwargs["position_embeddings"])
@@ -167,7 +167,7 @@ def test_rotation_is_the_one_the_layer_gets(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3"])
 def test_layers_share_a_rotation_only_where_they_turn_alike(name: str) -> None:
     model = tiny_model(name)
-    shared = rotations(model)
+    shared = architecture_of(model.config).rotations(model)
     for i, rotation in enumerate(shared):
         for ours, own in zip(rotation(torch.arange(9)), rotary(model, i)(torch.arange(9)), strict=True):
             assert torch.equal(ours, own)

@@ -15,7 +15,7 @@ import torch.fx as fx
 from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.architectures import describe, swap
+from kvcompile.adapters.architectures import architecture_of, describe
 from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
@@ -48,7 +48,7 @@ def select(plan: Plan, s: Selection, layers: Sequence[int]) -> Plan:
 def traced(name: str = "llama") -> tuple[fx.GraphModule, Plan]:
     model = tiny_model(name)
     plan = describe(model.config)
-    swap(model)
+    architecture_of(model.config).swap(model, describe(model.config))
     return trace(model), plan
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from selecting import compiled, generate, left_padded, prefill, selection
-from tiny import tiny_ids, tiny_model
+from tiny import rotary, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.architectures import rotary
 from kvcompile.plan.selection import Schedule, Score
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import turn

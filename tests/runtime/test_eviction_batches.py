@@ -21,10 +21,9 @@ from selecting import (
     prefill,
     selection,
 )
-from tiny import tiny_ids, tiny_model
+from tiny import rotary, tiny_ids, tiny_model
 from torch import Tensor
 
-from kvcompile.adapters.architectures import rotary
 from kvcompile.errors import KvcompileError
 from kvcompile.graph.ops import rope
 from kvcompile.plan.selection import Budget, Schedule, Selection

@@ -6,16 +6,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from tiny import tiny_ids, tiny_model, tiny_tokenizer
+from tiny import layouts, tiny_ids, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.adapters.architectures import describe
+from kvcompile.adapters.layout import Weights
 from kvcompile.build import build
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack, build_stack
-from kvcompile.structure.layout import Weights, layout_of
 
 Stack = dict[str, dict[str, Any]]
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}  # 4 KV heads of 2 query heads
@@ -46,10 +46,9 @@ def logits(model: Any, ids: Tensor | None = None) -> Tensor:
 def edit(model: Any, change: Any) -> Any:
     """The model with `change(Weights) -> Weights` applied to every attention, in place."""
     plan = describe(model.config)
-    for attention, p in zip(attentions(model), plan.layers, strict=True):
-        layout = layout_of(model, attention, p)
+    for layout, p in zip(layouts(model), plan.layers, strict=True):
         for name, module in layout.write(change(layout.read(), p)).items():
-            setattr(attention, name, module)
+            setattr(layout.attention, name, module)
     return model
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from converted import WIDE, converted, copied, edit, logits, parameters, planned
-from tiny import ARCHITECTURES, tiny_ids, tiny_model
+from tiny import ARCHITECTURES, attentions, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 import kvcompile
-from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.adapters.architectures import describe
+from kvcompile.adapters.layout import Projection, Weights
 from kvcompile.calibration.activations import LayerKV, keys_values
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.structure import Heads
@@ -21,7 +22,6 @@ from kvcompile.structure.align import alignment
 from kvcompile.structure.convert import convert
 from kvcompile.structure.grouping import by_similarity, partition, similarity
 from kvcompile.structure.heads import merge_heads
-from kvcompile.structure.layout import Projection, Weights
 
 STOCK = [name for name in ARCHITECTURES if name != "gpt_neox"]  # which has no stock class with fewer KV heads
 OWN_KEYS = [name for name in ARCHITECTURES if name not in ("qwen3", "gemma3_text", "olmo2")]

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from converted import planned
-from tiny import tiny_ids, tiny_model
+from tiny import attentions, layouts, rotary, tiny_ids, tiny_model
 
-from kvcompile.adapters.architectures import attentions, describe, rotary
+from kvcompile.adapters.architectures import describe
 from kvcompile.calibration.activations import attention_inputs
 from kvcompile.plan.structure import Latent
 from kvcompile.structure.latent import Components, components, decompose
-from kvcompile.structure.layout import layout_of
 from kvcompile.structure.moments import Moments, moments
 
 TEXT = tiny_ids(1, 300, seed=7)
@@ -57,7 +56,7 @@ def test_moments_are_kept_for_one_more_question() -> None:
 def test_components_are_keys_in_other_coordinates_that_commute_with_rope() -> None:
     model = tiny_model("phi3")
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     seen = moments(model, describe(model.config), TEXT)[0]
     parts = components(weights, p, seen.asking, seen.answering, mix=True)
     torch.testing.assert_close(parts.into @ parts.back, torch.eye(32, dtype=torch.float64))
@@ -83,7 +82,7 @@ def test_energy_is_the_expected_square_of_a_logit() -> None:
     """Of all components together, over independent queries and keys before rotation."""
     model = tiny_model()
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     uniform = moments(model, describe(model.config), TEXT)[0].asking
     hidden = attention_inputs(model, TEXT)[0].double()
     keys = torch.einsum("gdh,nh->gnd", weights.key.weight.double(), hidden)
@@ -123,7 +122,7 @@ def test_a_component_has_the_energy_that_is_said_of_it(mix: bool) -> None:
     """E |y|^2 over what attention looks at; mixtures of one frequency do not correlate either."""
     model = tiny_model("llama", attention_bias=True)
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     seen = moments(model, describe(model.config), TEXT)[0]
     parts = components(weights, p, seen.asking, seen.answering, mix)
     rows = parts.into @ rows_of(weights.key).flatten(0, 1)
@@ -143,7 +142,7 @@ def test_a_key_without_position_keeps_the_mean_of_its_turns(mix: bool, damp: boo
     """q^* k exp(-i theta distance) becomes q^* k times the mean of that, and of RoPE's stretch."""
     model = tiny_model("llama", attention_bias=True)
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     seen = moments(model, describe(model.config), TEXT)[0]
     kept, amplitude = (0, 0, 1, 3, 4, 4, 7), 1.5  # of frequencies 1, 3 and 7 one of two components
     made = decompose(weights, p, Latent(9, kept, 2, mix=mix, damp=damp), seen, amplitude)
@@ -162,7 +161,7 @@ def test_the_metric_is_the_expected_square_of_the_change_of_the_output() -> None
     """By sums over tokens: an error of a value is felt through W_O, one of a logit by as much as values spread."""
     model = tiny_model("llama", attention_bias=True)
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     inputs = attention_inputs(model, TEXT)[0].double()
     inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1)
     uniform = inputs.T @ inputs / len(inputs)
@@ -187,7 +186,7 @@ def test_a_constant_of_the_keys_is_held_unless_a_latent_is_centred() -> None:
     with torch.no_grad():
         attentions(model)[0].k_proj.bias.add_(20)
     p = describe(model.config).layers[0]
-    weights = layout_of(model, attentions(model)[0], p).read()
+    weights = layouts(model)[0].read()
     seen = moments(model, describe(model.config), TEXT)[0]
     lost = {}
     for centred in (True, False):
@@ -202,7 +201,7 @@ def test_a_constant_of_the_keys_is_held_unless_a_latent_is_centred() -> None:
 def test_more_rank_never_loses_energy() -> None:
     model = tiny_model()
     p = planned(model, {"mla": {"rope": 8, "rank": 8, "select": "high"}}).layers[1]
-    weights = layout_of(model, attentions(model)[1], p).read()
+    weights = layouts(model)[1].read()
     found = decompose(weights, p, Latent(8, p.latent.frequencies, 2), moments(model, describe(model.config), TEXT)[1])
     assert [found.rank(e) for e in (1e-9, 1.0)] == [1, 56]
     assert [found.rank(e) for e in (0.2, 0.5, 0.9)] == sorted(found.rank(e) for e in (0.2, 0.5, 0.9))

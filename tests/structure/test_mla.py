@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from converted import converted, logits, parameters, planned
-from tiny import tiny_ids, tiny_model, tiny_tokenizer
+from tiny import attentions, tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
-from kvcompile.adapters.architectures import attentions, describe
+from kvcompile.adapters.architectures import describe
 from kvcompile.artifact import artifact
 from kvcompile.build import build
 from kvcompile.calibration.probe import ModelCalibrator

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from converted import converted, logits, parameters, planned, sharing
-from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, layouts, tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
@@ -97,12 +97,11 @@ def test_folding_layers_takes_the_mean_of_their_weights(name: str) -> None:
     """A model whose four layers have the means of all as keys and values, with sharing alone, is the same model."""
     from converted import edit
 
-    from kvcompile.adapters.architectures import attentions
+    from kvcompile.adapters.layout import Weights
     from kvcompile.structure.heads import fold_layers
-    from kvcompile.structure.layout import Weights, layout_of
 
-    model, plan = tiny_model(name), describe(tiny_model(name).config)
-    layers = [layout_of(model, a, p).read() for a, p in zip(attentions(model), plan.layers, strict=True)]
+    model = tiny_model(name)
+    layers = [layout.read() for layout in layouts(model)]
     for fold, shares in (("mean", [0.25] * 4), ("successive", [0.125, 0.125, 0.25, 0.5])):
         folded = fold_layers(layers, fold)
         expected = sum(s * w.key.weight.double() for s, w in zip(shares, layers, strict=True)).float()

@@ -1,0 +1,204 @@
+"""One architecture: its adapter, the facts of its layers, and what is done to a model by them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.adapters.base import Attention
+from kvcompile.adapters.layout import Layout
+from kvcompile.errors import KvcompileError
+from kvcompile.models.loading import require_weights
+from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.runtime.cache import Rotary
+from kvcompile.runtime.live import require_unhooked
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def by_head_dim(config: Any) -> float:
+    """Attention scaled by D^-1/2, D the channels of a head."""
+    return float(_head_dim(config) ** -0.5)
+
+
+def by_scalar(config: Any) -> float:
+    """Attention scaled by `query_pre_attn_scalar`^-1/2."""
+    return float(config.query_pre_attn_scalar**-0.5)
+
+
+def one_window(config: Any, layer: int) -> int | None:
+    """The same sliding window in all layers; None where the config has none."""
+    return getattr(config, "sliding_window", None)
+
+
+def typed_window(config: Any, layer: int) -> int | None:
+    """A sliding window in layers whose type in the config says so."""
+    kind = config.layer_types[layer]
+    if kind not in ("full_attention", "sliding_attention"):
+        raise KvcompileError(f"layer {layer}: attention must be full or sliding", kind, "use another checkpoint")
+    return config.sliding_window if kind == "sliding_attention" else None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type` of transformers: how its attention is adapted, and the facts of its layers by its config.
+
+    adapter: of the attention modules, which each decoder layer has under the name `attention`.
+    scale: what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of
+    c tanh(x / c) over the logits (None: none). rotates: whether a layer has position embeddings.
+    rotary_per_type: the rotary module wants the type of the layer. grouped: the stock class can have fewer KV heads
+    than query heads.
+    """
+
+    adapter: type[Attention]
+    attention: str = "self_attn"
+    scale: Callable[[Any], float] = by_head_dim
+    window: Callable[[Any, int], int | None] = lambda config, layer: None
+    softcap: Callable[[Any], float | None] = lambda config: None
+    rotates: Callable[[Any, int], bool] = lambda config, layer: True
+    rotary_per_type: bool = False
+    grouped: bool = True
+
+    def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
+        """The identity plan of a model, from its config alone: every layer owns its cache and keeps all."""
+        heads: int = config.num_attention_heads
+        layers = tuple(
+            LayerPlan(
+                index=index,
+                query_heads=heads,
+                kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+                head_dim=_head_dim(config),
+                owner=index,
+                scale=self.scale(config),
+                sliding_window=self.window(config, index),
+                softcap=self.softcap(config),
+                rotates=self.rotates(config, index),
+                rotary=_rotary(config) if self.rotates(config, index) else 0,
+                key_norm="k_norm" in self.adapter.keeps,
+            )
+            for index in range(config.num_hidden_layers)
+        )
+        return Plan(architecture=config.model_type, dtype=dtype, layers=layers)
+
+    def attentions(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention modules of a model, by layer."""
+        return [getattr(layer, self.attention) for layer in _base(model).layers]
+
+    def layouts(self, model: PreTrainedModel, plan: Plan, converted: bool = False) -> list[Layout]:
+        """The projections of the attentions of an uncompiled model, by layer.
+
+        converted: the weights are those of `plan` already; otherwise they are the original's.
+        Raises KvcompileError for an adapter without a layout.
+        """
+        kind, out = self.adapter.layout, self.adapter.out
+        if kind is None:
+            raise KvcompileError(
+                "weights can be converted only in layouts that are known",
+                self.adapter.__name__,
+                "use policies that leave the weights as they are",
+            )
+        return [
+            kind(attention, p.query_heads, p.kv_heads if converted else p.dense_heads, p.head_dim, out)
+            for attention, p in zip(self.attentions(model), plan.layers, strict=True)
+        ]
+
+    def swap(self, model: PreTrainedModel, plan: Plan) -> list[str]:
+        """Put our adapter in place of every attention module, in place; return their qualified names.
+
+        plan: that of the weights the model has now.
+
+        Nothing is changed unless all can be. Raises KvcompileError for weights that are not in memory, a model compiled
+        before, and where the module disagrees with what its config says.
+        """
+        require_weights(model)
+        self.require_as_configured(model)
+        adapters = []
+        for original, facts in zip(self.attentions(model), plan.layers, strict=True):
+            _require_plain(original, facts)
+            adapters.append(self.adapter(original, facts))
+        for layer, adapter in zip(_base(model).layers, adapters, strict=True):
+            setattr(layer, self.attention, adapter)
+        return [name for name, module in model.named_modules() if isinstance(module, Attention)]
+
+    def rotary(self, model: PreTrainedModel, layer: int) -> Rotary:
+        """The rotation of one layer: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's rotary module.
+
+        A layer without position embedding gets the identity (cos 1, sin 0). The module is copied: types that adapt to
+        the longest position seen must not be disturbed by a question.
+        """
+        config = model.config
+        module = copy.deepcopy(_base(model).rotary_emb)
+        kind = {"layer_type": config.layer_types[layer]} if self.rotary_per_type else {}
+        width, turns = _head_dim(config), self.rotates(config, layer)
+
+        def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
+            like = torch.empty(0, dtype=torch.float32, device=positions.device)
+            if not turns:
+                return like.new_ones(len(positions), width), like.new_zeros(len(positions), width)
+            cos, sin = module(like, position_ids=positions.unsqueeze(0), **kind)
+            return cos[0], sin[0]
+
+        return rotation
+
+    def rotations(self, model: PreTrainedModel) -> list[Rotary]:
+        """`rotary` of every layer; layers that turn alike share one, so that a pass need ask for an angle only once."""
+        config = model.config
+        shared: dict[tuple[str | None, bool], Rotary] = {}
+        kinds = [
+            (config.layer_types[layer] if self.rotary_per_type else None, self.rotates(config, layer))
+            for layer in range(config.num_hidden_layers)
+        ]
+        for layer, kind in enumerate(kinds):
+            if kind not in shared:
+                shared[kind] = self.rotary(model, layer)
+        return [shared[kind] for kind in kinds]
+
+    def require_as_configured(self, model: PreTrainedModel) -> None:
+        """Raise KvcompileError where a model is not what its config says, or would not run as it stands once traced."""
+        config, base = model.config, _base(model)
+        if len(base.layers) != config.num_hidden_layers:
+            raise KvcompileError(
+                f"a model has as many layers as its config says, {config.num_hidden_layers}",
+                f"{len(base.layers)}",
+                f"after layers were taken out, set config.num_hidden_layers={len(base.layers)}, and lists of the "
+                "config by layer (layer_types) to match",
+            )
+        require_unhooked("the base model", base)
+        for index, layer in enumerate(base.layers):
+            require_unhooked(f"layer {index}", layer)
+            require_unhooked(f"layer {index}: {self.attention}", getattr(layer, self.attention))
+
+
+def _base(model: PreTrainedModel) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotary(config: Any) -> int:
+    """Channels of a head that RoPE turns."""
+    given = getattr(config, "rope_parameters", None) or {}
+    return int(_head_dim(config) * (given.get("partial_rotary_factor") or 1.0))
+
+
+def _require_plain(original: nn.Module, facts: LayerPlan) -> None:
+    if isinstance(original, Attention):
+        raise KvcompileError("a model is compiled once", "one that is compiled already", "load it afresh")
+    scale = getattr(original, "scaling", facts.scale)
+    window = getattr(original, "sliding_window", facts.sliding_window)
+    turns = bool(getattr(original, "use_rope", facts.rotates))
+    if (scale, window, turns) != (facts.scale, facts.sliding_window, facts.rotates):
+        raise KvcompileError(
+            f"layer {facts.index}: scale, window and position embedding must be what the config says",
+            f"{scale}, {window}, {turns} instead of {facts.scale}, {facts.sliding_window}, {facts.rotates}",
+            "use the transformers version that the checkpoint was made for; if layers were taken out, take them out of "
+            "the config's lists too (layer_types, no_rope_layers)",
+        )
