@@ -1,4 +1,4 @@
-"""Every script of examples/ runs on a tiny model, and the page about policies shows a policy that works."""
+"""Every script of examples/ runs on a tiny model, and the pages about extensions show some that work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-PAGE = (ROOT / "docs" / "add-a-policy.md").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +96,75 @@ for stack in ("[vnorm]", "[vnorm,adakv,kivi]"):
 """
 
 
-def test_own_policy(folder: str, tmp_path: Path) -> None:
-    """The files on the page are those of the example; installed, they are a policy like any other."""
-    for language, name in (("python", "vnorm.py"), ("toml", "pyproject.toml")):
-        (block,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
-        assert block == (EXAMPLES / "own_policy" / name).read_text("utf-8")
-        (tmp_path / name).write_text(block, "utf-8")
-    site = tmp_path / "site"
+def installed(page: str, example: str, where: Path) -> Path:
+    """The files that a page shows, which are those of the example, as an installed package."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    blocks = {block for _, block in re.findall(r"```(python|toml)\n(.*?)```", text, re.S)}
+    files = {path.name: path.read_text("utf-8") for path in (EXAMPLES / example).iterdir() if path.suffix != ".md"}
+    assert set(files.values()) == blocks
+    assert len(files) <= 3
+    for name, content in files.items():
+        (where / name).write_text(content, "utf-8")
+    site = where / "site"
     pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
-    run(sys.executable, *pip, str(tmp_path), where=tmp_path)
+    run(sys.executable, *pip, str(where), where=where)
+    return site
+
+
+def test_own_policy(folder: str, tmp_path: Path) -> None:
+    """Installed, it is a policy like any other."""
+    site = installed("add-a-policy.md", "own_policy", tmp_path)
     assert "vnorm" in run(sys.executable, "-m", "kvcompile", "ls", where=tmp_path, path=site)
     said = run(sys.executable, "-c", COMPILE.format(folder=folder), where=tmp_path, path=site)
     assert said.splitlines() == [f"{stack} {4 * 2 * 30}" for stack in ("[vnorm]", "[vnorm,adakv,kivi]")]
+
+
+DUET = """
+import sys, torch, kvcompile
+from modeling_duet import DuetConfig, DuetForCausalLM
+sys.path.insert(0, {tests!r})
+from tiny import BASE, tiny_tokenizer
+torch.manual_seed(0)
+model, ids = DuetForCausalLM(DuetConfig(**BASE)).eval(), torch.arange(4, 124).view(1, -1)
+model.save_pretrained("duet")
+tiny_tokenizer().save_pretrained("duet")
+with torch.no_grad():
+    expected = model(ids).logits
+    print(bool((kvcompile.compile(model)(ids).logits - expected).abs().max() < 1e-5))
+"""
+CONVERT = """
+import sys, torch, kvcompile
+stacks = [
+    ["policy=[gqa,rotate,int8]", "stack.gqa.kv_heads=1"],
+    ["policy=[cla,snapkv]", "budget=0.25"],
+    ["policy=[mla]", "stack.mla.factor=weights", "stack.mla.select=high"],
+]
+ids = torch.arange(4, 124).view(1, -1)
+for n, stack in enumerate(stacks):
+    assert "modeling_duet" not in sys.modules or n
+    compiled = kvcompile.compile("llama", overrides=["model.pretrained=duet", *stack])
+    with torch.no_grad():
+        out = compiled(ids)
+        kvcompile.save(compiled, f"saved-{n}")
+        print(type(compiled).__name__, sum(map(sum, out.past_key_values.lengths())), float(out.logits.sum()))
+"""
+LOAD = """
+import torch, kvcompile
+for n in range(3):
+    compiled = kvcompile.load(f"saved-{n}")
+    with torch.no_grad():
+        out = compiled(torch.arange(4, 124).view(1, -1))
+        print(type(compiled).__name__, sum(map(sum, out.past_key_values.lengths())), float(out.logits.sum()))
+"""
+
+
+def test_own_architecture(tmp_path: Path) -> None:
+    """Installed, it is compiled, converted, saved and loaded as any other; nobody imports it by hand."""
+    site = installed("add-an-architecture.md", "own_architecture", tmp_path)
+    made = run(sys.executable, "-c", DUET.format(tests=str(ROOT / "tests")), where=tmp_path, path=site)
+    assert made.split() == ["True"]
+    said = run(sys.executable, "-c", CONVERT, where=tmp_path, path=site)
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["DuetForCausalLM", str(n)] for n in (4 * 120, 2 * 2 * 30, 4 * 120)
+    ]
+    assert run(sys.executable, "-c", LOAD, where=tmp_path, path=site) == said

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import EntryPoint, entry_points
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kvcompile.adapters.architecture import Architecture
 from kvcompile.errors import KvcompileError
+from kvcompile.models.outside import GROUP, outside
 from kvcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-GROUP = "kvcompile.architectures"
 BUILT_IN = {
     "gemma2": "llama:GEMMA2",
     "gemma3_text": "qwen3:GEMMA3",
@@ -31,41 +31,33 @@ BUILT_IN = {
 
 
 @functools.cache
-def known() -> dict[str, EntryPoint]:
-    """Where each known architecture is, sorted by `model_type`; none is loaded.
+def known() -> dict[str, str | Architecture]:
+    """Every known architecture, sorted by `model_type`: ours as `module:name`, not imported yet, and outside ones.
 
-    Raises KvcompileError for an entry point whose name is taken.
+    Raises KvcompileError for one of another package that is no `Architecture`, or has the name of one of ours.
     """
-    found = {name: EntryPoint(name, f"kvcompile.adapters.{place}", GROUP) for name, place in BUILT_IN.items()}
-    for entry in entry_points(group=GROUP):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value:
-            raise KvcompileError(f"architecture {entry.name!r} is there twice", f"{entry.value} and {other.value}")
-    return dict(sorted(found.items()))
+    for name, found in outside().items():
+        if name in BUILT_IN:
+            raise KvcompileError(f"architecture {name!r} is there twice", "kvcompile has it", "give yours another name")
+        if not isinstance(found, Architecture):
+            raise KvcompileError(f"entry point {name!r} of {GROUP} must be an Architecture", type(found).__name__)
+    return dict(sorted({**BUILT_IN, **outside()}.items()))
 
 
-@functools.cache
 def architecture(model_type: str) -> Architecture:
-    """The architecture called `model_type`.
-
-    Raises KvcompileError, listing the known ones, for any other, and where that of another package does not load.
-    """
-    entry = known().get(model_type)
-    if entry is None:
+    """The architecture called `model_type`. Raises KvcompileError, listing the known ones, for any other."""
+    found = known().get(model_type)
+    if found is None:
         raise KvcompileError(
             "the architecture must be one that kvcompile has an adapter for",
             repr(model_type),
             f"use one of {', '.join(known())}",
         )
-    try:
-        found = entry.load()
-    except Exception as error:
-        raise KvcompileError(
-            f"the architecture {entry.value!r} of another package does not load", error, "mend or remove it"
-        ) from error
-    if not isinstance(found, Architecture):
-        raise KvcompileError(f"entry point {model_type!r} of {GROUP} must be an Architecture", entry.value)
-    return found
+    if isinstance(found, Architecture):
+        return found
+    module, _, name = found.partition(":")
+    loaded: Architecture = getattr(import_module(f"kvcompile.adapters.{module}"), name)
+    return loaded
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -81,10 +73,3 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
     """The identity plan of a model, from its config alone. Raises KvcompileError as `architecture_of` does."""
     return architecture_of(config).describe(config, dtype)
-
-
-def load_outside() -> None:
-    """Load the architectures of other packages: they make their configs and models known to transformers, too."""
-    for name in known():
-        if name not in BUILT_IN:
-            architecture(name)

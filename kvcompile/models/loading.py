@@ -17,6 +17,7 @@ from kvcompile.models.default import (
     _require_gguf,
     default_model,
 )
+from kvcompile.models.outside import outside
 from kvcompile.progress import Progress, no_foreign_bars, silent
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ def _gguf(source: str, options: dict[str, Any]) -> Contents | None:
 
 def _source(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for the given `pretrained`: its first argument and its options."""
+    outside()  # transformers must know the models of other packages before it reads one
     given = str(model.pretrained)
     path = Path(given).expanduser()
     if path.is_dir():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +13,14 @@ from tiny import ARCHITECTURES, WINDOW, rotary, tiny_config, tiny_ids, tiny_mode
 from transformers import GPT2Config
 
 from kvcompile.adapters import architectures
+from kvcompile.adapters.architecture import Architecture
 from kvcompile.adapters.architectures import architecture_of, describe
 from kvcompile.adapters.base import Attention
+from kvcompile.adapters.llama import Separate
+from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
+from kvcompile.models import outside
+from kvcompile.stack import apply_stack, build_stack
 
 FULL = [None] * 4
 ALL_SLIDE = [WINDOW] * 4
@@ -55,6 +63,79 @@ def test_every_known_architecture_is_tested() -> None:
 def test_unknown_architecture_lists_the_known_ones() -> None:
     with pytest.raises(KvcompileError, match=r"'gpt2'.*gemma2, gemma3_text.*smollm3"):
         describe(GPT2Config())
+
+
+class Entry:
+    """An entry point of another package."""
+
+    def __init__(self, name: str, target: Any) -> None:
+        self.name, self.value, self.target = name, f"elsewhere:{name}", target
+
+    def load(self) -> Any:
+        if isinstance(self.target, Exception):
+            raise self.target
+        return self.target
+
+
+@pytest.fixture
+def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def forget() -> None:
+        outside.outside.cache_clear()
+        architectures.known.cache_clear()
+
+    def install(*entries: Entry) -> None:
+        monkeypatch.setattr(outside, "entry_points", lambda group: entries if group == outside.GROUP else ())
+        forget()
+
+    yield install
+    forget()
+
+
+def test_an_architecture_of_another_package_stands_beside_ours(plug: Any) -> None:
+    mine = Architecture(Separate, scale=lambda config: 0.5)
+    plug(Entry("mine", mine))
+    config = tiny_config("llama")
+    config.model_type = "mine"
+    assert architecture_of(config) is mine
+    assert {p.scale for p in describe(config).layers} == {0.5}
+    with pytest.raises(KvcompileError, match=r"'gpt2'.*llama, mine, mistral"):
+        describe(GPT2Config())
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([Entry("llama", Architecture(Separate))], "'llama' is there twice"),
+        ([Entry("mine", Architecture(Separate)), Entry("mine", Architecture(Separate))], "'mine' is there twice"),
+        ([Entry("mine", Separate)], "'mine' of kvcompile.architectures must be an Architecture, got type"),
+        ([Entry("mine", ImportError("no such module"))], "'elsewhere:mine' .*does not load, got no such module"),
+    ],
+)
+def test_a_broken_architecture_of_another_package_is_one_line(plug: Any, entries: list[Entry], says: str) -> None:
+    plug(*entries)
+    with pytest.raises(KvcompileError, match=says) as caught:
+        describe(tiny_config("llama"))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_layout_nothing_is_converted(plug: Any) -> None:
+    class Opaque(Separate):
+        layout = None
+
+    plug(Entry("mine", Architecture(Opaque)))
+    model = tiny_model("llama")
+    model.config.model_type = "mine"
+    with pytest.raises(KvcompileError, match=r"weights can be converted only.*Opaque"):
+        compile_plan(model, apply_stack(describe(model.config), build_stack(["mqa"], {})))
+    assert compile_plan(model, describe(model.config)).kvcompile.plan.architecture == "mine"
+
+
+def test_importing_the_table_imports_no_family() -> None:
+    code = (
+        "import sys, kvcompile.adapters.architectures; print([m for m in sys.modules if m.endswith('adapters.llama')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_bidirectional_attention_is_refused() -> None:
