@@ -136,7 +136,7 @@ CONVERT = """
 import sys, torch, kvcompile
 stacks = [
     ["policy=[gqa,rotate,int8]", "stack.gqa.kv_heads=1"],
-    ["policy=[cla,snapkv]", "budget=0.25"],
+    ["policy=[cla,snapkv]", "budget=0.5"],
     ["policy=[mla]", "stack.mla.factor=weights", "stack.mla.select=high"],
 ]
 ids = torch.arange(4, 124).view(1, -1)
@@ -165,6 +165,6 @@ def test_own_architecture(tmp_path: Path) -> None:
     assert made.split() == ["True"]
     said = run(sys.executable, "-c", CONVERT, where=tmp_path, path=site)
     assert [line.split()[:2] for line in said.splitlines()] == [
-        ["DuetForCausalLM", str(n)] for n in (4 * 120, 2 * 2 * 30, 4 * 120)
+        ["DuetForCausalLM", str(n)] for n in (4 * 120, 2 * 2 * 60, 4 * 120)
     ]
     assert run(sys.executable, "-c", LOAD, where=tmp_path, path=site) == said
