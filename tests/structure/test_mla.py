@@ -282,7 +282,7 @@ def test_a_fork_of_pages_goes_its_own_way() -> None:
     [
         ({"gqa": {}, "mla": WEIGHTS}, "own keys and values"),
         ({"cla": {}, "mla": WEIGHTS}, "own keys and values"),
-        ({"mla": WEIGHTS, "gqa": {}}, "no heads to merge.*'gqa' after 'mla'"),
+        ({"mla": WEIGHTS, "gqa": {}}, "no KV heads to merge.*'gqa' after 'mla'"),
         ({"mla": WEIGHTS, "cla": {}}, "own keys and values"),
         ({"mla": WEIGHTS, "kivi": {}}, "keeps the model's dtype.*'kivi' after 'mla'"),
         ({"mla": WEIGHTS, "int8": {}}, "keeps the model's dtype"),
