@@ -77,7 +77,7 @@ class Branching:
             raise KvcompileError(f"one prefill has moments of every {self.stride}th query", f"stride {strides}")
         if self.cache is None:
             raise RuntimeError("prefill first")
-        branch = KVCache(plan, self.cache.rotaries, self.cache.route)
+        branch = KVCache(plan, self.cache.rotaries, self.cache.backend)
         branch.seen = list(self.cache.seen)
         for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):
             mine.store, mine.columns, mine.is_initialized = copy.copy(theirs.store), theirs.columns, True

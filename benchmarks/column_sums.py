@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/column_sums.py --out benchmarks/results/column_sums
 
-One model of the cache folder, one process, one route (cpp). kernel: its pass adds up what entries receive. again: the
+One model of the cache folder, one process, one backend (cpp). kernel: its pass adds up what entries receive. again: the
 same model, where the score looks at queries and keys itself. plain: the same, with nothing selected while decoding.
 Prefill in seconds, decoding in milliseconds a token (mean over `--tokens`, evictions and looks included), medians over
 `--rounds`. Nothing is printed unless both ways keep the same entries in every round.

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kvcompile.kernels.compact import Compactor
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import compactor
+from kvcompile.kernels.dispatch import CPP, SDPA
 from kvcompile.plan.storage import Codec
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
@@ -43,7 +43,7 @@ INT4 = Codec("int4", "channel", GROUP), Codec("int4", "token", 32)
 WAYS = ("dense - dense", "dense - ragged", "paged in place")
 CASES = [(kind, way) for kind in ("float32", "bfloat16") for way in WAYS]
 CASES += [("int4", "ragged - ragged"), ("int4", "paged in place")]
-COMPACTORS = {"torch": compactor("sdpa"), "C++": compactor("cpp")}
+COMPACTORS = {"torch": SDPA.compact, "C++": CPP.compact}
 Store = DenseStore | RaggedStore | PagedStore | RaggedCodes | PagedCodes
 
 

@@ -24,8 +24,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from kvcompile.kernels import linear
-from kvcompile.kernels.cpp import build, simd
+from kvcompile.kernels.cpp import build, lower, simd
 
 LAYER = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 HEAD = (576, 49152)
@@ -96,7 +95,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         plain = layers(dtype)
         ours = copy.deepcopy(plain)
-        linear.lower(nn.ModuleList(ours))
+        lower.lower(nn.ModuleList(ours))
         size = sum(m.weight.numel() for m in plain) * dtype.itemsize
         for count in args.rows:
             inputs = {k: torch.randn(1, count, k).to(dtype) for k in (576, 1536)}

@@ -121,8 +121,10 @@ def main() -> None:
             print(text[-1], flush=True)
             data.append({"context": context, "batch": batch, "rows": found})
     if args.out:
-        route = models["dense"].new_cache().route
-        machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {route}"
+        backend = models["dense"].new_cache().backend.name
+        machine = (
+            f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels {backend}"
+        )
         listed = "\n".join(f"- {k}: `{' '.join(v)}`" for k, v in rows.items())
         head = f"{time.strftime('%Y-%m-%d')}, {machine}\n\n    python {' '.join(sys.argv)}\n\n{listed}\n"
         Path(args.out + ".md").write_text("\n".join([head, *text]))

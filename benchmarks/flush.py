@@ -24,7 +24,7 @@ from torch import Tensor
 from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.compact import Compactor
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import compactor, encoder
+from kvcompile.kernels.dispatch import named
 from kvcompile.kernels.layout import RaggedView
 from kvcompile.plan.storage import FLUSH, Codec, Storage
 from kvcompile.runtime.cache import HEADROOM
@@ -99,10 +99,10 @@ def race(format: str, shape: str, tokens: int, rounds: int) -> list[dict[str, ob
     heads, dim = SHAPES[shape]
     for round_ in range(rounds + 2):  # the first two warm up
         left = {}
-        for name, route in WAYS.items():
+        for name, backend in WAYS.items():
             torch.manual_seed(round_)
-            move = compactor(route)
-            store = prompted(format, shape, tokens, Timed(encoder(route)))
+            move = named(backend).compact
+            store = prompted(format, shape, tokens, Timed(named(backend).encode))
             prompt = flushed(store, True, move)
             store.append(*new(heads, FLUSH, dim, tokens), HEADROOM)
             flush = flushed(store, False, move)

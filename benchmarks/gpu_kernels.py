@@ -182,7 +182,7 @@ def captured(run: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def libraries(view: DenseView, q: Tensor) -> dict[str, Callable[[], Any]]:
-    """Library routes over the same float16 keys and values."""
+    """Library calls over the same float16 keys and values."""
     from torch.nn.attention.flex_attention import flex_attention
 
     folded = q.view(q.shape[0], HEADS, GROUP, DIM)
@@ -244,7 +244,7 @@ def measure(contexts: list[int], batches: list[int]) -> str:
                 time = seconds(run)
                 rate = size / time
                 rows.append([context, batch, name, f"{time * 1e6:.0f}", f"{rate / 1e9:.0f}", f"{rate / bandwidth:.0%}"])
-    head = ["context", "batch", "route", "us", "GB/s", "of copy"]
+    head = ["context", "batch", "backend", "us", "GB/s", "of copy"]
     page = f"# Decode attention on {torch.cuda.get_device_name()}\n\n"
     page += f"`python {' '.join(sys.argv)}`, torch {torch.__version__}. "
     page += f"Copy bandwidth {bandwidth / 1e9:.0f} GB/s. Our steps are replayed CUDA graphs.\n\n"

@@ -43,7 +43,7 @@ def ways(shape: tuple[int, int, int], entries: int, window: int) -> dict[str, Ca
 
     def kernel() -> Tensor:
         sums = torch.zeros(kv_heads, entries)
-        cpp.window_sums(Queries(q, asked[None]), view, spec, sums)
+        cpp.column_sums(Queries(q, asked[None]), view, spec, sums)
         return sums / (group * window)
 
     return {"torch": torch_way, "kernel": kernel}

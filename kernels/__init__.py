@@ -1,1 +1,1 @@
-"""Attention over a cache layout: specs, references and the routes that run them. Import as `kvcompile.kernels`."""
+"""Attention over a cache layout: specs, references and the backends that run them. Import as `kvcompile.kernels`."""

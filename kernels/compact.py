@@ -1,6 +1,6 @@
 """Compaction: kept entries of every row of a store move to where they lie next, in plain torch, and what describes it.
 
-The oracle of the generated kernels, which copy the same bytes, and what routes without generated kernels run.
+The oracle of the generated kernels, which copy the same bytes, and what backends without generated kernels run.
 """
 
 from __future__ import annotations

@@ -1,82 +1,65 @@
-"""The one place where a kernel route is chosen; the choice can be forced and is always reported."""
+"""The one place where a backend is chosen; the choice can be forced and is always reported."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+from importlib.metadata import entry_points
 
 import torch
-from torch import Tensor
 
-from kvcompile.errors import KvcompileError
-from kvcompile.kernels import codecs, compact, reference, sdpa
-from kvcompile.kernels.cpp import backend as cpp
-from kvcompile.kernels.cpp import build, encode
-from kvcompile.kernels.cpp import compact as cpp_compact
-from kvcompile.kernels.layout import Queries, View
-from kvcompile.kernels.spec import KernelSpec, Part
-from kvcompile.kernels.triton import backend as triton
+from kvcompile.errors import FOREIGN, KvcompileError, shortened
+from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels.backend import Backend
+from kvcompile.kernels.cpp import build
+from kvcompile.kernels.cpp.backend import CPP
+from kvcompile.kernels.names import GROUP, names
+from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.triton.backend import TRITON
 
-
-class Route(Protocol):
-    """A way to compute attention: the contract of `reference.attend`."""
-
-    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
-        """Attention `[B, H_q, Q, D_v]`; column sums are added to `sums` where the spec has `scores`."""
-        ...
+SDPA = Backend("sdpa", sdpa.attend, supports=sdpa.supports, differentiable=True, library_prompts=True)
+REFERENCE = Backend("reference", reference.attend, differentiable=True)
+BUILT_IN = (CPP, TRITON, SDPA, REFERENCE)
 
 
-class ColumnSumKernel(Protocol):
-    """A way to add up what entries receive from the last queries of a prefill, with no values read."""
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """All installed backends by name: ours, then those of other packages.
 
-    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
-        """Column sums of all `queries`, causal by true positions, are added to `sums [R, longest row]`."""
-        ...
-
-
-ROUTES: dict[str, Route] = {
-    "cpp": cpp.attend,
-    "triton": triton.attend,
-    "sdpa": sdpa.attend,
-    "reference": reference.attend,
-}
-WINDOWS: dict[str, ColumnSumKernel] = {"cpp": cpp.window_sums, "triton": triton.window_sums}
-ENCODERS: dict[str, codecs.Encoder] = {"cpp": encode.encode}  # the other routes encode with torch
-COMPACTORS: dict[str, compact.Compactor] = {"cpp": cpp_compact.compact, "triton": triton.compact}  # the others: torch
-GENERATED = {"cpu": "cpp"}  # the generated kernels of each type of device: what `auto` means where they run
-
-
-def choose(requested: str, device: torch.device | str = "cpu") -> str:
-    """The route that `kernels=<requested>` means on a device: `auto` is the fastest one that runs there.
-
-    Raises KvcompileError for a name that is none, and for generated kernels that cannot run there.
+    Raises KvcompileError if an entry point cannot be loaded, is no Backend of its name, or takes a name that is taken.
     """
-    place = torch.device(device).type
+    found = {backend.name: backend for backend in BUILT_IN}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            backend = entry.load()
+        except Exception as error:
+            raise KvcompileError(
+                f"the backend {entry.value!r} of another package does not load", error, "mend or remove it"
+            ) from error
+        if not isinstance(backend, Backend) or backend.name != entry.name:
+            raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Backend of that name", entry.value)
+        if found.setdefault(entry.name, backend) is not backend:
+            raise KvcompileError(f"backend {entry.name!r} is there twice", f"{entry.value} and {found[entry.name]}")
+    return found
+
+
+def named(name: str) -> Backend:
+    """The backend of a name. Raises KvcompileError with the list of all for a name that is none."""
+    found = {backend.name: backend for backend in BUILT_IN}.get(name) or backends().get(name)
+    if found is None:
+        raise KvcompileError(f"kernels must be one of auto, {', '.join(names())}", shortened(repr(name), FOREIGN))
+    return found
+
+
+def choose(requested: str, device: torch.device | str = "cpu") -> Backend:
+    """The backend that `kernels=<requested>` means on a device: `auto` is the fastest of ours that runs there.
+
+    Raises KvcompileError for a name that is none, and for a backend that cannot run there.
+    """
     if requested == "auto":
-        return "sdpa" if why(device) else GENERATED[place]
-    if requested not in ROUTES:
-        raise KvcompileError(f"kernels must be one of auto, {', '.join(ROUTES)}", repr(requested))
-    if requested == "cpp":
-        if place != "cpu":
-            raise KvcompileError("kernels=cpp runs on a CPU", f"a model on {place}", "set kernels=auto")
-        build.toolchain()
-    if requested == "triton":
-        triton.ready(place)
-    return requested
-
-
-def differentiable(route: str) -> Route:
-    """What attends in place of a route where gradients are wanted: generated kernels have none."""
-    return sdpa.attend if route in ("cpp", "triton") else ROUTES[route]
-
-
-def encoder(route: str) -> codecs.Encoder:
-    """What turns keys and values into codes where a route attends; the codes are the same on every route."""
-    return ENCODERS.get(route, codecs.encode)
-
-
-def compactor(route: str) -> compact.Compactor:
-    """What moves the entries that a selection keeps where a route attends; the bytes are the same on every route."""
-    return COMPACTORS.get(route, compact.compact)
+        return SDPA if why(device) else CPP
+    backend = named(requested)
+    backend.ready(torch.device(device))
+    return backend
 
 
 def why(device: torch.device | str = "cpu") -> str:
@@ -84,24 +67,25 @@ def why(device: torch.device | str = "cpu") -> str:
     place = torch.device(device).type
     if place == "cuda":  # compiled ahead of time and interpreted, but measured on no GPU yet
         return "kernels=triton has to be asked for"
-    if place not in GENERATED:
+    if place != "cpu":
         return f"no kernels are generated for {place}"
     return build.available() or ""
 
 
-def scores(route: str, parts: tuple[Part, ...], dtype: object) -> bool:
-    """Whether a route computes column sums over these parts for queries of a dtype (or its name)."""
-    return cpp.generated(parts, str(dtype).removeprefix("torch.")) if route == "cpp" else route != "sdpa"
+def serving(backend: Backend, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Backend:
+    """Who attends over a spec where a backend was chosen: that one, or the library where it cannot, or the reference.
 
-
-def window_sums(route: str, parts: tuple[Part, ...], dtype: object) -> ColumnSumKernel | None:
-    """What adds up, on a route, the attention that entries in these parts receive from the last queries of a prefill.
-
-    None: no kernel does; a score looks at queries and keys itself.
+    gradients: whether they must pass.
     """
-    return WINDOWS.get(route) if scores(route, parts, dtype) else None
+    for each in (backend, SDPA):
+        if each.supports(spec, dtype) and (each.differentiable or not gradients):
+            return each
+    return REFERENCE
 
 
-def describe(route: str, spec: KernelSpec, dtype: torch.dtype) -> str:
-    """What runs on a route to decode with queries of a dtype: the route, or whom it hands this to and why."""
-    return cpp.describe(spec, dtype) if route == "cpp" else route
+def describe(backend: Backend, spec: KernelSpec, dtype: torch.dtype) -> str:
+    """What attends over a spec for queries of a dtype: the backend, or who does in its place."""
+    served = serving(backend, spec, dtype)
+    if served is backend:
+        return backend.name
+    return f"{served.name} ({backend.name} has no kernel for it in {str(dtype).removeprefix('torch.')})"

@@ -1,9 +1,13 @@
 """What compiled code takes for memory: looked at where its address is taken, as nothing behind a pointer can tell.
 
 Numbers that are stored (borders of rows, tables of pages, kept entries) are the cache's own and are not read here.
+`opaque` is where torch.compile stops looking: at what takes addresses of tensors, or whose effects are Python's.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +15,17 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 
 Sizes = tuple[int, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def opaque(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which torch.compile calls as it is. Half a microsecond a call.
+
+    A trace may cut a function in two anywhere: tensors whose addresses it has taken would be gone in the second half.
+    """
+    hidden: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return hidden
 
 
 def address(name: str, x: Tensor, dtype: torch.dtype, shape: Sizes, strides: Sizes = ()) -> int:

@@ -1,4 +1,4 @@
-"""Attention over a cache in plain PyTorch: the oracle that every other route is compared with."""
+"""Attention over a cache in plain PyTorch: the oracle that every other backend is compared with."""
 
 from __future__ import annotations
 

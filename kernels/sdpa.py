@@ -20,12 +20,17 @@ from kvcompile.kernels.spec import KernelSpec
 QUERY_BLOCK = 512
 
 
+def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
+    """All but `scores`, which no library call computes."""
+    return not spec.scores
+
+
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Same contract as `reference.attend`, in the dtype of the queries; coded and paged rows are decoded first.
 
     Raises KvcompileError for a spec with `scores`, which no library call computes.
     """
-    if spec.scores:
+    if not supports(spec, queries.states.dtype):
         raise KvcompileError("kernels=sdpa computes no scores", spec.name, "set kernels=auto")
     view = _plain(view, spec, queries.states.dtype)
     if spec.latent:  # library calls want values as wide as keys: the rows themselves, of which the end is kept

@@ -33,7 +33,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     """Rewrite `model` in place to what `plan` says: swap attention, trace, passes, wiring check.
 
     Its weights are those of the plan already: `structure.convert.convert` makes them so.
-    On a CPU with a compiler its linear layers run the decode kernel of `kernels.linear` from then on.
+    Where the backend has a kernel for them, its linear layers run that from then on.
     Raises KvcompileError where an adapter, a pass or the wiring check fails.
     """
     from kvcompile.adapters.architectures import architecture_of
@@ -43,11 +43,10 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     from kvcompile.graph.tracer import skeleton, trace
     from kvcompile.graph.wiring import verify
     from kvcompile.kernels.dispatch import choose
-    from kvcompile.kernels.linear import lower
     from kvcompile.models.loading import align_weights
     from kvcompile.runtime.model import Compiled, adopt
 
-    route = choose(kernels, model.device)  # one that cannot run here fails before any work
+    backend = choose(kernels, model.device)  # one that cannot run here fails before any work
     align_weights(model)
     architecture = architecture_of(model.config)
     rotaries = latent_rotations(architecture.rotations(model), plan)
@@ -56,6 +55,6 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)
     prune(model)
-    if route == "cpp":
-        changes["DecodeLinear"] = lower(model)
+    if backend.linear is not None:
+        changes["DecodeLinear"] = backend.linear(model)
     return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes))

@@ -189,8 +189,8 @@ def _kernels(model: Any) -> list[str]:
     found = []
     for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
         asked = p.selection is not None and p.selection.averages
-        summed = " and column sums" if asked and cache.window_sums(spec.parts, model.dtype) is not None else ""
-        found.append(f"{spec.name}: {describe(cache.route, spec, model.dtype)}{summed}{note}")
+        summed = " and column sums" if asked and cache.column_sums(p.index, spec.parts, model.dtype) is not None else ""
+        found.append(f"{spec.name}: {describe(cache.backend, spec, model.dtype)}{summed}{note}")
     return found
 
 

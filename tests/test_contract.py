@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +211,13 @@ def test_chunked_prefill_never_holds_more_than_budget_and_chunk(name: str, row: 
     tokens = 100
     model = compiled(row.fields(BUDGET, between_chunks=True), prefill_chunk=chunk)
     cache, held = model.new_cache(), []
-    inner = cache.attend
+    inner = cache.backend.attend
 
     def attend(*given: Any) -> Tensor:
         held.append((sum(totals_so_far(cache)), cache.allocated(), min(cache.seen)))
         return inner(*given)
 
-    cache.attend = attend
+    cache.backend = replace(cache.backend, attend=attend)
     with torch.no_grad():
         model(tiny_ids(1, tokens), past_key_values=cache, logits_to_keep=1)
     assert len(held) == LAYERS * -(-tokens // chunk)

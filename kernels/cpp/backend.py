@@ -1,8 +1,7 @@
-"""The route `cpp`: attention by generated C++, one kernel per spec and dtype of the queries, compiled on first use.
+"""The backend `cpp`: attention by generated C++, one kernel per spec and dtype of the queries, compiled on first use.
 
 One new token a sequence runs a step kernel, several run a chunk kernel, over any layout and number format; the last of
-a prompt run one that computes column sums alone. What C++ is not meant for goes to the library route, and `describe`
-says so: a whole prompt at once over plain dense floats, float64, and whatever autograd must follow.
+a prompt run one that computes column sums alone. A whole prompt at once over plain dense floats is left to SDPA.
 """
 
 from __future__ import annotations
@@ -10,24 +9,24 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from struct import Struct
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import reference, sdpa
-from kvcompile.kernels.cpp import build, simd
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels import sdpa
+from kvcompile.kernels.backend import Backend
+from kvcompile.kernels.cpp import build, compact, encode, lower, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
-from kvcompile.kernels.cpp.emit.stored import emitted
+from kvcompile.kernels.cpp.sources import QUERY_TYPES, CppSources, source, supports
 from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
-from kvcompile.kernels.opaque import opaque
-from kvcompile.kernels.pointers import address
-from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.kernels.pointers import address, opaque
+from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
 
-QUERY_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 Kernel = Callable[[Queries, View, "Tensor | None"], Tensor]
 
 _recent: dict[tuple[int, torch.dtype, bool], tuple[KernelSpec, Kernel]] = {}
@@ -41,12 +40,10 @@ REMEMBERED = 4096
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Same contract as `reference.attend`, in the dtype of the queries, computed in float32.
 
-    Raises KvcompileError where no compiler works.
+    No gradients pass. Raises KvcompileError where no compiler works, and for a spec that is not supported.
     """
     states = queries.states
     many = states.shape[2] > 1
-    if states.requires_grad and torch.is_grad_enabled():
-        return sdpa.attend(queries, view, spec, sums)
     # specs are few and live long: to hash one takes longer than to call the kernel
     found = _recent.get((id(spec), states.dtype, many))
     if found is None or found[0] is not spec:
@@ -58,7 +55,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
 
 
 @opaque
-def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
+def column_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
     """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
 
     Causal by true positions, like `attend`; the spec has `scores`, and values are not read. A block of 64 queries keeps
@@ -68,38 +65,11 @@ def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) ->
     _kernel(spec, queries.states.dtype, True, False)(queries, view, sums)
 
 
-def source(spec: KernelSpec, dtype: torch.dtype, many: bool = False, values: bool = True) -> str:
-    """Text of the kernel for one new token of each sequence, or for `many`; without the vectors that all share.
-
-    Of many without `values`: column sums alone.
-    """
-    return (
-        prefill_kernel.source(spec, QUERY_TYPES[dtype], values)
-        if many
-        else decode_kernel.source(spec, QUERY_TYPES[dtype])
-    )
-
-
-def describe(spec: KernelSpec, dtype: torch.dtype, many: bool = False, whole: bool = False) -> str:
-    """`cpp`, or `sdpa` and why it runs instead, for queries of a dtype.
-
-    many: more than one new token of each sequence; whole: they are all that is held.
-    """
-    if dtype not in QUERY_TYPES:
-        return "sdpa (float64 is not generated)"
-    if not generated(spec.parts, QUERY_TYPES[dtype]):
-        odd = {codec.kind: None for p in spec.parts for codec in (p.key, p.value) if not emitted(codec)}
-        return f"sdpa (no kernels are generated for {', '.join(odd)})"
-    if spec.bias:
-        return "sdpa (a bias of each entry is not generated)"
-    if many and whole and _plain(spec, dtype):
-        return "sdpa (a whole prompt over plain dense floats)"
-    return "cpp"
-
-
-def generated(held: tuple[Part, ...], query: str) -> bool:
-    """Whether there are kernels over these parts for queries of a dtype (its name)."""
-    return query in QUERY_TYPES.values() and all(emitted(codec) for p in held for codec in (p.key, p.value))
+def ready(device: torch.device) -> None:
+    """Raise KvcompileError where there is no CPU or no compiler."""
+    if device.type != "cpu":
+        raise KvcompileError("kernels=cpp runs on a CPU", f"a model on {device.type}", "set kernels=auto")
+    build.toolchain()
 
 
 def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:
@@ -115,15 +85,12 @@ def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool, values: bool = Tru
         mine = _building.setdefault(key, threading.Lock())
     with mine:
         if key not in _kernels:
-            if spec.bias or not generated(spec.parts, QUERY_TYPES.get(dtype, "")):
-                _kernels[key] = partial(_library, spec)
-            else:
-                _kernels[key] = (Chunk if values else Window)(spec, dtype) if many else Step(spec, dtype)
+            if not supports(spec, dtype):
+                raise KvcompileError(
+                    f"kernels=cpp has no kernel for {spec.name}", f"queries in {dtype}", "set kernels=auto"
+                )
+            _kernels[key] = (Chunk if values else Window)(spec, dtype) if many else Step(spec, dtype)
     return _kernels[key]
-
-
-def _library(spec: KernelSpec, queries: Queries, view: View, sums: Tensor | None) -> Tensor:
-    return sdpa.attend(queries, view, spec, sums)
 
 
 class _Compiled:
@@ -265,3 +232,17 @@ def _sinks(queries: Queries, spec: KernelSpec, heads: int) -> tuple[int, ...]:
 def _marks(valid: Tensor | None, batch: int, count: int) -> int:
     """Where the marks of real tokens lie, 0 without any."""
     return 0 if valid is None else address("marks of real tokens", valid, torch.bool, (batch, count))
+
+
+CPP = Backend(
+    "cpp",
+    attend,
+    ready=ready,
+    supports=supports,
+    library_prompts=True,
+    column_sums=column_sums,
+    encode=encode.encode,
+    compact=compact.compact,
+    linear=lower.lower,
+    sources=CppSources(),
+)

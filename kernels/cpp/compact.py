@@ -17,8 +17,7 @@ from kvcompile.kernels import compact as reference
 from kvcompile.kernels.compact import Arrays, CompactSpec, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.emit.text import fill
-from kvcompile.kernels.opaque import opaque
-from kvcompile.kernels.pointers import address
+from kvcompile.kernels.pointers import address, opaque
 
 SMALL = 1 << 18  # bytes below which one thread is faster than two
 PIECE = 256  # entries of a task, about

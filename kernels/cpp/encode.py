@@ -15,8 +15,7 @@ from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, emitted
 from kvcompile.kernels.cpp.emit.text import fill
-from kvcompile.kernels.opaque import opaque
-from kvcompile.kernels.pointers import address
+from kvcompile.kernels.pointers import address, opaque
 from kvcompile.plan.formats import Float, Table
 from kvcompile.plan.storage import Codec
 

@@ -1,1 +1,1 @@
-"""Kernels in Triton: fragments, the generators that compose them, and the route that launches what they wrote."""
+"""Kernels in Triton: fragments, the generators that compose them, and the backend that launches what they wrote."""

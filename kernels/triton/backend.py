@@ -1,4 +1,4 @@
-"""The route `kernels=triton`: generated kernels where tensors lie on a GPU, or where Triton's interpreter is on.
+"""The backend `kernels=triton`: generated kernels where tensors lie on a GPU, or where Triton's interpreter is on.
 
 A view crosses into `torch.ops.kvcompile_triton.attend` as a list of tensors and a spec as text, so that torch.fx,
 torch.compile and torch.export see one node. Importing this module imports no Triton.
@@ -15,10 +15,17 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import compact as reference
 from kvcompile.kernels import sdpa
-from kvcompile.kernels.compact import Arrays
+from kvcompile.kernels.backend import Backend, Sources
+from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
-from kvcompile.kernels.opaque import opaque
+from kvcompile.kernels.pointers import opaque
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.triton import tuning
+from kvcompile.kernels.triton.emit import Kernels
+from kvcompile.kernels.triton.forms import KINDS
+
+QUERY_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPLIT = (("", 1), ("-split", 2))  # ends of names of kernels whose rows one program reads, or several
 
 
 @cache
@@ -35,27 +42,33 @@ def ready(device: str) -> None:
         raise KvcompileError(
             "kernels=triton runs on a GPU, or on a CPU in Triton's interpreter",
             f"tensors on {device}",
-            "move the model to a GPU, set TRITON_INTERPRET=1 (slow: for tests), or choose another route",
+            "move the model to a GPU, set TRITON_INTERPRET=1 (slow: for tests), or choose another backend",
         )
+
+
+def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
+    """Whether there are fragments for the number formats of a spec, and for queries of a dtype."""
+    kinds = {codec.kind for part in spec.parts for codec in (part.key, part.value)}
+    return not spec.bias and dtype in QUERY_TYPES and kinds <= set(KINDS)
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Same contract as `reference.attend`, in the dtype of the queries; a row with nothing visible gives zeros.
 
     A prompt over nothing but itself (one dense, uncoded part, no window, no scores) is left to SDPA: prefill is not
-    what generated kernels are for; nor are entries that have a bias. Raises KvcompileError where there is no GPU, no
+    what generated kernels are for. Raises KvcompileError where there is no GPU, no
     interpreter or no Triton.
     """
-    if not torch.compiler.is_compiling():  # a trace follows a choice of this route, which has asked
+    if not torch.compiler.is_compiling():  # a trace follows a choice of this backend, which has asked
         ready(queries.states.device.type)
-    if spec.bias or _fresh(queries, view, spec):
+    if _fresh(queries, view, spec):
         return sdpa.attend(queries, view, spec)
     states, at, tensors, longest = operands(queries, view)
     return torch.ops.kvcompile_triton.attend(states, at, tensors, sums, written(spec), longest, queries.sinks)  # type: ignore[no-any-return]
 
 
 @opaque
-def window_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, lse: Tensor | None = None) -> None:
+def column_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor, lse: Tensor | None = None) -> None:
     """Add to `sums [R, longest row]` the attention that each entry receives from `queries`, the last of a prefill.
 
     `lse [R, Q * g]` (base 2, token-major) spares a pass over the keys where it is known. No values are read.
@@ -117,3 +130,43 @@ def _fresh(queries: Queries, view: View, spec: KernelSpec) -> bool:
     plain = not (spec.parts[0].key.scaled or spec.parts[0].value.scaled)
     special = spec.scores or spec.sink or spec.softcap or spec.sliding_window
     return plain and not special and 1 < queries.states.shape[2] == view.keys.shape[2]
+
+
+class TritonSources(Sources):
+    """One module a kernel."""
+
+    def attention(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
+        """For one new token, and for many."""
+        if not supports(spec, getattr(torch, dtype)):
+            return {}
+        found = {}
+        for tokens in ("one", "many"):
+            choice = tuning.choose(device, spec, tokens)
+            for end, count in SPLIT:
+                found[f"{tokens}{end}.py"] = Kernels(spec, tuning.form(choice, tokens, count)).text
+        return found
+
+    def column_sums(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
+        """Of the last queries."""
+        if not supports(spec, getattr(torch, dtype)):
+            return {}
+        choice = tuning.choose(device, spec, "many")
+        return {f"window{end}.py": Kernels(spec, tuning.form(choice, "many", n, "lse")).text for end, n in SPLIT}
+
+    def compact(self, spec: CompactSpec) -> dict[str, str]:
+        """Of any spec."""
+        from kvcompile.kernels.triton.compact import Compaction
+
+        return {f"compact-{spec.name}.py": Compaction(spec).text}
+
+
+TRITON = Backend(
+    "triton",
+    attend,
+    ready=lambda device: ready(device.type),
+    supports=supports,
+    library_prompts=True,
+    column_sums=column_sums,
+    compact=compact,
+    sources=TritonSources(),
+)

@@ -20,7 +20,7 @@ SCHEMA = (
 
 @cache
 def read(text: str) -> KernelSpec:
-    """The spec that `route.written` wrote."""
+    """The spec that `backend.written` wrote."""
     head, *pieces = text.split(";")
     group, head_dim, value_dim, scale, window, softcap, scores, latent, sink = head.split()
     found = []
@@ -69,5 +69,5 @@ def _fake(
 _library: Any = torch.library.Library("kvcompile_triton", "DEF")  # type: ignore[no-untyped-call]
 _library.define(SCHEMA)
 _library.impl("attend", _attend, "CUDA")
-_library.impl("attend", _attend, "CPU")  # the interpreter; the route refuses other calls
+_library.impl("attend", _attend, "CPU")  # the interpreter; the backend refuses other calls
 torch.library.register_fake("kvcompile_triton::attend", _fake, lib=_library)

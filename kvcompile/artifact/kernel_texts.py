@@ -13,6 +13,7 @@ from kvcompile.errors import FOREIGN, KvcompileError, shortened
 from kvcompile.models.provenance import versions
 
 if TYPE_CHECKING:
+    from kvcompile.kernels.backend import Backend, Sources
     from kvcompile.kernels.spec import KernelSpec
     from kvcompile.plan.plan import Plan
     from kvcompile.runtime.cache import KVCache
@@ -21,31 +22,30 @@ FOLDER = "kernels"
 INDEX, LAYERS = f"{FOLDER}/kernels.json", f"{FOLDER}/layers.md"
 
 
-def files(plan: Plan, route: str, device: str = "") -> dict[str, str]:
+def files(plan: Plan, backend: Backend, device: str = "") -> dict[str, str]:
     """Every file about kernels, by its path in the artifact: an index, a table of the layers, the kernels' texts.
 
-    route: what attends; device: name of the GPU, empty on a CPU. The same three give the same texts, byte by byte.
+    backend: what attends; device: name of the GPU, empty on a CPU. The same three give the same texts, byte by byte.
     """
-    from kvcompile.kernels import texts
     from kvcompile.runtime.cache import KVCache
 
-    cache = KVCache(plan, route=route)
+    cache, sources = KVCache(plan, backend=backend), backend.sources
     index: dict[str, list[int]] = {}
     found: dict[str, str] = {}
-    for specs, written in ((_attending(cache), texts.texts), (_scoring(cache), texts.window)):
+    for specs, written in ((_attending(cache), sources.attention), (_scoring(cache), sources.column_sums)):
         for name, (spec, layers) in _named(specs).items():
-            for end, text in written(route, spec, plan.dtype, device).items():
+            for end, text in written(spec, plan.dtype, device).items():
                 index[f"{name}-{end}"], found[f"{FOLDER}/{name}-{end}"] = layers, text
-    for name, (text, layers) in (_encoders(plan, route) | _movers(plan, route)).items():
+    for name, (text, layers) in (_encoders(plan, sources) | _compactors(plan, sources)).items():
         index[name], found[f"{FOLDER}/{name}"] = layers, text
     if found:
-        found |= {f"{FOLDER}/{name}": text for name, text in texts.shared(route).items()}
-    facts = {"route": route, "device": device, "layers_by_kernel": index}
+        found |= {f"{FOLDER}/{name}": text for name, text in sources.shared().items()}
+    facts = {"backend": backend.name, "device": device, "layers_by_kernel": index}
     return {INDEX: json.dumps(facts, indent=1) + "\n", LAYERS: _table(cache), **found}
 
 
 def of_model(model: Any) -> dict[str, str]:
-    """The files of a compiled model, for the route and the device that it runs on."""
+    """The files of a compiled model, for the backend and the device that it runs on."""
     from kvcompile.kernels.dispatch import choose
 
     compiled = model.kvcompile
@@ -53,7 +53,7 @@ def of_model(model: Any) -> dict[str, str]:
 
 
 def verify(plan: Plan, folder: Path, facts: Manifest) -> None:
-    """Make the texts anew for the route that they were written for, and compare them by hash with the manifest's.
+    """Make the texts anew for the backend that they were written for, and compare them by hash with the manifest's.
 
     Nothing is compiled from the folder, whatever it holds: a difference means that it shows other kernels than those
     that run. Where another version of kvcompile wrote it that is to be expected, and a warning says so.
@@ -77,28 +77,31 @@ def _different(plan: Plan, folder: Path, facts: Manifest) -> str | None:
     """The first file that is not as it would be made now."""
     if INDEX not in facts.files:
         return INDEX
-    route, device = _written_for(folder / INDEX)
-    for name, text in files(plan, route, device).items():
+    backend, device = _written_for(folder / INDEX)
+    for name, text in files(plan, backend, device).items():
         fact = facts.files.get(name)
         if fact is None or fact.sha256 != hashlib.sha256(text.encode()).hexdigest():
             return name
     return None
 
 
-def _written_for(path: Path) -> tuple[str, str]:
-    """Route and device of an index. Raises KvcompileError for anything else than an index."""
-    from kvcompile.kernels.dispatch import ROUTES
+def _written_for(path: Path) -> tuple[Backend, str]:
+    """Backend and device of an index. Raises KvcompileError for anything else than an index, or no such backend."""
+    from kvcompile.kernels.dispatch import named
+    from kvcompile.kernels.names import names
 
     try:
         index = json.loads(read_text(path))
-        route, device = index["route"], index["device"]
+        name, device = index["backend"], index["device"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise KvcompileError(f"{path} must name a route and a device", repr(error), REMADE) from error
-    if route not in list(ROUTES) or not isinstance(device, str):
+        raise KvcompileError(f"{path} must name a backend and a device", repr(error), REMADE) from error
+    if name not in names() or not isinstance(device, str):
         raise KvcompileError(
-            f"{path} must name one of the routes {', '.join(ROUTES)}", shortened(repr(route), FOREIGN), REMADE
+            f"{path} must name one of the backends {', '.join(names())}",
+            shortened(repr(name), FOREIGN),
+            f"{REMADE}, or install the package that the backend came from",
         )
-    return route, device
+    return named(name), device
 
 
 def _attending(cache: KVCache) -> dict[KernelSpec, list[int]]:
@@ -133,28 +136,23 @@ def _named(users: dict[KernelSpec, list[int]]) -> dict[str, tuple[KernelSpec, li
     return named
 
 
-def _encoders(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
-    from kvcompile.kernels import texts
-
+def _encoders(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
     found: dict[str, tuple[str, list[int]]] = {}
     for p in plan.owners:
         if p.storage.quantized:
             for codec in dict.fromkeys(p.storage.codecs(plan.dtype)):
-                text = texts.encoder(route, codec, p.head_dim, plan.dtype)
-                if text is not None:
-                    name = f"encode-{codec.name}-d{p.head_dim}.cpp"
+                for name, text in sources.encode(codec, p.head_dim, plan.dtype).items():
                     found.setdefault(name, (text, []))[1].append(p.index)
     return found
 
 
-def _movers(plan: Plan, route: str) -> dict[str, tuple[str, list[int]]]:
+def _compactors(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
     from kvcompile.artifact.compactions import expected
-    from kvcompile.kernels import texts
 
     found: dict[str, tuple[str, list[int]]] = {}
     for p in plan.owners:
         for spec in expected(p, plan.dtype):
-            for name, text in texts.compaction(route, spec).items():
+            for name, text in sources.compact(spec).items():
                 found.setdefault(name, (text, []))[1].append(p.index)
     return found
 
@@ -163,10 +161,10 @@ def _table(cache: KVCache) -> str:
     from tabulate import tabulate
 
     rows = [
-        [p.index, cache.route, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
+        [p.index, cache.backend.name, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
         for p in cache.plan.layers
     ]
-    head = ["layer", "route", "kernel, rows of one length", "kernel, rows of any length", "scale"]
+    head = ["layer", "backend", "kernel, rows of one length", "kernel, rows of any length", "scale"]
     text = f"# Attention kernels by layer\n\n{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n"
     told = "The texts beside this file are for reading: they are made anew on load, and nothing here is compiled."
     return f"{text}\n{told} `kernels.json` lists who runs which.\n"

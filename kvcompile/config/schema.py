@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from kvcompile.plan.policy import Policy
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KERNELS = ("auto", "cpp", "triton", "sdpa", "reference")
 MODES = ("run", "only")
 RECIPE_NODES = 20_000  # in a recipe of 126 layers and 128 heads, each named, there are fewer
 
@@ -128,7 +127,7 @@ class Config:
     """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each exporter.
 
     budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
-    prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: attention route. output: artifact folder.
+    prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: its backend. output: artifact folder.
     artifact: nothing is compiled, what lies in this folder is exported, into `output`.
     """
 

@@ -10,8 +10,9 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kvcompile.config.schema import DTYPES, KERNELS, MODES, Config, GateConfig, HealConfig, PerplexityConfig
+from kvcompile.config.schema import DTYPES, MODES, Config, GateConfig, HealConfig, PerplexityConfig
 from kvcompile.errors import KvcompileError, first_line
+from kvcompile.kernels.names import names
 from kvcompile.options import options_of, suggest
 from kvcompile.stack import policy_class
 
@@ -55,7 +56,7 @@ def _budgeted(config: Config) -> Config:
 def _check(config: Config) -> None:
     m, n, s, p = config.model, config.needle, config.speed, config.plan
     _one_of("model.dtype", m.dtype, DTYPES)
-    _one_of("kernels", config.kernels, KERNELS)
+    _one_of("kernels", config.kernels, ("auto", *names()))
     _one_of("plan", p.mode, MODES)
     if config.artifact and not config.export:
         raise KvcompileError(

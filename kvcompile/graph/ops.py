@@ -11,7 +11,7 @@ import torch.fx
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-from kvcompile.kernels.opaque import opaque
+from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.selection import Schedule
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime import eviction as selections

@@ -38,7 +38,7 @@ class Expansion:
         these receive.
         """
         count = absorbed.shape[2]
-        library = step.cache.route != "reference" and step.valid is None and not kv.sums_wanted(absorbed, step)
+        library = step.cache.backend.library_prompts and step.valid is None and not kv.sums_wanted(absorbed, step)
         view = kv.held.view() if library and count > 1 else None
         if isinstance(view, DenseView) and view.keys.shape[2] == count:
             out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts))

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.dispatch import ROUTES, ColumnSumKernel, Route, compactor, encoder, scores, window_sums
+from kvcompile.kernels.backend import Attention, Backend, ColumnSums
+from kvcompile.kernels.dispatch import SDPA, serving
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import PLAIN, Storage
@@ -71,11 +72,11 @@ class KVCache(Cache):  # type: ignore[misc]
         ([101], [51, 51])
     """
 
-    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, route: str = "sdpa") -> None:
-        super().__init__(layers=[LayerCache(p, encoder(route), compactor(route)) for p in plan.layers])
-        self.plan, self.rotaries, self.route = plan, rotaries or [], route
-        self.attend: Route = ROUTES[route]
+    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, backend: Backend = SDPA) -> None:
+        super().__init__(layers=[LayerCache(p, backend.encode, backend.compact) for p in plan.layers])
+        self.plan, self.rotaries, self.backend = plan, rotaries or [], backend
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
+        self.served: dict[tuple[int, torch.dtype, bool], Backend] = {}  # of specs by their id, all of them in `specs`
         self.headroom = HEADROOM
         self._start()
 
@@ -137,13 +138,23 @@ class KVCache(Cache):  # type: ignore[misc]
             self.specs[index, parts, scores] = found
         return found
 
-    def scores(self, parts: tuple[Part, ...], dtype: object) -> bool:
-        """Whether the kernels over these parts compute column sums for queries of a dtype."""
-        return scores(self.route, parts, dtype)
+    def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
+        """What attends over one of `specs` for queries of a dtype: the backend, or who does where it cannot."""
+        return self._serving(spec, dtype, gradients).attend
 
-    def window_sums(self, parts: tuple[Part, ...], dtype: object) -> ColumnSumKernel | None:
+    def scores(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> bool:
+        """Whether the kernels of layer `index` over these parts add up column sums for queries of a dtype."""
+        return self._serving(self.spec(index, parts, scores=True), dtype) is self.backend
+
+    def column_sums(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> ColumnSums | None:
         """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
-        return window_sums(self.route, parts, dtype)
+        return self.backend.column_sums if self.scores(index, parts, dtype) else None
+
+    def _serving(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Backend:
+        found = self.served.get((id(spec), dtype, gradients))
+        if found is None:
+            found = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients)
+        return found
 
     def group(self, index: int) -> int:
         """Query heads per KV head of layer `index`, those of all layers that read it."""
@@ -151,7 +162,7 @@ class KVCache(Cache):  # type: ignore[misc]
         return sum(p.query_heads for p in readers) // self.plan.layers[index].kv_heads
 
     def window_spec(self, index: int, parts: tuple[Part, ...]) -> KernelSpec:
-        """What `window_sums` needs to know of layer `index`."""
+        """What `column_sums` needs to know of layer `index`."""
         return replace(self.spec(index, parts), group=self.group(index), scores=True)
 
     def expected(self, index: int) -> list[KernelSpec]:
@@ -167,7 +178,7 @@ class KVCache(Cache):  # type: ignore[misc]
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
         s = self.plan.layers[self.plan.layers[index].owner].selection
         summed = s is not None and s.score.needs.reduce == "sum" and s.schedule.decode_every > 0
-        return [self.spec(index, p, summed and self.scores(p, self.plan.dtype)) for p in parts]
+        return [self.spec(index, p, summed and self.scores(index, p, getattr(torch, self.plan.dtype))) for p in parts]
 
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
@@ -272,7 +283,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
         made = object.__new__(type(self))
-        same = (self.plan, *self.plan.layers, self.rotaries, self.specs)
+        same = (self.plan, *self.plan.layers, self.rotaries, self.backend, self.specs, self.served)
         memo.update({id(self): made, **{id(x): x for x in same}})
         made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
         return made

@@ -134,11 +134,11 @@ def _window_attention(layer: _Layer, b: int, score: Score, entries: int) -> Tens
 def _added_up(layer: _Layer, window: int) -> Tensor | None:
     """The same of all sequences in one pass, `[B, H_kv, longest row]`: no queries x entries are ever held.
 
-    None where padding lies between the queries, or the route has no kernel for it.
+    None where padding lies between the queries, or the backend has no kernel for it.
     """
     kv, cache = layer.kv, layer.step.cache
     store, newest = kv.held, kv.history.newest(window)
-    add = cache.window_sums(store.parts, newest[0].dtype) if newest is not None else None
+    add = cache.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
     if newest is None or add is None:
         return None
     spec = cache.window_spec(layer.plan.index, store.parts)

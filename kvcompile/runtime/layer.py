@@ -14,7 +14,6 @@ from transformers.cache_utils import CacheLayerMixin
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
-from kvcompile.kernels.dispatch import differentiable
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.runtime.history import QueryHistory
@@ -120,7 +119,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             )
         store, cache, sums = self.held, step.cache, self._sums(queries, step)
         spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
-        attend = differentiable(cache.route) if self._learns(queries) else cache.attend
+        attend = cache.attention(spec, queries.dtype, self._learns(queries))
         return attend(Queries(queries, step.positions, step.valid), store.view(chosen), spec, sums)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
@@ -133,7 +132,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             return False
         if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
             return False
-        return step.cache.scores(self.held.parts, queries.dtype)
+        return step.cache.scores(self.plan.index, self.held.parts, queries.dtype)
 
     def _sums(self, queries: Tensor, step: Step) -> Tensor | None:
         """Where the kernel adds up what entries receive from the queries, `[R, n]`; None where that is not wanted."""

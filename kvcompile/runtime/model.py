@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose
-from kvcompile.kernels.opaque import opaque
+from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.cache import KVCache, Rotary
 from kvcompile.runtime.entries import from_embeddings, with_states
@@ -73,8 +73,8 @@ class CompiledMixin:
             [100]
         """
         compiled = self.kvcompile
-        route = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
-        return KVCache(compiled.plan, compiled.rotaries, route)
+        backend = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
+        return KVCache(compiled.plan, compiled.rotaries, backend)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from kvcompile.artifact.compactions import expected
 from kvcompile.kernels.compact import Arrays, Compactor, CompactSpec, compact, spec_of
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp import compact as generated
+from kvcompile.kernels.dispatch import CPP, REFERENCE, SDPA
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import Storage
 from kvcompile.runtime.cache import KVCache
@@ -67,7 +68,7 @@ def test_the_kernel_leaves_the_bytes_that_torch_leaves(storage: Storage) -> None
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_each_layer_of_a_cache_gets_the_mover_of_the_route() -> None:
+def test_each_layer_of_a_cache_gets_the_compactor_of_the_backend() -> None:
     plan = Plan("tiny", "float32", (plan_of(Storage()),))
-    for route, compactor in (("sdpa", compact), ("reference", compact), ("cpp", generated.compact)):
-        assert KVCache(plan, route=route).layers[0].compactor is compactor
+    for backend, compactor in ((SDPA, compact), (REFERENCE, compact), (CPP, generated.compact)):
+        assert KVCache(plan, backend=backend).layers[0].compactor is compactor

@@ -132,7 +132,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], object], str]] = {
     "long list": (recipe(NO_SKIP, f"skip_layers: {list(range(10**5))}"), "at most 20,000 values"),
     "long text": (write("recipe.yaml", b"a: " + b"b" * (17 << 20)), "more than the"),
     "deep text": (write("plan.json", "[" * 100_000), "plan.json must be a plan"),
-    "broken index of kernels": (write("kernels/kernels.json", json.dumps({"route": "x" * 10_000})), "kernels.json"),
+    "broken index of kernels": (write("kernels/kernels.json", json.dumps({"backend": "x" * 10_000})), "kernels.json"),
     "deep generation config": (write("generation_config.json", "[1]"), "generation_config.json"),
 }
 

@@ -22,6 +22,7 @@ import kvcompile
 from kvcompile.artifact import artifact, kernel_texts
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.cpp import backend, build, compact, encode, simd
+from kvcompile.kernels.dispatch import CPP, TRITON, named
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.models import provenance
 from kvcompile.plan.storage import Codec
@@ -81,7 +82,7 @@ def test_every_kernel_that_may_run_is_there_and_it_is_the_text_that_is_compiled(
     assert (made / "kernels/encode-int4c16-d16.cpp").read_text() == include + encode.source(KEY, 16, "float32")
     assert (made / "kernels/simd.h").read_text() == simd.prelude()
     index = json.loads((made / "kernels/kernels.json").read_text())
-    assert (index["route"], index["device"]) == ("cpp", "")
+    assert (index["backend"], index["device"]) == ("cpp", "")
     assert index["layers_by_kernel"] == {name: [0, 1, 2, 3] for name in files if name.endswith(".cpp")}
 
 
@@ -115,7 +116,7 @@ def test_kernels_that_add_up_for_a_score_are_shown(monkeypatch: pytest.MonkeyPat
     model = kvcompile.compile(tiny_model(), overrides=("policy=snapkv", "budget=0.5", "stack.snapkv.window=8"))
     name = "kernels/dense-float32-g2-d16-scores-window"
     shown = kernel_texts.of_model(model)
-    assert {f"{name}.py", f"{name}-split.py"} <= set(kernel_texts.files(model.kvcompile.plan, "triton"))
+    assert {f"{name}.py", f"{name}-split.py"} <= set(kernel_texts.files(model.kvcompile.plan, TRITON))
     assert json.loads(shown["kernels/kernels.json"])["layers_by_kernel"][f"{name[8:]}.cpp"] == [0, 1, 2, 3]
     ran: list[str] = []
     loaded = build.load
@@ -127,26 +128,26 @@ def test_kernels_that_add_up_for_a_score_are_shown(monkeypatch: pytest.MonkeyPat
     ]
 
 
-def test_a_route_of_a_library_shows_no_kernels(tmp_path: Path) -> None:
+def test_a_backend_of_a_library_shows_no_kernels(tmp_path: Path) -> None:
     model = kvcompile.compile(tiny_model(), overrides=(*STACK, "kernels=sdpa"))
     path = artifact.save(model, tmp_path / "a")
     assert {p.name for p in (path / "kernels").iterdir()} == {"kernels.json", "layers.md"}
-    assert json.loads((path / "kernels/kernels.json").read_text())["route"] == "sdpa"
+    assert json.loads((path / "kernels/kernels.json").read_text())["backend"] == "sdpa"
     assert kvcompile.load(path)
 
 
-@pytest.mark.parametrize("route", ["cpp", "triton"])
-def test_an_artifact_of_another_machine_is_compared_for_the_route_that_wrote_it(
-    route: str, model: Any, folder: Path
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_an_artifact_of_another_machine_is_compared_for_the_backend_that_wrote_it(
+    name: str, model: Any, folder: Path
 ) -> None:
     """Neither a compiler nor a GPU nor Triton is needed to see that the texts are as they should be."""
     for path in (folder / "kernels").iterdir():
         path.unlink()
-    for name, text in kernel_texts.files(model.kvcompile.plan, route, "a GPU").items():
+    for name, text in kernel_texts.files(model.kvcompile.plan, named(name), "a GPU").items():
         (folder / name).write_text(text)
     signed(folder)
     shown = {p.name for p in (folder / "kernels").iterdir()}
-    ends = {"cpp": ["step.cpp", "chunk.cpp"], "triton": ["one.py", "one-split.py", "many.py", "many-split.py"]}[route]
+    ends = {"cpp": ["step.cpp", "chunk.cpp"], "triton": ["one.py", "one-split.py", "many.py", "many-split.py"]}[name]
     assert {f"{name}-{end}" for name in BY_CPP for end in ends} <= shown
     assert kvcompile.load(folder)
     path = folder / f"{SAVED}-{ends[0]}"
@@ -174,11 +175,14 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing kernel": (lambda f: (f / f"{SAVED}-step.cpp").unlink(), r"step\.cpp must be what kvcompile"),
     "missing index": (lambda f: (f / "kernels/kernels.json").unlink(), r"kernels\.json must be what kvcompile"),
     "another table": (_append("kernels/layers.md"), r"layers\.md must be what kvcompile"),
-    "another route": (_index("route", "sdpa"), r"kernels\.json must be what kvcompile"),
-    "unknown route": (_index("route", "os.abort"), r"kernels\.json must name one of the routes .* got 'os\.abort'"),
-    "unhashable route": (_index("route", []), r"kernels\.json must name one of the routes"),
+    "another backend": (_index("backend", "sdpa"), r"kernels\.json must be what kvcompile"),
+    "unknown backend": (
+        _index("backend", "os.abort"),
+        r"kernels\.json must name one of the backends .* got 'os\.abort'",
+    ),
+    "unhashable backend": (_index("backend", []), r"kernels\.json must name one of the backends"),
     "no device": (_index("device", None), r"kernels\.json must name"),
-    "no index": (lambda f: (f / "kernels/kernels.json").write_text("[1]"), r"kernels\.json must name a route"),
+    "no index": (lambda f: (f / "kernels/kernels.json").write_text("[1]"), r"kernels\.json must name a backend"),
 }
 
 
@@ -225,7 +229,7 @@ def test_a_dtype_asked_for_on_load_is_no_difference(folder: Path) -> None:
 def test_specs_that_differ_in_scale_alone_have_files_of_their_own(model: Any) -> None:
     plan = model.kvcompile.plan
     first, *rest = plan.layers
-    files = kernel_texts.files(replace(plan, layers=(replace(first, scale=0.5), *rest)), "triton")
+    files = kernel_texts.files(replace(plan, layers=(replace(first, scale=0.5), *rest)), TRITON)
     index = json.loads(files[kernel_texts.INDEX])["layers_by_kernel"]
     assert index["dense-float32-g2-d16-one.py"] == [0]
     assert index["dense-float32-g2-d16-x0.25-one.py"] == [1, 2, 3]
@@ -237,16 +241,17 @@ def test_texts_are_the_same_in_every_process(model: Any) -> None:
 import hashlib, sys
 from tiny import tiny_config
 from kvcompile.artifact import kernel_texts
+from kvcompile.kernels.dispatch import CPP, TRITON
 from kvcompile.build import plan_of
 from kvcompile.config.compose import compose
 config = compose(["model=llama", *sys.argv[1:]])
 plan = plan_of(tiny_config("llama"), "float32", config, config.policies())
-for route in ("cpp", "triton"):
-    print(hashlib.sha256(repr(list(kernel_texts.files(plan, route).items())).encode()).hexdigest())
+for backend in (CPP, TRITON):
+    print(hashlib.sha256(repr(list(kernel_texts.files(plan, backend).items())).encode()).hexdigest())
 """
     mine = [
-        hashlib.sha256(repr(list(kernel_texts.files(model.kvcompile.plan, route).items())).encode()).hexdigest()
-        for route in ("cpp", "triton")
+        hashlib.sha256(repr(list(kernel_texts.files(model.kvcompile.plan, backend).items())).encode()).hexdigest()
+        for backend in (CPP, TRITON)
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(

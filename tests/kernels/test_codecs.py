@@ -102,7 +102,7 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: "+".join(x.name for x in p))
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("variant", [{}, {"sink": True}, {"bias": True}, {"sink": True, "bias": True, "softcap": 2.0}])
-def test_library_route_decodes_what_the_reference_decodes(parts: tuple[Part, ...], count: int, variant: dict) -> None:
+def test_the_library_decodes_what_the_reference_decodes(parts: tuple[Part, ...], count: int, variant: dict) -> None:
     """No poisoned slack leaks in, and every layout and mixture gives what its decoded rows give."""
     spec = KernelSpec(parts, 3, 16, 16, 0.25, **variant)
     uniform = any(p.layout == "dense" for p in parts)

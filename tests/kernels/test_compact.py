@@ -19,8 +19,8 @@ def test_every_layout_and_format(name: str, way: tuple[str, str]) -> None:
         check(compact, case(name, way, seed))
 
 
-def test_each_route_has_its_own_and_no_other() -> None:
-    movers = {name: dispatch.compactor(name) for name in dispatch.ROUTES}
+def test_each_backend_has_its_own_and_no_other() -> None:
+    movers = {backend.name: backend.compact for backend in dispatch.BUILT_IN}
     assert movers == {"cpp": cpp.compact, "triton": triton.compact, "sdpa": compact, "reference": compact}
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import dispatch
 from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.cpp import build, encode
+from kvcompile.kernels.dispatch import CPP
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView
 from kvcompile.kernels.pointers import address
 from kvcompile.kernels.spec import KernelSpec, plain
@@ -75,10 +75,10 @@ def test_attention_refuses_what_it_would_misread(name: str, many: bool) -> None:
     part = replace(plain(layout, "float32")[0], page=4 if layout == "paged" else 0)
     spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True, sink=True)
     with pytest.raises(KvcompileError, match="a kernel reads"):
-        dispatch.ROUTES["cpp"](asked, view, spec, sums)
+        CPP.attend(asked, view, spec, sums)
     if many and name not in ("fewer values", "values column by column"):  # which no sum reads
         with pytest.raises(KvcompileError, match="a kernel reads"):
-            dispatch.WINDOWS["cpp"](asked, view, spec, sums)
+            CPP.column_sums(asked, view, spec, sums)
 
 
 def test_compaction_refuses_what_it_would_misread() -> None:
@@ -92,7 +92,7 @@ def test_compaction_refuses_what_it_would_misread() -> None:
         (source, Arrays((target.tensors[0].to("meta"),)), kept),
     ):
         with pytest.raises(KvcompileError, match="a kernel reads"):
-            dispatch.compactor("cpp")(*wrong, [2, 2])
+            CPP.compact(*wrong, [2, 2])
 
 
 def test_encoding_refuses_a_part_of_a_group() -> None:

@@ -12,7 +12,7 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
-from kvcompile.kernels.dispatch import encoder
+from kvcompile.kernels.dispatch import named
 from kvcompile.kernels.scales import require_held
 from kvcompile.plan.storage import Codec
 from kvcompile.stack import apply_stack, build_stack
@@ -39,11 +39,11 @@ def checked(x: torch.Tensor, format: Format) -> None:
     require_held(Codes.of(x, x, torch.arange(len(x)), format), (x, x), format, "int8", 3)
 
 
-@pytest.mark.parametrize("route", ["sdpa", "cpp"])
+@pytest.mark.parametrize("backend", ["sdpa", "cpp"])
 @formats
-def test_what_is_not_refused_is_as_exact_as_ever(codecs_of: tuple[Codec, Codec], route: str) -> None:
+def test_what_is_not_refused_is_as_exact_as_ever(codecs_of: tuple[Codec, Codec], backend: str) -> None:
     """From 1e-12 to 1e30: other than ordinary numbers are refused, or as close as those are."""
-    format, said = Format(*codecs_of, torch.float32, encoder(route)), {}
+    format, said = Format(*codecs_of, torch.float32, named(backend).encode), {}
     usual = errors(ORDINARY, format)
     for power in range(-12, 31):
         x = ORDINARY * 10.0**power

@@ -10,7 +10,8 @@ import torch
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
-from kvcompile.kernels.cpp import backend, encode
+from kvcompile.kernels.cpp import encode
+from kvcompile.kernels.dispatch import CPP, SDPA, TRITON, describe, serving
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import Form
@@ -43,8 +44,9 @@ def test_no_kernel_is_generated(key: Codec, value: Codec) -> None:
     spec = KernelSpec((Part("dense", key, value),), 1, 64, 64, 0.125)
     with pytest.raises(KvcompileError, match=r"kernels=triton knows float32.*got odd4t"):
         Kernels(spec, Form())
-    assert not backend.generated(spec.parts, "float32")
-    assert backend.describe(spec, torch.float32) == "sdpa (no kernels are generated for odd4)"
+    for backend in (CPP, TRITON):
+        assert serving(backend, spec, torch.float32) is SDPA
+        assert describe(backend, spec, torch.float32) == f"sdpa ({backend.name} has no kernel for it in float32)"
 
 
 def test_it_is_encoded_and_decoded_by_its_own_functions() -> None:
@@ -55,7 +57,7 @@ def test_it_is_encoded_and_decoded_by_its_own_functions() -> None:
         assert torch.allclose(codecs.decode(codes, scales, ODD), plain - scales[:, :1, 0].float() / 2, atol=1e-6)
 
 
-def test_the_encoder_of_route_triton_refuses_it_too() -> None:
+def test_the_encoder_of_triton_refuses_it_too() -> None:
     pytest.importorskip("triton")
     from kvcompile.kernels.triton.encode import Encoder
 

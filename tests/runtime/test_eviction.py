@@ -201,7 +201,7 @@ def test_selection_inside_a_window(chunk: int) -> None:
             assert row == predicted(list(range(40 - WINDOW, 40)), 40, 8, 0, h, sinks=0, recent=2)
 
 
-def test_route_and_reference_agree_after_evicting_inside_a_window() -> None:
+def test_backend_and_reference_agree_after_evicting_inside_a_window() -> None:
     ids, outs = tiny_ids(2, 40), []
     for kernels in ("sdpa", "reference"):
         model = compiled(selection(Hashed(), 0.5), "mistral", kernels=kernels)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from contract_table import KIVI8, LAYERS, Options
-from test_column_sums import alike, kept_positions_of, of_route, run
+from test_column_sums import alike, kept_positions_of, of_backend, run
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import compile_plan
 from kvcompile.kernels import dispatch
 from kvcompile.kernels.cpp import build as toolchain
-from kvcompile.kernels.spec import plain
+from kvcompile.kernels.dispatch import CPP, REFERENCE, SDPA, TRITON
+from kvcompile.kernels.spec import KernelSpec, plain
 from kvcompile.runtime.observation import Observation
 from kvcompile.stack import apply_stack, build_stack
 
@@ -65,13 +66,16 @@ class Compared:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The specs of the kernels' launches from now on, while they go on running."""
     specs: list[str] = []
-    add = dispatch.WINDOWS["cpp"]
+    add = CPP.column_sums
+    assert add is not None
 
     def counting(queries: Any, view: Any, spec: Any, sums: Tensor) -> None:
         specs.append(spec.name)
         add(queries, view, spec, sums)
 
-    monkeypatch.setitem(dispatch.WINDOWS, "cpp", counting)
+    counted = replace(CPP, column_sums=counting)
+    monkeypatch.setattr(dispatch, "CPP", counted)
+    monkeypatch.setattr(dispatch, "BUILT_IN", (counted, *dispatch.BUILT_IN[1:]))
     return specs
 
 
@@ -80,9 +84,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_kernels_add_up_what_queries_and_keys_give(stack: Options, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch, after a prompt, between its chunks and while decoding: the same entries stay."""
     ids = tiny_ids(2, PROMPT + NEW)
-    expected, _ = run(of_route("sdpa", stack, prefill_chunk=chunk), ids, PROMPT)
+    expected, _ = run(of_backend("sdpa", stack, prefill_chunk=chunk), ids, PROMPT)
     compared = Compared(monkeypatch)
-    got, cache = run(of_route("cpp", stack, prefill_chunk=chunk), ids, PROMPT)
+    got, cache = run(of_backend("cpp", stack, prefill_chunk=chunk), ids, PROMPT)
     assert compared.errors
     assert not compared.plain
     # codes are decoded to float32 by both, in another order of operations
@@ -94,9 +98,9 @@ def test_kernels_add_up_what_queries_and_keys_give(stack: Options, chunk: int, m
 @pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
 def test_windows_and_soft_caps(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, stack = tiny_ids(2, PROMPT + NEW), {"snapkv": {**SNAPKV, "decode_every": 4}}
-    expected, _ = run(of_route("sdpa", stack, architecture), ids, PROMPT)
+    expected, _ = run(of_backend("sdpa", stack, architecture), ids, PROMPT)
     compared = Compared(monkeypatch)
-    assert alike(run(of_route("cpp", stack, architecture), ids, PROMPT)[0], expected)
+    assert alike(run(of_backend("cpp", stack, architecture), ids, PROMPT)[0], expected)
     assert len(compared.errors) >= 2 * LAYERS
     assert not compared.plain
     assert max(compared.errors) < 1e-6
@@ -122,11 +126,11 @@ def test_a_layer_is_read_once_for_all_sequences_and_for_both_of_its_scores(monke
     for name, times in (("snapkv", 1), ("zigzag", 1), ("zigzag, two windows", 2)):
         launches.clear()
         with torch.no_grad():
-            of_route("cpp", STACKS[name])(ids)
+            of_backend("cpp", STACKS[name])(ids)
         assert launches == ["dense-float32-g2-d16-scores"] * times * LAYERS, name
     launches.clear()
     with torch.no_grad():
-        of_route("cpp", STACKS["snapkv"], prefill_chunk=17)(ids)
+        of_backend("cpp", STACKS["snapkv"], prefill_chunk=17)(ids)
     assert len(launches) == 3 * LAYERS
 
 
@@ -136,26 +140,25 @@ def test_nobody_holds_queries_by_entries(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Observation, "attention", asked)
     for name in ("snapkv", "zigzag", "pyramidkv"):
-        run(of_route("cpp", STACKS[name]), tiny_ids(2, PROMPT + 2), PROMPT)
+        run(of_backend("cpp", STACKS[name]), tiny_ids(2, PROMPT + 2), PROMPT)
 
 
-def test_padding_the_largest_vote_and_other_routes_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_the_largest_vote_and_other_backends_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no kernel adds up what is asked for, the score looks at queries and keys, and the answer is the same."""
     ids, mask = tiny_ids(2, PROMPT), torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, :17] = 0
     with torch.no_grad():
-        expected = kept_positions_of(of_route("sdpa", STACKS["zigzag"])(ids, attention_mask=mask).past_key_values)
+        expected = kept_positions_of(of_backend("sdpa", STACKS["zigzag"])(ids, attention_mask=mask).past_key_values)
         launches = launched(monkeypatch)
-        got = kept_positions_of(of_route("cpp", STACKS["zigzag"])(ids, attention_mask=mask).past_key_values)
+        got = kept_positions_of(of_backend("cpp", STACKS["zigzag"])(ids, attention_mask=mask).past_key_values)
         assert alike([got], [expected])
-        of_route("cpp", {"snapkv": {**SNAPKV, "reduce": "max"}})(ids)
-        for route in ("sdpa", "reference"):
-            of_route(route, STACKS["snapkv"])(ids)
+        of_backend("cpp", {"snapkv": {**SNAPKV, "reduce": "max"}})(ids)
+        for backend in ("sdpa", "reference"):
+            of_backend(backend, STACKS["snapkv"])(ids)
     assert not launches
 
 
-def test_routes_say_whether_they_add_up() -> None:
-    floats = plain("dense", "float32")
-    found = [dispatch.window_sums(route, floats, torch.float32) for route in ("cpp", "triton", "reference", "sdpa")]
-    assert [x is not None for x in found] == [True, True, False, False]
-    assert dispatch.window_sums("cpp", plain("dense", "float64"), torch.float64) is None
+def test_backends_say_whether_they_add_up() -> None:
+    assert [each.column_sums is not None for each in (CPP, TRITON, REFERENCE, SDPA)] == [True, True, False, False]
+    one = KernelSpec(plain("dense", "float64"), 2, 16, 16, 0.25, scores=True)
+    assert not CPP.supports(one, torch.float64)

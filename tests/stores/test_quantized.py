@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs, reference, sdpa
 from kvcompile.kernels.cpp import build
-from kvcompile.kernels.dispatch import ROUTES, encoder
+from kvcompile.kernels.dispatch import BUILT_IN, CPP
 from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.plan import LayerPlan, Plan
@@ -131,7 +131,7 @@ def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> N
 
 @kinds
 def test_attention_reads_codes_and_tail_in_one_softmax(storage: Storage) -> None:
-    """Every route that reads the view sees the rows that the store says it holds."""
+    """Every backend that reads the view sees the rows that the store says it holds."""
     layer = layer_cache(storage)
     fill(layer, 2, 30)
     layer.flush(HEADROOM, True)
@@ -146,8 +146,8 @@ def test_attention_reads_codes_and_tail_in_one_softmax(storage: Storage) -> None
         b, h = divmod(r, HEADS)
         mine = queries.states[b, 2 * h : 2 * h + 2, 0].double()
         expected.append((mine @ keys.double().T * spec.scale).softmax(-1) @ values.double())
-    for route in (reference.attend, sdpa.attend):
-        got = route(queries, store.view(), spec).squeeze(2).view(2 * HEADS, 2, DIM)
+    for attend in (reference.attend, sdpa.attend):
+        got = attend(queries, store.view(), spec).squeeze(2).view(2 * HEADS, 2, DIM)
         torch.testing.assert_close(got, torch.stack(expected).float(), atol=1e-5, rtol=1e-5)
 
 
@@ -241,15 +241,15 @@ def test_half_precision_decodes_to_half_precision() -> None:
 @pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
 @pytest.mark.parametrize("page", [0, 8])
 @kinds
-def test_the_encoder_of_the_cpp_route_leaves_the_same_bytes(storage: Storage, page: int) -> None:
+def test_the_encoder_of_cpp_leaves_the_same_bytes(storage: Storage, page: int) -> None:
     """After a padded prompt, a selection that sends entries back to the tail, and two more encodings."""
     calls: list[Codec] = []
 
     def counted(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
         calls.append(codec)
-        return encoder("cpp")(x, codec)
+        return CPP.encode(x, codec)
 
-    made = [layer_cache(replace(storage, page=page), encode) for encode in (encoder("sdpa"), counted)]
+    made = [layer_cache(replace(storage, page=page), encode) for encode in (codecs.encode, counted)]
     for layer in made:
         torch.manual_seed(0)
         valid = torch.ones(2, 30, dtype=torch.bool)
@@ -270,11 +270,11 @@ def test_the_encoder_of_the_cpp_route_leaves_the_same_bytes(storage: Storage, pa
     assert {codec.kind for codec in calls} >= {storage.key.kind}
 
 
-def test_only_the_cpp_route_encodes_in_cpp() -> None:
-    assert {route for route in ROUTES if encoder(route) is not codecs.encode} == {"cpp"}
+def test_only_cpp_encodes_in_cpp() -> None:
+    assert [backend for backend in BUILT_IN if backend.encode is not codecs.encode] == [CPP]
     plan = Plan("llama", "float32", (LayerPlan(0, HEADS, HEADS, DIM, 0, 1.0, storage=CHANNEL),))
-    for route in ROUTES:
-        cache = KVCache(plan, route=route)
+    for backend in BUILT_IN:
+        cache = KVCache(plan, backend=backend)
         cache.layers[0].append(*torch.zeros(2, 1, HEADS, 4, DIM), torch.arange(4)[None], None, 0)
-        assert cache.layers[0].held.format.encoder is encoder(route)
-        assert cache.fork().layers[0].held.format.encoder is encoder(route)
+        assert cache.layers[0].held.format.encoder is backend.encode
+        assert cache.fork().layers[0].held.format.encoder is backend.encode

@@ -71,8 +71,8 @@ def test_full_rank_with_all_positions_is_exact(name: str, options: dict[str, Any
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
-def test_prefill_expanded_in_chunks_absorbed_and_by_every_route(name: str) -> None:
-    """A whole prompt is expanded to heads, chunks and the reference route stay absorbed: the same function."""
+def test_prefill_expanded_in_chunks_absorbed_and_by_every_backend(name: str) -> None:
+    """A whole prompt is expanded to heads, chunks and the reference backend stay absorbed: the same function."""
     model, ids = model_of(name), tiny_ids(2, 40)
     plan = planned(model, {"mla": {"rope": 8, "rank": 20, **WEIGHTS}})
     copy = shared(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -190,13 +191,13 @@ def test_a_selection_looks_at_the_queries_of_all_readers() -> None:
 
     object.__setattr__(score, "__class__", Watching)
     cache = model.new_cache()
-    inner = cache.attend
+    inner = cache.backend.attend
 
     def watch(queries: Any, *others: Any) -> Any:
         asked.append(queries.states)
         return inner(queries, *others)
 
-    cache.attend = watch
+    cache.backend = replace(cache.backend, attend=watch)
     with torch.no_grad():
         model(tiny_ids(1, 30), past_key_values=cache)
     assert seen[0].queries.shape == (2, 4, 4, 16), "two heads of two queries, from two layers"

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_model
 from torch import Tensor, nn
 
-from kvcompile.kernels import linear
-from kvcompile.kernels.cpp import build
+from kvcompile.kernels.cpp import build, lower
 from kvcompile.kernels.cpp import linear as cpp
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
@@ -42,7 +41,7 @@ def layer(inner: int, features: int, bias: bool = False, dtype: torch.dtype = to
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
-    assert linear.lower(module) == 1
+    assert lower.lower(module) == 1
     return module
 
 
@@ -195,8 +194,8 @@ def test_lowering_changes_nothing_but_the_forward(calls: list[int]) -> None:
     names = list(model.state_dict())
     pointers = [p.data_ptr() for p in model.parameters()]
     modules = [m for m in model.modules() if type(m) is nn.Linear]
-    assert linear.lower(model) == len(modules) > 0
-    assert linear.lower(model) == 0, "a second time there is nothing left to do"
+    assert lower.lower(model) == len(modules) > 0
+    assert lower.lower(model) == 0, "a second time there is nothing left to do"
     assert list(model.state_dict()) == names
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert all(isinstance(m, nn.Linear) for m in modules)
@@ -211,16 +210,16 @@ def test_subclasses_of_linear_are_left_alone() -> None:
     class Own(nn.Linear):
         pass
 
-    assert linear.lower(nn.Sequential(Own(4, 4), nn.LayerNorm(4), nn.Linear(4, 4, dtype=torch.float64))) == 0
+    assert lower.lower(nn.Sequential(Own(4, 4), nn.LayerNorm(4), nn.Linear(4, 4, dtype=torch.float64))) == 0
 
 
 def test_one_thread_does_not_replace_many(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = replace(build.toolchain(), openmp=None, note="no OpenMP")
     monkeypatch.setattr(build, "toolchain", lambda: alone)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert linear.lower(nn.Linear(4, 4)) == 0
+    assert lower.lower(nn.Linear(4, 4)) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert linear.lower(nn.Linear(4, 4)) == 1
+    assert lower.lower(nn.Linear(4, 4)) == 1
 
 
 def test_copies_and_pickles() -> None:

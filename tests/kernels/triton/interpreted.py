@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
-from kvcompile.kernels.dispatch import choose, compactor
+from kvcompile.kernels.dispatch import TRITON, choose
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, tuning
@@ -146,7 +146,7 @@ def test_window_scores_are_column_sums_of_the_last_queries(
     last = Queries(made.queries.states[:, :, -6:], made.queries.positions[:, -6:])
     want, got = torch.zeros(2, 120), torch.zeros(2, 120)
     reference.attend(last, made.view, spec, want)
-    backend.window_sums(last, made.view, spec, got)
+    backend.column_sums(last, made.view, spec, got)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_compaction_of_many_blocks_and_stretches(way: tuple[str, str]) -> None:
 def test_stores_hold_what_they_hold_with_torch(name: str) -> None:
     """Prompts, evictions and encodings of a whole layer."""
     plan = plan_of(STORAGES[name])
-    mine = worked(LayerCache(plan, compactor=compactor("triton")), 1, turns=20)
+    mine = worked(LayerCache(plan, compactor=TRITON.compact), 1, turns=20)
     for a, b in zip(mine, worked(LayerCache(plan), 1, turns=20), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -278,7 +278,7 @@ def test_a_graph_sees_one_node() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
     arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
-    assert choose("triton") == "triton"  # makes the operator known
+    assert choose("triton") is TRITON  # makes the operator known
     program = torch.export.export(Attention(spec), arguments)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     assert [n.target for n in calls].count(torch.ops.kvcompile_triton.attend.default) == 1
@@ -290,7 +290,7 @@ def test_torch_compile_does_not_break_at_it() -> None:
     spec = KernelSpec(plain("dense", "float32"), 2, 64, 64, 0.125)
     made = case(spec, [[20, 20]], batch=1, heads=2)
     arguments = (made.queries.states, made.view.keys, made.view.values, made.view.positions, made.queries.positions)
-    assert choose("triton") == "triton"
+    assert choose("triton") is TRITON
     whole = torch.compile(Attention(spec), backend="eager", fullgraph=True)
     close(whole(*arguments), 2 * reference.attend(made.queries, made.view, spec), "float32")
 

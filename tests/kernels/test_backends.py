@@ -1,4 +1,4 @@
-"""Every route computes the attention that the float64 reference specifies, whatever the layout and the shape."""
+"""Every backend computes the attention that the float64 reference specifies, whatever the layout and the shape."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference, sdpa
-from kvcompile.kernels.dispatch import ROUTES, choose, describe, why
+from kvcompile.kernels.dispatch import BUILT_IN, CPP, REFERENCE, SDPA, choose, describe, named, serving, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.plan.storage import Codec
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11
 # and 2^-8 relative), and of the logits where soft-cap goes by matmul; logits here stay below about 4.
-HERE = sorted(set(ROUTES) - {"triton"})  # that one needs a GPU or the interpreter: tests/kernels/triton
+HERE = ["cpp", "reference", "sdpa"]  # that one needs a GPU or the interpreter: tests/kernels/triton
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
@@ -130,7 +130,7 @@ def naive(case: Case) -> Tensor:
 
 
 def agree(case: Case, got: Tensor, expected: Tensor) -> None:
-    """At the real tokens; whatever a route writes at padding must at least be a number."""
+    """At the real tokens; whatever a backend writes at padding must at least be a number."""
     real = case.valid[:, None, :, None].expand_as(got)
     assert got.dtype == case.dtype
     assert bool(got.isfinite().all())
@@ -178,14 +178,14 @@ def test_ragged_layout(data, batch, seed, heads, group, dims, window, softcap, d
     agree(case, got, reference.attend(case.queries(), case.ragged(), case.spec))
 
 
-@pytest.mark.parametrize("route", HERE)
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("history", "new"), [([0] * 4, [5, 3]), ([7, 2, 9, 4], [1, 1]), ([7, 2, 9, 4], [4, 0])])
-def test_routes_follow_the_formula(route: str, softcap: float | None, window: int | None, history, new) -> None:
+def test_backends_follow_the_formula(name: str, softcap: float | None, window: int | None, history, new) -> None:
     """The oracle is no oracle unless something simpler agrees with it."""
     case = Case(3, history, new, heads=2, group=3, window=window, softcap=softcap)
-    agree(case, ROUTES[route](case.queries(), case.ragged(), case.spec), naive(case))
+    agree(case, named(name).attend(case.queries(), case.ragged(), case.spec), naive(case))
 
 
 @pytest.mark.parametrize("layout", ["dense", "ragged"])
@@ -209,8 +209,8 @@ def test_positions_may_be_shared_by_heads() -> None:
     shared = DenseView(view.keys, view.values, view.positions[:, :1])
     spec = replace(case.spec, parts=plain("dense", "float32"))
     for name in HERE:
-        route = ROUTES[name]
-        assert torch.equal(route(case.queries(), shared, spec), route(case.queries(), view, spec))
+        attend = named(name).attend
+        assert torch.equal(attend(case.queries(), shared, spec), attend(case.queries(), view, spec))
 
 
 def test_long_prefill_never_holds_a_square_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,20 +242,20 @@ def test_batch_of_sequences_is_each_sequence_alone() -> None:
         assert torch.equal(together[b : b + 1, :, real], alone)
 
 
-def test_choice_of_route() -> None:
-    assert choose("auto") in ROUTES
-    assert choose("reference") == "reference"
+def test_choice_of_backend() -> None:
+    assert choose("auto") in BUILT_IN
+    assert choose("reference") is REFERENCE
     with pytest.raises(KvcompileError, match="auto, cpp, triton, sdpa, reference, got 'cuda'"):
         choose("cuda")
 
 
 def test_auto_says_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without a compiler `auto` is the library and says so; `cpp` is refused with the way out."""
-    assert choose("auto", "meta") == "sdpa"
+    assert choose("auto", "meta") is SDPA
     assert why("meta") == "no kernels are generated for meta"
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert choose("auto") == "sdpa"
+    assert choose("auto") is SDPA
     assert why() == "no c++ or g++ or clang++ on the path"
     with pytest.raises(KvcompileError, match="install"):
         choose("cpp")
@@ -263,13 +263,20 @@ def test_auto_says_why_it_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         choose("cpp", "meta")
 
 
-def test_routes_say_what_they_hand_on() -> None:
+def test_who_attends_where_a_backend_cannot() -> None:
     one = KernelSpec(plain("dense", "float32"), 3, 64, 64, 0.125)
-    wide = replace(one, parts=plain("dense", "float64"))
-    assert describe("cpp", one, torch.float32) == "cpp"
-    assert describe("cpp", wide, torch.float64) == "sdpa (float64 is not generated)"
-    assert describe("cpp", replace(one, bias=True), torch.float32) == "sdpa (a bias of each entry is not generated)"
-    assert describe("reference", one, torch.float32) == "reference"
+    wide, summed = replace(one, parts=plain("dense", "float64")), replace(one, scores=True)
+    biased = replace(one, bias=True)
+    assert serving(CPP, one, torch.float32) is CPP
+    assert serving(CPP, wide, torch.float64) is SDPA
+    assert serving(CPP, biased, torch.float32) is SDPA
+    assert serving(CPP, one, torch.float32, gradients=True) is SDPA
+    assert serving(REFERENCE, one, torch.float32, gradients=True) is REFERENCE
+    assert serving(SDPA, summed, torch.float32) is REFERENCE
+    assert describe(CPP, one, torch.float32) == "cpp"
+    assert describe(CPP, wide, torch.float64) == "sdpa (cpp has no kernel for it in float64)"
+    assert describe(CPP, biased, torch.float32) == "sdpa (cpp has no kernel for it in float32)"
+    assert describe(REFERENCE, one, torch.float32) == "reference"
 
 
 def test_spec_names_tell_kernels_apart() -> None:

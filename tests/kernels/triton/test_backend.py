@@ -1,4 +1,4 @@
-"""The route without a GPU: refused by name, in one line, before anything is built; texts are the same every time."""
+"""The backend without a GPU: refused by name, in one line, before anything is built; texts are the same every time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_without_triton_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     backend.ready.cache_clear()
 
 
-def test_importing_the_routes_imports_no_triton() -> None:
+def test_importing_the_backends_imports_no_triton() -> None:
     code = "import sys, kvcompile.kernels.dispatch; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
 

@@ -1,0 +1,95 @@
+"""A backend: one way to attend to a cache, and what goes beside attention where it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.kernels.codecs import Encoder
+from kvcompile.kernels.codecs import encode as encode_by_torch
+from kvcompile.kernels.compact import Compactor, CompactSpec
+from kvcompile.kernels.compact import compact as compact_by_torch
+from kvcompile.kernels.layout import Queries, View
+from kvcompile.kernels.spec import KernelSpec
+from kvcompile.plan.storage import Codec
+
+
+class Attention(Protocol):
+    """A way to compute attention: the contract of `reference.attend`."""
+
+    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
+        """Attention `[B, H_q, Q, D_v]`; column sums are added to `sums` where the spec has `scores`."""
+        ...
+
+
+class ColumnSums(Protocol):
+    """A way to add up what entries receive from the last queries of a prefill, with no values read."""
+
+    def __call__(self, queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
+        """Column sums of all `queries`, causal by true positions, are added to `sums [R, longest row]`."""
+        ...
+
+
+class Sources:
+    """The kernels that a backend generates, for reading: each text by its file's name, or the end of it. Here none.
+
+    dtype: of the queries or rows, by name. device: name of the GPU, whose measured tiles are taken where there are any.
+    """
+
+    def attention(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
+        """Each kernel that attention over a spec may run, by the end of its file's name."""
+        return {}
+
+    def column_sums(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
+        """Those that add up attention of the last queries over a spec with scores, named likewise."""
+        return {}
+
+    def encode(self, codec: Codec, dim: int, dtype: str) -> dict[str, str]:
+        """The kernel that encodes vectors of `dim` channels, by its file's name."""
+        return {}
+
+    def compact(self, spec: CompactSpec) -> dict[str, str]:
+        """The kernel that moves kept entries, by its file's name."""
+        return {}
+
+    def shared(self) -> dict[str, str]:
+        """What the other files include, by name."""
+        return {}
+
+
+def anywhere(device: torch.device) -> None:
+    """Ready on every device."""
+
+
+def everything(spec: KernelSpec, dtype: torch.dtype) -> bool:
+    """Every spec is supported, for queries of any dtype."""
+    return True
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What `kernels=<name>` means. Only `attend` must be given: the rest is torch's, or goes without.
+
+    ready: raises KvcompileError where the backend cannot run on a device: nothing installed, no compiler, no GPU.
+    supports: whether it attends over a spec for queries of a dtype; the library does where it does not.
+    differentiable: whether gradients pass; the library attends where they are wanted and they do not.
+    library_prompts: whether a prompt that sees nothing but itself may be left to the library, where that is faster.
+    column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
+    linear: gives the linear layers of a model forwards that are fast for a token, and says how many there were.
+    """
+
+    name: str
+    attend: Attention
+    ready: Callable[[torch.device], None] = anywhere
+    supports: Callable[[KernelSpec, torch.dtype], bool] = everything
+    differentiable: bool = False
+    library_prompts: bool = False
+    column_sums: ColumnSums | None = None
+    encode: Encoder = encode_by_torch
+    compact: Compactor = compact_by_torch
+    linear: Callable[[nn.Module], int] | None = None
+    sources: Sources = field(default_factory=Sources)

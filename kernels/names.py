@@ -1,0 +1,13 @@
+"""The names that `kernels=` takes, known without importing a backend."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+GROUP = "kvcompile.backends"
+BUILT_IN = ("cpp", "triton", "sdpa", "reference")
+
+
+def names() -> tuple[str, ...]:
+    """All backends that are installed: ours, and those of other packages, which register the entry point group."""
+    return (*BUILT_IN, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(BUILT_IN)))
