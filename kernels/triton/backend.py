@@ -21,7 +21,6 @@ from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, Vi
 from kvcompile.kernels.pointers import opaque
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
-from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import KINDS
 
 QUERY_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -137,6 +136,8 @@ class TritonSources(Sources):
 
     def attention(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
         """For one new token, and for many."""
+        from kvcompile.kernels.triton.emit import Kernels  # Triton itself
+
         if not supports(spec, getattr(torch, dtype)):
             return {}
         found = {}
@@ -148,6 +149,8 @@ class TritonSources(Sources):
 
     def column_sums(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
         """Of the last queries."""
+        from kvcompile.kernels.triton.emit import Kernels
+
         if not supports(spec, getattr(torch, dtype)):
             return {}
         choice = tuning.choose(device, spec, "many")
