@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import sdpa
+from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.cpp import build, compact, encode, lower, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel

@@ -18,9 +18,8 @@ VECTORS = "simd.h"
 
 def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
     """Whether there is a kernel over a spec for queries of a dtype."""
-    return (
-        not spec.bias and dtype in QUERY_TYPES and all(emitted(codec) for p in spec.parts for codec in (p.key, p.value))
-    )
+    formats = (codec for part in spec.parts for codec in (part.key, part.value))
+    return not spec.bias and dtype in QUERY_TYPES and all(map(emitted, formats))
 
 
 def source(spec: KernelSpec, dtype: torch.dtype, many: bool = False, values: bool = True) -> str:

@@ -21,6 +21,8 @@ from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, Vi
 from kvcompile.kernels.pointers import opaque
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
+from kvcompile.kernels.triton.compact import Compaction
+from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import KINDS
 
 QUERY_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,8 +57,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     """Same contract as `reference.attend`, in the dtype of the queries; a row with nothing visible gives zeros.
 
     A prompt over nothing but itself (one dense, uncoded part, no window, no scores) is left to SDPA: prefill is not
-    what generated kernels are for. Raises KvcompileError where there is no GPU, no
-    interpreter or no Triton.
+    what generated kernels are for. Raises KvcompileError where there is no GPU, no interpreter or no Triton.
     """
     if not torch.compiler.is_compiling():  # a trace follows a choice of this backend, which has asked
         ready(queries.states.device.type)
@@ -136,8 +137,6 @@ class TritonSources(Sources):
 
     def attention(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
         """For one new token, and for many."""
-        from kvcompile.kernels.triton.emit import Kernels  # Triton itself
-
         if not supports(spec, getattr(torch, dtype)):
             return {}
         found = {}
@@ -149,8 +148,6 @@ class TritonSources(Sources):
 
     def column_sums(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
         """Of the last queries."""
-        from kvcompile.kernels.triton.emit import Kernels
-
         if not supports(spec, getattr(torch, dtype)):
             return {}
         choice = tuning.choose(device, spec, "many")
@@ -158,8 +155,6 @@ class TritonSources(Sources):
 
     def compact(self, spec: CompactSpec) -> dict[str, str]:
         """Of any spec."""
-        from kvcompile.kernels.triton.compact import Compaction
-
         return {f"compact-{spec.name}.py": Compaction(spec).text}
 
 

@@ -136,18 +136,18 @@ def test_a_backend_of_a_library_shows_no_kernels(tmp_path: Path) -> None:
     assert kvcompile.load(path)
 
 
-@pytest.mark.parametrize("name", ["cpp", "triton"])
+@pytest.mark.parametrize("chosen", ["cpp", "triton"])
 def test_an_artifact_of_another_machine_is_compared_for_the_backend_that_wrote_it(
-    name: str, model: Any, folder: Path
+    chosen: str, model: Any, folder: Path
 ) -> None:
     """Neither a compiler nor a GPU nor Triton is needed to see that the texts are as they should be."""
     for path in (folder / "kernels").iterdir():
         path.unlink()
-    for name, text in kernel_texts.files(model.kvcompile.plan, named(name), "a GPU").items():
+    for name, text in kernel_texts.files(model.kvcompile.plan, named(chosen), "a GPU").items():
         (folder / name).write_text(text)
     signed(folder)
     shown = {p.name for p in (folder / "kernels").iterdir()}
-    ends = {"cpp": ["step.cpp", "chunk.cpp"], "triton": ["one.py", "one-split.py", "many.py", "many-split.py"]}[name]
+    ends = {"cpp": ["step.cpp", "chunk.cpp"], "triton": ["one.py", "one-split.py", "many.py", "many-split.py"]}[chosen]
     assert {f"{name}-{end}" for name in BY_CPP for end in ends} <= shown
     assert kvcompile.load(folder)
     path = folder / f"{SAVED}-{ends[0]}"
