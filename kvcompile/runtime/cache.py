@@ -76,7 +76,8 @@ class KVCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[LayerCache(p, backend.encode, backend.compact) for p in plan.layers])
         self.plan, self.rotaries, self.backend = plan, rotaries or [], backend
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
-        self.served: dict[tuple[int, torch.dtype, bool], Backend] = {}  # of specs by their id, all of them in `specs`
+        self.served: dict[tuple[int, torch.dtype, bool], Attention] = {}  # by the id of a spec, which `specs` keeps
+        self.scoring: dict[tuple[int, tuple[Part, ...], torch.dtype], bool] = {}
         self.headroom = HEADROOM
         self._start()
 
@@ -140,21 +141,21 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
         """What attends over one of `specs` for queries of a dtype: the backend, or who does where it cannot."""
-        return self._serving(spec, dtype, gradients).attend
+        found = self.served.get((id(spec), dtype, gradients))
+        if found is None:
+            found = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients).attend
+        return found
 
     def scores(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> bool:
         """Whether the kernels of layer `index` over these parts add up column sums for queries of a dtype."""
-        return self._serving(self.spec(index, parts, scores=True), dtype) is self.backend
+        key = index, parts, dtype
+        if key not in self.scoring:
+            self.scoring[key] = self.backend.supports(replace(self.spec(index, parts), scores=True), dtype)
+        return self.scoring[key]
 
     def column_sums(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> ColumnSums | None:
         """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
         return self.backend.column_sums if self.scores(index, parts, dtype) else None
-
-    def _serving(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Backend:
-        found = self.served.get((id(spec), dtype, gradients))
-        if found is None:
-            found = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients)
-        return found
 
     def group(self, index: int) -> int:
         """Query heads per KV head of layer `index`, those of all layers that read it."""
