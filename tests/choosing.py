@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import reference
+from kvcompile.kernels.dispatch import named
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, plain
 from kvcompile.plan.plan import LayerPlan, Plan
@@ -30,16 +31,16 @@ STORES = {
 
 
 def within(name: str) -> float:
-    """How near a route comes to the reference: the C++ kernel meets integer codes with rounded queries."""
+    """How near a backend comes to the reference: the C++ kernel meets integer codes with rounded queries."""
     return 2e-4 if STORES[name].quantized else 2e-6
 
 
-def filled(name: str, route: str, new: int) -> tuple[LayerCache, Step, Tensor]:
+def filled(name: str, backend: str, new: int) -> tuple[LayerCache, Step, Tensor]:
     """A layer that holds a prompt of 50 and `new` tokens, whose queries come too; only dense rows have one length."""
     torch.manual_seed(0)
     shape: Any = (HEADS * GROUP, HEADS, DIM)
     plan = LayerPlan(0, *shape, 0, DIM**-0.5, storage=STORES[name])
-    cache = KVCache(Plan("llama", "float32", (plan,)), route=route)
+    cache = KVCache(Plan("llama", "float32", (plan,)), backend=named(backend))
     layer: LayerCache = cache.layers[0]
     valid = torch.ones(BATCH, 50, dtype=torch.bool)
     valid[1, :5] = name == "dense"  # padding

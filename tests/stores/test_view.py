@@ -10,8 +10,8 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.cpp import build
 
 stores = pytest.mark.parametrize("name", STORES)
-routes = pytest.mark.parametrize(
-    "route",
+backends = pytest.mark.parametrize(
+    "backend",
     [
         "reference",
         "sdpa",
@@ -21,10 +21,10 @@ routes = pytest.mark.parametrize(
 
 
 @stores
-@routes
+@backends
 @pytest.mark.parametrize("new", [1, 3])
-def test_attention_to_a_part_is_attention_to_a_copy_of_it(name: str, route: str, new: int) -> None:
-    layer, step, queries = filled(name, route, new)
+def test_attention_to_a_part_is_attention_to_a_copy_of_it(name: str, backend: str, new: int) -> None:
+    layer, step, queries = filled(name, backend, new)
     chosen = choice(layer, new)
     before = [x.clone() for row in layer.held.rows() for x in row]
     found = layer.attend(queries, step, 0, chosen)
