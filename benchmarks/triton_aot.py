@@ -118,6 +118,7 @@ def sample() -> list[Job]:
     one = [(plain("dense", "float16"), "sm_80"), (body("ragged", KIVI4), "sm_90"), (body("paged", KIVI2), "gfx942")]
     one += [(body("ragged", INT8), "sm_90"), (body("ragged", FP8), "sm_80"), (paged("float16"), "gfx942")]
     jobs = [(spec(parts), "float16", "one", target) for parts, target in one]
+    jobs[3] = (replace(jobs[3][0], sink=True), *jobs[3][1:])
     return [*jobs, (spec(body("ragged", KIVI4)), "float16", "many", "sm_80")]
 
 

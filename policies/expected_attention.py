@@ -49,7 +49,7 @@ class FutureAttention(Score):
         if seen.mean_rotation is None:
             raise RuntimeError("expected attention needs the mean rotation")
         logits = _logits(seen, seen.moments, seen.mean_rotation(self.horizon))
-        expected = logits.masked_fill(~seen.alive.unsqueeze(1), float("-inf")).softmax(-1).mean(1)
+        expected = seen.softmax(logits.masked_fill(~seen.alive.unsqueeze(1), float("-inf"))).mean(1)
         scores = (expected + self.epsilon) * sizes
         return scores if self.kernel == 1 else pool(scores, self.kernel, "avg", seen.alive)
 

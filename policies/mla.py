@@ -114,7 +114,7 @@ class MLA(Policy):
             self.mix,
             self.damp,
             self.tokens if self.fitted else 0,
-            centred=self.factor == "activations" and p.softcap is None,  # a soft-cap sees what is constant in a logit
+            centred=self.factor == "activations" and not (p.softcap or p.sink),  # which see what is constant in logits
         )
         return replace(p, kv_heads=1, latent=latent)
 

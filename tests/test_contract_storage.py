@@ -81,7 +81,7 @@ def test_the_model_computes_with_what_the_codes_say(stack: Options, logits: floa
     assert 1e-5 < off(got[:, TOKENS:], uncompressed[:, TOKENS:]) < logits
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "phi3", "gpt_neox", "gpt_oss"])
 def test_the_same_on_other_architectures(architecture: str) -> None:
     """Layers with a sliding window are left as they are; where all have one there is nothing to store."""
     ids = tiny_ids(2, TOKENS + NEW)

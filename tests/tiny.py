@@ -50,6 +50,22 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"sliding_window": WINDOW, "layer_types": ALTERNATING, "query_pre_attn_scalar": 24},
     "gpt_neox": {},
+    "gpt_oss": {
+        "initializer_range": 0.15,  # experts multiply gate and up: logits, and their rounding, grow with its cube
+        "sliding_window": WINDOW,
+        "layer_types": ALTERNATING,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
 ARCHITECTURES = tuple(EXTRA)
 
@@ -67,7 +83,7 @@ def tiny_model(name: str = "llama", **over: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         # up to transformers 5.17 at least, SDPA silently drops gemma2's soft-cap: only eager is the true reference
-        options = {"attn_implementation": "eager"} if name == "gemma2" else {}
+        options = {"attn_implementation": "eager"} if name in ("gemma2", "gpt_oss") else {}
         model = AutoModelForCausalLM.from_config(tiny_config(name, **over), dtype=torch.float32, **options)
         with torch.no_grad():
             for parameter in model.parameters():

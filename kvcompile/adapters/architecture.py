@@ -52,7 +52,8 @@ class Architecture:
     adapter: of the attention modules, which each decoder layer has under the name `attention`.
     scale: what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of
     c tanh(x / c) over the logits (None: none). rotates: whether a layer has position embeddings.
-    rotary_per_type: the rotary module wants the type of the layer. grouped: the stock class can have fewer KV heads
+    rotary_per_type: the rotary module wants the type of the layer. angles_once: it gives each angle once, not for both
+    halves of a head. grouped: the stock class can have fewer KV heads
     than query heads.
     """
 
@@ -63,6 +64,7 @@ class Architecture:
     softcap: Callable[[Any], float | None] = lambda config: None
     rotates: Callable[[Any, int], bool] = lambda config, layer: True
     rotary_per_type: bool = False
+    angles_once: bool = False
     grouped: bool = True
 
     def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
@@ -81,6 +83,7 @@ class Architecture:
                 rotates=self.rotates(config, index),
                 rotary=_rotary(config) if self.rotates(config, index) else 0,
                 key_norm="k_norm" in self.adapter.keeps,
+                sink="sinks" in self.adapter.learned,
             )
             for index in range(config.num_hidden_layers)
         )
@@ -142,6 +145,8 @@ class Architecture:
             if not turns:
                 return like.new_ones(len(positions), width), like.new_zeros(len(positions), width)
             cos, sin = module(like, position_ids=positions.unsqueeze(0), **kind)
+            if self.angles_once:
+                cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
             return cos[0], sin[0]
 
         return rotation

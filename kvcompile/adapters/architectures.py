@@ -18,6 +18,7 @@ BUILT_IN = {
     "gemma2": "llama:GEMMA2",
     "gemma3_text": "qwen3:GEMMA3",
     "gpt_neox": "gpt_neox:GPT_NEOX",
+    "gpt_oss": "gpt_oss:GPT_OSS",
     "granite": "llama:GRANITE",
     "llama": "llama:LLAMA",
     "mistral": "llama:MISTRAL",

@@ -19,34 +19,40 @@ from kvcompile.runtime.cache import Step
 class Attention(nn.Module):
     """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
-    A family overrides `keeps`, `out`, `project` and `layout` (None: its weights cannot be converted). `rotary` is False
+    A family overrides `keeps` (its submodules), `learned` (its own parameters; `sinks [H_q]` are logits that weigh in
+    every softmax), `out`, `project` and `layout` (None: its weights cannot be converted). `rotary` is False
     for layers without position embedding, `reads` is True for those without keys and values of their own, which are
     traced, then dropped: they read another layer's cache, or compress into a `latent`.
     Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
-    Raises KvcompileError where the original has other submodules than its family.
+    Raises KvcompileError where the original has other submodules or parameters than its family.
     """
 
     layout: ClassVar[type[Layout] | None] = None
     kvcompile_traced: ClassVar[bool] = True  # see `graph.tracer.TRACED`
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
     out: ClassVar[str] = "o_proj"
+    learned: ClassVar[tuple[str, ...]] = ()
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
     latent: Latent
+    sinks: nn.Parameter
 
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         found = dict(original.named_children())
         keeps = {*self.keeps, "latent"} if plan.latent else {*self.keeps}
-        if set(found) != keeps or list(original.parameters(recurse=False)):
+        own = dict(original.named_parameters(recurse=False))
+        if set(found) != keeps or set(own) != {*self.learned}:
             raise KvcompileError(
-                f"layer {plan.index}: the attention must have exactly {', '.join(sorted(keeps))}",
-                f"{type(original).__name__} with {', '.join(found)}",
+                f"layer {plan.index}: the attention must have exactly {', '.join(sorted({*keeps, *self.learned}))}",
+                f"{type(original).__name__} with {', '.join((*found, *own))}",
                 "compile the model as transformers builds it",
             )
         for name, child in found.items():
             self.add_module(name, child)
+        for name, parameter in own.items():
+            self.register_parameter(name, parameter)
         self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
         self.compresses = plan.latent is not None
         self.reads = plan.owner != plan.index or self.compresses
@@ -88,10 +94,14 @@ class Attention(nn.Module):
         queries = unrotated
         if self.rotary:
             queries, keys = self.rotate(queries, keys, position_embeddings)
-        kv = ops.kv_append(past_key_values, keys, values, step, layer)
-        states = ops.attend(queries, kv, step, layer)
-        ops.observe(kv, queries, unrotated, step, layer)
+        kv, sinks = ops.kv_append(past_key_values, keys, values, step, layer), self._sinks()
+        states = ops.attend(queries, kv, step, layer, **sinks)
+        ops.observe(kv, queries, unrotated, step, layer, **sinks)
         return getattr(self, self.out)(states), None
+
+    def _sinks(self) -> dict[str, Any]:
+        """The argument that an attention with sinks hands on, in the dtype that kernels read."""
+        return {"sinks": self.sinks.float()} if "sinks" in self.learned else {}
 
     def _through_latent(self, hidden_states: Tensor, position_embeddings: Any, step: Any, cache: Any) -> Tensor:
         """Absorbed queries over rows `[k_R; c]`, the same for all heads (see `kvcompile.adapters.latent`)."""
@@ -103,9 +113,9 @@ class Attention(nn.Module):
             cos, sin = position_embeddings
             cos, sin = ops.frequencies(cos, latent.frequencies), ops.frequencies(sin, latent.frequencies)
             queries, rows = ops.rope(queries, cos, sin), ops.rope(rows, cos, sin)
-        kv = ops.kv_append(cache, rows, rows, step, layer)
-        states = ops.attend(queries, kv, step, layer, latent(plain))
-        ops.observe(kv, queries, unrotated, step, layer)
+        kv, sinks = ops.kv_append(cache, rows, rows, step, layer), self._sinks()
+        states = ops.attend(queries, kv, step, layer, latent(plain), **sinks)
+        ops.observe(kv, queries, unrotated, step, layer, **sinks)
         attended: Tensor = getattr(self, self.out)(states)
         return attended
 

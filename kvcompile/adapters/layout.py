@@ -38,7 +38,8 @@ class Projection:
 
 @dataclass
 class Weights:
-    """The weights of one layer: projections by head, `out [hidden, H, D]`, and `head_norm [D]`, shared by key heads.
+    """The weights of one layer: projections by head, `out [hidden, H, D]`, `head_norm [D]`, shared by key heads, and
+    `sinks [H]`, a learned logit of each query head.
 
     `key` and `value` are None for a layer that reads another layer's cache.
     """
@@ -48,6 +49,7 @@ class Weights:
     value: Projection | None
     out: Tensor
     head_norm: Tensor | None = None
+    sinks: Tensor | None = None
 
     @property
     def own(self) -> tuple[Projection, Projection]:
@@ -77,6 +79,10 @@ class Layout:
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """New modules by name that hold `new`; the attention itself is left as it is."""
         raise NotImplementedError
+
+    def learned(self, new: Weights) -> dict[str, nn.Parameter]:
+        """New parameters of the attention itself, by name, that hold `new`; most have none."""
+        return {}
 
     def rows(self, name: str, heads: int) -> Projection:
         """The projection called `name`, of so many heads."""

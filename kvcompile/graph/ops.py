@@ -96,9 +96,11 @@ def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: i
 
 
 @at_the_cache
-def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int) -> selections.SequenceScores:
+def observe(
+    kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, layer: int, sinks: Tensor | None = None
+) -> selections.SequenceScores:
     """Let the layer's selection see the new queries `[B, H_q, Q, D]`; scores per sequence where a selection is due."""
-    return selections.observe(kv, queries, unrotated, step, step.cache.plan.layers[layer])
+    return selections.observe(kv, queries, unrotated, step, step.cache.plan.layers[layer], sinks)
 
 
 @at_the_cache
@@ -109,14 +111,28 @@ def together(kv: LayerCache, *queries: Tensor) -> Tensor:
 
 
 @at_the_cache
-def attend(queries: Tensor, kv: LayerCache, step: Step, layer: int, expansion: Expansion | None = None) -> Tensor:
+def sinks_together(kv: LayerCache, *sinks: Tensor) -> Tensor:
+    """Sink logits `[H_q]` of layers that read one `kv`, in the order of `together`."""
+    return torch.cat([torch.unflatten(x, 0, (kv.held.heads, -1)) for x in sinks], 1).flatten()
+
+
+@at_the_cache
+def attend(
+    queries: Tensor,
+    kv: LayerCache,
+    step: Step,
+    layer: int,
+    expansion: Expansion | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`.
 
     Where `kv` holds latents, queries are absorbed ones and the `expansion` brings results back to heads of values.
+    `sinks [H_q]`: what each query head has learned to weigh beside the entries (None: nothing).
     """
     if expansion is not None:
-        return expansion.attended(queries, kv, step, layer)
-    return kv.attend(queries, step, layer).transpose(1, 2).flatten(2)
+        return expansion.attended(queries, kv, step, layer, sinks)
+    return kv.attend(queries, step, layer, sinks=sinks).transpose(1, 2).flatten(2)
 
 
 @at_the_cache

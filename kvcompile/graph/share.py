@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.fx as fx
 
 from kvcompile.errors import KvcompileError
@@ -50,7 +52,12 @@ class ShareKV(Pass):
             rotated, plain = (
                 graph.call_function(ops.together, (kv, *(node.args[place] for node in readers))) for place in (1, 2)
             )
-            graph.call_function(ops.observe, (kv, rotated, plain, step, owner))
+            sinks: dict[str, Any] = {}
+            if "sinks" in mine.kwargs:
+                sinks["sinks"] = graph.call_function(
+                    ops.sinks_together, (kv, *(node.kwargs["sinks"] for node in readers))
+                )
+            graph.call_function(ops.observe, (kv, rotated, plain, step, owner), sinks)
         graph.erase_node(mine)
 
     def ensures(self, module: fx.GraphModule) -> None:

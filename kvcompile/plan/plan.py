@@ -38,6 +38,7 @@ class LayerPlan:
     key_norm: bool = False  # whether keys are normed after their projection
     heads: Heads | None = None  # how its KV heads were merged
     fold: Fold = "owner"  # what an owner's projections take from those of its readers
+    sink: bool = False  # whether each query head has a learned logit in the denominator of its softmax
     latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
 
     @property

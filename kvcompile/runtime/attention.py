@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Expansion:
     absorb: Tensor
     up: Tensor
 
-    def attended(self, absorbed: Tensor, kv: LayerCache, step: Step, layer: int) -> Tensor:
+    def attended(self, absorbed: Tensor, kv: LayerCache, step: Step, layer: int, sinks: Tensor | None = None) -> Tensor:
         """Attention as `[B, Q, H_q * D]`.
 
         A prompt that sees itself alone is expanded to keys and values of every head, which takes fewer products than
@@ -41,17 +41,19 @@ class Expansion:
         library = step.cache.backend.library_prompts and step.valid is None and not kv.sums_wanted(absorbed, step)
         view = kv.held.view() if library and count > 1 else None
         if isinstance(view, DenseView) and view.keys.shape[2] == count:
-            out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts))
+            out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts), sinks)
         else:
-            out = per_head(kv.attend(absorbed, step, layer), self.up)
+            out = per_head(kv.attend(absorbed, step, layer, sinks=sinks), self.up)
         return out.transpose(1, 2).flatten(2)
 
-    def _expanded(self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec) -> Tensor:
+    def _expanded(
+        self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec, sinks: Tensor | None
+    ) -> Tensor:
         """Attention of every head to its own keys and values, `[B, H_q, Q, D]`."""
         queries, keys, values = self.heads(absorbed, view.keys)
         group, wide = queries.shape[1] // keys.shape[1], keys.shape[-1]
-        spec = KernelSpec(spec.parts, group, wide, wide, spec.scale, spec.sliding_window, softcap=spec.softcap)
-        out = sdpa.attend(Queries(queries, step.positions), DenseView(keys, values, view.positions), spec)
+        spec = replace(spec, group=group, head_dim=wide, value_dim=wide, latent=False)
+        out = sdpa.attend(Queries(queries, step.positions, sinks=sinks), DenseView(keys, values, view.positions), spec)
         return out[..., : self.up.shape[1]]
 
     def heads(self, absorbed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

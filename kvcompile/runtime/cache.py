@@ -135,7 +135,8 @@ class KVCache(Cache):  # type: ignore[misc]
             p = self.plan.layers[index]
             shape = p.group, p.key_dim, p.value_dim, p.scale
             latent = p.latent is not None
-            found = KernelSpec(parts, *shape, p.sliding_window, softcap=p.softcap, scores=scores, latent=latent)
+            variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink}
+            found = KernelSpec(parts, *shape, p.sliding_window, scores=scores, latent=latent, **variant)
             self.specs[index, parts, scores] = found
         return found
 

@@ -38,12 +38,23 @@ class _Layer:
 
 
 @torch.no_grad()
-def observe(kv: LayerCache, queries: Tensor, unrotated: Tensor, step: Step, plan: LayerPlan) -> SequenceScores:
-    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look."""
+def observe(
+    kv: LayerCache,
+    queries: Tensor,
+    unrotated: Tensor,
+    step: Step,
+    plan: LayerPlan,
+    sinks: Tensor | None = None,
+) -> SequenceScores:
+    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look.
+
+    `sinks [H_q]`: those of the query heads, in an attention that has them.
+    """
     s = plan.selection
     if s is None:
         return None
     layer = _Layer(kv, plan, s, step)
+    kv.history.sinks = sinks
     attentive = step.prefill or s.schedule.decode_every > 0
     if not attentive:
         return None
@@ -109,6 +120,7 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         scale=plan.scale,
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
+        sinks=None if kv.history.sinks is None else kv.history.sinks.view(keys.shape[0], -1),
         carried=kv.history.carry(b, keys.shape[1]),
         column_sums=(
             kv.history.gained(b, keys.shape[1], step.cache.group(plan.index)) if needs.reduce == "sum" else None
@@ -143,7 +155,7 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
         return None
     spec = cache.window_spec(layer.plan.index, store.parts)
     sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
-    add(Queries(*newest), store.view(), spec, sums)
+    add(Queries(*newest, sinks=kv.history.sinks), store.view(), spec, sums)
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
 

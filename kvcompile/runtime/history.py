@@ -56,6 +56,7 @@ class QueryHistory:
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
     sums: list[Sums] | None = None  # per sequence
+    sinks: Tensor | None = None  # [H_q] logits of the query heads, where attention has sinks
     column_sums: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
 
     def remember(

@@ -100,7 +100,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.transfer.appended.append(((keys, values, positions), valid, headroom))
         self.store = self.store.append(keys, values, positions, headroom, valid, self.compactor)
 
-    def attend(self, queries: Tensor, step: Step, layer: int, chosen: Chosen | None = None) -> Tensor:
+    def attend(
+        self, queries: Tensor, step: Step, layer: int, chosen: Chosen | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attention of the new queries to what is held: the one way to attend to a layer.
 
         Args:
@@ -108,6 +110,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             step: the forward pass that they belong to.
             layer: who asks: this layer, or one that reads its cache.
             chosen: the only entries of each row that are seen, those of the new tokens among them (see `Store.view`).
+            sinks: learned logits of the query heads `[H_q]`, float32, of an attention that has them.
 
         Returns `[B, H_q, Q, D_v]`. Raises KvcompileError for a choice where a score adds up attention to all entries.
         """
@@ -120,7 +123,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         store, cache, sums = self.held, step.cache, self._sums(queries, step)
         spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
         attend = cache.attention(spec, queries.dtype, self._learns(queries))
-        return attend(Queries(queries, step.positions, step.valid), store.view(chosen), spec, sums)
+        return attend(Queries(queries, step.positions, step.valid, sinks), store.view(chosen), spec, sums)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
         """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""

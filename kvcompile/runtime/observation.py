@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompile.kernels.reference import softmax
+
 QUERY_BLOCK = 256
 
 
@@ -35,6 +37,7 @@ class Observation:
     `window_attention [H_kv, n]`: attention of `queries` to each entry, mean over them and the group, where a kernel
     added it up.
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
+    `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
     `layer` is the index in the model.
     """
 
@@ -48,6 +51,7 @@ class Observation:
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
+    sinks: Tensor | None = None
     carried: Tensor | None = None
     column_sums: Tensor | None = None
     window_attention: Tensor | None = None
@@ -64,7 +68,8 @@ class Observation:
     def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.
 
-        A = softmax_j(softcap(q_i k_j * scale)), over all entries the query may see. Rows sum to 1.
+        A = softmax_j(softcap(q_i k_j * scale)), over all entries the query may see. Rows sum to 1, or to what a
+        sink leaves of it.
         """
         queries = self.queries[:, :, start:stop].float() * self.scale
         asked = self.query_positions[start:stop]
@@ -79,8 +84,13 @@ class Observation:
         if self.sliding_window:
             hidden = hidden | (held <= asked.view(-1, 1) - self.sliding_window)
         logits[..., plain:].masked_fill_(hidden, float("-inf"))
-        weights = logits.softmax(-1)
+        weights = self.softmax(logits)
         return weights if plain else weights.nan_to_num_(0.0)
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Over the entries of `logits [H_kv, g, ..., n]`, with what goes to a sink in the denominator."""
+        sinks = self.sinks
+        return softmax(logits, None if sinks is None else sinks.view(*sinks.shape, *(1,) * (logits.dim() - 2)))
 
     def mean_attention(self) -> Tensor:
         """Attention of all `queries` to every entry, mean over them and the group, `[H_kv, n]`, float32."""

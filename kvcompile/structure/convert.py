@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvcompile.adapters.architecture import Architecture
 from kvcompile.adapters.architectures import architecture_of
@@ -63,16 +63,17 @@ def _rewrite(architecture: Architecture, model: Any, plan: Plan, turns: Turns, f
         raise KvcompileError("all layers must have the same number of KV heads", sorted(kv_heads))
     layouts = architecture.layouts(model, plan)
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
-    made: list[dict[str, nn.Module]] = []
+    made: list[dict[str, Any]] = []
     for layout, p in zip(layouts, plan.layers, strict=True):
         mine = weights[p.index]
         if p.latent is not None:
             made.append(modules_of(layout, mine, p, factors.get(p.index)))
             continue
         if p.owner != p.index:
-            mine = Weights(mine.query, None, None, mine.out)
+            mine = Weights(mine.query, None, None, mine.out, sinks=mine.sinks)
         readers = [weights[q.index] for q in plan.layers if q.owner == p.index]
-        made.append(layout.write(fold_layers(readers, p.fold) if p.owner == p.index else mine))
+        mine = fold_layers(readers, p.fold) if p.owner == p.index else mine
+        made.append({**layout.write(mine), **layout.learned(mine)})
     for layout, new in zip(layouts, made, strict=True):
         for name, module in new.items():
             setattr(layout.attention, name, module)

@@ -22,7 +22,7 @@ def merge_heads(
     Means are taken in float64, so that equal heads merge to the bit. Source: GQA, arXiv 2305.13245, section 2.1.
     """
     heads, per_head = old.query.weight.shape[0], old.query.weight.shape[0] // how.original
-    (key, value), query, out = old.own, old.query, old.out
+    (key, value), query, out, sinks = old.own, old.query, old.out, old.sinks
     if turn_keys is not None:
         key, query = key.turn(turn_keys), query.turn(turn_keys.repeat_interleave(per_head, 0))
     if turn_values is not None:
@@ -36,8 +36,9 @@ def merge_heads(
             .flatten()
         )
         query, out = query.map(lambda x: x[order.to(x.device)]), out[:, order.to(out.device)]
+        sinks = None if sinks is None else sinks[order.to(sinks.device)]
     key, value = (part.map(lambda x: _merged(x, how.groups, how.merge)) for part in (key, value))
-    return Weights(query, key, value, out, old.head_norm)
+    return Weights(query, key, value, out, old.head_norm, sinks)
 
 
 def _merged(rows: Tensor, groups: Sequence[Sequence[int]], how: Merge) -> Tensor:
@@ -76,4 +77,4 @@ def fold_layers(layers: Sequence[Weights], how: Fold) -> Weights:
 
     norms = [w.head_norm for w in layers if w.head_norm is not None]
     keys, values = fold([w.key for w in layers]), fold([w.value for w in layers])
-    return Weights(owner.query, keys, values, owner.out, folded(norms) if norms else None)
+    return Weights(owner.query, keys, values, owner.out, folded(norms) if norms else None, owner.sinks)

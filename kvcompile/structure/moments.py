@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.layout import Layout, Projection, Weights
+from kvcompile.kernels.reference import softmax
 from kvcompile.plan.plan import LayerPlan, Plan
 
 WINDOW = 512  # tokens that the text is read in at a time
@@ -108,7 +109,8 @@ class _Watcher:
             logits = _turned(query, cos, sin) @ _turned(key, cos, sin).T * p.scale
             if p.softcap:
                 logits = p.softcap * torch.tanh(logits / p.softcap)
-            weights = logits.masked_fill(hidden_from, float("-inf")).softmax(-1)
+            sink = None if self.weights.sinks is None else self.weights.sinks[head]
+            weights = softmax(logits.masked_fill(hidden_from, float("-inf")), sink)
             seen.index_add_(0, distance.clamp(min=0).flatten(), weights.flatten())
             column_sums += weights.sum(0)
         return column_sums / p.query_heads, (seen / p.query_heads).to(table.dtype) @ table / table[0].abs()

@@ -42,6 +42,7 @@ ALTERNATE = [WINDOW, None] * 2
         ("gemma2", 24**-0.5, ALTERNATE, 5.0, 2),
         ("gemma3_text", 24**-0.5, ALTERNATE, None, 2),
         ("gpt_neox", 0.25, FULL, None, 4),
+        ("gpt_oss", 0.25, ALTERNATE, None, 2),
     ],
 )
 def test_facts_from_the_config_alone(
@@ -52,6 +53,7 @@ def test_facts_from_the_config_alone(
     assert [p.sliding_window for p in plan.layers] == windows
     assert [p.owner for p in plan.layers] == [0, 1, 2, 3]
     for p in plan.layers:
+        assert p.sink == (name == "gpt_oss")
         assert (p.scale, p.softcap, p.query_heads, p.kv_heads, p.head_dim) == (scale, softcap, 4, kv_heads, 16)
     plan.check()
 
@@ -241,8 +243,9 @@ def test_rotation_is_the_one_the_layer_gets(name: str) -> None:
             assert torch.equal(cos, torch.ones(9, 16))
             assert torch.equal(sin, torch.zeros(9, 16))
         else:
-            assert torch.equal(cos, seen[i][0][0])
-            assert torch.equal(sin, seen[i][1][0])
+            halves = 2 if architecture_of(model.config).angles_once else 1
+            for ours, own in zip((cos, sin), seen[i], strict=True):
+                assert torch.equal(ours, own[0].repeat(1, halves))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "smollm3"])

@@ -87,9 +87,11 @@ def test_selections_are_those_of_asking_again(stack: Options, chunk: int, backen
 
 
 @pytest.mark.parametrize("backend", SUMMING)
-@pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral", "gpt_oss"])
 @pytest.mark.parametrize("name", ["h2o", "tova"])
-def test_windows_and_soft_caps(name: str, architecture: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_soft_caps_and_sinks(
+    name: str, architecture: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Entries that leave a window are freed between two looks: sums follow what is left."""
     monkeypatch.setattr(eviction, "TRIM_EVERY", 2)
     stack = {name: {"budget": 20, "decode_every": 8}}

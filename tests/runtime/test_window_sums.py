@@ -95,8 +95,8 @@ def test_kernels_add_up_what_queries_and_keys_give(stack: Options, chunk: int, m
     assert any(cache.evictions.dropped.values())
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "mistral"])
-def test_windows_and_soft_caps(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral", "gpt_oss"])
+def test_windows_soft_caps_and_sinks(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, stack = tiny_ids(2, PROMPT + NEW), {"snapkv": {**SNAPKV, "decode_every": 4}}
     expected, _ = run(of_backend("sdpa", stack, architecture), ids, PROMPT)
     compared = Compared(monkeypatch)

@@ -121,7 +121,7 @@ def test_parameters_and_bytes_are_those_planned(name: str) -> None:
     model = wide(name)
     got, before = converted(model, {"gqa": {"kv_heads": 1}}), describe(model.config)
     gone = 3 * 16 * 2 * model.config.hidden_size * 4  # three heads' keys and values in four layers
-    biases = 3 * 16 * 2 * 4 if name in ("llama", "qwen2", "gpt_neox") else 0
+    biases = 3 * 16 * 2 * 4 if name in ("llama", "qwen2", "gpt_neox", "gpt_oss") else 0
     norms = 3 * 16 * 4 if name == "olmo2" else 0
     assert parameters(model) - parameters(got) == gone + biases + norms
     cache = got(tiny_ids(2, 30)).past_key_values

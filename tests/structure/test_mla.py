@@ -29,7 +29,7 @@ from kvcompile.structure import absorb
 from kvcompile.structure.convert import convert
 from kvcompile.structure.latent import decompose
 
-FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2")
+FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gpt_neox", "smollm3", "granite", "mixtral", "gemma2", "gpt_oss")
 NORMED = ("qwen3", "gemma3_text", "olmo2")
 FULL = {"phi3": (16, 48), "gpt_neox": (16, 65)}  # (rope, rank); keys and values of one token have no more than that
 TEXT = tiny_ids(1, 300, seed=7)

@@ -24,6 +24,7 @@ ALIKE = [0, 1, 0, 1]  # layers of one kind in all tiny models but smollm3, whose
 OWNERS = {name: [0, 0, 2, 2] for name in ARCHITECTURES} | {
     "gemma2": ALIKE,
     "gemma3_text": ALIKE,
+    "gpt_oss": ALIKE,
     "smollm3": [0, 0, 0, 3],
 }
 
@@ -77,7 +78,7 @@ def test_dead_projections_are_gone_from_graph_and_weights(name: str) -> None:
             assert attends(graph)[i].args[0].target is ops.rope, "its own queries, rotated"
     heads = 4 if name == "gpt_neox" else 2
     gone = len(readers) * heads * 16 * 2 * 64
-    biases = len(readers) * heads * 16 * 2 if name in ("qwen2", "gpt_neox") else 0
+    biases = len(readers) * heads * 16 * 2 if name in ("qwen2", "gpt_neox", "gpt_oss") else 0
     norms = len(readers) * {"olmo2": 32, "qwen3": 16, "gemma3_text": 16}.get(name, 0)
     assert parameters(model) - parameters(got) == gone + biases + norms
     cache = got(tiny_ids(2, 30)).past_key_values

@@ -27,7 +27,7 @@ from kvcompile.report import plan_table
 from kvcompile.stack import discover
 
 every = pytest.mark.parametrize("name", STRUCTURES)
-OWNERS = {"gemma2": [0, 1, 0, 1], "gemma3_text": [0, 1, 0, 1], "smollm3": [0, 0, 0, 3]}
+OWNERS = {"gemma2": [0, 1, 0, 1], "gemma3_text": [0, 1, 0, 1], "gpt_oss": [0, 1, 0, 1], "smollm3": [0, 0, 0, 3]}
 SELECTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": 20, "window": 8, "kernel": 3, "decode_every": 3},
     "zigzag": {"budget": 40, "window": 8},

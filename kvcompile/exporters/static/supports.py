@@ -17,6 +17,8 @@ def refuse(plan: Plan, model_config: Any) -> None:
     for kind in sorted(_ropes(model_config)):
         if kind not in ROPES:
             raise KvcompileError("rotary angles must not depend on the length of the input", f"rope {kind!r}")
+    if any(p.sink for p in plan.layers):
+        raise KvcompileError("a program's softmax is over entries alone", "learned sinks", "export=[hf]")
     for p in plan.owners:
         _refuse_storage(p)
         if p.selection is not None:

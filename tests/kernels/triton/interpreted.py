@@ -354,8 +354,9 @@ def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatc
     assert kept[0] == kept[1]
 
 
-def test_a_whole_model_runs_on_it() -> None:
-    """Soft-cap, sliding layers, left padding and a quantised cache with its residual, through prefill and decoding."""
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_whole_model_runs_on_it(name: str) -> None:
+    """Soft-cap or sinks, sliding layers, left padding, a quantised cache and its residual; prefill and decoding."""
     from tiny import tiny_ids, tiny_model
 
     from kvcompile.adapters.architectures import describe
@@ -367,7 +368,7 @@ def test_a_whole_model_runs_on_it() -> None:
     ids[0, :5], mask[0, :5] = 0, 0
     logits = []
     for kernels in ("reference", "triton"):
-        model = tiny_model("gemma2")
+        model = tiny_model(name)
         built = compile_plan(model, KIVI(bits=8, group=8, residual=8).apply(describe(model.config)), kernels)
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         logits.append(torch.stack(built.generate(ids, attention_mask=mask, **options).logits))
