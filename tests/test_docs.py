@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from kvcompile.adapters.architectures import BUILT_IN
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architectures import BUILT_IN, architecture
 from kvcompile.config.compose import check
 from kvcompile.stack import discover
 
@@ -108,6 +109,15 @@ def test_every_architecture_is_named(text: str) -> None:
     (named,) = re.findall(r"(llama, mistral, [\w, \n]+?)(?: \(text\))?,\s+gpt_neox\.", text)
     known = {name.removesuffix("_text") for name in BUILT_IN}
     assert {*re.split(r",\s+", named), "gpt_neox"} == known
+
+
+def test_the_page_on_architectures_names_every_adapter_and_fact() -> None:
+    page = section("add-an-architecture")
+    for name, place in BUILT_IN.items():
+        adapter, file = architecture(name).adapter.__name__, place.partition(":")[0]
+        assert f"| `{adapter}` | `{file}.py` |" in page
+    for fact in dataclasses.fields(Architecture)[1:]:
+        assert f"| `{fact.name}` |" in page
 
 
 def test_every_recipe_is_listed() -> None:

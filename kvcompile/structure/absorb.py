@@ -21,7 +21,7 @@ from kvcompile.structure.precision import precise
 
 
 @torch.no_grad()
-def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]:
+def factorise(architecture: Architecture, model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]:
     """`Factors` of the layers that get a latent. text: token ids `[1, n]`, wanted where activations decide.
 
     Raises KvcompileError without such a text, and for a rank that no layer of this width has.
@@ -35,8 +35,7 @@ def factorise(model: Any, plan: Plan, text: Tensor | None) -> dict[int, Factors]
             "stack.mla is fitted to text", "no tokenizer to read it", "pass tokenizer=, or stack.mla.factor=weights"
         )
     seen = moments(model, plan, text[:, :tokens]) if tokens and text is not None else None
-    found, architecture = {}, architecture_of(model.config)
-    layouts = architecture.layouts(model, plan)
+    found, layouts = {}, architecture.layouts(model, plan)
     for p, how in mine:
         weights = layouts[p.index].read()
         amplitude = _amplitude(architecture, model, p)

@@ -34,7 +34,8 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
     if not converts(plan):
         return
     architecture = architecture_of(model.config)
-    _rewrite(architecture, model, plan, _turns(architecture, model, plan, text), factorise(model, plan, text))
+    turns, factors = _turns(architecture, model, plan, text), factorise(architecture, model, plan, text)
+    _rewrite(architecture, model, plan, turns, factors)
 
 
 def require_convertible(model: Any, plan: Plan) -> None:
