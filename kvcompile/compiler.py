@@ -54,6 +54,8 @@ def assemble(
     teacher = shared(model) if config.heal.tokens else None
     stack = _planned(model, config, stack)
     require_convertible(model, stack.plan)  # before anything is calibrated
+    for policy in stack.policies:
+        policy.require_calibratable(tokenizer)
     calibrator = ModelCalibrator(model, tokenizer, progress)
     structure = tuple(p.calibrated(calibrator) for p in stack.structure)
     shape = stack.shape if structure == stack.structure else apply_stack(stack.identity, structure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
@@ -84,15 +84,19 @@ class RetrievalHeads(TokenPolicy):
         from kvcompile.calibration.retrieval import retrieval_scores
         from kvcompile.calibration.text import sentences
 
-        if calibrator.tokenizer is None:
+        self.require_calibratable(calibrator.tokenizer)
+        found = retrieval_scores(calibrator, sentences(), samples=self.samples, tokens=self.tokens, seed=self.seed)
+        owners = calibrator.owners
+        return replace(self, heads=[[owners[i], h] for i, h in found.top(self._number(sum(map(len, found.scores))))])
+
+    def require_calibratable(self, tokenizer: Any) -> None:
+        """Which heads retrieve is found on prompts of text. Raises KvcompileError without a tokenizer."""
+        if not self.heads and tokenizer is None:
             raise KvcompileError(
                 "retrieval_heads needs a tokenizer to calibrate",
                 "none",
                 "pass tokenizer=, or set stack.retrieval_heads.heads",
             )
-        found = retrieval_scores(calibrator, sentences(), samples=self.samples, tokens=self.tokens, seed=self.seed)
-        owners = calibrator.owners
-        return replace(self, heads=[[owners[i], h] for i, h in found.top(self._number(sum(map(len, found.scores))))])
 
     @property
     def uncalibrated(self) -> str | None:

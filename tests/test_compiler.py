@@ -118,3 +118,12 @@ def test_weights_of_another_dtype_than_planned_are_planned_anew() -> None:
     planned = stack.plan_stack(architectures.describe(model.config, "bfloat16"), config.policies())
     built = compiler.assemble(model, config, stack=planned)
     assert built.kvcompile.plan.dtype == "float32"
+
+
+def test_a_stack_that_cannot_calibrate_is_refused_before_weights_are_converted() -> None:
+    model = tiny_model()
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with pytest.raises(KvcompileError, match="retrieval_heads needs a tokenizer to calibrate, got none"):
+        kvcompile.compile(model, overrides=["policy=[cla,retrieval_heads]"])
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    kvcompile.compile(model, overrides=["policy=[cla,retrieval_heads]", "stack.retrieval_heads.heads=[[0,1]]"])

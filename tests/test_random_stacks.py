@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import event, given
+from hypothesis import event, example, given
 from random_stacks import (
     DTYPES,
     TOLERANCE,
@@ -18,6 +18,7 @@ from random_stacks import (
     prefilled,
     random_examples,
     run,
+    tolerance,
     uncompressed,
 )
 
@@ -78,7 +79,12 @@ def write_kernels(cache: Any, dtype: torch.dtype) -> None:
                     assert backend.source(spec, dtype, many)
 
 
+# found by chance: one number of 31 tokens lies between two codes, and what is computed of it follows
+BETWEEN_CODES = Case("mixtral", "float32", {"int8": {"residual": 1}}, 1, "sdpa", (1, 31), "left", 34)
+
+
 @random_examples
+@example(BETWEEN_CODES)
 @given(cases())
 def test_a_random_stack_is_refused_in_one_line_or_keeps_its_plan(case: Case) -> None:
     model = compiled(case)
@@ -99,7 +105,7 @@ def test_a_random_stack_is_refused_in_one_line_or_keeps_its_plan(case: Case) -> 
             same = kept(cache, b, len(everyone)) == kept(single, 0, 1)
             assert same or not case.exact
             if same and (case.exact or case.family != "mixtral"):
-                assert off(logits[b], alone[0]) < TOLERANCE[case.dtype]
+                assert off(logits[b], alone[0]) < tolerance(case, cache)
     if is_whole(cache, case) and (case.exact or case.family != "mixtral"):
         event("dense")
         for b in everyone:

@@ -53,6 +53,12 @@ class Policy:
         """The policy with what it must learn from the loaded model filled into its fields (default: nothing)."""
         return self
 
+    def require_calibratable(self, tokenizer: Any) -> None:
+        """Raise KvcompileError where `calibrated` could not do its work: asked before a weight is converted.
+
+        tokenizer: that of the calibrator; None: there is none.
+        """
+
     @property
     def uncalibrated(self) -> str | None:
         """What `calibrated` has yet to find in the loaded model, in words; None: nothing."""
