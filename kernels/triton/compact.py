@@ -146,15 +146,20 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     """Same contract as `kernels.compact.compact`."""
     if not kept.numel():
         return
-    from kvcompile.kernels.triton.launch import launch  # Triton itself: the texts are made without it
+    from kvcompile.kernels.triton.launch import checked, launch  # Triton itself: the texts are made without it
 
     made, module = compaction(spec_of(source, target))
     rows = len(counts)
     numbers = torch.tensor([0, *accumulate(counts), *(first or [0] * rows)], dtype=torch.int64, device="cpu").to(
         kept.device
     )
+    checked("kept", kept, (sum(counts),))
     given: dict[str, Any] = {"kept": kept.contiguous(), "borders": numbers, "first": numbers[rows + 1 :]}
     for side, arrays in (("from", source), ("to", target)):
+        if arrays.starts is not None:
+            checked(f"{side}_starts", arrays.starts, (rows,))
+        if arrays.table is not None:
+            checked(f"{side}_table", arrays.table, (rows, arrays.table.shape[-1]))
         given |= {f"{side}{i}": _words(x, made.words[i]) for i, x in enumerate(arrays.flat())}
         given |= {f"{side}_sharing{i}": n for i, n in enumerate(arrays.sharing(rows))}
         given |= {f"{side}_starts": arrays.starts, f"{side}_table": arrays.table}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.reference import required
-from kvcompile.kernels.spec import KernelSpec
+from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.files import load
@@ -28,6 +28,15 @@ from kvcompile.kernels.triton.parts import Argument
 from kvcompile.kernels.triton.tuning import Choice
 
 DOTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ELEMENTS = {  # of pointers; queries and results (`*q`) may be of any floating dtype
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*u8": torch.uint8,
+    "*i16": torch.int16,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
 LN2 = 0.6931471805599453
 
 
@@ -92,21 +101,67 @@ class Call:
         found |= {"queries_b": q.stride(0), "queries_h": q.stride(1), "queries_t": q.stride(2)}
         found["CODE"] = tl.float32 if dot == tl.float32 else tl.float16  # codes and scales are float16 exactly
         if self.spec.sink:
-            found["sinks"] = required(self.sinks, "a learned sink").float().contiguous()
+            sinks = required(self.sinks, "a learned sink").float().contiguous()
+            found["sinks"] = checked("sinks", sinks, (q.shape[1],))
+        self._require_queries()
         held = iter(self.held)
         for i, part in enumerate(self.spec.parts):
             names = [f"keys{i}", f"values{i}"]
             names += [f"{side}_scales{i}" for side, c in (("key", part.key), ("value", part.value)) if c.scaled]
+            entries, total = self._entries(part), 0
             for name in [*names, f"positions{i}"]:
-                found |= _strided(name, next(held), part.layout == "dense")
+                x, (tokens, entry) = next(held), entries[name.rstrip("0123456789")]
+                total = total or x.shape[0]  # of keys, which come first: entries of all rows, unless rows are dense
+                each = self.longest[i] if part.layout == "dense" else total
+                rows = (q.shape[0], x.shape[1] if x.shape[1] == 1 else self.heads) if part.layout == "dense" else ()
+                checked(name, x, (*rows, each // tokens, *entry))
+                found |= _strided(name, x, part.layout == "dense")
             if part.layout == "dense":
                 found[f"n{i}"] = self.longest[i]
             elif part.layout == "ragged":
-                found |= {f"begins{i}": next(held), f"ends{i}": next(held)}
+                found |= {f"{name}{i}": checked(f"{name}{i}", next(held), (self.rows,)) for name in ("begins", "ends")}
             else:
                 table = next(held)
-                found |= {f"table{i}": table, f"table{i}_r": table.stride(0), f"counts{i}": next(held)}
+                checked(f"table{i}", table, (self.rows, table.shape[-1]))
+                counts = checked(f"counts{i}", next(held), (self.rows,))
+                found |= {f"table{i}": table, f"table{i}_r": table.stride(0), f"counts{i}": counts}
         return found
+
+    def _require_queries(self) -> None:
+        """Raise KvcompileError where queries or their positions are not what a kernel of the spec reads."""
+        batch, _, count, _ = self.q.shape
+        checked("queries", self.q, (batch, self.heads * self.spec.group, count, self.spec.head_dim))
+        checked("positions of queries", self.at, (batch, count))
+
+    def require_sums(self, sums: Tensor) -> None:
+        """Raise KvcompileError for sums of fewer rows or entries than there are; those in pages the device counts."""
+        parts = zip(self.spec.parts, self.longest, strict=True)
+        least = sum(longest for part, longest in parts if part.layout != "paged")
+        checked("sums", sums, (self.rows, max(least, sums.shape[-1])))
+
+    def _entries(self, part: Part) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """By array of a part: tokens that share an entry of it, and the shape of one entry."""
+        found: dict[str, tuple[int, tuple[int, ...]]] = {"positions": (1, ())}
+        for side, codec, dim in (
+            ("key", part.key, self.spec.head_dim),
+            ("value", part.value, self.spec.value_dim),
+        ):
+            found[f"{side}s"] = (1, (codec.width(dim),))
+            if codec.scaled:
+                shared = codec.axis == "channel"
+                numbers = (codec.parameters, dim if shared else codec.groups(dim))
+                found[f"{side}_scales"] = (codec.group if shared else 1, numbers)
+        return found
+
+
+def checked(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`x`, if it has this shape, entries of its last dimension side by side. Raises KvcompileError otherwise."""
+    if x.shape != shape or (x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel()):
+        raise KvcompileError(
+            f"a kernel reads {name} as {list(shape)}, with last stride 1",
+            f"{list(x.shape)} with strides {list(x.stride())}",
+        )
+    return x
 
 
 def _strided(name: str, x: Tensor, dense: bool) -> dict[str, Any]:
@@ -135,7 +190,17 @@ def _strided(name: str, x: Tensor, dense: bool) -> dict[str, Any]:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: list[Argument], given: dict[str, Any], choice: Choice
 ) -> None:
-    """Run a kernel with those of the `given` values that it takes."""
+    """Run a kernel with those of the `given` values that it takes.
+
+    Raises KvcompileError for a tensor of another dtype than the kernel's text reads, or on another device than others.
+    """
+    tensors = [(a, given[a.name]) for a in arguments if a.type.startswith("*")]
+    for a, x in tensors:
+        if x.dtype is not ELEMENTS.get(a.type, x.dtype) or x.device != tensors[0][1].device:
+            raise KvcompileError(
+                f"a kernel reads {a.name} as {a.type.removeprefix('*')} on {tensors[0][1].device}",
+                f"{str(x.dtype).removeprefix('torch.')} on {x.device}",
+            )
     kernel[grid](**{a.name: given[a.name] for a in arguments}, num_warps=choice.warps, num_stages=choice.stages)
 
 
@@ -147,6 +212,8 @@ def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None)
     spec, q, tokens = call.spec, call.q, call.tokens
     if spec.scores and sums is None:
         raise KvcompileError("a spec with scores needs a tensor for the sums", spec.name)
+    if sums is not None:
+        call.require_sums(sums)
     out = q.new_empty(*q.shape[:3], spec.value_dim)
     if not out.numel():
         return out
@@ -203,6 +270,7 @@ def columns(call: Call, lse: Tensor | None, sums: Tensor, choice: Choice | None 
     Scores are computed again from the log-sum-exp `lse [R, Q * g]`, one tile of entries a program: no matrix of
     queries x entries is ever held.
     """
+    call.require_sums(sums)
     lse = log_sums(call, choice) if lse is None else lse
     choice = choice or tuning.choose(_device(call.q.device.index or 0)[0], call.spec, "many")
     form = tuning.form(choice, "many", 1, "lse")

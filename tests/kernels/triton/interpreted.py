@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import encode
+from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.dispatch import TRITON, choose
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
@@ -28,6 +29,7 @@ from kvcompile.runtime.layer import LayerCache
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
 from choosing import STORES, choice, filled, gathered, within  # noqa: E402
+from misread import DIM, FLAT, HELD, TABLE, WRONG  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
 from quantized import case  # noqa: E402
@@ -373,3 +375,32 @@ def test_a_whole_model_runs_on_it(name: str) -> None:
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         logits.append(torch.stack(built.generate(ids, attention_mask=mask, **options).logits))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one token", "several"])
+@pytest.mark.parametrize("name", sorted(WRONG.keys() - {"sinks of half width", "another device"}))
+def test_no_kernel_is_launched_on_what_it_would_misread(name: str, many: bool) -> None:
+    """The same as `kernels=cpp` refuses; but sinks are cast, and for tensors of two devices torch launches nothing."""
+    asked, view, sums = WRONG[name]
+    if many:
+        asked = Queries(asked.states.expand(-1, -1, 2, -1), asked.positions.expand(-1, 2), sinks=asked.sinks)
+    layout = type(view).__name__.removesuffix("View").lower()
+    part = replace(plain(layout, "float32")[0], page=4 if layout == "paged" else 0)
+    spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True, sink=True)
+    with pytest.raises(KvcompileError, match="a kernel reads"):
+        backend.attend(asked, view, spec, sums)
+
+
+def test_no_compaction_is_launched_on_what_it_would_misread() -> None:
+    kept = torch.zeros(4, dtype=torch.int64)
+    source, target = Arrays((FLAT,), starts=torch.tensor([0, HELD])), Arrays((FLAT.view(1, 2, HELD, DIM),))
+    for wrong in (
+        (replace(source, starts=torch.zeros(2, dtype=torch.int32)), target, kept),
+        (replace(source, starts=kept[:1]), target, kept),
+        (Arrays((FLAT,), table=TABLE.long(), page=4), target, kept),
+        (source, target, kept.int()),
+        (source, target, kept[1:]),
+        (source, Arrays((target.tensors[0].to("meta"),)), kept),
+    ):
+        with pytest.raises(KvcompileError, match="a kernel reads"):
+            TRITON.compact(*wrong, [2, 2])
