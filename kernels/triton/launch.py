@@ -134,9 +134,14 @@ class Call:
         checked("positions of queries", self.at, (batch, count))
 
     def require_sums(self, sums: Tensor) -> None:
-        """Raise KvcompileError for sums of fewer rows or entries than there are; those in pages the device counts."""
-        parts = zip(self.spec.parts, self.longest, strict=True)
-        least = sum(longest for part, longest in parts if part.layout != "paged")
+        """Raise KvcompileError for sums of fewer rows or entries than are sure to be there.
+
+        A row may be short in one part and long in another, and what lies in pages the device counts.
+        """
+        parts = list(zip(self.spec.parts, self.longest, strict=True))
+        dense = sum(longest for part, longest in parts if part.layout == "dense")
+        ragged = max((longest for part, longest in parts if part.layout == "ragged"), default=0)
+        least = dense + ragged
         checked("sums", sums, (self.rows, max(least, sums.shape[-1])))
 
     def _entries(self, part: Part) -> dict[str, tuple[int, tuple[int, ...]]]:
