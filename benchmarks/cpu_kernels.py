@@ -47,6 +47,7 @@ FORMATS = {
     "bfloat16": (Codec("bfloat16"), Codec("bfloat16")),
     "int8": (Codec("int8", "token"), Codec("int8", "token")),
     "int4": (Codec("int4", "channel", 32), Codec("int4", "token", 32)),
+    "nf4": (Codec("nf4", "token", 64), Codec("nf4", "token", 64)),
     "int2": (Codec("int2", "channel", 32), Codec("int2", "token", 32)),
 }
 SHAPES = {"32/8x128": (32, 8, 128), "9/3x64": (9, 3, 64)}

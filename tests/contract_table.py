@@ -89,6 +89,7 @@ STORED: dict[str, tuple[Options, float]] = {
     "kivi K8V4": ({"kivi": {"key_bits": 8, "value_bits": 4, "group": 4, "residual": 0}}, 0.3),
     "int8": ({"int8": {"residual": 5}}, 0.03),
     "fp8": ({"fp8": {}}, 0.3),
+    "nf4": ({"nf4": {"group": 8, "residual": 16}}, 0.45),  # levels near the largest lie 0.3 of it apart
     "kivi 8, paged": ({**KIVI8, "paged": {"page": 4}}, 0.02),
     "kivi 8, offloaded": ({**KIVI8, "offload": {"keep": 1}}, 0.02),
     "rotate, kivi": ({"rotate": {}, "kivi": {"bits": 8, "group": 8, "residual": 16}}, 0.02),

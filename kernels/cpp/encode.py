@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, emitted
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, emitted, tabled
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.pointers import address, opaque
 from kvcompile.plan.formats import Float, Table
@@ -45,6 +45,7 @@ SOURCE = """
       }
     }
 
+    $nearest
     static void encode(const In* x, $element* codes, fp16* scales, int count) {
       Numbers n = {};
       $measure
@@ -63,6 +64,19 @@ SOURCE = """
         encode(x + t * D, codes + t * WIDTH, scales + $place, count);
       }
     }
+    """
+
+NEAREST = """
+    // The number of borders between levels that lie below: the code of the nearest level
+    static const float borders[] = {
+      $borders
+    };
+    KV_INLINE U nearest(F x) {
+      F below = zero();
+      UNROLL for (int i = 0; i < $count; i++) below += if_less(set(borders[i]), x, set(1.0f), zero());
+      return round_to_code(below, $count);
+    }
+
     """
 
 # between the least and the most, or up to the largest magnitude (float8 has a sign)
@@ -162,6 +176,7 @@ def source(codec: Codec, dim: int, dtype: str) -> str:
         zeros=", zeros[GROUPS]" if zeros else "",
         round=fill(ROUND[zeros], levels=levels),
         element=stored.element,
+        nearest=_nearest(codec),
         measure=_measure(stored),
         keep=_keep(stored),
         runs=stored.runs,
@@ -175,6 +190,14 @@ def _largest(codec: Codec) -> float:
     format = codec.format
     assert isinstance(format, (Float, Table))
     return format.largest
+
+
+def _nearest(codec: Codec) -> str:
+    """What takes a number to its code, where codes are looked up in a table."""
+    if not tabled(codec):
+        return ""
+    borders = codec.format.borders  # type: ignore[attr-defined]
+    return fill(NEAREST, borders=", ".join(map(decimal, borders)), count=len(borders))
 
 
 def _measure(stored: Stored) -> str:
@@ -230,10 +253,10 @@ def _codes(stored: Stored) -> str:
         x = f"load(x + t * D + {place}{count})"
         lines.append(f"F y{i} = ({x} - {zero}) / {scale};" if stored.zeros else f"F y{i} = {x} / {scale};")
     to = f"codes + t * WIDTH + c * {stored.lanes}"
-    if not stored.zeros:
+    bits, tables = stored.codec.bits, tabled(stored.codec)
+    if not stored.zeros and not tables:
         most = f"set({_largest(stored.codec)}f)"
         return "\n".join([*lines, f"store({to}, max(min(y0, {most}), zero() - {most}){count});"])
-    bits = stored.codec.bits
-    codes = [f"round_to_code(y{i}, {2**bits - 1})" for i in range(stored.pieces)]
+    codes = [f"nearest(y{i})" if tables else f"round_to_code(y{i}, {2**bits - 1})" for i in range(stored.pieces)]
     packed = " | ".join(f"({code} << {i * bits})" if i else code for i, code in enumerate(codes))
     return "\n".join([*lines, f"store_bytes({to}, {packed}{count});"])

@@ -34,6 +34,8 @@ class NumberFormat:
     parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise KvcompileError("names of number formats are of letters, digits and _", repr(self.name))
         packed = self.bits in (1, 2, 4) and self.dtype == "uint8"
         if not packed and (self.bits < 8 or self.bits % 8):
             raise KvcompileError(

@@ -11,10 +11,10 @@ from kvcompile.kernels.cpp.emit.stored import Stored
 from kvcompile.kernels.cpp.emit.text import fill
 
 QUESTION = """
-    static constexpr int KEY = $runs * 16;  // floats of a query, in whole vectors
+    static constexpr int KEY = $slots * 16;  // floats of a query, in whole vectors
     struct Question { alignas(64) float q[G][KEY]; };
     KV_INLINE void arrange(const Query* states, Question& to, int g) {
-      for (int c = 0; c < $runs; c++) store(to.q[g] + c * 16, $states * set(QUERY_SCALE));
+      $stores
     }
     """
 
@@ -41,8 +41,7 @@ DOTS = """
             }
             UNROLL for (int c = 0; c < $runs; c++)
               UNROLL for (int i = 0; i < 4; i++) {
-                F x = held($load);
-                UNROLL for (int g = 0; g < R; g++) sum[g][i] = mul_add(x, load(q + g * KEY + c * 16), sum[g][i]);
+                $products
               }
             UNROLL for (int g = 0; g < R; g++) four[g][j] = quad(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
           }
@@ -73,8 +72,7 @@ CHANNEL = """
         const fp16* scales = row.key_scales + $index * D;
         alignas(64) float folded[G][KEY];
         UNROLL for (int c = 0; c < $runs; c++) {
-          F scale = $scales;
-          UNROLL for (int g = 0; g < G; g++) store(folded[g] + c * 16, load(q.q[g] + c * 16) * scale);
+          $scales
         }
         dots<G>(row, tile, folded[0], start, stop, s[0]);
       }
@@ -85,7 +83,12 @@ CHANNEL = """
 def logits(where: Address) -> str:
     """`arrange` for the queries and `logits` for a tile."""
     key = where.key
-    question = fill(QUESTION, runs=key.runs, states=key.part("states", 0, "c"))
+    stores = [
+        f"for (int c = 0; c < {key.runs}; c++)"
+        f" store(to.q[g] + {key.slot(i, 'c')}, {key.part('states', i, 'c')} * set(QUERY_SCALE));"
+        for i in range(key.pieces)
+    ]
+    question = fill(QUESTION, slots=key.slots, stores="\n".join(stores))
     return "\n".join((question, _dots(where), _channel(where) if key.scales == "channel" else _logits(key)))
 
 
@@ -96,7 +99,12 @@ def _logits(key: Stored) -> str:
 def _dots(where: Address) -> str:
     key = where.key
     groups = key.scales == "groups"
-    (load,) = key.decoded("k[i]", "c", "n[i]") if groups else key.codes("k[i]", "c")
+    loads = key.decoded("k[i]", "c", "n[i]") if groups else key.codes("k[i]", "c")
+    products = []
+    for i, load in enumerate(loads):
+        x = f"x{i or ''}"
+        add = f"sum[g][i] = mul_add({x}, load(q + g * KEY + {key.slot(i, 'c')}), sum[g][i]);"
+        products += [f"F {x} = held({load});", f"UNROLL for (int g = 0; g < R; g++) {add}"]
     return fill(
         DOTS,
         element=key.element,
@@ -106,16 +114,21 @@ def _dots(where: Address) -> str:
         later=where.later("e"),
         width=key.width,
         runs=key.runs,
-        load=load,
+        products="\n".join(products),
     )
 
 
 def _channel(where: Address) -> str:
     key = where.key
+    scales = []
+    for i in range(key.pieces):
+        scale, slot = f"scale{i or ''}", key.slot(i, "c")
+        store = f"store(folded[g] + {slot}, load(q.q[g] + {slot}) * {scale});"
+        scales += [f"F {scale} = {key.part('scales', i, 'c')};", f"UNROLL for (int g = 0; g < G; g++) {store}"]
     return fill(
         CHANNEL,
         group=key.codec.group,
         index=where.group(key, "start"),
         runs=key.runs,
-        scales=key.part("scales", 0, "c"),
+        scales="\n".join(scales),
     )

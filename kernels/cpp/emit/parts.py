@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from kvcompile.kernels.cpp.emit.address import LAYOUTS, TILE, Address, Paged
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, tabled
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
@@ -79,15 +79,50 @@ GATHER = """
     """
 
 
+LOOK_UP = """
+    // Sixteen codes of 4 bits, from bit `at` of sixteen bytes, as the levels that they stand for
+    template <int at> KV_INLINE F look_up(const float* levels, const uint8_t* p) {
+      I codes = widen(p) >> at;
+    #if defined(KV_AVX512)
+      return (F)_mm512_permutexvar_ps((__m512i)codes, read<__m512>(levels));  // looks at the last 4 bits of each lane
+    #elif defined(KV_AVX2)
+      __m256 low = read<__m256>(levels), high = read<__m256>(levels + 8);
+      __m256i x[2] = {(__m256i)codes.lo, (__m256i)codes.hi};
+      V8 y[2];
+      for (int i = 0; i < 2; i++)  // the last 3 bits say where in each half, the one above them in which
+        y[i] = (V8)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, x[i]), _mm256_permutevar8x32_ps(high, x[i]),
+                                    _mm256_castsi256_ps(_mm256_slli_epi32(x[i], 28)));
+      return {y[0], y[1]};
+    #else
+      int32_t code[16];
+      memcpy(code, &codes, sizeof code);
+      float x[16];
+      for (int i = 0; i < 16; i++) x[i] = levels[code[i] & 15];
+      return read<F>(x);
+    #endif
+    }
+    template <int at> KV_INLINE F look_up(const float* levels, const uint8_t* p, int n) {
+      uint8_t part[16];
+      load_part(part, p, n);
+      return look_up<at>(levels, (const uint8_t*)part);
+    }
+    """
+
+LEVELS = """
+    alignas(64) static const float ${name}_levels[16] = {
+      $levels
+    };
+    """
+
+
 def helpers(spec: KernelSpec) -> str:
-    """What the scales of the spec's formats need."""
-    return fill(APART) if any(c.axis == "token" for p in spec.parts for c in (p.key, p.value)) else ""
-
-
-def decimal(x: float) -> str:
-    """A C++ float."""
-    text = f"{x:.9g}"
-    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+    """What the scales and the tables of the spec's formats need."""
+    codecs = [c for p in spec.parts for c in (p.key, p.value)]
+    tables = {c.kind: c.format for c in codecs if tabled(c)}
+    texts = [fill(APART)] if any(c.axis == "token" for c in codecs) else []
+    texts += [fill(LOOK_UP)] if tables else []
+    texts += [fill(LEVELS, name=n, levels=", ".join(map(decimal, t.levels))) for n, t in tables.items()]
+    return "\n".join(texts)
 
 
 def base2(x: float) -> str:

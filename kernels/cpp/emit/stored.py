@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from kvcompile.plan.formats import Integer
+from kvcompile.plan.formats import Integer, Table
 from kvcompile.plan.storage import Codec
 
 ELEMENTS = {
@@ -25,8 +25,19 @@ ELEMENTS = {
 
 
 def emitted(codec: Codec) -> bool:
-    """Whether there is C++ for a number format."""
-    return codec.kind in ELEMENTS
+    """Whether there is C++ for a number format: those above, and all that are but a table of 16 numbers."""
+    return codec.kind in ELEMENTS or tabled(codec)
+
+
+def tabled(codec: Codec) -> bool:
+    """Whether codes are looked up in 16 levels. A class that derives from `Table` may decode in another way."""
+    return type(codec.format) is Table and codec.bits == 4
+
+
+def decimal(x: float) -> str:
+    """A C++ float."""
+    text = f"{x:.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Stored:
     @property
     def element(self) -> str:
         """C++ type of a stored element."""
-        return ELEMENTS[self.codec.kind]
+        return ELEMENTS.get(self.codec.kind, "uint8_t")
 
     @property
     def width(self) -> int:
@@ -114,6 +125,8 @@ class Stored:
         if self.codec.bits >= 8:
             return [f"load({at}{count})"]
         bits = self.codec.bits
+        if tabled(self.codec):
+            return [f"look_up<{i * bits}>({self.codec.kind}_levels, {at}{count})" for i in range(self.pieces)]
         return [f"load_field<{i * bits}, {bits}>({at}{count})" for i in range(self.pieces)]
 
     def decoded(self, entry: str, run: str, numbers: str) -> list[str]:

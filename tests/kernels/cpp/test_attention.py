@@ -70,6 +70,11 @@ SPECS = [
     # groups of channels for keys too, and whole numbers in runs that no register fits
     spec(("paged", Codec("int8", "token", 32), Codec("int4", "token", 32), 16), ("ragged", FLOAT, FLOAT), dim=128),
     spec(("ragged", Codec("int4", "token", 20), Codec("int2", "token", 40)), group=5, dim=80, scores=True),
+    # codes that stand for the levels of a table, in every layout and with every axis of scales
+    spec(("ragged", Codec("nf4", "token", 64), Codec("nf4", "token", 64)), ("ragged", FLOAT, FLOAT), group=4, dim=128),
+    spec(("paged", Codec("nf4", "token", 16), Codec("nf4", "token", 16), 5), group=2, dim=80, scores=True),
+    spec(("dense", Codec("nf4", "channel", 32), Codec("nf4", "channel", 16)), dim=12, value_dim=96, softcap=2.0),
+    spec(("paged", Codec("nf4", "token"), KIVI4[1], 64), ("dense", BRAIN, BRAIN), sliding_window=70),
     spec(
         ("dense", FLOAT, FLOAT), group=33, dim=5, value_dim=16, sliding_window=20, sink=True, softcap=1.5, scores=True
     ),

@@ -28,6 +28,9 @@ FORMATS = [
     (Codec("float8", "token"), 64),
     (Codec("float8", "channel", 16), 96),
     (Codec("float8", "token", 16), 64),
+    (Codec("nf4", "token", 64), 128),
+    (Codec("nf4", "token", 20), 80),
+    (Codec("nf4", "channel", 16), 12),
 ]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
