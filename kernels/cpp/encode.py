@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.cpp import build, simd
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, emitted, tabled
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, emitted, table
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.pointers import address, opaque
 from kvcompile.plan.formats import Float, Table
@@ -194,9 +194,10 @@ def _largest(codec: Codec) -> float:
 
 def _nearest(codec: Codec) -> str:
     """What takes a number to its code, where codes are looked up in a table."""
-    if not tabled(codec):
+    levels = table(codec)
+    if levels is None:
         return ""
-    borders = codec.format.borders  # type: ignore[attr-defined]
+    borders = levels.borders
     return fill(NEAREST, borders=", ".join(map(decimal, borders)), count=len(borders))
 
 
@@ -253,7 +254,7 @@ def _codes(stored: Stored) -> str:
         x = f"load(x + t * D + {place}{count})"
         lines.append(f"F y{i} = ({x} - {zero}) / {scale};" if stored.zeros else f"F y{i} = {x} / {scale};")
     to = f"codes + t * WIDTH + c * {stored.lanes}"
-    bits, tables = stored.codec.bits, tabled(stored.codec)
+    bits, tables = stored.codec.bits, table(stored.codec)
     if not stored.zeros and not tables:
         most = f"set({_largest(stored.codec)}f)"
         return "\n".join([*lines, f"store({to}, max(min(y0, {most}), zero() - {most}){count});"])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from kvcompile.kernels.cpp.emit.address import LAYOUTS, TILE, Address, Paged
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, tabled
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, table
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
@@ -118,7 +118,7 @@ LEVELS = """
 def helpers(spec: KernelSpec) -> str:
     """What the scales and the tables of the spec's formats need."""
     codecs = [c for p in spec.parts for c in (p.key, p.value)]
-    tables = {c.kind: c.format for c in codecs if tabled(c)}
+    tables = {found.name: found for found in map(table, codecs) if found}
     texts = [fill(APART)] if any(c.axis == "token" for c in codecs) else []
     texts += [fill(LOOK_UP)] if tables else []
     texts += [fill(LEVELS, name=n, levels=", ".join(map(decimal, t.levels))) for n, t in tables.items()]

@@ -26,12 +26,13 @@ ELEMENTS = {
 
 def emitted(codec: Codec) -> bool:
     """Whether there is C++ for a number format: those above, and all that are but a table of 16 numbers."""
-    return codec.kind in ELEMENTS or tabled(codec)
+    return codec.kind in ELEMENTS or table(codec) is not None
 
 
-def tabled(codec: Codec) -> bool:
-    """Whether codes are looked up in 16 levels. A class that derives from `Table` may decode in another way."""
-    return type(codec.format) is Table and codec.bits == 4
+def table(codec: Codec) -> Table | None:
+    """The table of 16 levels in which codes are looked up. A class that derives from `Table` may decode otherwise."""
+    format = codec.format
+    return format if type(format) is Table and format.bits == 4 else None
 
 
 def decimal(x: float) -> str:
@@ -125,7 +126,7 @@ class Stored:
         if self.codec.bits >= 8:
             return [f"load({at}{count})"]
         bits = self.codec.bits
-        if tabled(self.codec):
+        if table(self.codec):
             return [f"look_up<{i * bits}>({self.codec.kind}_levels, {at}{count})" for i in range(self.pieces)]
         return [f"load_field<{i * bits}, {bits}>({at}{count})" for i in range(self.pieces)]
 
