@@ -168,3 +168,47 @@ def test_own_architecture(tmp_path: Path) -> None:
         ["DuetForCausalLM", str(n)] for n in (4 * 120, 2 * 2 * 60, 4 * 120)
     ]
     assert run(sys.executable, "-c", LOAD, where=tmp_path, path=site) == said
+
+
+TOY = """
+import torch, toy, kvcompile
+from transformers import AutoModelForCausalLM
+from kvcompile.errors import KvcompileError
+from kvcompile.kernels.dispatch import choose
+from kvcompile.job import _kernels
+ids = torch.arange(4, 124).view(1, -1)
+def out(backend):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained({folder!r})
+    stack = ["policy=[h2o,kivi]", "budget=0.5", "stack.h2o.decode_every=4", "stack.kivi.residual=32"]
+    model = kvcompile.compile(model, overrides=[*stack, f"kernels={{backend}}"])
+    with torch.no_grad():
+        cache = model(ids[:, :-1]).past_key_values
+        return model, model(ids[:, -1:], past_key_values=cache).logits, cache.lengths()
+(mine, logits, kept), (_, expected, same) = out("toy"), out("reference")
+print(bool((logits - expected).abs().max() < 1e-5), kept == same)
+print(sum(toy.CALLS.values()), _kernels(mine)[0].split(": ")[1])
+kvcompile.save(mine, "saved")
+kvcompile.load("saved")
+for backend, device in (("toy", "meta"), ("tyo", "cpu")):
+    try:
+        choose(backend, device)
+    except KvcompileError as error:
+        print(error)
+"""
+
+
+def test_own_backend(folder: str, tmp_path: Path) -> None:
+    """Installed, it attends where it is asked for, is named where backends are, and refused where it cannot run."""
+    site = installed("add-a-backend.md", "own_backend", tmp_path)
+    said = run(sys.executable, "-W", "ignore", "-c", TOY.format(folder=folder), where=tmp_path, path=site).splitlines()
+    assert said[:2] == ["True True", f"{4 * 2} toy"], "every layer, at the prompt and at a token"
+    assert said[2].startswith("kernels=toy runs on a CPU, got a model on meta")
+    assert said[3].startswith("kernels must be one of auto, cpp, triton, sdpa, reference, toy, got 'tyo'")
+    assert '"backend": "toy"' in (tmp_path / "saved" / "kernels" / "kernels.json").read_text("utf-8")
+    assert "| toy " in (tmp_path / "saved" / "kernels" / "layers.md").read_text("utf-8")
+    command = [sys.executable, "-m", "kvcompile", "recipe=snapkv", f"model.pretrained={folder}", "kernels=tyo"]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "did you mean 'toy'? Known: auto, cpp, triton, sdpa, reference, toy" in done.stderr

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import reference, sdpa
+from kvcompile.kernels import dispatch, names, reference, sdpa
+from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.dispatch import BUILT_IN, CPP, REFERENCE, SDPA, choose, describe, named, serving, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
@@ -301,3 +305,49 @@ def test_spec_names_tell_kernels_apart() -> None:
     ]
     assert len({s.name for s in (base, *others)}) == 1 + len(others)
     assert hash(base) == hash(replace(base))
+
+
+MINE = Backend("mine", reference.attend)
+
+
+@pytest.fixture
+def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes entry points of other packages; what is loaded may be an error."""
+
+    def install(name: str, loaded: Any) -> None:
+        def load() -> Any:
+            if isinstance(loaded, Exception):
+                raise loaded
+            return loaded
+
+        entry = SimpleNamespace(name=name, value=f"elsewhere:{name}", load=load)
+        for module in (dispatch, names):
+            monkeypatch.setattr(module, "entry_points", lambda group: [entry] if group == names.GROUP else [])
+        dispatch.backends.cache_clear()
+
+    yield install
+    dispatch.backends.cache_clear()
+
+
+def test_a_backend_of_another_package_is_chosen_by_name(plug: Callable[..., None]) -> None:
+    plug("mine", MINE)
+    assert choose("mine") is MINE
+    assert choose("auto") in BUILT_IN
+    with pytest.raises(KvcompileError, match="auto, cpp, triton, sdpa, reference, mine, got 'cuda'"):
+        choose("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded", "message"),
+    [
+        ("other", MINE, "must be a Backend of that name"),
+        ("mine", reference.attend, "must be a Backend of that name"),
+        ("mine", ImportError("no such module"), "does not load, got no such module"),
+        ("sdpa", replace(MINE, name="sdpa"), "backend 'sdpa' is there twice"),
+    ],
+)
+def test_broken_backends_are_one_line(plug: Callable[..., None], name: str, loaded: Any, message: str) -> None:
+    plug(name, loaded)
+    with pytest.raises(KvcompileError, match=message):
+        choose("mine")
+    assert choose("sdpa") is SDPA, "what is here does not ask what is elsewhere"
