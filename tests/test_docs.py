@@ -44,7 +44,7 @@ def module(path: Path) -> ModuleType:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Overrides of every `kvcompile setting=value ...` line, but those with a placeholder or an extension that pages show."""
+    """Overrides of every `kvcompile setting=value ...` line, but those with a placeholder or an example."""
     lines = re.findall(r"^(?: {4})?kvcompile ((?:-m |'?\w[\w.]*=).+)$", text, re.M)
     split = [shlex.split(line.removesuffix("\\"), comments=True) for line in lines]
     return [
