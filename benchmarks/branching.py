@@ -86,12 +86,12 @@ class Branching:
             if mine.plan.storage.quantized:
                 mine.store = QuantizedStore(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
-        looks = {p.index: eviction.look(branch.layers[p.index], step, p) for p in plan.selected}
+        scores = {p.index: eviction.score_remembered(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]
         if together:
-            eviction.compress(step, {i: looks[i] for i in together})
-        for i in set(looks) - set(together):
-            eviction.compress(step, {i: looks[i]})
+            eviction.compress(step, {i: scores[i] for i in together})
+        for i in set(scores) - set(together):
+            eviction.compress(step, {i: scores[i]})
         for layer in branch.layers:
             layer.flush(branch.headroom, release=True)
         return branch

@@ -25,8 +25,8 @@ class CarriedScore(Score):
 
     needs = Needs(queries=None, carries=True)
 
-    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
-        """`state [H_kv, n]` after queries at positions `asked [w]`, whose attention is `[H_kv, g, w, n]`."""
+    def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+        """`state [H_kv, n]` after queries at positions `query_positions [w]`, whose attention is `[H_kv, g, w, n]`."""
         raise NotImplementedError
 
     def observe(self, seen: Observation) -> Tensor:
@@ -38,8 +38,8 @@ class CarriedScore(Score):
             if seen.carried is None
             else seen.carried
         )
-        for asked, attention in seen.attention_blocks():
-            state = self.update(state, asked, attention, seen)
+        for query_positions, attention in seen.attention_blocks():
+            state = self.update(state, query_positions, attention, seen)
         return state if seen.column_sums is None else self.receive(state, seen.column_sums)
 
     def receive(self, state: Tensor, column_sums: Tensor) -> Tensor:

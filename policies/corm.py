@@ -25,13 +25,13 @@ class LastImportant(CarriedScore):
     Source: CORM, arXiv 2404.15949, definition of important and minor keys.
     """
 
-    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+    def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """The later one of `state` and the last of these queries."""
-        visible = asked + 1
+        visible = query_positions + 1
         if seen.sliding_window:
             visible = visible.clamp(max=seen.sliding_window)
         important = (attention * visible.view(-1, 1) >= 1 - ROUNDING).any(1)  # [H_kv, w, n]
-        return state.maximum((important * asked.view(-1, 1).float()).amax(1))
+        return state.maximum((important * query_positions.view(-1, 1).float()).amax(1))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class AccumulatedAttention(CarriedScore):
 
     needs = Needs(queries=None, reduce="sum", carries=True)
 
-    def update(self, state: Tensor, asked: Tensor, attention: Tensor, seen: Observation) -> Tensor:
+    def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """Plus what the queries pay, averaged over the group."""
         return state + attention.mean(1).sum(1)
 

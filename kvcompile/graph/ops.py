@@ -136,15 +136,15 @@ def attend(
 
 
 @at_the_cache
-def compress(kv: LayerCache, looks: selections.SequenceScores, step: Step, layer: int) -> None:
+def compress(kv: LayerCache, scores: selections.SequenceScores, step: Step, layer: int) -> None:
     """Drop what the layer's selection does not keep (nothing where none is due)."""
-    selections.compress(step, {layer: looks})
+    selections.compress(step, {layer: scores})
 
 
 @at_the_cache
-def allocate(step: Step, layers: Sequence[int], *looks: selections.SequenceScores) -> None:
+def allocate(step: Step, layers: Sequence[int], *scores: selections.SequenceScores) -> None:
     """Split one budget over all the given layers by their scores, then drop what is not kept."""
-    selections.compress(step, dict(zip(layers, looks, strict=True)))
+    selections.compress(step, dict(zip(layers, scores, strict=True)))
 
 
 @at_the_cache

@@ -210,5 +210,13 @@ class Selection:
     def resolve(self, tokens: int) -> tuple[int, int]:
         """(tokens a head keeps on average, those of them that always stay) out of `tokens` seen."""
         budget = self.budget.of(tokens) if self.budget else tokens
-        floor = min(tokens, sum(self.protected(budget)))
+        floor = min(tokens, sum(self.always(tokens)))
         return max(budget, floor), floor
+
+    def always(self, tokens: int) -> tuple[int, int]:
+        """(first tokens, last tokens) that stay of `tokens` seen."""
+        return self.protected(self.budget.of(tokens) if self.budget else tokens)
+
+    def spares(self, tokens: int) -> bool:
+        """Whether the budget holds all of `tokens` seen, so that nothing is scored; a threshold may drop any."""
+        return self.budget is not None and self.resolve(tokens)[0] >= tokens

@@ -18,8 +18,8 @@ def per_head(heads: Tensor, weight: Tensor) -> Tensor:
     """`heads [B, H_q, Q, in]` by `weight [H_kv, out, in]`, `[B, H_q, Q, out]`."""
     groups = weight.shape[0]
     rows = torch.unflatten(heads, 1, (groups, -1)).flatten(2, 3)
-    made = rows @ weight.mT
-    return torch.unflatten(made, 2, (heads.shape[1] // groups, -1)).flatten(1, 2)
+    projected = rows @ weight.mT
+    return torch.unflatten(projected, 2, (heads.shape[1] // groups, -1)).flatten(1, 2)
 
 
 @dataclass(frozen=True)

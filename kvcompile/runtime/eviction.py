@@ -1,4 +1,4 @@
-"""The run-time side of a selection: look at a layer, split the budget, keep what it allows, free the rest.
+"""The run-time side of a selection: score a layer, split the budget, keep what it allows, free the rest.
 
 Everything happens per sequence and per KV head, so that a batch of N is N batches of one.
 """
@@ -19,6 +19,7 @@ from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import _close_ranks, _rotation
+from kvcompile.runtime.selection import candidates, highest, protect, split
 
 SequenceScores = list["LayerScores | None"] | None
 """One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
@@ -46,7 +47,7 @@ def observe(
     plan: LayerPlan,
     sinks: Tensor | None = None,
 ) -> SequenceScores:
-    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; where a selection is due, look.
+    """Remember what the score will need of the new queries `[B, H_q, Q, D]`; its scores where a selection is due.
 
     `sinks [H_q]`: those of the query heads, in an attention that has them.
     """
@@ -68,17 +69,17 @@ def observe(
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
         _carry(layer)
-    asking = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
-    looks = [_score_sequence(layer, b) if asks else None for b, asks in enumerate(asking)] if due else None
+    concerned = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
+    scores = [_score_sequence(layer, b) if this else None for b, this in enumerate(concerned)] if due else None
     if not needs.carries:
         kv.history.column_sums = None
     if step.last and step.prefill and not s.schedule.decode_every:
         kv.history.forget()
-    return looks
+    return scores
 
 
 @torch.no_grad()
-def look(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
+def score_remembered(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
     """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
     if plan.selection is None:
         return None
@@ -88,12 +89,12 @@ def look(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
 
 
 def _carry(layer: _Layer) -> None:
-    """Let a score that carries state count the queries that came since its last look."""
-    s, watch = layer.selection, layer.kv.history
+    """Let a score that carries state count the queries that came since it last did."""
+    s, history = layer.selection, layer.kv.history
     if s.score.needs.carries:
-        watch.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
+        history.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
         layer.step.cache.summed()
-        watch.counted(s.uncertainty.needs.queries or 0 if s.uncertainty else 0)
+        history.counted(s.uncertainty.needs.queries or 0 if s.uncertainty else 0)
 
 
 def _queries_needed(s: Selection, summed: bool) -> int | None:
@@ -108,10 +109,10 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
     kv, plan, step = layer.kv, layer.plan, layer.step
     needs = score.needs
     keys, values, positions, lengths = kv.held.sequence(b)
-    queries, asked = _asked(layer, b, score, keys, positions)
+    queries, query_positions = _queries(layer, b, score, keys, positions)
     return Observation(
         queries=queries,
-        query_positions=asked,
+        query_positions=query_positions,
         keys=keys,
         values=values,
         positions=positions,
@@ -159,8 +160,8 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
 
-def _asked(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries that a score looks at, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
+def _queries(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries that a score needs, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
     history, heads, wanted = layer.kv.history, keys.shape[0], score.needs.queries
     unread = [g for g in history.segments if wanted is not None or not g.counted]
     if wanted != 0 and unread:
@@ -183,12 +184,12 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
     def rotary_mean(horizon: int) -> Tensor:
         if rotary is None:
             return torch.eye(dim, device=keys.device, dtype=torch.float32)
-        asked = (rotary, next_position, horizon, dim)
-        if asked not in step.shared:
+        key = (rotary, next_position, horizon, dim)
+        if key not in step.shared:
             at = torch.arange(next_position, next_position + horizon, device=keys.device, dtype=torch.int64)
             cos, sin = (x.float().mean(0) for x in rotary(at))
-            step.shared[asked] = _rotation(cos, sin, dim)
-        return step.shared[asked]
+            step.shared[key] = _rotation(cos, sin, dim)
+        return step.shared[key]
 
     return mean_rotation
 
@@ -197,89 +198,54 @@ def _score_sequence(layer: _Layer, b: int) -> LayerScores | None:
     """Scores of one sequence with protected entries at +inf and dead ones at -inf; None if it keeps everything."""
     s, plan, tokens = layer.selection, layer.plan, layer.step.cache.seen[b]
     span = plan.span(tokens)
-    budget, floor = s.resolve(span)
-    sinks, recent = s.protected(s.budget.of(span) if s.budget is not None else span)
-    if tokens == 0 or (s.budget is not None and budget >= span):
+    if tokens == 0 or s.spares(span):
         return None
+    (budget, floor), (sinks, recent) = s.resolve(span), s.always(span)
     seen = _observation(layer, b, s.score)
-    scores = s.score.score(seen).float()
+    among = candidates(seen.positions, tokens, plan.sliding_window)
+    scores = protect(s.score.score(seen).float(), seen.positions, among, tokens, sinks, recent)
     mass = None
     if s.uncertainty:
-        queries, asked = _asked(layer, b, s.uncertainty, seen.keys, seen.positions)
+        queries, query_positions = _queries(layer, b, s.uncertainty, seen.keys, seen.positions)
         window_attention = _window_attention(layer, b, s.uncertainty, seen.keys.shape[1])
-        mass = s.uncertainty.score(
-            replace(seen, queries=queries, query_positions=asked, window_attention=window_attention)
-        ).float()
-    at = seen.positions
-    dead = at < max(0, tokens - span)
-    scores = scores.masked_fill((at < sinks) | (at >= tokens - recent), float("inf")).masked_fill(dead, float("-inf"))
-    alive = (~dead).sum(1)
-    return LayerScores(
-        scores=scores,
-        mass=mass,
-        lengths=alive,
-        budget=budget,
-        floor=floor,
-        newest=tokens - 1,
-    )
+        seen = replace(seen, queries=queries, query_positions=query_positions, window_attention=window_attention)
+        mass = s.uncertainty.score(seen).float()
+    return LayerScores(scores, mass, among.sum(1), budget, floor, newest=tokens - 1)
 
 
-def compress(step: Step, looks: dict[int, SequenceScores]) -> None:
+def compress(step: Step, scores: dict[int, SequenceScores]) -> None:
     """Keep what the selection of these layers allows; layers given together share one budget."""
-    if all(look is None for look in looks.values()):
-        for i in looks:
+    if all(of_layer is None for of_layer in scores.values()):
+        for i in scores:
             trim(step.cache.layers[i], step, step.cache.plan.layers[i])
         return
-    layers = list(looks)
-    indices: dict[int, list[Tensor]] = {i: [] for i in layers}
+    indices: dict[int, list[Tensor]] = {i: [] for i in scores}
     for b in range(len(step.cache.seen)):
-        mine = {i: found[b] for i in layers if (found := looks[i]) is not None}
-        scored = {i: look for i, look in mine.items() if look is not None}
+        scored = {i: row for i, rows in scores.items() if rows is not None and (row := rows[b]) is not None}
         counts = _counts(step, scored, step.coming[b] if step.coming else 0)
-        for i in layers:
+        for i in scores:
             if i in scored:
-                indices[i] += _top(scored[i].scores, counts[i])
+                indices[i] += highest(scored[i].scores, counts[i])
             else:
                 indices[i] += _all(step.cache.layers[i], b, step.cache.seen[b])
-    for i in layers:
-        if looks[i] is not None:
+    for i, of_layer in scores.items():
+        if of_layer is not None:
             _keep(step, i, indices[i])
 
 
 def _counts(step: Step, scored: dict[int, LayerScores], coming: int) -> dict[int, Tensor]:
     """Tokens per head `[H_kv]` for each scored layer of one sequence, of whose prompt so many tokens are `coming`."""
     plan, counts, dynamic = step.cache.plan, {}, []
-    for i, look in scored.items():
-        fixed = plan.kept(i, look.newest + 1, coming)
+    for i, layer in scored.items():
+        fixed = plan.kept(i, layer.newest + 1, coming)
         if fixed is None:
             dynamic.append(i)
         else:
-            counts[i] = torch.tensor(fixed, device=look.lengths.device, dtype=torch.int64).minimum(look.lengths)
-    if dynamic:
-        selection = plan.layers[dynamic[0]].selection
-        if selection is not None:
-            allotted = selection.allocation.allot([scored[i] for i in dynamic])
-            counts.update({i: c.minimum(scored[i].lengths) for i, c in zip(dynamic, allotted, strict=True)})
+            counts[i] = torch.tensor(fixed, device=layer.lengths.device, dtype=torch.int64).minimum(layer.lengths)
+    selection = plan.layers[dynamic[0]].selection if dynamic else None
+    if selection is not None:
+        counts.update(zip(dynamic, split(selection.allocation, [scored[i] for i in dynamic]), strict=True))
     return counts
-
-
-def _top(scores: Tensor, counts: Tensor) -> list[Tensor]:
-    """Indices of each head's `counts[h]` highest scores, ascending; of equal scores the older entry stays."""
-    wanted = counts.tolist()
-    ranked = scores.topk(max(wanted), dim=1).values
-    return [_highest(row, best, n) for row, best, n in zip(scores, ranked, wanted, strict=True)]
-
-
-def _highest(scores: Tensor, ranked: Tensor, count: int) -> Tensor:
-    """`_top` of one head; `ranked` are its highest scores in descending order, `count` or more of them."""
-    if not count:
-        return torch.empty(0, dtype=torch.long, device=scores.device)
-    best = (scores >= ranked[count - 1]).nonzero().squeeze(-1)
-    if best.numel() == count:
-        return best
-    last = scores[best] == ranked[count - 1]
-    spare = best.numel() - count  # the newest of those that tie for the last place go
-    return best[~last | (last.cumsum(0) <= last.sum() - spare)]
 
 
 def _all(kv: LayerCache, b: int, tokens: int) -> list[Tensor]:
@@ -314,4 +280,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["SequenceScores", "compress", "look", "observe", "trim"]
+__all__ = ["SequenceScores", "compress", "observe", "score_remembered", "trim"]

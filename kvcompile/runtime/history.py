@@ -1,4 +1,4 @@
-"""What a selection remembers of one layer between two looks: recent queries, carried values, query moments."""
+"""What a selection remembers of one layer between two selections: recent queries, carried values, query moments."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.runtime.observation import Moments
-
-EXCLUDED_FROM_MOMENTS = 4  # the first tokens are attention sinks; their queries are unlike all others
-
-
-def in_moments(positions: Tensor, stride: int) -> Tensor:
-    """Whether queries at `positions` count towards mean and covariance."""
-    return (positions >= EXCLUDED_FROM_MOMENTS) & (positions % stride == 0)
+from kvcompile.runtime.selection import EXCLUDED_FROM_MOMENTS, in_moments, moments
 
 
 @dataclass
@@ -54,7 +48,7 @@ class QueryHistory:
 
     segments: list[Segment] = field(default_factory=list)
     carried: list[Tensor] | None = None  # per sequence [H_kv, n], aligned with the entries held
-    waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last look
+    waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last selection
     sums: list[Sums] | None = None  # per sequence
     sinks: Tensor | None = None  # [H_q] logits of the query heads, where attention has sinks
     column_sums: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
@@ -75,9 +69,9 @@ class QueryHistory:
             self._hold(keep)
 
     def _hold(self, keep: int) -> None:
-        held = sum(s.least for s in self.segments)
-        while self.segments and held - self.segments[0].least >= keep:
-            held -= self.segments.pop(0).least
+        remembered = sum(s.least for s in self.segments)
+        while self.segments and remembered - self.segments[0].least >= keep:
+            remembered -= self.segments.pop(0).least
 
     def counted(self, keep: int) -> None:
         """All remembered queries have been counted; hold the newest `keep` for other readers."""
@@ -91,7 +85,7 @@ class QueryHistory:
         self.segments = []
 
     def arrive(self, valid: Tensor | None, batch: int, due: bool) -> list[bool]:
-        """A piece of the prompts has come: which sequences a look would be about (others got padding only)."""
+        """A piece of the prompts has come: which sequences would be scored (others got padding only)."""
         came = [True] * batch if valid is None else [bool(v) for v in valid.any(1)]
         waiting = [new or old for new, old in zip(came, self.waiting or [False] * batch, strict=True)]
         self.waiting = None if due else waiting
@@ -128,32 +122,29 @@ class QueryHistory:
     def add_moments(self, queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int = 1) -> None:
         """Add the queries before rotation `[B, H_q, Q, D]` whose position `stride` divides to the running sums."""
         real = [None] * queries.shape[0] if valid is None else valid
-        new = [_sums(*mine, stride) for mine in zip(queries, positions, real, strict=True)]
+        new = [_sums(*sequence, stride) for sequence in zip(queries, positions, real, strict=True)]
         self.sums = new if self.sums is None else [a.plus(b) for a, b in zip(self.sums, new, strict=True)]
 
     def moments(self, b: int, heads: int) -> Moments | None:
         """Mean and covariance of one sequence's queries before rotation, or None where none was seen."""
         if self.sums is None or not self.sums[b].count:
             return None
-        count, total, outer = self.sums[b].count, self.sums[b].total, self.sums[b].outer
-        mean = total / count
-        covariance = torch.baddbmm(outer, mean.unsqueeze(-1), mean.unsqueeze(-2), beta=1 / count, alpha=-1)
-        return Moments(count, torch.unflatten(mean, 0, (heads, -1)), torch.unflatten(covariance, 0, (heads, -1)))
+        return moments(self.sums[b].count, self.sums[b].total, self.sums[b].outer, heads)
 
     def carry(self, b: int, entries: int) -> Tensor | None:
         """Carried values of one sequence, with zeros for the entries that came since, `[H_kv, entries]`."""
         if self.carried is None:
             return None
-        held = self.carried[b]
-        return torch.nn.functional.pad(held, (0, entries - held.shape[1]))
+        carried = self.carried[b]
+        return torch.nn.functional.pad(carried, (0, entries - carried.shape[1]))
 
     def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
         """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
-        held = 0 if self.column_sums is None else self.column_sums.shape[2]
-        if held < entries:
+        known = 0 if self.column_sums is None else self.column_sums.shape[2]
+        if known < entries:
             wide = torch.zeros(batch, heads, entries + room, device=device, dtype=torch.float32)
             if self.column_sums is not None:
-                wide[:, :, :held] = self.column_sums
+                wide[:, :, :known] = self.column_sums
             self.column_sums = wide
         return torch.flatten(self.column_sums, 0, 1)[:, :entries]  # type: ignore[arg-type]
 
@@ -164,15 +155,15 @@ class QueryHistory:
     def keep(self, indices: list[Tensor], heads: int, longest: int) -> None:
         """Follow the cache when it keeps only the entries `indices[row]` of rows of up to `longest`."""
 
-        def kept(b: int, held: Tensor) -> Tensor:
-            padded = torch.nn.functional.pad(held, (0, max(0, longest - held.shape[1])))
+        def kept(b: int, state: Tensor) -> Tensor:
+            padded = torch.nn.functional.pad(state, (0, max(0, longest - state.shape[1])))
             rows = [padded[h, indices[b * heads + h]] for h in range(heads)]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
         if self.carried is not None:
-            self.carried = [kept(b, held) for b, held in enumerate(self.carried)]
+            self.carried = [kept(b, state) for b, state in enumerate(self.carried)]
         if self.column_sums is not None:
-            rows = [kept(b, held).T for b, held in enumerate(self.column_sums)]
+            rows = [kept(b, state).T for b, state in enumerate(self.column_sums)]
             self.column_sums = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2).contiguous()
 
     def select(self, sequences: Tensor) -> None:
@@ -196,8 +187,8 @@ def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int)
     if valid is None:
         here = int(positions[0])
         first = max(here, EXCLUDED_FROM_MOMENTS)
-        mine = queries[:, first + -first % stride - here :: stride].float()
+        chosen = queries[:, first + -first % stride - here :: stride].float()
     else:
-        mine = queries[:, valid & in_moments(positions, stride)].float()
-    outer = mine.mT @ mine
-    return Sums(mine.shape[1], mine.sum(1), outer)
+        chosen = queries[:, valid & in_moments(positions, stride)].float()
+    outer = chosen.mT @ chosen
+    return Sums(chosen.shape[1], chosen.sum(1), outer)

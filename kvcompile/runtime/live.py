@@ -1,4 +1,7 @@
-"""A graph over a model's own module tree: whatever stands in the tree when a node is called is what runs."""
+"""A graph over a model's own module tree: whatever stands in the tree when a node is called is what runs.
+
+And other ways into and out of it: from embeddings, and with the hidden states between layers.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,37 @@ class LiveGraph(fx.GraphModule):
     def twin(self) -> LiveGraph:
         """A second graph over the same modules, to be rewritten."""
         return LiveGraph(self, copy.deepcopy(self.graph), type(self).__name__)
+
+
+def from_embeddings(graph: LiveGraph) -> LiveGraph:
+    """The graph that takes embeddings `[B, Q, hidden]` in place of token ids."""
+    rewritten = graph.twin()
+    ids = next(node for node in rewritten.graph.nodes if node.op == "placeholder")
+    (embedded,) = (node for node in ids.users if node.op == "call_module")
+    embedded.replace_all_uses_with(ids)
+    rewritten.graph.erase_node(embedded)
+    rewritten.recompile()
+    return rewritten
+
+
+def with_states(graph: LiveGraph) -> LiveGraph:
+    """The graph that returns `(logits, states)`: what enters each decoder layer, and the normed output of the last."""
+    rewritten = graph.twin()
+    model: Any = rewritten.model
+    base = f"model.{model.base_model_prefix}"
+    modules = [node for node in rewritten.graph.nodes if node.op == "call_module"]
+    calls = [node for node in modules if str(node.target).startswith(f"{base}.")]
+    layers = [f"{base}.layers.{i}." for i in range(model.config.num_hidden_layers)]
+    states: list[Any] = [_first_call(calls, layer).args[0] for layer in layers]
+    (end,) = (node for node in rewritten.graph.nodes if node.op == "output")
+    end.args = ((end.args[0], (*states, calls[-1])),)  # the norm is the last module that the base model calls
+    rewritten.recompile()
+    return rewritten
+
+
+def _first_call(calls: list[fx.Node], inside: str) -> fx.Node:
+    """The first call of a module below a name."""
+    return next(node for node in calls if str(node.target).startswith(inside))
 
 
 class Skeleton:

@@ -18,8 +18,7 @@ from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.cache import KVCache, Rotary
-from kvcompile.runtime.entries import from_embeddings, with_states
-from kvcompile.runtime.live import LiveGraph, Skeleton
+from kvcompile.runtime.live import LiveGraph, Skeleton, from_embeddings, with_states
 from kvcompile.runtime.prompt import Prompt
 
 log = logging.getLogger(__name__)

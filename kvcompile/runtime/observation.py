@@ -19,7 +19,7 @@ QUERY_BLOCK = 256
 class Moments:
     """Count, mean `[H_kv, g, D]` and covariance `[H_kv, g, D, D]` of a sequence's queries before rotation (float32)."""
 
-    count: int
+    count: int | Tensor
     mean: Tensor
     covariance: Tensor
 
@@ -72,17 +72,17 @@ class Observation:
         sink leaves of it.
         """
         queries = self.queries[:, :, start:stop].float() * self.scale
-        asked = self.query_positions[start:stop]
+        at = self.query_positions[start:stop]
         heads, group, rows, dim = queries.shape
         folded = torch.bmm(queries.reshape(heads, group * rows, dim), self.keys.float().mT)
         logits = folded.view(heads, group, rows, -1)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        plain = self._seen_by_all(asked)
-        held = self.positions[:, None, None, plain:]
-        hidden = (held > asked.view(-1, 1)) | (held < 0)
+        plain = self._seen_by_all(at)
+        entries = self.positions[:, None, None, plain:]
+        hidden = (entries > at.view(-1, 1)) | (entries < 0)
         if self.sliding_window:
-            hidden = hidden | (held <= asked.view(-1, 1) - self.sliding_window)
+            hidden = hidden | (entries <= at.view(-1, 1) - self.sliding_window)
         logits[..., plain:].masked_fill_(hidden, float("-inf"))
         weights = self.softmax(logits)
         return weights if plain else weights.nan_to_num_(0.0)
@@ -96,11 +96,11 @@ class Observation:
         """Attention of all `queries` to every entry, mean over them and the group, `[H_kv, n]`, float32."""
         return self.attention().mean(dim=(1, 2)) if self.window_attention is None else self.window_attention
 
-    def _seen_by_all(self, asked: Tensor) -> int:
-        """How many entries, from the oldest on, every query at positions `asked` surely sees in every row."""
-        if self.sliding_window or not asked.numel():
+    def _seen_by_all(self, at: Tensor) -> int:
+        """How many entries, from the oldest on, every query at positions `at` surely sees in every row."""
+        if self.sliding_window or not at.numel():
             return 0
-        return int(((self.positions >= 0) & (self.positions <= asked.min())).sum(1).min())  # rows ascend
+        return int(((self.positions >= 0) & (self.positions <= at.min())).sum(1).min())  # rows ascend
 
     def attention_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """`(query positions [w], attention [H_kv, g, w, n])` in blocks, so that no full matrix is held."""

@@ -14,7 +14,7 @@ from tiny import tiny_ids
 from torch._subclasses import FakeTensorMode
 
 from kvcompile.evaluation.proof import prove
-from kvcompile.exporters.static.selection import Look, allotted
+from kvcompile.exporters.static.selection import BatchScores, allotted
 from kvcompile.plan.selection import Allocation, Demand, LayerScores, Uniform
 from kvcompile.policies.adakv import AdaptiveHeads, hits
 from kvcompile.policies.allocation import largest_remainder, water_fill
@@ -274,7 +274,7 @@ def test_zigzag_in_a_program_is_zigzag(drawn: tuple[list[LayerScores], Uncertain
     asked = iter(how.allot(short)) if short else iter(())
     expected = [next(asked) if any(x is y for y in short) else x.lengths for x in layers]
     seen = {
-        i: Look(x.scores.unsqueeze(0), mass=None if x.mass is None else x.mass.unsqueeze(0))
+        i: BatchScores(x.scores[None], x.lengths[None], mass=None if x.mass is None else x.mass[None])
         for i, x in enumerate(layers)
     }
     budgets = {i: (torch.tensor([x.budget]), torch.tensor([x.floor])) for i, x in enumerate(layers)}

@@ -28,7 +28,7 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.plan.selection import Schedule
 from kvcompile.policies.snapkv import WindowAttention
 from kvcompile.runtime.cache import KVCache
-from kvcompile.runtime.eviction import _top
+from kvcompile.runtime.selection import highest
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.ragged import RaggedStore
 
@@ -58,7 +58,7 @@ def test_keeps_what_a_naive_selection_keeps(budget: float, chunk: int, between: 
 def test_of_equal_scores_the_older_entries_stay(counts: list[int]) -> None:
     inf = float("inf")
     scores = torch.tensor([[1.0, 2, 2, 1, inf, 2, 0, 1, 1, 2, -inf, 1], [3.0] * 6 + [inf] * 3 + [3.0] * 3])
-    for h, found in enumerate(_top(scores, torch.tensor(counts))):
+    for h, found in enumerate(highest(scores, torch.tensor(counts))):
         best = sorted(range(12), key=lambda j: (-float(scores[h, j]), j))[: counts[h]]
         assert found.tolist() == sorted(best)
 

@@ -13,13 +13,22 @@ from kvcompile.exporters.static import shared_rows
 from kvcompile.exporters.static.attention import causal, masked
 from kvcompile.exporters.static.capacity import Room
 from kvcompile.exporters.static.quantized import body_of, encoded, entries_of, flush, format_of, split
-from kvcompile.exporters.static.selection import Asked, Entries, Look, allotted, highest, masses, moments, scores
+from kvcompile.exporters.static.selection import (
+    BatchScores,
+    Entries,
+    Inputs,
+    allotted,
+    masses,
+    query_moments,
+    score_entries,
+)
 from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime.attention import Expansion, per_head
 from kvcompile.runtime.cache import Rotary
 from kvcompile.runtime.hadamard import turn_basis
+from kvcompile.runtime.selection import highest_padded
 
 State = dict[str, Tensor]
 Tables = Mapping[str, Tensor]
@@ -81,10 +90,10 @@ class PrefillCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
         """New keys and values `[B, H_kv, T, D]`; a layer without a selection keeps them all, or its window."""
         at = self.positions.to(torch.int32).expand(*keys.shape[:2], -1)
-        made = Layer(self.rooms[layer], Entries(keys, _values(self.rooms[layer].plan, keys, values), at))
-        if made.room.plan.selection is None:
-            self._store(made, self._newest(made) if made.room.ring else self._all(made), self.seen)
-        return made
+        kv = Layer(self.rooms[layer], Entries(keys, _values(self.rooms[layer].plan, keys, values), at))
+        if kv.room.plan.selection is None:
+            self._store(kv, self._newest(kv) if kv.room.ring else self._all(kv), self.seen)
+        return kv
 
     def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
         """Causal attention of the prompt to itself; latents are expanded to heads."""
@@ -93,26 +102,26 @@ class PrefillCache:
         heads = expansion.heads(queries, kv.held.keys)
         return causal(p, *heads, self.positions)[..., : p.head_dim]
 
-    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look:
+    def observe(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> BatchScores:
         """Scores of every entry for the queries `[B, H_q, T, D]` of all readers."""
         room, needs = kv.room, kv.room.score.needs
         last, at = self._last(queries, needs.queries)
         if room.window > 1:
             self.state[f"queries_{room.plan.index}"] = last
-        asked = Asked(
+        inputs = Inputs(
             last,
             at,
             self.seen,
             self.tables[f"recent_{room.plan.index}"][self.seen],
-            moments(room.plan, unrotated, self.positions, needs.moments) if needs.moments else None,
+            query_moments(room.plan, unrotated, self.positions, needs.moments) if needs.moments else None,
             lambda horizon: self._mean_rotation(room.plan, horizon),
         )
-        look = scores(room.plan, kv.held, asked)
+        scores = score_entries(room.plan, kv.held, inputs)
         if room.measure is None:
-            return look
+            return scores
         last, at = self._last(queries, room.measure.needs.queries)
-        asked = replace(asked, queries=last, positions=at)
-        return replace(look, mass=masses(room.plan, kv.held, asked, room.measure))
+        inputs = replace(inputs, queries=last, positions=at)
+        return replace(scores, mass=masses(room.plan, kv.held, inputs, room.measure))
 
     def _last(self, queries: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """The prompt's last queries, and their positions; before its start stand queries at -1, which see nothing."""
@@ -132,35 +141,35 @@ class PrefillCache:
         rotation: Tensor = ops.rope(whole, cos.expand(1, dim, -1), sin.expand(1, dim, -1))[0, 0]
         return turn_basis(rotation) if p.storage.rotated else rotation
 
-    def keep(self, looks: Mapping[int, tuple[Layer, Look]]) -> None:
+    def keep(self, scores: Mapping[int, tuple[Layer, BatchScores]]) -> None:
         """What the selections of these layers leave of the prompt; those given together share one budget."""
-        counts = self._counts(looks)
-        for layer, (kv, look) in looks.items():
+        counts = self._counts(scores)
+        for layer, (kv, of_layer) in scores.items():
             if kv.room.shared:
-                self._split(kv, look.ranked, counts[layer])
+                self._split(kv, of_layer.scores, counts[layer])
                 continue
-            order = highest(look.ranked, counts[layer], kv.room.places)
+            order = highest_padded(of_layer.scores, counts[layer], kv.room.places)
             self._store(kv, order, counts[layer])
-            if look.carried is not None and kv.room.every:
-                self.state[f"carried_{layer}"] = F.pad(look.carried, (0, 1)).gather(2, order)
+            if of_layer.carried is not None and kv.room.every:
+                self.state[f"carried_{layer}"] = F.pad(of_layer.carried, (0, 1)).gather(2, order)
 
-    def _counts(self, looks: Mapping[int, tuple[Layer, Look]]) -> dict[int, Tensor]:
+    def _counts(self, scores: Mapping[int, tuple[Layer, BatchScores]]) -> dict[int, Tensor]:
         """Entries of every head, `[H_kv]` or `[B, H_kv]`, for each layer."""
-        known = {i: kv.room for i, (kv, _) in looks.items() if kv.room.kept}
+        known = {i: kv.room for i, (kv, _) in scores.items() if kv.room.kept}
         counts = {i: self.tables[f"kept_{i}"][self.seen].squeeze(0) for i in known}
-        rest = {i: look for i, (_, look) in looks.items() if i not in known}
+        rest = {i: of_layer for i, (_, of_layer) in scores.items() if i not in known}
         if rest:
             budgets = {i: tuple(self.tables[f"{name}_{i}"][self.seen] for name in ("budget", "floor")) for i in rest}
-            counts |= allotted(looks[next(iter(rest))][0].room.allocation, budgets, rest)
+            counts |= allotted(scores[next(iter(rest))][0].room.allocation, budgets, rest)
         return counts
 
     def _split(self, kv: Layer, ranked: Tensor, counts: Tensor) -> None:
         kept, heads = shared_rows.split(kv.room, kv.held, ranked, counts)
-        made = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
+        tensors = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
         if kv.room.plan.latent is None:
-            made["values"] = kept.values
-        made["entries"] = counts.sum(1, keepdim=True)
-        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
+            tensors["values"] = kept.values
+        tensors["entries"] = counts.sum(1, keepdim=True)
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in tensors.items()})
 
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
@@ -181,15 +190,15 @@ class PrefillCache:
 
     def _store(self, kv: Layer, order: Tensor, counts: Tensor) -> None:
         """Keep the entries `order [B, H_kv, m]`, the first `counts` (per head, or of all) of which are there."""
-        made, counts = State(), counts.expand(order.shape[:2])
+        tensors, counts = State(), counts.expand(order.shape[:2])
         if kv.room.codes:
-            made, order, old = split(kv.room, kv.held, order, counts)
-            made["encoded"], counts = old, counts - old
+            tensors, order, old = split(kv.room, kv.held, order, counts)
+            tensors["encoded"], counts = old, counts - old
         kept = kv.held.at(order)
-        made.update(keys=kept.keys, positions=kept.positions, entries=counts.clone())
+        tensors.update(keys=kept.keys, positions=kept.positions, entries=counts.clone())
         if kv.room.plan.latent is None:
-            made["values"] = kept.values
-        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in made.items()})
+            tensors["values"] = kept.values
+        self.state.update({f"{name}_{kv.room.plan.index}": x for name, x in tensors.items()})
 
 
 class DecodeCache:
@@ -203,10 +212,10 @@ class DecodeCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Layer:
         """A new token's keys and values `[B, H_kv, 1, D]`."""
-        room, mine = self.rooms[layer], self._of(layer)
+        room, tensors = self.rooms[layer], self._of(layer)
         if room.shared:
-            return self._appended(room, mine, keys, values)
-        entries = mine["entries"]
+            return self._appended(room, tensors, keys, values)
+        entries = tensors["entries"]
         place = (self.before % room.capacity).expand_as(entries) if room.ring else entries
         batch, heads = entries.shape
         rows = (
@@ -215,17 +224,17 @@ class DecodeCache:
         )
         new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": self.before.to(torch.int32)}
         for name, x in new.items():
-            if name in mine:
-                mine[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
+            if name in tensors:
+                tensors[name].index_put_((*rows, place), x if x.ndim > 1 else x.expand(batch, heads))
         entries.add_(1)
-        return Layer(room, entries_of(room, mine, _newest(room, mine)))
+        return Layer(room, entries_of(room, tensors, _newest(room, tensors)))
 
-    def _appended(self, room: Room, mine: State, keys: Tensor, values: Tensor) -> Layer:
+    def _appended(self, room: Room, tensors: State, keys: Tensor, values: Tensor) -> Layer:
         at = self.before.to(torch.int32).expand(keys.shape[:2])
         heads = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device).expand(at.shape)
         new = {"keys": keys.squeeze(2), "values": values.squeeze(2), "positions": at, "heads": heads}
-        shared_rows.append(mine, {name: x for name, x in new.items() if name in mine})
-        return Layer(room, _newest(room, mine))
+        shared_rows.append(tensors, {name: x for name, x in new.items() if name in tensors})
+        return Layer(room, _newest(room, tensors))
 
     def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
         """Attention of the new token to every entry that is there and in its window; of latents, absorbed."""
@@ -241,7 +250,7 @@ class DecodeCache:
         out = masked(p, queries, kv.held.keys, kv.held.values, visible)
         return out if expansion is None else per_head(out, expansion.up)
 
-    def look(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> Look | None:
+    def observe(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> BatchScores | None:
         """Scores `[B, H_kv, C]`; None where nothing is ever dropped while decoding."""
         p, room = kv.room.plan, kv.room
         if not room.every:
@@ -252,40 +261,40 @@ class DecodeCache:
             remembered = self.state[f"queries_{p.index}"]
             remembered.copy_(torch.cat((remembered[:, :, 1:], queries), 2))
             queries = remembered
-        asked = (self.before + torch.arange(1 - window, 1, device=queries.device, dtype=torch.int64)).clamp(min=-1)
+        at = (self.before + torch.arange(1 - window, 1, device=queries.device, dtype=torch.int64)).clamp(min=-1)
         recent = self.tables[f"recent_{p.index}"][self.seen]
         carried = self.state.get(f"carried_{p.index}")
-        return scores(p, kv.held, Asked(queries[:, :, :window], asked, self.seen, recent, carried=carried))
+        return score_entries(p, kv.held, Inputs(queries[:, :, :window], at, self.seen, recent, carried=carried))
 
-    def keep(self, looks: Mapping[int, tuple[Layer, Look | None]]) -> None:
+    def keep(self, scores: Mapping[int, tuple[Layer, BatchScores | None]]) -> None:
         """What the selections leave, where one is due; otherwise everything moves to where it was."""
-        for layer, (kv, look) in looks.items():
-            if look is None:
+        for layer, (kv, of_layer) in scores.items():
+            if of_layer is None:
                 continue
-            ranked, carried = look.ranked, look.carried
-            mine, room = self._of(layer), kv.room
+            ranked, carried = of_layer.scores, of_layer.carried
+            tensors, room = self._of(layer), kv.room
             due = self.tick % room.every == 0
             counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
             same = torch.arange(room.capacity, device=due.device, dtype=torch.int64)
-            order = torch.where(due, highest(ranked, counts, room.capacity), same)
-            _replace(mine, kv.held.at(order), torch.where(due, counts, mine["entries"]))
+            order = torch.where(due, highest_padded(ranked, counts, room.capacity), same)
+            _replace(tensors, kv.held.at(order), torch.where(due, counts, tensors["entries"]))
             if carried is not None:
-                mine["carried"].copy_(F.pad(carried, (0, 1)).gather(2, order.expand_as(carried)))
+                tensors["carried"].copy_(F.pad(carried, (0, 1)).gather(2, order.expand_as(carried)))
 
     def trim(self, kv: Layer) -> None:
         """Nothing: rings hold no more than the window."""
 
     def flush(self, kv: Layer) -> None:
         """Encode what is older than the residual when it is this layer's turn (see `kvcompile.graph.ops.flush`)."""
-        room, mine = kv.room, self._of(kv.room.plan.index)
+        room, tensors = kv.room, self._of(kv.room.plan.index)
         if not room.codes:
             return
         due = (self.tick + room.plan.index) % FLUSH == 0
-        counts = torch.where(due, encoded(room, mine["entries"]), 0)
-        tail = _newest(room, mine)
-        flush(room, mine, tail, counts)
+        counts = torch.where(due, encoded(room, tensors["entries"]), 0)
+        tail = _newest(room, tensors)
+        flush(room, tensors, tail, counts)
         order = torch.arange(room.capacity, device=due.device, dtype=torch.int64) + counts.unsqueeze(-1)
-        _replace(mine, tail.at(order.clamp(max=room.capacity)), mine["entries"] - counts)
+        _replace(tensors, tail.at(order.clamp(max=room.capacity)), tensors["entries"] - counts)
 
     def _of(self, layer: int) -> State:
         """The tensors of one layer, by their names without its number."""
@@ -293,9 +302,9 @@ class DecodeCache:
         return {name.removesuffix(end): x for name, x in self.state.items() if name.endswith(end)}
 
 
-def _newest(room: Room, mine: State) -> Entries:
+def _newest(room: Room, tensors: State) -> Entries:
     """The entries in the model's dtype."""
-    return Entries(mine["keys"], _values(room.plan, mine["keys"], mine.get("values")), mine["positions"])
+    return Entries(tensors["keys"], _values(room.plan, tensors["keys"], tensors.get("values")), tensors["positions"])
 
 
 def _values(p: LayerPlan, keys: Tensor, values: Tensor | None) -> Tensor:
@@ -307,8 +316,8 @@ def _values(p: LayerPlan, keys: Tensor, values: Tensor | None) -> Tensor:
     return values
 
 
-def _replace(mine: State, entries: Entries, count: Tensor) -> None:
+def _replace(tensors: State, entries: Entries, count: Tensor) -> None:
     for name, new in (("keys", entries.keys), ("values", entries.values), ("positions", entries.positions)):
-        if name in mine:
-            mine[name].copy_(new)
-    mine["entries"].copy_(count)
+        if name in tensors:
+            tensors[name].copy_(new)
+    tensors["entries"].copy_(count)

@@ -153,7 +153,7 @@ def _demand(p: LayerPlan, tokens: int) -> Demand:
 def kept_of(plan: Plan, p: LayerPlan, tokens: int) -> tuple[int, ...]:
     """Entries per KV head that the selection of a layer leaves of `tokens`, as `compress` does it."""
     span, s = p.span(tokens), p.selection
-    if tokens == 0 or s is None or (s.budget is not None and s.resolve(span)[0] >= span):
+    if tokens == 0 or s is None or s.spares(span):
         return (span,) * p.kv_heads
     kept = plan.kept(p.index, tokens)
     if kept is None:
@@ -162,8 +162,7 @@ def kept_of(plan: Plan, p: LayerPlan, tokens: int) -> tuple[int, ...]:
 
 
 def _recent(p: LayerPlan, s: Selection, tokens: int) -> int:
-    span = p.span(tokens)
-    return s.protected(s.budget.of(span) if s.budget is not None and span else span)[1]
+    return s.always(p.span(tokens))[1]
 
 
 def queries_needed(s: Selection) -> int:

@@ -43,10 +43,10 @@ class GrowingCache:
 
     def attend(self, p: LayerPlan, queries: Tensor, kv: Rows) -> Tensor:
         """Causal attention, under the layer's window."""
-        asked = self.positions.unsqueeze(-1)
-        visible = self.entries <= asked
+        at = self.positions.unsqueeze(-1)
+        visible = self.entries <= at
         if p.sliding_window:
-            visible = visible & (self.entries > asked - p.sliding_window)
+            visible = visible & (self.entries > at - p.sliding_window)
         return masked(p, queries, kv.keys, kv.values, visible)
 
     def trim(self, kv: Rows) -> None:

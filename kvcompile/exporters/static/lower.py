@@ -35,11 +35,11 @@ def _frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
 
 
 def _observe(kv: Any, queries: Tensor, unrotated: Tensor, cache: Cache, layer: int) -> Any:
-    return kv, cache.look(kv, queries, unrotated)
+    return kv, cache.observe(kv, queries, unrotated)
 
 
-def _allocate(cache: Cache, layers: Sequence[int], *looks: Any) -> None:
-    cache.keep(dict(zip(layers, looks, strict=True)))
+def _allocate(cache: Cache, layers: Sequence[int], *scores: Any) -> None:
+    cache.keep(dict(zip(layers, scores, strict=True)))
 
 
 # a program's cache is its own step
@@ -50,7 +50,7 @@ LOWERED: Mapping[Any, Callable[..., Any]] = {
     ops.together: _together,
     ops.attend: _attend,
     ops.frequencies: _frequencies,
-    ops.compress: lambda kv, look, cache, layer: cache.keep({layer: look}),
+    ops.compress: lambda kv, scores, cache, layer: cache.keep({layer: scores}),
     ops.allocate: _allocate,
     ops.trim: lambda kv, cache, layer: cache.trim(kv),
     ops.flush: lambda kv, cache, layer: cache.flush(kv),

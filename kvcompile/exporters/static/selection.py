@@ -11,10 +11,8 @@ from torch import Tensor
 
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import Allocation, LayerScores, Score
-from kvcompile.runtime.history import in_moments
 from kvcompile.runtime.observation import Moments, Observation
-
-INFINITY = float("inf")
+from kvcompile.runtime.selection import candidates, in_moments, moments, protect, split
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inputs:
     """What a selection knows besides the entries.
 
     queries `[B, H_q, W, D]` at `positions [W]`, those before the sequence's start at -1. tokens: seen so far; recent:
@@ -59,10 +57,10 @@ class _Seen(Observation):
     @property
     def alive(self) -> Tensor:
         """Entries that the next query can see, bool `[H_kv, n]`."""
-        held = self.positions >= 0
-        return held & (self.positions > self.tokens - self.sliding_window) if self.sliding_window else held
+        there = self.positions >= 0
+        return there & (self.positions > self.tokens - self.sliding_window) if self.sliding_window else there
 
-    def _seen_by_all(self, asked: Tensor) -> int:
+    def _seen_by_all(self, at: Tensor) -> int:
         return 0
 
     def attention_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,100 +69,82 @@ class _Seen(Observation):
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a selection saw of one layer: scores, what the score carries on, and attention mass, each `[B, H_kv, n]`."""
+class BatchScores:
+    """Of one layer: scores, what the score carries on, and attention mass, each `[B, H_kv, n]`; lengths `[B, H_kv]`."""
 
-    ranked: Tensor
+    scores: Tensor
+    lengths: Tensor
     carried: Tensor | None = None
     mass: Tensor | None = None
 
 
-def masses(p: LayerPlan, held: Entries, asked: Asked, measure: Score) -> Tensor:
+def masses(p: LayerPlan, entries: Entries, inputs: Inputs, measure: Score) -> Tensor:
     """Attention mass `[B, H_kv, n]`, as `measure` sees it."""
-    rows = range(held.keys.shape[0])
-    return torch.stack([measure.score(_observation(p, held, asked, b)).float() for b in rows])
+    rows = range(entries.keys.shape[0])
+    return torch.stack([measure.score(_observation(p, entries, inputs, b)).float() for b in rows])
 
 
 def allotted(
-    allocation: Allocation, budgets: Mapping[int, tuple[Tensor, ...]], looks: Mapping[int, Look]
+    allocation: Allocation, budgets: Mapping[int, tuple[Tensor, ...]], layers: Mapping[int, BatchScores]
 ) -> dict[int, Tensor]:
     """Entries of every head, int64 `[B, H_kv]` for each layer, where the scores of these layers decide.
 
     budgets: what a head of a layer keeps on average, and at least, each `[1]`. A layer whose budget is all it holds
     keeps that and takes no part.
     """
-    found = []
-    for b in range(next(iter(looks.values())).ranked.shape[0]):
-        held = {i: (look.ranked[b] > -INFINITY).sum(-1) for i, look in looks.items()}
-        full = {i: budgets[i][0] >= n.amax() for i, n in held.items()}
-        layers = []
-        for i, look in looks.items():
-            mass = None if look.mass is None else look.mass[b]
-            budget, lengths = (torch.where(full[i], 0, x) for x in (budgets[i][0], held[i]))
-            layers.append(LayerScores(look.ranked[b], mass, lengths, budget, budgets[i][1]))
-        rows = zip(looks, allocation.allot(layers), strict=True)
-        found.append([torch.where(full[i], held[i], row) for i, row in rows])
-    return dict(zip(looks, map(torch.stack, zip(*found, strict=True)), strict=True))
+    rows = []
+    for b in range(next(iter(layers.values())).scores.shape[0]):
+        lengths = {i: layer.lengths[b] for i, layer in layers.items()}
+        full = {i: budgets[i][0] >= n.amax() for i, n in lengths.items()}
+        short = []
+        for i, layer in layers.items():
+            mass = None if layer.mass is None else layer.mass[b]
+            budget, count = (torch.where(full[i], 0, x) for x in (budgets[i][0], lengths[i]))
+            short.append(LayerScores(layer.scores[b], mass, count, budget, budgets[i][1]))
+        counts = zip(layers, split(allocation, short), strict=True)
+        rows.append([torch.where(full[i], lengths[i], count) for i, count in counts])
+    return dict(zip(layers, map(torch.stack, zip(*rows, strict=True)), strict=True))
 
 
-def scores(p: LayerPlan, held: Entries, asked: Asked) -> Look:
+def score_entries(p: LayerPlan, entries: Entries, inputs: Inputs) -> BatchScores:
     """Scores, protected entries at +inf, dead and empty ones at -inf; and what the score carries on."""
     s = p.selection
     if s is None:
         raise RuntimeError(f"layer {p.index} selects nothing")
-    found, carried = list[Tensor](), list[Tensor]()
-    for b in range(held.keys.shape[0]):
-        seen = _observation(p, held, asked, b)
+    scores, carried = list[Tensor](), list[Tensor]()
+    for b in range(entries.keys.shape[0]):
+        seen = _observation(p, entries, inputs, b)
         if s.score.needs.carries:
             carried.append(s.score.observe(seen))
             seen = replace(seen, carried=carried[-1])
-        found.append(s.score.score(seen).float())
-    at = held.positions
-    protected = (at < s.sinks) | (at >= asked.tokens - asked.recent)
-    ranked = torch.stack(found).masked_fill(protected, INFINITY)
-    oldest = (asked.tokens - p.sliding_window).clamp(min=0) if p.sliding_window else 0
-    return Look(ranked.masked_fill(at < oldest, -INFINITY), torch.stack(carried) if carried else None)
+        scores.append(s.score.score(seen).float())
+    among = candidates(entries.positions, inputs.tokens, p.sliding_window)
+    ranked = protect(torch.stack(scores), entries.positions, among, inputs.tokens, s.sinks, inputs.recent)
+    return BatchScores(ranked, among.sum(-1), torch.stack(carried) if carried else None)
 
 
-def _observation(p: LayerPlan, held: Entries, asked: Asked, b: int) -> _Seen:
+def _observation(p: LayerPlan, entries: Entries, inputs: Inputs, b: int) -> _Seen:
     return _Seen(
-        queries=torch.unflatten(asked.queries[b], 0, (p.kv_heads, -1)),
-        query_positions=asked.positions,
-        keys=held.keys[b],
-        values=held.values[b],
-        positions=held.positions[b],
-        lengths=(held.positions[b] >= 0).sum(1),
-        tokens=asked.tokens,  # type: ignore[arg-type]
+        queries=torch.unflatten(inputs.queries[b], 0, (p.kv_heads, -1)),
+        query_positions=inputs.positions,
+        keys=entries.keys[b],
+        values=entries.values[b],
+        positions=entries.positions[b],
+        lengths=(entries.positions[b] >= 0).sum(1),
+        tokens=inputs.tokens,  # type: ignore[arg-type]
         scale=p.scale,
         softcap=p.softcap,
         sliding_window=p.sliding_window,
-        carried=None if asked.carried is None else asked.carried[b],
-        moments=None if asked.moments is None else asked.moments[b],
-        mean_rotation=asked.mean_rotation,
+        carried=None if inputs.carried is None else inputs.carried[b],
+        moments=None if inputs.moments is None else inputs.moments[b],
+        mean_rotation=inputs.mean_rotation,
         layer=p.index,
     )
 
 
-def moments(p: LayerPlan, unrotated: Tensor, positions: Tensor, stride: int) -> list[Moments]:
+def query_moments(p: LayerPlan, unrotated: Tensor, positions: Tensor, stride: int) -> list[Moments]:
     """Of the queries before rotation `[B, H_q, T, D]` at `positions [T]`, as `runtime.history` sums them up."""
     counted = in_moments(positions, stride).float()
     count = counted.sum().clamp(min=1)
-    found = []
-    for queries in unrotated.float().unbind(0):
-        mine = torch.unflatten(queries * counted.unsqueeze(-1), 0, (p.kv_heads, -1))
-        mean = mine.sum(2) / count
-        outer = mine.mT @ mine / count
-        found.append(Moments(0, mean, outer - mean.unsqueeze(-1) * mean.unsqueeze(-2)))
-    return found
-
-
-def highest(ranked: Tensor, counts: Tensor, room: int) -> Tensor:
-    """Places `[B, H_kv, room]` of each row's `counts [H_kv]` highest scores, ascending; then `n` for empty ones.
-
-    Of equal scores the older entry stays.
-    """
-    n = ranked.shape[-1]
-    padded = F.pad(ranked, (0, room), value=-INFINITY)
-    order = padded.sort(dim=-1, descending=True, stable=True).indices[..., :room]
-    empty = torch.arange(room, device=ranked.device, dtype=torch.int64) >= counts.unsqueeze(-1)
-    return torch.where(empty, n, order).sort(dim=-1).values
+    chosen = unrotated.float() * counted.unsqueeze(-1)
+    return [moments(count, x.sum(1), x.mT @ x, p.kv_heads) for x in chosen.unbind(0)]

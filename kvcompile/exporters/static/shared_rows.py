@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.exporters.static.capacity import Room
-from kvcompile.exporters.static.selection import Entries, highest
+from kvcompile.exporters.static.selection import Entries
+from kvcompile.runtime.selection import highest_padded
 
 
 def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
@@ -15,21 +16,21 @@ def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[En
     counts `[B, H_kv]`: entries of each head.
     """
     heads, n = ranked.shape[1:]
-    order = highest(ranked, counts, room.capacity)
+    order = highest_padded(ranked, counts, room.capacity)
     first = torch.arange(heads, device=order.device, dtype=torch.int64).unsqueeze(-1) * n
     places = torch.where(order < n, order + first, heads * n).flatten(1).sort(-1).values[:, : room.capacity]
     together = Entries(*(x.flatten(1, 2).unsqueeze(1) for x in (held.keys, held.values, held.positions)))
     return together.at(places.unsqueeze(1)), (places // n).to(torch.int32).unsqueeze(1)
 
 
-def append(mine: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def append(tensors: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     """One more entry of every head: `new[name] [B, H_kv]` or `[B, H_kv, D]` go to the end of the row, in place."""
     batch, heads = new["heads"].shape
-    place = mine["entries"] + torch.arange(heads, device=mine["entries"].device, dtype=torch.int64)
+    place = tensors["entries"] + torch.arange(heads, device=tensors["entries"].device, dtype=torch.int64)
     rows = torch.arange(batch, device=place.device, dtype=torch.int64).unsqueeze(1), torch.zeros_like(place)
     for name, x in new.items():
-        mine[name].index_put_((*rows, place), x)
-    mine["entries"].add_(heads)
+        tensors[name].index_put_((*rows, place), x)
+    tensors["entries"].add_(heads)
 
 
 def visible(heads: Tensor, there: Tensor, group: int, kv_heads: int) -> Tensor:
