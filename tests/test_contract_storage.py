@@ -271,7 +271,7 @@ def test_what_is_loaded_is_what_was_saved(stack: Options, logits: float, tmp_pat
     (expected, _), (got, _) = (steps(m, ids, TOKENS) for m in (model, loaded))
     assert torch.equal(got, expected)
     assert loaded.kvcompile.plan == model.kvcompile.plan
-    assert all(f"settle_{i}" in (tmp_path / "artifact/graph.txt").read_text() for i in range(1, LAYERS))
+    assert all(f"flush_{i}" in (tmp_path / "artifact/graph.txt").read_text() for i in range(1, LAYERS))
     text = (tmp_path / "artifact/kernels/layers.md").read_text()
     assert model.kvcompile.plan.layers[0].storage.key.name in text
 
