@@ -125,7 +125,7 @@ def test_the_folder_holds_what_it_promises(made: Path, model: Any) -> None:
     assert json.loads((made / "plan.json").read_text()) == json.loads(json.dumps(model.kvcompile.plan.to_json()))
     assert "kv_append" in (made / "graph.txt").read_text()
     assert "layer   3 reads the KV of layer   3" in (made / "graph.txt").read_text()
-    assert f"| 3       | {choose('auto').name:7} | dense-float32-g2-d16" in (made / "kernels/layers.md").read_text()
+    assert f"| 3       | {choose('auto').name:9} | dense-float32-g2-d16" in (made / "kernels/layers.md").read_text()
     assert AutoTokenizer.from_pretrained(made)("w7 w9")["input_ids"] == [7, 9]
     config = json.loads((made / "config.json").read_text())
     original = config["kvcompile"]["original"]
