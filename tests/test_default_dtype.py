@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kvcompile.compiler import compile_plan
 from kvcompile.models.sharing import shared
-from kvcompile.structure.convert import convert
 
 ROOT = Path(__file__).parents[1]
 MAKERS = {"arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand"}
@@ -41,11 +40,7 @@ def default(dtype: torch.dtype) -> Iterator[None]:
 
 def logits(name: str, kernels: str) -> Tensor:
     """Of a prompt in chunks, and of decoded tokens, by a model that is compiled for it."""
-    model: Any = shared(dense())
-    plan = plan_of(STACKS[name], prefill_chunk=32)
-    if name in STRUCTURES:
-        convert(model, plan, None)
-    model = compile_plan(model, plan, kernels, converted=name in STRUCTURES)
+    model: Any = compile_plan(shared(dense()), plan_of(STACKS[name], prefill_chunk=32), kernels)
     found, _ = steps(model, tiny_ids(1, 65), 60)
     return found
 

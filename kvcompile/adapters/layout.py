@@ -106,11 +106,12 @@ class Layout:
 def plain(attention: nn.Module, name: str) -> nn.Linear:
     """The projection called `name`. Raises KvcompileError for one that is no plain `nn.Linear` (quantised, LoRA)."""
     linear = getattr(attention, name)
-    weight = linear.weight
+    weight = getattr(linear, "weight", None)
     if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        held = f" with {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise KvcompileError(
             f"{name} must be a plain nn.Linear to be converted",
-            f"{type(linear).__name__} with {type(weight).__name__} of {weight.dtype}",
+            type(linear).__name__ + held,
             "merge adapters and load unquantised weights first",
         )
     return linear

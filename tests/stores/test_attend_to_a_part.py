@@ -65,8 +65,10 @@ def test_a_module_elsewhere_reads_part_of_it(options: list[str], toy: Any, monke
     asked = []
     attend = LayerCache.attend
 
-    def checked(self: LayerCache, queries: Tensor, step: Any, layer: int, chosen: Any = None) -> Tensor:
-        out = attend(self, queries, step, layer, chosen)
+    def checked(
+        self: LayerCache, queries: Tensor, step: Any, layer: int, chosen: Any = None, sinks: Any = None
+    ) -> Tensor:
+        out = attend(self, queries, step, layer, chosen, sinks)
         if chosen is not None:
             wanted = gathered(self, queries, step.positions, toy.LargestKeys.count)
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
