@@ -42,10 +42,7 @@ LAYERS = (
     ("__init__", "__main__"),
 )
 EXCEPTIONS = {  # (module, what it imports from above): why
-    (
-        "stack",
-        "policies",
-    ): "policies are found by scanning their package",
+    ("stack", "policies"): "policies are found by scanning their package",
     ("config.compose", "exporters.registry"): "names and options of exporters are part of the schema; none is imported",
     ("config.schema", "exporters.registry"): "the same",
     ("runtime.model", "artifact.artifact"): "to transformers, `save_pretrained` is a method of the model",

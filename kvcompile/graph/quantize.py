@@ -32,15 +32,15 @@ class InsertSettling(Pass):
         return len(self._layers())
 
     def ensures(self, module: fx.GraphModule) -> None:
-        """Every coded layer is settled exactly once, after all that read it exactly."""
+        """Every quantized layer is flushed exactly once, after all that read it exactly."""
         order = {node: i for i, node in enumerate(module.graph.nodes)}
         flushed = {int(node.args[2]): node for node in order if node.target is ops.flush}
         if sorted(flushed) != [p.index for p in self._layers()]:
-            raise KvcompileError("every coded layer must be settled once", f"layers {sorted(flushed)}")
+            raise KvcompileError("every quantized layer must be flushed once", f"layers {sorted(flushed)}")
         for before in (last_readers(module.graph), selections(module.graph)):
             for layer, node in flushed.items():
                 if layer in before and order[before[layer]] > order[node]:
-                    raise KvcompileError(f"layer {layer} must be settled after its readers", str(before[layer]))
+                    raise KvcompileError(f"layer {layer} must be flushed after its readers", str(before[layer]))
 
 
 class RotateHeads(Pass):

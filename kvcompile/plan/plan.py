@@ -64,7 +64,7 @@ class LayerPlan:
         return self.latent.rank if self.latent else self.head_dim
 
     def nbytes(self, tokens: int, dtype: str) -> int:
-        """Bytes of `tokens` tokens of one KV head after a settled pass."""
+        """Bytes of `tokens` tokens of one KV head after a flushed pass."""
         if self.latent:
             return tokens * self.latent.width * DTYPE_BYTES[dtype]
         return self.storage.nbytes(tokens, self.head_dim, dtype)

@@ -100,7 +100,7 @@ class Storage:
         return max([1, *groups])
 
     def encoded(self, tokens: int) -> int:
-        """How many of a row's `tokens` (its oldest) are encoded after a settled pass; the others are the residual."""
+        """How many of a row's `tokens` (its oldest) are encoded after a flushed pass; the others are the residual."""
         if not self.quantized:
             return 0
         return max(0, tokens - self.residual) // self.block * self.block
@@ -110,7 +110,7 @@ class Storage:
         return self.key or Codec(dtype), self.value or Codec(dtype)
 
     def nbytes(self, tokens: int, dim: int, dtype: str) -> int:
-        """Bytes of keys and values of a row of `tokens` after a settled pass: codes, scales, residual."""
+        """Bytes of keys and values of a row of `tokens` after a flushed pass: codes, scales, residual."""
         old, plain = self.encoded(tokens), Codec(dtype)
         quantized = sum(codec.nbytes(old, dim) for codec in self.codecs(dtype))
         return quantized + 2 * plain.nbytes(tokens - old, dim)

@@ -175,7 +175,7 @@ class PrefillCache:
         """Nothing: rings hold no more than the window."""
 
     def flush(self, kv: Layer) -> None:
-        """Nothing: what was stored is settled."""
+        """Nothing: what was stored is flushed."""
 
     def _all(self, kv: Layer) -> Tensor:
         places = torch.arange(kv.room.places, device=self.seen.device, dtype=torch.int64)

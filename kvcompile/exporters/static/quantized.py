@@ -34,7 +34,7 @@ def body_of(entries: Entries, format: Format) -> dict[str, Tensor]:
 
 
 def encoded(room: Room, counts: Tensor) -> Tensor:
-    """How many of `counts` entries are encoded in a settled row: `Storage.encoded` of tensors."""
+    """How many of `counts` entries are encoded in a flushed row: `Storage.encoded` of tensors."""
     block = room.plan.storage.block
     return (counts - room.plan.storage.residual).clamp(min=0) // block * block
 
