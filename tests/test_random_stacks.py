@@ -63,6 +63,8 @@ def is_whole(cache: Any, case: Case) -> bool:
     plan = cache.plan
     if converts(plan) or any(p.storage.quantized for p in plan.layers):
         return False
+    if any(p.sliding_window for p in plan.selected) and cache.evictions.dropped:
+        return False  # a window that is full again does not say what a selection dropped before
     least = [[p.span(n + case.new) for p in plan.layers] for n in case.lengths]
     held = [lengths_of(cache, b, case) for b in range(len(case.lengths))]
     return all(
