@@ -29,6 +29,7 @@ from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import ORDER
 from kvcompile.stack import build_policy, discover, policy_class
 
+ROUTED = ("mixtral", "gpt_oss")  # in 16 bits a rounded number may send a token to another expert
 EXAMPLES = int(os.environ.get("KVCOMPILE_EXAMPLES", "0"))  # 0: those of every run, always the same ones
 random_examples = settings(
     max_examples=EXAMPLES or 250,
