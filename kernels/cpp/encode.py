@@ -188,7 +188,8 @@ def source(codec: Codec, dim: int, dtype: str) -> str:
 def _largest(codec: Codec) -> float:
     """The largest number that a code stands for, where groups have a scale alone."""
     format = codec.format
-    assert isinstance(format, (Float, Table))
+    if not isinstance(format, (Float, Table)):
+        raise RuntimeError(f"groups of {codec.name} have more than a scale")
     return format.largest
 
 
