@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
+from kvcompile.plan import checks
 from kvcompile.plan.selection import Selection
-from kvcompile.plan.storage import PLAIN, Codec, Storage
+from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.plan.structure import Fold, Heads, Latent
 
 Family = Literal["structure", "selection", "storage"]
@@ -157,66 +158,14 @@ class Plan:
 
     def rank(self, index: int) -> tuple[int, int]:
         """(place of layer `index` among the layers that share its selection and its span, how many those are)."""
-        mine = self.layers[index]
-        alike = [p for p in self.selected if p.sliding_window == mine.sliding_window]
-        mates = [p.index for p in alike if p.selection == mine.selection]
-        return mates.index(index), len(mates)
+        layer = self.layers[index]
+        alike = [p for p in self.selected if p.sliding_window == layer.sliding_window]
+        peers = [p.index for p in alike if p.selection == layer.selection]
+        return peers.index(index), len(peers)
 
     def check(self) -> None:
         """Raise KvcompileError, naming policy and layer, if the plan cannot run."""
-        for p in self.layers:
-            owner = self.layers[p.owner]
-            if p.query_heads % p.kv_heads:
-                raise KvcompileError(
-                    f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}"
-                )
-            if (
-                (owner.kv_heads, owner.key_dim) != (p.kv_heads, p.key_dim)
-                or owner.owner != owner.index
-                or p.owner > p.index
-            ):
-                raise KvcompileError(
-                    f"layer {p.index} can only read the cache of an earlier layer that has its own and heads like it",
-                    f"layer {p.owner}: {owner.kv_heads} KV heads of {owner.key_dim}, not {p.kv_heads} of {p.key_dim}",
-                )
-            if (owner.sliding_window, owner.rotates) != (p.sliding_window, p.rotates):
-                raise KvcompileError(
-                    f"layer {p.index} cannot read the cache of layer {p.owner}: window and positions must be alike",
-                    f"{_kind(p)} and {_kind(owner)}",
-                    "stack.cla.pattern=<owner of each layer, of its own kind>",
-                )
-            if p.latent is not None:
-                _check_latent(p, p.latent)
-            if p.selection is not None:
-                self._check_selection(p, p.selection)
-            if p.storage != PLAIN:
-                _check_storage(p)
-
-    def _check_selection(self, p: LayerPlan, s: Selection) -> None:
-        where = f"{s.policy}: layer {p.index}"
-        if s.positions == "compact" and (s.score.needs.queries != 0 or s.uncertainty is not None):
-            raise KvcompileError(
-                f"{where}: compact positions need a score that looks at no queries",
-                type(s.score).__name__,
-                f"stack.{s.policy}.positions=original",
-            )
-        if s.positions == "compact":
-            alike = all(q.selection == s for q in self.layers if q.owner == q.index)
-            traits = s.allocation.traits
-            if traits.scope == "head" or traits.cross_layer or not alike or p.sliding_window:
-                raise KvcompileError(
-                    f"{where}: compact positions need every layer and head to keep the same tokens",
-                    f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",
-                    f"stack.{s.policy}.positions=original",
-                )
-        if s.budget is not None and s.budget.value > 1:
-            sinks, recent = s.protected(int(s.budget.value))
-            if sinks + recent > s.budget.value:
-                raise KvcompileError(
-                    f"{where}: the budget must hold the {sinks} sinks and {recent} recent tokens that always stay",
-                    f"{s.budget.value:g} tokens",
-                    f"stack.{s.policy}.budget={sinks + recent} or more",
-                )
+        checks.check(self)
 
     def kept(self, index: int, tokens: int, coming: int = 0) -> tuple[int, ...] | None:
         """Tokens per KV head that layer `index` holds after a prefill of `tokens`; None: it depends on the input.
@@ -255,8 +204,8 @@ class Plan:
             else:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
-            held = batch * sum(p.nbytes(n, self.dtype) for n in shares)
-            rows.append(LayerBytes(p.index, kept, total, held, dense, held if p.storage.offload else 0))
+            nbytes = batch * sum(p.nbytes(n, self.dtype) for n in shares)
+            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, nbytes if p.storage.offload else 0))
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -274,83 +223,9 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _kind(p: LayerPlan) -> str:
-    window = f"sliding window {p.sliding_window}" if p.sliding_window else "full attention"
-    return window if p.rotates else f"{window} without rotary positions"
-
-
 def split_evenly(total: int, rows: int) -> tuple[int, ...]:
     """`total` tokens over rows, the first ones getting the remainder."""
     return tuple(total // rows + (i < total % rows) for i in range(rows))
-
-
-def _check_latent(p: LayerPlan, latent: Latent) -> None:
-    where = f"mla: layer {p.index}"
-    if p.key_norm:
-        raise KvcompileError(
-            f"{where}: keys that are normed after their projection are no linear function of a latent",
-            "q/k norms",
-            "policy=[gqa] or policy=[cla] instead",
-        )
-    if p.owner != p.index or p.heads is not None:
-        other = "shares another layer's cache" if p.owner != p.index else "has merged heads"
-        raise KvcompileError(
-            f"{where}: a latent is made of the model's own keys and values", f"a layer that {other}", "drop one"
-        )
-    dense = 2 * latent.kv_heads * p.head_dim
-    if latent.rank < 1 or latent.width > dense:
-        raise KvcompileError(
-            f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
-            f"rank {latent.rank}, rope {latent.rope}",
-        )
-    if p.storage.quantized or p.storage.rotated:
-        raise KvcompileError(
-            f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
-            f"{p.storage.policy!r} after 'mla'",
-            "a smaller stack.mla.rank instead",
-        )
-
-
-def _check_storage(p: LayerPlan) -> None:
-    s = p.storage
-    where = f"{s.policy or 'storage'}: layer {p.index}"
-    skip = f"stack.{s.policy}.skip_layers=[{p.index}]" if s.policy else None
-    if p.owner != p.index:
-        raise KvcompileError(
-            f"{where} has no cache of its own, so how it is stored cannot be set",
-            f"a layer that reads layer {p.owner}'s",
-            skip,
-        )
-    if s.quantized and p.sliding_window:
-        raise KvcompileError(
-            f"{where} attends to a sliding window, which is kept in the model's dtype",
-            f"a window of {p.sliding_window} tokens",
-            skip,
-        )
-    if s.page % s.block:
-        raise KvcompileError(
-            f"{where}: a page holds whole groups of tokens that share scales",
-            f"pages of {s.page}, groups of {s.block}",
-            "put paged last in the stack",
-        )
-    if p.selection is not None and p.selection.positions == "compact" and (s.quantized or s.rotated):
-        raise KvcompileError(
-            f"{where}: compact positions rotate stored keys, which must then be plain",
-            s.text("the model's dtype") if s.quantized else "rotated",
-            f"stack.{p.selection.policy}.positions=original",
-        )
-    for codec in (s.key, s.value):
-        if codec is not None:
-            _check_codec(where, codec, p.head_dim)
-
-
-def _check_codec(where: str, codec: Codec, dim: int) -> None:
-    if codec.axis == "channel" and codec.group < 1:
-        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group, "a group of 1 or more")
-    if codec.axis == "token" and codec.group and dim % codec.group:
-        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group, f"a divisor of {dim}")
-    if codec.bits < 8 and dim * codec.bits % 8:
-        raise KvcompileError(f"{where}: packed codes of a token must fill whole bytes", f"{dim} of {codec.bits} bits")
 
 
 def _plain(value: Any) -> Any:

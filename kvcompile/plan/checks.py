@@ -1,0 +1,149 @@
+"""What a plan must fulfil to run: every rule of it, checked before a weight is read; errors name policy and layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcompile.errors import KvcompileError
+from kvcompile.plan.selection import Selection
+from kvcompile.plan.storage import PLAIN, Codec
+from kvcompile.plan.structure import Latent
+
+if TYPE_CHECKING:
+    from kvcompile.plan.plan import LayerPlan, Plan
+
+
+def check(plan: Plan) -> None:
+    """Raise KvcompileError, naming policy and layer, if a plan cannot run."""
+    for p in plan.layers:
+        _check_heads(p)
+        _check_owner(p, plan.layers[p.owner])
+        if p.latent is not None:
+            _check_latent(p, p.latent)
+        if p.selection is not None:
+            _check_selection(plan, p, p.selection)
+        if p.storage != PLAIN:
+            _check_storage(p)
+
+
+def _check_heads(p: LayerPlan) -> None:
+    if p.query_heads % p.kv_heads:
+        raise KvcompileError(
+            f"layer {p.index}: KV heads must divide the query heads", f"{p.kv_heads} and {p.query_heads}"
+        )
+
+
+def _check_owner(p: LayerPlan, owner: LayerPlan) -> None:
+    """`owner`: whose cache the layer reads, its own or that of a layer before it."""
+    if (owner.kv_heads, owner.key_dim) != (p.kv_heads, p.key_dim) or owner.owner != owner.index or p.owner > p.index:
+        raise KvcompileError(
+            f"layer {p.index} can only read the cache of an earlier layer that has its own and heads like it",
+            f"layer {p.owner}: {owner.kv_heads} KV heads of {owner.key_dim}, not {p.kv_heads} of {p.key_dim}",
+        )
+    if (owner.sliding_window, owner.rotates) != (p.sliding_window, p.rotates):
+        raise KvcompileError(
+            f"layer {p.index} cannot read the cache of layer {p.owner}: window and positions must be alike",
+            f"{_kind(p)} and {_kind(owner)}",
+            "stack.cla.pattern=<owner of each layer, of its own kind>",
+        )
+
+
+def _kind(p: LayerPlan) -> str:
+    window = f"sliding window {p.sliding_window}" if p.sliding_window else "full attention"
+    return window if p.rotates else f"{window} without rotary positions"
+
+
+def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
+    where = f"{s.policy}: layer {p.index}"
+    if s.positions == "compact" and (s.score.needs.queries != 0 or s.uncertainty is not None):
+        raise KvcompileError(
+            f"{where}: compact positions need a score that looks at no queries",
+            type(s.score).__name__,
+            f"stack.{s.policy}.positions=original",
+        )
+    if s.positions == "compact":
+        alike = all(q.selection == s for q in plan.layers if q.owner == q.index)
+        traits = s.allocation.traits
+        if traits.scope == "head" or traits.cross_layer or not alike or p.sliding_window:
+            raise KvcompileError(
+                f"{where}: compact positions need every layer and head to keep the same tokens",
+                f"allocation {type(s.allocation).__name__} (sliding window {p.sliding_window})",
+                f"stack.{s.policy}.positions=original",
+            )
+    if s.budget is not None and s.budget.value > 1:
+        sinks, recent = s.protected(int(s.budget.value))
+        if sinks + recent > s.budget.value:
+            raise KvcompileError(
+                f"{where}: the budget must hold the {sinks} sinks and {recent} recent tokens that always stay",
+                f"{s.budget.value:g} tokens",
+                f"stack.{s.policy}.budget={sinks + recent} or more",
+            )
+
+
+def _check_latent(p: LayerPlan, latent: Latent) -> None:
+    where = f"mla: layer {p.index}"
+    if p.key_norm:
+        raise KvcompileError(
+            f"{where}: keys that are normed after their projection are no linear function of a latent",
+            "q/k norms",
+            "policy=[gqa] or policy=[cla] instead",
+        )
+    if p.owner != p.index or p.heads is not None:
+        other = "shares another layer's cache" if p.owner != p.index else "has merged heads"
+        raise KvcompileError(
+            f"{where}: a latent is made of the model's own keys and values", f"a layer that {other}", "drop one"
+        )
+    dense = 2 * latent.kv_heads * p.head_dim
+    if latent.rank < 1 or latent.width > dense:
+        raise KvcompileError(
+            f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
+            f"rank {latent.rank}, rope {latent.rope}",
+        )
+    if p.storage.quantized or p.storage.rotated:
+        raise KvcompileError(
+            f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
+            f"{p.storage.policy!r} after 'mla'",
+            "a smaller stack.mla.rank instead",
+        )
+
+
+def _check_storage(p: LayerPlan) -> None:
+    s = p.storage
+    where = f"{s.policy or 'storage'}: layer {p.index}"
+    skip = f"stack.{s.policy}.skip_layers=[{p.index}]" if s.policy else None
+    if p.owner != p.index:
+        raise KvcompileError(
+            f"{where} has no cache of its own, so how it is stored cannot be set",
+            f"a layer that reads layer {p.owner}'s",
+            skip,
+        )
+    if s.quantized and p.sliding_window:
+        raise KvcompileError(
+            f"{where} attends to a sliding window, which is kept in the model's dtype",
+            f"a window of {p.sliding_window} tokens",
+            skip,
+        )
+    if s.page % s.block:
+        raise KvcompileError(
+            f"{where}: a page holds whole groups of tokens that share scales",
+            f"pages of {s.page}, groups of {s.block}",
+            "put paged last in the stack",
+        )
+    if p.selection is not None and p.selection.positions == "compact" and (s.quantized or s.rotated):
+        raise KvcompileError(
+            f"{where}: compact positions rotate stored keys, which must then be plain",
+            s.text("the model's dtype") if s.quantized else "rotated",
+            f"stack.{p.selection.policy}.positions=original",
+        )
+    for codec in (s.key, s.value):
+        if codec is not None:
+            _check_codec(where, codec, p.head_dim)
+
+
+def _check_codec(where: str, codec: Codec, dim: int) -> None:
+    if codec.axis == "channel" and codec.group < 1:
+        raise KvcompileError(f"{where}: scales per channel need a group of tokens", codec.group, "a group of 1 or more")
+    if codec.axis == "token" and codec.group and dim % codec.group:
+        raise KvcompileError(f"{where}: the group must divide the head size {dim}", codec.group, f"a divisor of {dim}")
+    if codec.bits < 8 and dim * codec.bits % 8:
+        raise KvcompileError(f"{where}: packed codes of a token must fill whole bytes", f"{dim} of {codec.bits} bits")
