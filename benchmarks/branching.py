@@ -24,7 +24,7 @@ from kvcompile.plan.selection import Needs, Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
-from kvcompile.stores.quantized import QuantizedStore
+from kvcompile.stores.encoded.quantized import QuantizedStore
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from kvcompile.kernels.dispatch import CPP, SDPA
 from kvcompile.plan.storage import Codec
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
-from kvcompile.stores.codes import Codes, Format, RaggedCodes
 from kvcompile.stores.dense import DenseStore
+from kvcompile.stores.encoded.codes import Codes, Format, RaggedCodes
+from kvcompile.stores.encoded.paged import PagedCodes
 from kvcompile.stores.paged import PagedStore
-from kvcompile.stores.paged_codes import PagedCodes
 from kvcompile.stores.ragged import RaggedStore
 
 SHAPES = {"8x128": (8, 128), "3x64": (3, 64)}

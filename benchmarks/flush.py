@@ -29,7 +29,7 @@ from kvcompile.kernels.layout import RaggedView
 from kvcompile.plan.storage import FLUSH, Codec, Storage
 from kvcompile.runtime.cache import HEADROOM
 from kvcompile.stores import factory
-from kvcompile.stores.quantized import QuantizedStore
+from kvcompile.stores.encoded.quantized import QuantizedStore
 
 FORMATS = {
     "kivi int4": (Codec("int4", "channel", 32), Codec("int4", "token", 32), 128),

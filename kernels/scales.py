@@ -14,7 +14,7 @@ from kvcompile.kernels.codecs import decode, encode
 from kvcompile.plan.storage import Codec
 
 if TYPE_CHECKING:
-    from kvcompile.stores.codes import Codes, Format
+    from kvcompile.stores.encoded.codes import Codes, Format
 
 COARSE = 2.0**-18  # of float16's steps of 2^-24, 64 or fewer: from here on a scale's rounding is worth a look
 WORSE = 2.0  # times the error that the same numbers have where float16 holds their scales in full

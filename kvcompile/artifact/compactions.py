@@ -7,7 +7,7 @@ import torch
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.stores.base import POSITION_TYPE
-from kvcompile.stores.codes import Codes, Format
+from kvcompile.stores.encoded.codes import Codes, Format
 
 Entries = tuple[tuple[int, int], ...]
 GATHERED = (("dense", "dense"), ("dense", "ragged"), ("ragged", "ragged"))  # as rows have one length or not

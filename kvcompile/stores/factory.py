@@ -9,8 +9,8 @@ from kvcompile.kernels.spec import Part, plain
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.stores.base import Store
 from kvcompile.stores.dense import DenseStore
+from kvcompile.stores.encoded.quantized import QuantizedStore
 from kvcompile.stores.paged import PagedStore
-from kvcompile.stores.quantized import QuantizedStore
 from kvcompile.stores.ragged import RaggedStore
 
 

@@ -16,7 +16,7 @@ from kvcompile.kernels.dispatch import named
 from kvcompile.kernels.scales import require_held
 from kvcompile.plan.storage import Codec
 from kvcompile.stack import apply_stack, build_stack
-from kvcompile.stores.codes import Codes, Format
+from kvcompile.stores.encoded.codes import Codes, Format
 
 FORMATS = {
     "int8": (Codec("int8", "token"), Codec("int8", "token")),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = [path for home in ("kvcompile", "kernels", "policies", "benchmarks") for path in (ROOT / home).rglob("*.py")]
 STORES = {
     node.name
-    for path in (ROOT / "kvcompile" / "stores").glob("*.py")
+    for path in (ROOT / "kvcompile" / "stores").rglob("*.py")
     for node in ast.walk(ast.parse(path.read_text("utf-8")))
     if isinstance(node, ast.ClassDef) and node.name.endswith(("Store", "Codes"))
 }

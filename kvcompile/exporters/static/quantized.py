@@ -12,7 +12,7 @@ from kvcompile.exporters.static.capacity import Room
 from kvcompile.exporters.static.selection import Entries
 from kvcompile.kernels.codecs import decode, encode
 from kvcompile.plan.storage import Codec
-from kvcompile.stores.codes import Format, step
+from kvcompile.stores.encoded.codes import Format, step
 
 SIDES = ("key", "value")
 

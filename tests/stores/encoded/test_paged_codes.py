@@ -12,8 +12,8 @@ from kvcompile.kernels import reference
 from kvcompile.kernels.layout import Queries
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
-from kvcompile.stores.codes import Codes, Format, RaggedCodes
-from kvcompile.stores.paged_codes import PagedCodes
+from kvcompile.stores.encoded.codes import Codes, Format, RaggedCodes
+from kvcompile.stores.encoded.paged import PagedCodes
 
 BATCH, HEADS, DIM = 2, 2, 8
 FORMATS = {

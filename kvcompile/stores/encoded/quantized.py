@@ -16,9 +16,9 @@ from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
 from kvcompile.stores.base import Chosen, Move, Row
-from kvcompile.stores.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.dense import DenseStore, of_rows
-from kvcompile.stores.paged_codes import PagedCodes
+from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
+from kvcompile.stores.encoded.paged import PagedCodes
 from kvcompile.stores.pool import PagePool
 from kvcompile.stores.ragged import RaggedStore, padded
 

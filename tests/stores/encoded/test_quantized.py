@@ -20,8 +20,8 @@ from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import Codec, Storage
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.encoded.quantized import QuantizedStore
 from kvcompile.stores.factory import expected_parts
-from kvcompile.stores.quantized import QuantizedStore
 
 HEADS, DIM, HEADROOM = 2, 8, 8
 CHANNEL = Storage(Codec("int8", "channel", 4), Codec("int8", "token", 4), residual=4)

@@ -8,7 +8,7 @@ from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
 from kvcompile.stores.base import Chosen, Row, listed, scattered
-from kvcompile.stores.codes import Codes, Format
+from kvcompile.stores.encoded.codes import Codes, Format
 from kvcompile.stores.pages import Paged, PagedRows, alone
 
 NAMES = ("keys", "key_scales", "values", "value_scales", "positions")
