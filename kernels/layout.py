@@ -8,6 +8,7 @@ or 1 (scale). Formats without scales have None.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
@@ -97,6 +98,21 @@ def longest(view: View) -> int:
     alike = sum(s.keys.shape[2] for s in parts(view) if isinstance(s, DenseView))
     others = [s.lengths for s in parts(view) if not isinstance(s, DenseView)]
     return alike + max(map(sum, zip(*others, strict=True)), default=0)
+
+
+def view_bytes(view: View, latent: bool = False) -> int:
+    """Bytes of keys, values and scales that attention to a view reads. latent: values are channels of the keys."""
+    return sum(_segment_bytes(s, latent) for s in parts(view))
+
+
+def _segment_bytes(s: Segment, latent: bool) -> int:
+    axis, count = (2, s.keys.shape[:3].numel()) if isinstance(s, DenseView) else (0, sum(s.lengths))
+    total = 0
+    for x in (s.keys, None if latent else s.values, s.key_scales, s.value_scales):
+        if x is not None and count:
+            tokens = s.keys.shape[axis] // x.shape[axis]  # that share one entry of it
+            total += count // tokens * prod(x.shape[axis + 1 :]) * x.element_size()
+    return total
 
 
 @dataclass(frozen=True)

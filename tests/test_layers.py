@@ -22,6 +22,7 @@ LAYERS = (
     ("stack",),
     ("kernels",),
     ("stores",),
+    ("recall",),
     ("models",),
     ("runtime",),
     ("graph",),

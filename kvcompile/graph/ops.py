@@ -18,6 +18,7 @@ from kvcompile.runtime import eviction as selections
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.base import Chosen
 
 if TYPE_CHECKING:
     from kvcompile.runtime.attention import Expansion
@@ -89,6 +90,8 @@ def hadamard(states: Tensor) -> Tensor:
 def kv_append(cache: KVCache, keys: Tensor, values: Tensor, step: Step, layer: int) -> LayerCache:
     """Store new keys and values `[B, H_kv, Q, D]`; the result is the edge that `attend` and `compress` read."""
     kv: LayerCache = cache.layers[layer]
+    if step.prefill and kv.plan.selection is not None:
+        kv.ungroup()
     # a prefill that is about to be compressed or encoded needs no room behind it
     shrinks = kv.plan.selection is not None or kv.plan.storage.quantized
     kv.append(keys, values, step.positions, step.valid, 0 if step.prefill and shrinks else cache.headroom)
@@ -124,15 +127,28 @@ def attend(
     layer: int,
     expansion: Expansion | None = None,
     sinks: Tensor | None = None,
+    chosen: Chosen | None = None,
 ) -> Tensor:
-    """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, as `[B, Q, H_q * D]`.
+    """Attention of the new queries `[B, H_q, Q, D]` to what `kv` holds, or what of it is `chosen`: `[B, Q, H_q * D]`.
 
     Where `kv` holds latents, queries are absorbed ones and the `expansion` brings results back to heads of values.
     `sinks [H_q]`: what each query head has learned to weigh beside the entries (None: nothing).
     """
     if expansion is not None:
-        return expansion.attended(queries, kv, step, layer, sinks)
-    return kv.attend(queries, step, layer, sinks=sinks).transpose(1, 2).flatten(2)
+        return expansion.attended(queries, kv, step, layer, sinks, chosen)
+    return kv.attend(queries, step, layer, chosen, sinks).transpose(1, 2).flatten(2)
+
+
+@at_the_cache
+def recall(queries: Tensor, kv: LayerCache, step: Step, layer: int) -> Chosen | None:
+    """The entries of each row that the queries `[B, H_q, Q, D]` of a layer read; None: all of them."""
+    return kv.recall(queries, step, layer)
+
+
+@at_the_cache
+def index(kv: LayerCache, step: Step, layer: int) -> None:
+    """Put entries that are no longer among the newest into groups."""
+    kv.group_new(step)
 
 
 @at_the_cache
@@ -187,7 +203,7 @@ def to_host(step: Step, layer: int) -> None:
     step.cache.layers[layer].to_host()
 
 
-EFFECTS = (begin, kv_append, observe, compress, allocate, trim, flush, prefetch, fetch, to_host)
+EFFECTS = (begin, kv_append, observe, recall, compress, allocate, trim, index, flush, prefetch, fetch, to_host)
 for op in EFFECTS:
     has_side_effect(op)
 

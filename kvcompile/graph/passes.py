@@ -12,6 +12,7 @@ from kvcompile.graph import ops
 from kvcompile.graph.offload import InsertOffload
 from kvcompile.graph.pass_base import Pass, last_readers
 from kvcompile.graph.quantize import InsertSettling, RotateHeads
+from kvcompile.graph.recall import InsertRecall
 from kvcompile.graph.share import ShareKV
 from kvcompile.graph.wiring import appends, observes
 from kvcompile.plan.plan import LayerPlan, Plan
@@ -109,6 +110,7 @@ PASSES: tuple[type[Pass], ...] = (
     InsertCompression,
     TrimSliding,
     RotateHeads,
+    InsertRecall,
     InsertSettling,
     InsertOffload,
 )

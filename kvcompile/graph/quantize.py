@@ -7,7 +7,7 @@ import torch.fx as fx
 from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.graph.pass_base import Pass, last_readers
-from kvcompile.graph.wiring import appends, attends, observes
+from kvcompile.graph.wiring import appends, attends, groupings, observes, selections
 from kvcompile.plan.plan import LayerPlan
 
 
@@ -24,7 +24,7 @@ class InsertSettling(Pass):
     def run(self, module: fx.GraphModule) -> int:
         """Insert the nodes."""
         graph = module.graph
-        stored, after = appends(graph), {**last_readers(graph), **selections(graph)}
+        stored, after = appends(graph), {**last_readers(graph), **selections(graph), **groupings(graph)}
         for p in self._layers():
             kv = stored[p.index]
             with graph.inserting_after(after[p.index]):
@@ -37,7 +37,7 @@ class InsertSettling(Pass):
         flushed = {int(node.args[2]): node for node in order if node.target is ops.flush}
         if sorted(flushed) != [p.index for p in self._layers()]:
             raise KvcompileError("every quantized layer must be flushed once", f"layers {sorted(flushed)}")
-        for before in (last_readers(module.graph), selections(module.graph)):
+        for before in (last_readers(module.graph), selections(module.graph), groupings(module.graph)):
             for layer, node in flushed.items():
                 if layer in before and order[before[layer]] > order[node]:
                     raise KvcompileError(f"layer {layer} must be flushed after its readers", str(before[layer]))
@@ -92,14 +92,3 @@ def _fed(node: fx.Node, place: int) -> fx.Node:
 def _turned(graph: fx.Graph, states: fx.Node) -> fx.Node:
     with graph.inserting_after(states):
         return graph.call_function(ops.hadamard, (states,))
-
-
-def selections(graph: fx.Graph) -> dict[int, fx.Node]:
-    """For each selected layer the node that drops its tokens."""
-    found: dict[int, fx.Node] = {}
-    for node in graph.nodes:
-        if node.target is ops.compress:
-            found[int(node.args[3])] = node
-        elif node.target is ops.allocate:
-            found.update({int(i): node for i in node.args[1]})
-    return found

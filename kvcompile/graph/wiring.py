@@ -28,6 +28,22 @@ def observes(graph: fx.Graph) -> dict[int, fx.Node]:
     return _by_layer(graph, ops.observe, 4)
 
 
+def groupings(graph: fx.Graph) -> dict[int, fx.Node]:
+    """`index` nodes by layer."""
+    return _by_layer(graph, ops.index, 2)
+
+
+def selections(graph: fx.Graph) -> dict[int, fx.Node]:
+    """For each selected layer the node that drops its tokens."""
+    found: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is ops.compress:
+            found[int(node.args[3])] = node
+        elif node.target is ops.allocate:
+            found.update({int(i): node for i in node.args[1]})
+    return found
+
+
 def wiring(graph: fx.Graph) -> dict[int, int]:
     """{layer that attends: layer whose `kv_append` it reads}."""
     return {index: int(node.args[1].args[4]) for index, node in attends(graph).items()}  # type: ignore[union-attr, arg-type]

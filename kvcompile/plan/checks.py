@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.recall import Recall
 from kvcompile.plan.selection import Selection
 from kvcompile.plan.storage import PLAIN, Codec
 from kvcompile.plan.structure import Latent
@@ -22,6 +23,8 @@ def check(plan: Plan) -> None:
             _check_latent(p, p.latent)
         if p.selection is not None:
             _check_selection(plan, p, p.selection)
+        if p.recall is not None:
+            _check_recall(p, p.recall)
         if p.storage != PLAIN:
             _check_storage(p)
 
@@ -78,6 +81,40 @@ def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
                 f"{s.budget.value:g} tokens",
                 f"stack.{s.policy}.budget={sinks + recent} or more",
             )
+
+
+def _check_recall(p: LayerPlan, recall: Recall) -> None:
+    where, s = f"{recall.policy}: layer {p.index}", p.selection
+    if p.owner != p.index:
+        raise KvcompileError(
+            f"{where} has no cache of its own, so what is read of it cannot be chosen",
+            f"a layer that reads layer {p.owner}'s",
+            f"stack.{recall.policy}.skip_layers=[{p.index}]",
+        )
+    if p.sliding_window:
+        raise KvcompileError(
+            f"{where} attends to a sliding window, all of which is read",
+            f"a window of {p.sliding_window} tokens",
+            f"stack.{recall.policy}.skip_layers=[{p.index}]",
+        )
+    if s is not None and s.schedule.decode_every:
+        raise KvcompileError(
+            f"{where}: tokens are in groups while they are decoded, so they are dropped at the end of a prompt alone",
+            f"stack.{s.policy}.decode_every={s.schedule.decode_every}",
+            f"stack.{s.policy}.decode_every=0",
+        )
+    if s is not None and s.positions == "compact":
+        raise KvcompileError(
+            f"{where}: tokens in groups keep their positions",
+            f"stack.{s.policy}.positions=compact",
+            f"stack.{s.policy}.positions=original",
+        )
+    if s is not None and p.storage.quantized and recall.grouping.reorders:
+        raise KvcompileError(
+            f"{where}: a later prompt selects among tokens in the order of the text, which encoded groups have lost",
+            f"{s.policy!r}, {recall.policy!r} and {p.storage.policy!r} in one stack",
+            "drop one, or take a recall that leaves tokens where they are (quest)",
+        )
 
 
 def _check_latent(p: LayerPlan, latent: Latent) -> None:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import checks
+from kvcompile.plan.recall import GROUP_BYTES, Recall
 from kvcompile.plan.selection import Selection
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.plan.structure import Fold, Heads, Latent
 
-Family = Literal["structure", "selection", "storage"]
-ORDER: tuple[Family, ...] = ("structure", "selection", "storage")
+Family = Literal["structure", "selection", "recall", "storage"]
+ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -33,6 +34,7 @@ class LayerPlan:
     sliding_window: int | None = None
     softcap: float | None = None
     selection: Selection | None = None
+    recall: Recall | None = None
     storage: Storage = PLAIN
     rotates: bool = True  # whether queries and keys get rotary positions
     rotary: int = 0  # channels of a head that they turn, where `rotates`
@@ -70,6 +72,12 @@ class LayerPlan:
             return tokens * self.latent.width * DTYPE_BYTES[dtype]
         return self.storage.nbytes(tokens, self.head_dim, dtype)
 
+    def encoded_bytes(self, tokens: int, dtype: str) -> int:
+        """Bytes of `tokens` tokens of one KV head that are older than the residual."""
+        if self.latent:
+            return self.nbytes(tokens, dtype)
+        return sum(codec.nbytes(tokens, self.head_dim) for codec in self.storage.codecs(dtype))
+
     def span(self, tokens: int) -> int:
         """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
         return min(tokens, self.sliding_window) if self.sliding_window else tokens
@@ -88,6 +96,8 @@ class LayerBytes:
     bytes: int
     dense_bytes: int
     host: int = 0  # of `bytes`, what lies in host memory between passes
+    index_bytes: int = 0  # of what stands for groups of tokens, beside `bytes`; always on the device
+    read: int = 0  # bytes that the next decode step reads here, those of the index included
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class Plan:
     def record(self, name: str, family: Family) -> Plan:
         """The plan with a policy added to its history.
 
-        Raises KvcompileError where the family comes after a later one (legal: structure, selection, storage).
+        Raises KvcompileError where the family comes after a later one (legal: structure, selection, recall, storage).
         """
         for before in self.applied:
             if ORDER.index(before.family) > ORDER.index(family):
@@ -189,12 +199,12 @@ class Plan:
 
     def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
         """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
-        rows = []
+        rows: list[LayerBytes] = []
         for p in self.layers:
             full = p.span(tokens)
             dense = full * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
             if p.owner != p.index:
-                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense))
+                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense, read=rows[p.owner].read))
                 continue
             kept = self.kept(p.index, tokens)
             if kept is not None:
@@ -205,8 +215,27 @@ class Plan:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
             nbytes = batch * sum(p.nbytes(n, self.dtype) for n in shares)
-            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, nbytes if p.storage.offload else 0))
+            by_row = [self.reading(p, n, tokens) for n in shares]
+            index, read = (batch * sum(x) for x in zip(*by_row, strict=True))
+            host = nbytes if p.storage.offload else 0
+            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read))
         return rows
+
+    def reading(self, p: LayerPlan, length: int, tokens: int) -> tuple[int, int]:
+        """(bytes of its index, bytes that the next step reads) of a row of `length` tokens after a prompt of `tokens`.
+
+        A step reads the token that it adds too, in the model's dtype.
+        """
+        new = p.nbytes(1, self.dtype) if p.latent else 2 * p.head_dim * DTYPE_BYTES[self.dtype]
+        if p.recall is None:
+            return 0, p.nbytes(length, self.dtype) + new
+        chunk = self.prefill_chunk or tokens
+        lengths = [length] if p.selection else [*range(chunk, length, chunk), length]
+        covered, groups = p.recall.grouped(lengths, p.storage)
+        unread = covered - p.recall.tokens(tokens + 1, covered, p.storage.block)
+        numbers = p.key_dim * (2 if p.recall.grouping.form == "bounds" else 1)
+        index = groups * (numbers * DTYPE_BYTES[self.dtype] + GROUP_BYTES)
+        return index, index + p.nbytes(length, self.dtype) - p.encoded_bytes(unread, self.dtype) + new
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of the whole plan, for reading and comparing; scores and allocations by class name and fields."""

@@ -12,6 +12,7 @@ from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.runtime.cache import Step
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.base import Chosen
 
 
 def per_head(heads: Tensor, weight: Tensor) -> Tensor:
@@ -30,7 +31,15 @@ class Expansion:
     absorb: Tensor
     up: Tensor
 
-    def attended(self, absorbed: Tensor, kv: LayerCache, step: Step, layer: int, sinks: Tensor | None = None) -> Tensor:
+    def attended(
+        self,
+        absorbed: Tensor,
+        kv: LayerCache,
+        step: Step,
+        layer: int,
+        sinks: Tensor | None = None,
+        chosen: Chosen | None = None,
+    ) -> Tensor:
         """Attention as `[B, Q, H_q * D]`.
 
         A prompt that sees itself alone is expanded to keys and values of every head, which takes fewer products than
@@ -39,11 +48,11 @@ class Expansion:
         """
         count = absorbed.shape[2]
         library = step.cache.backend.library_prompts and step.valid is None and not kv.sums_wanted(absorbed, step)
-        view = kv.held.view() if library and count > 1 else None
+        view = kv.held.view() if library and count > 1 and chosen is None else None
         if isinstance(view, DenseView) and view.keys.shape[2] == count:
             out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts), sinks)
         else:
-            out = per_head(kv.attend(absorbed, step, layer, sinks=sinks), self.up)
+            out = per_head(kv.attend(absorbed, step, layer, chosen, sinks), self.up)
         return out.transpose(1, 2).flatten(2)
 
     def _expanded(

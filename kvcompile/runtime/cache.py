@@ -85,6 +85,7 @@ class KVCache(Cache):  # type: ignore[misc]
         self.evictions = Evictions()
         self.seen: list[int] = []
         self.shift: Tensor | None = None
+        self.reads: dict[int, int] | None = None  # bytes that attention reads, by layer; None: they are not counted
         self.tick = 0
         self.croppable = 0
         self.chunk(prompting=False, last=True)
@@ -182,6 +183,15 @@ class KVCache(Cache):  # type: ignore[misc]
         summed = s is not None and s.score.needs.reduce == "sum" and s.schedule.decode_every > 0
         return [self.spec(index, p, summed and self.scores(index, p, getattr(torch, self.plan.dtype))) for p in parts]
 
+    def count_read(self, index: int, nbytes: int) -> None:
+        """Count what layer `index` reads, where somebody asks (`reads`)."""
+        if self.reads is not None:
+            self.reads[index] = self.reads.get(index, 0) + nbytes
+
+    def grouped(self) -> None:
+        """Record that entries were put into groups: they may lie elsewhere, so none of them can be taken back."""
+        self.croppable = 0
+
     def evicted(self, index: int, dropped: int) -> None:
         """Record that layer `index` dropped entries: what was before can no longer be cropped exactly."""
         self.evictions.dropped[index] = self.evictions.dropped.get(index, 0) + dropped
@@ -221,6 +231,10 @@ class KVCache(Cache):  # type: ignore[misc]
         """Bytes of everything allocated for the cache: keys, values, positions and room for the next tokens."""
         return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
 
+    def index_bytes(self) -> int:
+        """Bytes of what stands for groups of tokens, beside keys and values."""
+        return sum(layer.index.nbytes() for layer in self.layers if layer.index is not None)
+
     def resident(self) -> int:
         """Bytes allocated on the compute device: all but what lies in host memory, and copies on their way."""
         return sum(layer.resident() for layer in self.layers)
@@ -245,7 +259,9 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def is_croppable(self) -> bool:
         """Whether every token could be taken back: only where nothing can be evicted or encoded."""
-        return not self.plan.selected and not any(p.sliding_window or p.storage.quantized for p in self.plan.layers)
+        return not self.plan.selected and not any(
+            p.sliding_window or p.storage.quantized or p.recall for p in self.plan.layers
+        )
 
     def _select(self, sequences: Tensor) -> None:
         for layer in self.layers:
@@ -340,6 +356,7 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             if layer.store is not None:
                 layer.store.drop_last(count)
+                layer.recalled.clear()
                 layer.columns -= count
                 layer.history.forget()
         self.seen = [n - count for n in self.seen]

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.choose import choose
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
-from kvcompile.kernels.layout import Queries
+from kvcompile.kernels.layout import Queries, view_bytes
 from kvcompile.plan.plan import LayerPlan
+from kvcompile.recall.choice import Recalled, mean_query
+from kvcompile.recall.index import Index
 from kvcompile.runtime.history import QueryHistory
 from kvcompile.stores import factory
 from kvcompile.stores.base import Chosen, Store
@@ -41,6 +44,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.plan, self.encoder, self.compactor = plan, encoder, compactor
         self.store: Store | None = None
         self.history = QueryHistory()
+        self.index: Index | None = None
+        self.recalled: dict[int, Recalled] = {}
         self.columns = 0
         self.transfer = HostTransfer() if plan.storage.offload else None
 
@@ -123,7 +128,52 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         store, cache, sums = self.held, step.cache, self._sums(queries, step)
         spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
         attend = cache.attention(spec, queries.dtype, self._learns(queries))
-        return attend(Queries(queries, step.positions, step.valid, sinks), store.view(chosen), spec, sums)
+        view = store.view(chosen)
+        if cache.reads is not None:
+            cache.count_read(layer, view_bytes(view, spec.latent))
+        return attend(Queries(queries, step.positions, step.valid, sinks), view, spec, sums)
+
+    def group_new(self, step: Step) -> None:
+        """Put entries that are no longer among the newest into groups: at the end of a prompt, then now and then."""
+        recall, s = self.plan.recall, self.plan.selection
+        if recall is None or (s is not None and step.prefill and not step.last):
+            return
+        with self._at_hand() as store:
+            if self.index is None:
+                self.index = Index(recall, self.plan.storage, store.batch * store.heads)
+            if self.index.extend(store, 1 if step.prefill else recall.every):
+                self.recalled.clear()
+                self._changed()
+                step.cache.grouped()
+
+    def ungroup(self) -> None:
+        """Forget the groups, with entries in the order of their positions again: for a selection that looks at it."""
+        if self.index is None:
+            return
+        first, rows = self.index.first, self.held.rows()
+        spans = {r: slice(first, first + n) for r, n in enumerate(self.index.covered) if n}
+        if self.index.recall.grouping.reorders:
+            self.held.reorder({r: (first, rows[r][2][span].argsort()) for r, span in spans.items()})
+        self.index = None
+        self.recalled.clear()
+
+    def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
+        """The entries that the queries `[B, H_q, Q, D]` of layer `layer` read; None: all of them.
+
+        Queries of a chunk choose together, by their mean.
+        """
+        recall, index = self.plan.recall, self.index
+        if recall is None or index is None or index.table is None or (step.prefill and not recall.prompts):
+            return None
+        store, past = self.held, self.recalled.get(layer)
+        lengths = store.lengths
+        if past is None or step.prefill or step.tick >= past.tick + recall.reuse:
+            wanted = index.wanted(step.cache.seen, store.heads)
+            rows = torch.unflatten(mean_query(queries, step.valid), 1, (store.heads, -1)).flatten(0, 1)
+            entries = choose(rows, index.table, wanted, lengths, recall.agree)
+            past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
+            step.cache.count_read(layer, index.nbytes())
+        return past.extended(lengths)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
         """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
@@ -156,6 +206,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
             self._changed()
+            self.index = None
             self.store = store.keep(indices, headroom, self.compactor)
 
     def rewrite(self, keys: list[Tensor]) -> None:
@@ -234,10 +285,14 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.store.select(sequences.to(self.store.device))
             self._rehome()
             self.history.select(sequences)
+            self.recalled.clear()
+            if self.index is not None:
+                self.index.select(sequences, self.store.heads)
 
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.history, self.columns, self.is_initialized = None, QueryHistory(), 0, False
+        self.index, self.recalled = None, {}
         self.transfer = HostTransfer() if self.transfer is not None else None
 
     def get_seq_length(self) -> int:

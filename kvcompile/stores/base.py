@@ -19,6 +19,7 @@ POSITION_TYPE = torch.int32
 
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
 Chosen = Tensor | list[Tensor]  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
+Orders = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and the order its entries get, `[n]` int64
 Move = Callable[[Tensor], Tensor]
 
 
@@ -103,6 +104,17 @@ class Store(Protocol):
         """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where they are encoded."""
         ...
 
+    def fixed(self, row: int) -> int:
+        """Entries of a row, its first ones, that cannot change places: encoded ones."""
+        ...
+
+    def reorder(self, orders: Orders) -> None:
+        """Put entries of some rows in another order, in place: entry `start + i` becomes what `start + order[i]` was.
+
+        Positions go with their entries.
+        """
+        ...
+
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
         ...
@@ -162,10 +174,29 @@ class Plain(ABC):
         """Nothing is encoded: False."""
         return False
 
+    def fixed(self, row: int) -> int:
+        """None."""
+        return 0
+
+    def reorder(self, orders: Orders) -> None:
+        """Put entries of some rows in another order, in place."""
+        rows = self.rows()
+        for row, (start, order) in orders.items():
+            keys, values, positions = rows[row]
+            own = (keys, positions) if overlap(keys, values) else (keys, values, positions)
+            for x in own:
+                stretch = x[start : start + order.numel()]
+                stretch.copy_(stretch[order])
+
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`."""
         for (old, _, _), new in zip(self.rows(), keys, strict=True):
             old.copy_(new)
+
+
+def overlap(keys: Tensor, values: Tensor) -> bool:
+    """Whether values are channels of the keys."""
+    return keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
 def listed(chosen: Chosen, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:

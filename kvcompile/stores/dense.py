@@ -11,7 +11,7 @@ from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import DenseView, PagedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, listed, scattered
 from kvcompile.stores.ragged import RaggedStore
 
 
@@ -110,10 +110,18 @@ class DenseStore(Plain):
         if chosen is None:
             n = self.length
             return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
-        self.positions = self.positions.expand(-1, self.heads, -1).contiguous()
+        self._own_positions()
         rows, entries, counts = listed(chosen, self.device)
         keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
         return scattered((keys, values, positions), rows * self.keys.shape[2] + entries, counts, self.heads)
+
+    def _own_positions(self) -> None:
+        self.positions = self.positions.expand(-1, self.heads, -1).contiguous()
+
+    def reorder(self, orders: Orders) -> None:
+        """Put entries of some rows in another order, in place; each head has positions of its own then."""
+        self._own_positions()
+        super().reorder(orders)
 
     @property
     def parts(self) -> tuple[Part, ...]:

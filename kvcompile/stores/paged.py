@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part, plain
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, listed, scattered
 from kvcompile.stores.pages import Paged, PagedRows, alone, ranges
 
 
@@ -135,6 +135,17 @@ class PagedStore(Paged, Plain):
             return out
 
         return padded(held["keys"], 0), padded(self._values(held), 0), padded(held["positions"], -1), lengths
+
+    @alone
+    def reorder(self, orders: Orders) -> None:
+        """Put entries of some rows in another order, in place; pages that others share are copied first."""
+        pages = self.pages
+        pages.open([orders[r][0] if r in orders else n for r, n in enumerate(self.lengths)])
+        rows = torch.cat([torch.full_like(order, r) for r, (_, order) in orders.items()])
+        old = torch.cat([start + order for start, order in orders.values()])
+        steps = [torch.arange(len(order), dtype=torch.int64, device=order.device) for _, order in orders.values()]
+        new = torch.cat([start + step for (start, _), step in zip(orders.values(), steps, strict=True)])
+        pages.write(pages.slots(rows, new), pages.read(pages.slots(rows, old)))
 
     @alone
     def rewrite(self, keys: list[Tensor]) -> None:

@@ -15,7 +15,7 @@ from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
-from kvcompile.stores.base import Chosen, Move, Row
+from kvcompile.stores.base import Chosen, Move, Orders, Row
 from kvcompile.stores.dense import DenseStore, of_rows
 from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.encoded.paged import PagedCodes
@@ -186,6 +186,15 @@ class QuantizedStore:
                 "store them in the model's own dtype",
             )
         self.residual.rewrite(keys)
+
+    def fixed(self, row: int) -> int:
+        """Encoded tokens of a row, which share scales with their neighbours."""
+        return self.encoded[row]
+
+    def reorder(self, orders: Orders) -> None:
+        """Put entries of some rows that are not encoded in another order, in place."""
+        encoded = self.encoded
+        self.residual.reorder({r: (start - encoded[r], order) for r, (start, order) in orders.items()})
 
     def _untouched(self, inside: Tensor, total: int) -> int:
         """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""

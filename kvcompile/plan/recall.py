@@ -1,0 +1,130 @@
+"""What a step reads of the tokens that are kept, as data that a plan can hold. Names and numbers only (no torch).
+
+A row of the cache is, in this order,
+
+    sinks | group | group | ... | group | recent
+
+Every group is a stretch of entries that are recalled together; a step reads the sinks, the groups that its queries ask
+for and the recent entries. The run-time side is `kvcompile.recall`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from kvcompile.plan.selection import Budget
+from kvcompile.plan.storage import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Form = Literal["vector", "bounds"]
+Agreement = Literal["mean", "max"]
+GROUP_BYTES = 8  # where a group begins and how many entries it has, int32 each
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a grouping sees of the entries that it divides, of rows with equally many: `keys [R, n, D]`, as cached.
+
+    unit: sizes of groups must be multiples of it (tokens that share scales). movable: entries may change places.
+    """
+
+    keys: Tensor
+    unit: int = 1
+    movable: bool = True
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Entries of R rows, divided into G groups each.
+
+    representatives: `[R, G, D]`, or bounds `[R, G, 2, D]` (smallest and largest of each channel).
+    sizes: `[R, G]` int64, tokens; each row's add up to its entries. order: `[R, n]` int64, the entries group by group,
+    those first in each that stay where its end is cut off; None: as they lie.
+    """
+
+    representatives: Tensor
+    sizes: Tensor
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Divides the entries of a row into groups and says what stands for a group. A subclass implements `divide`.
+
+    How much a query q wants a group is, by `form`, with r its representative,
+
+        vector: q . r        bounds: sum_d max(q_d low_d, q_d high_d)
+    """
+
+    form: ClassVar[Form] = "vector"
+    reorders: ClassVar[bool] = False  # whether entries change places, where they may
+
+    @property
+    def block(self) -> int:
+        """What it divides is a multiple of so many entries."""
+        return 1
+
+    def count(self, entries: int, unit: int) -> int:
+        """Groups that `entries` entries make."""
+        raise NotImplementedError
+
+    def divide(self, entries: Entries) -> Groups:
+        """The groups of some entries, `count` of them in each row."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Everything static about what a step reads of a layer.
+
+    policy: who said so, for messages. budget: entries of groups that a KV head reads at a step. sinks: first entries of
+    a row, always read and in no group. recent: newest entries that stay out of groups. every: decoded tokens beyond
+    these that make new groups together. agree: how the query heads of a KV head (and the queries of a chunk, by their
+    mean) agree on a group. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice.
+    """
+
+    policy: str
+    grouping: Grouping
+    budget: Budget
+    sinks: int = 16
+    recent: int = 0
+    every: int = 320
+    agree: Agreement = "mean"
+    reuse: int = 1
+    prompts: bool = False
+
+    def step(self, unit: int) -> int:
+        """Entries are grouped in multiples of so many."""
+        return math.lcm(unit, self.grouping.block)
+
+    def first(self, unit: int) -> int:
+        """Entries of a row in front of its groups: the sinks, up to a whole unit."""
+        return -(-self.sinks // unit) * unit
+
+    def newest(self, storage: Storage) -> int:
+        """Newest entries that stay out of groups: those that are not encoded yet are among them."""
+        return max(self.recent, storage.residual)
+
+    def groupable(self, length: int, covered: int, unit: int, newest: int) -> int:
+        """How many entries of a row of `length`, of which `covered` are in groups, can be grouped now."""
+        step = self.step(unit)
+        return max(0, length - self.first(unit) - covered - newest) // step * step
+
+    def tokens(self, seen: int, covered: int, unit: int) -> int:
+        """Entries of groups that a row reads, where `covered` are in groups, after `seen` tokens."""
+        wanted = self.budget.of(seen)
+        return min(covered, max(unit, wanted // unit * unit))
+
+    def grouped(self, lengths: Iterable[int], storage: Storage) -> tuple[int, int]:
+        """(entries in groups, groups) of a row that has grown to each of `lengths` at the ends of prompt chunks."""
+        covered = groups = 0
+        for length in lengths:
+            new = self.groupable(length, covered, storage.block, self.newest(storage))
+            if new:
+                covered, groups = covered + new, groups + self.grouping.count(new, storage.block)
+        return covered, groups

@@ -1,0 +1,37 @@
+"""What was chosen, and by which query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Recalled:
+    """A choice: the step that it was made at, the entries of each row, and how many entries the rows had then."""
+
+    tick: int
+    entries: list[Tensor]
+    lengths: list[int]
+
+    def extended(self, lengths: list[int]) -> list[Tensor]:
+        """The same entries, and all that have come since."""
+        if lengths != self.lengths:
+            self.entries = [
+                torch.cat((row, torch.arange(old, new, dtype=torch.int64, device=row.device)))
+                for row, old, new in zip(self.entries, self.lengths, lengths, strict=True)
+            ]
+            self.lengths = lengths
+        return self.entries
+
+
+def mean_query(queries: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean of the real queries of `[B, H_q, Q, D]`, `[B, H_q, D]`."""
+    if queries.shape[2] == 1:
+        return queries[:, :, 0]
+    if valid is None:
+        return queries.mean(2)
+    real = valid[:, None, :, None].to(queries.dtype)
+    return (queries * real).sum(2) / real.sum(2).clamp(min=1)
