@@ -140,8 +140,8 @@ def stacks(draw: st.DrawFn) -> Stack:
 def cases(draw: st.DrawFn) -> Case:
     """Any case; prompts are shorter than the windows of sliding layers as well as longer."""
     family = draw(st.sampled_from(ARCHITECTURES))
-    # transformers multiplies the experts of a mixtral in float64 on no CPU
-    wide = [] if family == "mixtral" else ["float64"]
+    # transformers multiplies the experts of these in float64 on no CPU
+    wide = [] if family in ROUTED else ["float64"]
     return Case(
         family=family,
         dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16", *wide])),
