@@ -27,7 +27,7 @@ def backends() -> dict[str, Backend]:
 
     Raises KvcompileError if an entry point cannot be loaded, is no Backend of its name, or takes a name that is taken.
     """
-    found = {backend.name: backend for backend in BUILT_IN}
+    by_name = {backend.name: backend for backend in BUILT_IN}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
             backend = entry.load()
@@ -37,17 +37,17 @@ def backends() -> dict[str, Backend]:
             ) from error
         if not isinstance(backend, Backend) or backend.name != entry.name:
             raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Backend of that name", entry.value)
-        if found.setdefault(entry.name, backend) is not backend:
-            raise KvcompileError(f"backend {entry.name!r} is there twice", f"{entry.value} and {found[entry.name]}")
-    return found
+        if by_name.setdefault(entry.name, backend) is not backend:
+            raise KvcompileError(f"backend {entry.name!r} is there twice", f"{entry.value} and {by_name[entry.name]}")
+    return by_name
 
 
 def named(name: str) -> Backend:
     """The backend of a name. Raises KvcompileError with the list of all for a name that is none."""
-    found = {backend.name: backend for backend in BUILT_IN}.get(name) or backends().get(name)
-    if found is None:
+    backend = {backend.name: backend for backend in BUILT_IN}.get(name) or backends().get(name)
+    if backend is None:
         raise KvcompileError(f"kernels must be one of auto, {', '.join(names())}", shortened(repr(name), FOREIGN))
-    return found
+    return backend
 
 
 def choose(requested: str, device: torch.device | str = "cpu") -> Backend:

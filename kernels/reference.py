@@ -50,14 +50,14 @@ def _entries(view: RaggedView | PagedView, r: int) -> Tensor:
 
 def biases(view: View, b: int, h: int) -> Tensor:
     """What is added to the logits of the entries of one row, `[n]`. Raises ValueError where a part has no bias."""
-    found = []
+    per_part = []
     for s in parts(view):
         bias = required(s.bias, "a bias of each entry")
         if isinstance(s, DenseView):
-            found.append(bias[b, min(h, bias.shape[1] - 1)])
+            per_part.append(bias[b, min(h, bias.shape[1] - 1)])
         else:
-            found.append(bias[_entries(s, b * s.heads + h)])
-    return torch.cat(found)
+            per_part.append(bias[_entries(s, b * s.heads + h)])
+    return torch.cat(per_part)
 
 
 def required(x: Tensor | None, what: str) -> Tensor:
@@ -76,11 +76,11 @@ def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     return torch.cat((logits, sinks.to(logits).expand(*logits.shape[:-1], 1)), -1).softmax(-1)[..., :-1]
 
 
-def hidden(held: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
-    """Which entries at true positions `held` a query at `at` does not see (broadcast)."""
-    unseen = held > at
+def hidden(positions: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
+    """Which entries at true positions `positions` a query at `at` does not see (broadcast)."""
+    unseen = positions > at
     if spec.sliding_window:
-        unseen = unseen | (held <= at - spec.sliding_window)
+        unseen = unseen | (positions <= at - spec.sliding_window)
     return unseen
 
 
@@ -99,8 +99,8 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
         at = queries.positions[b].unsqueeze(-1)
         real = slice(None) if queries.valid is None else queries.valid[b]
         for h in range(heads // spec.group):
-            keys, values, held = row(view, spec, b, h)
-            unseen = hidden(held, at, spec)
+            keys, values, positions = row(view, spec, b, h)
+            unseen = hidden(positions, at, spec)
             bias = biases(view, b, h) if spec.bias else 0.0
             for g in range(h * spec.group, (h + 1) * spec.group):
                 logits = q[b, g].double() @ keys.T * spec.scale

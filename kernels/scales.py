@@ -20,13 +20,13 @@ COARSE = 2.0**-18  # of float16's steps of 2^-24, 64 or fewer: from here on a sc
 WORSE = 2.0  # times the error that the same numbers have where float16 holds their scales in full
 
 
-def require_held(codes: Codes, given: Sequence[Tensor], format: Format, policy: str, layer: int) -> None:
+def require_held(codes: Codes, plain: Sequence[Tensor], format: Format, policy: str, layer: int) -> None:
     """Raise KvcompileError, naming the layer, where `given` (keys, values) cannot be told from `codes`.
 
     Read back are the largest scale of keys and that of values, no more, unless one is out of the ordinary. An encoding
     is judged as a whole: small groups beside large ones are off by 255 x 2^-25 at most.
     """
-    keys, values = given
+    keys, values = plain
     sides = (
         ("keys", keys, codes.keys, codes.key_scales, format.key),
         ("values", values, codes.values, codes.value_scales, format.value),

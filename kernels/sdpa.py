@@ -26,7 +26,7 @@ def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
-    """Same contract as `reference.attend`, in the dtype of the queries; coded and paged rows are decoded first.
+    """Same contract as `reference.attend`, in the dtype of the queries; quantized and paged rows are decoded first.
 
     Raises KvcompileError for a spec with `scores`, which no library call computes.
     """
@@ -80,10 +80,10 @@ def _sinks(queries: Queries, spec: KernelSpec) -> Tensor | None:
 
 def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
     q, at = queries.states, queries.positions
-    count, held = q.shape[2], view.keys.shape[2]
+    count, entries = q.shape[2], view.keys.shape[2]
     if count == 1:
         return _folded(queries, view, _window_mask(at, view.positions, spec), spec)
-    if count == held and not _explicit(spec) and not (spec.sliding_window and count > spec.sliding_window):
+    if count == entries and not _explicit(spec) and not (spec.sliding_window and count > spec.sliding_window):
         return F.scaled_dot_product_attention(
             q, view.keys, view.values, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -91,7 +91,7 @@ def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
     for start in range(0, count, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, count)
         # entries of later new tokens lie behind `seen`: no block needs them
-        seen = held - count + stop
+        seen = entries - count + stop
         block = replace(queries, states=q[:, :, start:stop], positions=at[:, start:stop])
         bias = None if view.bias is None else view.bias[:, :, :seen]
         part = DenseView(view.keys[:, :, :seen], view.values[:, :, :seen], view.positions[:, :, :seen], bias=bias)
@@ -138,23 +138,23 @@ def _by_hand(
     return torch.matmul(reference.softmax(logits, sinks).to(values.dtype), values)
 
 
-def _mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor:
+def _mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor:
     """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]` over entries at `held [B, H_kv or 1, n]`."""
-    asked, held = at[:, None, :, None], held[:, :, None, :]
-    visible = held <= asked
+    queries_at, entries_at = at[:, None, :, None], entries_at[:, :, None, :]
+    visible = entries_at <= queries_at
     if spec.sliding_window:
-        visible = visible & (held > asked - spec.sliding_window)
+        visible = visible & (entries_at > queries_at - spec.sliding_window)
     return visible
 
 
-def _window_mask(at: Tensor, held: Tensor, spec: KernelSpec) -> Tensor | None:
+def _window_mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor | None:
     """One new token sees everything held, unless a sliding window hides what has not been trimmed yet.
 
     Rows ascend, so the first entry tells; their number does not, as an eviction leaves gaps.
     """
-    if not spec.sliding_window or bool((held[:, :, 0] > at - spec.sliding_window).all()):
+    if not spec.sliding_window or bool((entries_at[:, :, 0] > at - spec.sliding_window).all()):
         return None
-    return _mask(at, held, spec)
+    return _mask(at, entries_at, spec)
 
 
 def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor:
@@ -167,12 +167,12 @@ def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor
     for i, (start, length) in enumerate(zip(view.starts, view.lengths, strict=True)):
         keys = view.keys[None, None, start : start + length]
         values = view.values[None, None, start : start + length]
-        held = view.positions[None, None, start : start + length]
-        mask = _window_mask(queries.positions[i // view.heads, None], held, spec)
+        entries_at = view.positions[None, None, start : start + length]
+        mask = _window_mask(queries.positions[i // view.heads, None], entries_at, spec)
         if _explicit(spec):
-            mine = None if sinks is None else sinks[i % view.heads]
+            row_sinks = None if sinks is None else sinks[i % view.heads]
             bias = None if view.bias is None else view.bias[None, None, start : start + length]
-            outs.append(_by_hand(rows[i], keys, values, mask, spec, mine, bias))
+            outs.append(_by_hand(rows[i], keys, values, mask, spec, row_sinks, bias))
         else:
             outs.append(_one_row(rows[i], keys, values, mask, spec))
     return torch.cat(outs, 1).reshape(batch, heads, 1, -1)
@@ -204,9 +204,11 @@ def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Ten
             out[b : b + 1, :, real] = _dense(new, _stacked(view, rows), spec)
             continue
         for h, i in enumerate(rows):
-            mine = slice(h * spec.group, (h + 1) * spec.group)
-            one = replace(new, states=new.states[:, mine], sinks=None if new.sinks is None else new.sinks[mine])
-            out[b : b + 1, mine, real] = _dense(one, _stacked(view, range(i, i + 1)), spec)
+            query_heads = slice(h * spec.group, (h + 1) * spec.group)
+            one = replace(
+                new, states=new.states[:, query_heads], sinks=None if new.sinks is None else new.sinks[query_heads]
+            )
+            out[b : b + 1, query_heads, real] = _dense(one, _stacked(view, range(i, i + 1)), spec)
     return out
 
 

@@ -38,7 +38,7 @@ def plain(layout: str, dtype: object, page: int = 0) -> tuple[Part, ...]:
 class KernelSpec:
     """One specialised attention kernel: everything here may be compiled in, everything else is an argument.
 
-    A row of the cache is its entries in `parts[0]`, then those in `parts[1]`, and so on (a quantised body and its
+    A row of the cache is its entries in `parts[0]`, then those in `parts[1]`, and so on (codes and their
     full-precision residual, or two precision tiers); one softmax runs over all of them.
     `scores`: column sums of attention come too.
     `latent`: values have no memory of their own, they are the last `value_dim` channels of the keys (MLA).

@@ -57,7 +57,7 @@ def shortened(value: object, longest: int = LONGEST) -> str:
 
 
 @contextmanager
-def told(rule: object, fix: str) -> Iterator[None]:
+def wrapped_errors(rule: object, fix: str) -> Iterator[None]:
     """Turn whatever goes wrong inside into one line that begins with `rule`: somebody else's data is read there."""
     try:
         yield

@@ -120,9 +120,9 @@ def require_alike(plan: Plan, policy: str, reader: LayerPlan, owner: LayerPlan) 
     latest: dict[tuple[int | None, bool], list[int]] = {}
     pattern = []
     for i, kind in enumerate(kinds):  # pairs inside each kind
-        mates = latest.setdefault(kind, [])
-        mates.append(i)
-        pattern.append(mates[(len(mates) - 1) // 2 * 2])
+        same_kind = latest.setdefault(kind, [])
+        same_kind.append(i)
+        pattern.append(same_kind[(len(same_kind) - 1) // 2 * 2])
     differ = "sliding window" if reader.sliding_window != owner.sliding_window else "rotary positions"
     raise KvcompileError(
         f"stack.{policy}: layers that share a cache must be alike in window and positions",

@@ -277,7 +277,7 @@ def test_what_is_loaded_is_what_was_saved(stack: Options, logits: float, tmp_pat
 
 
 def test_beams_share_and_part() -> None:
-    """Beam search repeats and reorders coded rows; with codes of 8 bits it finds what transformers finds."""
+    """Beam search repeats and reorders quantized rows; with codes of 8 bits it finds what transformers finds."""
     ids = tiny_ids(2, TOKENS)
     options = {"max_new_tokens": 50, "min_new_tokens": 50, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(ids)

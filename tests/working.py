@@ -1,4 +1,4 @@
-"""A layer's store at work: tokens come, are dropped and encoded in random order, with any mover."""
+"""A layer's store at work: tokens come, are dropped and encoded in random order, with any compactor."""
 
 from __future__ import annotations
 

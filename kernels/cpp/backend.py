@@ -45,13 +45,13 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     states = queries.states
     many = states.shape[2] > 1
     # specs are few and live long: to hash one takes longer than to call the kernel
-    found = _recent.get((id(spec), states.dtype, many))
-    if found is None or found[0] is not spec:
-        found = spec, _kernel(spec, states.dtype, many)
+    recent = _recent.get((id(spec), states.dtype, many))
+    if recent is None or recent[0] is not spec:
+        recent = spec, _kernel(spec, states.dtype, many)
         if len(_recent) >= REMEMBERED:
             _recent.clear()
-        _recent[id(spec), states.dtype, many] = found
-    return found[1](queries, view, sums)
+        _recent[id(spec), states.dtype, many] = recent
+    return recent[1](queries, view, sums)
 
 
 @opaque
@@ -82,8 +82,8 @@ def _plain(spec: KernelSpec, dtype: torch.dtype) -> bool:
 def _kernel(spec: KernelSpec, dtype: torch.dtype, many: bool, values: bool = True) -> Kernel:
     key = (spec, dtype, many, values)
     with _lock:
-        mine = _building.setdefault(key, threading.Lock())
-    with mine:
+        lock = _building.setdefault(key, threading.Lock())
+    with lock:
         if key not in _kernels:
             if not supports(spec, dtype):
                 raise KvcompileError(
@@ -171,11 +171,16 @@ class Chunk(_Compiled):
             and view.keys.shape[2] == queries.states.shape[2]
         ):
             return sdpa.attend(queries, view, self.spec)
-        asked, spec = _laid_out(queries), self.spec
-        batch, heads, count, _ = asked.states.shape
-        make = torch.empty if asked.valid is None else torch.zeros
-        out = make(batch, count, heads, spec.value_dim, dtype=self.dtype, device=asked.states.device).transpose(1, 2)
-        numbers = [*_asked(asked, spec, self.dtype), out.data_ptr(), *out.stride()[:3], *_new_tokens(asked, spec)]
+        queries, spec = _laid_out(queries), self.spec
+        batch, heads, count, _ = queries.states.shape
+        make = torch.empty if queries.valid is None else torch.zeros
+        out = make(batch, count, heads, spec.value_dim, dtype=self.dtype, device=queries.states.device).transpose(1, 2)
+        numbers = [
+            *_query_numbers(queries, spec, self.dtype),
+            out.data_ptr(),
+            *out.stride()[:3],
+            *_new_tokens(queries, spec),
+        ]
         self.call(numbers, batch, heads // spec.group, view, sums)
         return out
 
@@ -188,9 +193,9 @@ class Window(_Compiled):
 
     def __call__(self, queries: Queries, view: View, sums: Tensor | None = None) -> Tensor:
         """`sums`, to which what entries received was added. Raises ValueError where there is no such tensor."""
-        asked = _laid_out(queries)
-        batch, heads = asked.states.shape[:2]
-        numbers = [*_asked(asked, self.spec, self.dtype), *_new_tokens(asked, self.spec)]
+        queries = _laid_out(queries)
+        batch, heads = queries.states.shape[:2]
+        numbers = [*_query_numbers(queries, self.spec, self.dtype), *_new_tokens(queries, self.spec)]
         self.call(numbers, batch, heads // self.spec.group, view, sums)
         return sums  # type: ignore[return-value]
 
@@ -206,19 +211,19 @@ def _laid_out(queries: Queries) -> Queries:
     )
 
 
-def _asked(asked: Queries, spec: KernelSpec, dtype: torch.dtype) -> tuple[int, ...]:
+def _query_numbers(queries: Queries, spec: KernelSpec, dtype: torch.dtype) -> tuple[int, ...]:
     """Where queries `[B, H_q, Q, D]` lie: the address, and the strides of all but the channels."""
-    batch, heads, count, _ = asked.states.shape
+    batch, heads, count, _ = queries.states.shape
     shape = (batch, heads // spec.group * spec.group, count, spec.head_dim)
-    return (address("queries", asked.states, dtype, shape, (1,)), *asked.states.stride()[:3])
+    return (address("queries", queries.states, dtype, shape, (1,)), *queries.states.stride()[:3])
 
 
-def _new_tokens(asked: Queries, spec: KernelSpec) -> list[int]:
+def _new_tokens(queries: Queries, spec: KernelSpec) -> list[int]:
     """What is said of the new tokens after where they lie, up to the number of threads."""
-    batch, heads, count, _ = asked.states.shape
-    groups, at = heads // spec.group, asked.positions
+    batch, heads, count, _ = queries.states.shape
+    groups, at = heads // spec.group, queries.positions
     numbers = [batch * groups, groups, count, address("positions", at, torch.int64, (batch, count)), at.stride(0)]
-    return [*numbers, _marks(asked.valid, batch, count), torch.get_num_threads(), *_sinks(asked, spec, groups)]
+    return [*numbers, _marks(queries.valid, batch, count), torch.get_num_threads(), *_sinks(queries, spec, groups)]
 
 
 def _sinks(queries: Queries, spec: KernelSpec, heads: int) -> tuple[int, ...]:

@@ -86,16 +86,16 @@ class Toolchain:
 
 def available() -> str | None:
     """None where C++ kernels can be built here, else the reason why not."""
-    found = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
-    return None if isinstance(found, Toolchain) else found
+    outcome = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
+    return None if isinstance(outcome, Toolchain) else outcome
 
 
 def toolchain() -> Toolchain:
     """The compiler that `load` uses. Raises KvcompileError where none works."""
-    found = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
-    if isinstance(found, str):
-        raise KvcompileError("C++ kernels must be built on this machine", found, FIX)
-    return found
+    outcome = _toolchain(os.environ.get("CXX", ""), os.environ.get("PATH", ""), str(folder()))
+    if isinstance(outcome, str):
+        raise KvcompileError("C++ kernels must be built on this machine", outcome, FIX)
+    return outcome
 
 
 def describe() -> str:
@@ -126,10 +126,10 @@ def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ())
     key = f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]}"
     stem = folder() / key
     with _lock:
-        if found := _loaded.get(str(stem)):
-            return found
-        mine = _building.setdefault(str(stem), threading.Lock())
-    with mine:
+        if loaded := _loaded.get(str(stem)):
+            return loaded
+        lock = _building.setdefault(str(stem), threading.Lock())
+    with lock:
         if str(stem) not in _loaded:
             try:
                 _loaded[str(stem)] = _compiled(tools, source, stem, flags)
@@ -144,18 +144,18 @@ def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ())
 
 def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     built, text = stem.with_name(f"{stem.name}.so"), stem.with_name(f"{stem.name}.cpp")
-    if found := library.opened(built):
-        return found
+    if opened := library.opened(built):
+        return opened
     make_private(stem.parent)
     with library.alone(text):
-        if found := library.opened(built):  # another process built it while we waited
-            return found
+        if opened := library.opened(built):  # another process built it while we waited
+            return opened
         text.write_text(source, "utf-8")  # to read: where locks do not work another process may be writing it too
         with making(built, ".making-") as scratch:
-            mine = scratch / text.name
-            mine.write_text(source, "utf-8")
-            _compile(tools, mine, text, flags)
-            library.publish(mine.with_suffix(".so"), built)
+            written = scratch / text.name
+            written.write_text(source, "utf-8")
+            _compile(tools, written, text, flags)
+            library.publish(written.with_suffix(".so"), built)
     return ctypes.CDLL(str(built))
 
 
@@ -166,9 +166,9 @@ def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...]) 
     """
     command = [*tools.compiler, *tools.flags, *WARNINGS, *flags]
     threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
-    made, linked = text.with_suffix(".o"), text.with_suffix(".so")
-    _run([*command, *threads, "-c", str(text), "-o", str(made)], made, shown)
-    _run([*command, "-shared", str(made), "-o", str(linked), *link], linked, shown)
+    compiled, linked = text.with_suffix(".o"), text.with_suffix(".so")
+    _run([*command, *threads, "-c", str(text), "-o", str(compiled)], compiled, shown)
+    _run([*command, "-shared", str(compiled), "-o", str(linked), *link], linked, shown)
 
 
 def _run(command: list[str], result: Path, shown: Path) -> None:
@@ -225,12 +225,12 @@ def _toolchain(named: str, path: str, place: str) -> Toolchain | str:
         if where is None:
             continue
         try:
-            found = _try((where, *options))
+            outcome = _try((where, *options))
         except subprocess.TimeoutExpired:
-            found = f"no answer in {ANSWER_SECONDS:.0f} s"
-        if isinstance(found, Toolchain):
-            return found
-        reasons.append(f"{candidate}: {found}")
+            outcome = f"no answer in {ANSWER_SECONDS:.0f} s"
+        if isinstance(outcome, Toolchain):
+            return outcome
+        reasons.append(f"{candidate}: {outcome}")
     return "; ".join(reasons) or f"no {' or '.join(wanted)} on the path"
 
 
@@ -283,12 +283,12 @@ def _openmp(clang: bool) -> tuple[OpenMP | None, str]:
 def _runtime() -> Path | None:
     """The file of the OpenMP runtime in this process, the one in torch's own folder first."""
     home = Path(torch.__file__).resolve().parent
-    found: list[Path] = []
+    runtimes: list[Path] = []
     if sys.platform == "linux":
         with open("/proc/self/maps") as maps:
             loaded = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
-        found = [Path(p) for p in sorted(loaded) if re.match(r"lib(gomp|omp|iomp5)\b.*\.so", Path(p).name)]
+        runtimes = [Path(p) for p in sorted(loaded) if re.match(r"lib(gomp|omp|iomp5)\b.*\.so", Path(p).name)]
     else:
-        found = [p for p in sorted((home / "lib").glob("lib*.dylib")) if re.match(r"lib(omp|iomp5)\b", p.name)]
+        runtimes = [p for p in sorted((home / "lib").glob("lib*.dylib")) if re.match(r"lib(omp|iomp5)\b", p.name)]
     # wheels of torch keep it in torch/lib or torch.libs; other packages may have brought one of their own
-    return min(found, key=lambda p: not str(p.resolve()).startswith(str(home)), default=None)
+    return min(runtimes, key=lambda p: not str(p.resolve()).startswith(str(home)), default=None)

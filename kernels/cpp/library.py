@@ -31,15 +31,15 @@ def opened(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def publish(made: Path, library: Path) -> None:
+def publish(built: Path, library: Path) -> None:
     """Give a finished library and its record their names, both whole on the disk by then."""
-    record = _record(made)
-    record.write_text(_facts(made), "ascii")
-    made.chmod(0o700)
+    record = _record(built)
+    record.write_text(_facts(built), "ascii")
+    built.chmod(0o700)
     record.chmod(0o600)
-    sync(made)
+    sync(built)
     sync(record)
-    os.replace(made, library)
+    os.replace(built, library)
     os.replace(record, _record(library))
     sync(library.parent)
 

@@ -48,11 +48,11 @@ def lower(model: nn.Module) -> int:
     """
     if torch.get_num_threads() > 1 and build.toolchain().openmp is None:
         return 0
-    found = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _suits(m.weight)]
-    for module in found:
+    linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m) and _suits(m.weight)]
+    for module in linears:
         cpp.kernel(module.weight.dtype)
         vars(module)["forward"] = partial(decode_linear, module)
-    return len(found)
+    return len(linears)
 
 
 def _suits(weight: Tensor) -> bool:

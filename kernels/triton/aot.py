@@ -59,13 +59,13 @@ def compile_kernel(
     source = ASTSource(function, signature, fixed, aligned)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     options = {"num_warps": choice.warps, "num_stages": choice.stages}
-    made = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
-        text = made.asm["amdgcn"]
+        text = compiled.asm["amdgcn"]
         registers, spilled = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
-        return Compiled(registers, spilled * 4, made.metadata.shared, made.asm["hsaco"])
-    registers, spilled = _cuda_usage(made.asm["cubin"])
-    return Compiled(registers, spilled, made.metadata.shared, made.asm["cubin"])
+        return Compiled(registers, spilled * 4, compiled.metadata.shared, compiled.asm["hsaco"])
+    registers, spilled = _cuda_usage(compiled.asm["cubin"])
+    return Compiled(registers, spilled, compiled.metadata.shared, compiled.asm["cubin"])
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -74,16 +74,16 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         done = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if usage is None:
         raise RuntimeError(f"cuobjdump said nothing about registers: {done.stdout}")
-    return int(found[1]), int(found[2])
+    return int(usage[1]), int(usage[2])
 
 
 def compile_compact(spec: CompactSpec, target: str) -> Compiled:
     """The compaction kernel of a spec."""
-    made, module = compaction(spec)
-    return compile_kernel(module.compact, made.arguments, {}, "float16", target, CHOICE)
+    generated, module = compaction(spec)
+    return compile_kernel(module.compact, generated.arguments, {}, "float16", target, CHOICE)
 
 
 def compile_spec(
@@ -97,16 +97,16 @@ def compile_spec(
     """Every kernel of a spec, by name: with one new token the split ones, with many those of one program a row."""
     choice = choice or default(spec, tokens)
     form = Form(tokens, choice.rows, choice.tile, tokens == "one", work)
-    made, module = kernels(spec, form)
+    generated, module = kernels(spec, form)
     wide = any(c.kind == "float32" for p in spec.parts for c in (p.key, p.value))
     dot = tl.float32 if wide else DTYPES[dtype][1]
     types = {"DOT": dot, "CODE": tl.float32 if dot == tl.float32 else tl.float16, "SPLITS": 8}
-    found = {}
-    for name, arguments in made.arguments.items():
+    compiled = {}
+    for name, arguments in generated.arguments.items():
         fixed = {a.name: types[a.name] for a in arguments if a.type == "constexpr"}
-        found[name] = compile_kernel(getattr(module, name), arguments, fixed, dtype, target, choice)
+        compiled[name] = compile_kernel(getattr(module, name), arguments, fixed, dtype, target, choice)
     if form.split:
         sizes = {"G": spec.group, "DIM": spec.value_dim, "WIDE": power_of_two(spec.value_dim), "SPLITS": 8}
         arguments = [Argument(n, t, n != "count") for n, t in MERGE] + [Argument(n, "constexpr") for n in sizes]
-        found["merge"] = compile_kernel(module.merge, arguments, sizes, dtype, target, Choice(0, 0, 4, 2))
-    return found
+        compiled["merge"] = compile_kernel(module.merge, arguments, sizes, dtype, target, Choice(0, 0, 4, 2))
+    return compiled

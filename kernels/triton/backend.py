@@ -109,8 +109,8 @@ def operands(queries: Queries, view: View) -> tuple[Tensor, Tensor, list[Tensor]
     at = at if queries.valid is None else at.masked_fill(~queries.valid, -1)
     tensors, longest = [], []
     for segment in parts(view):
-        found, most = _flatten(segment)
-        tensors += found
+        flat, most = _flatten(segment)
+        tensors += flat
         longest.append(most)
     return states, at.contiguous(), tensors, longest
 
@@ -139,12 +139,12 @@ class TritonSources(Sources):
         """For one new token, and for many."""
         if not supports(spec, getattr(torch, dtype)):
             return {}
-        found = {}
+        texts = {}
         for tokens in ("one", "many"):
             choice = tuning.choose(device, spec, tokens)
             for end, count in SPLIT:
-                found[f"{tokens}{end}.py"] = Kernels(spec, tuning.form(choice, tokens, count)).text
-        return found
+                texts[f"{tokens}{end}.py"] = Kernels(spec, tuning.form(choice, tokens, count)).text
+        return texts
 
     def column_sums(self, spec: KernelSpec, dtype: str, device: str) -> dict[str, str]:
         """Of the last queries."""

@@ -51,7 +51,7 @@ class Compaction:
         self.arguments = [Argument(n, "*i64") for n in ("kept", "borders", "first")]
         for side in ("from", "to"):
             self.arguments += [Argument(f"{side}{i}", POINTERS[word]) for i, word in enumerate(self.words)]
-            self.arguments += self._wrapped_errors(side)
+            self.arguments += self._place_arguments(side)
         head = f"Compaction: {spec.name}. Words of kept entries move.\n\nWritten by kvcompile, not by hand."
         self.text = assemble(head, {}, ["\n".join(self._main()) + "\n"], [])
 
@@ -66,12 +66,12 @@ class Compaction:
         kind = layout.rstrip("0123456789")
         return kind, layout[len(kind) :]
 
-    def _wrapped_errors(self, side: str) -> list[Argument]:
-        told = []
+    def _place_arguments(self, side: str) -> list[Argument]:
+        arguments = []
         for name, type_ in PLACES[self._kind(side)[0]][0]:
             ends = range(len(self.words)) if name == "sharing" else [""]
-            told += [Argument(f"{side}_{name}{end}", type_, type_.startswith("*")) for end in ends]
-        return told
+            arguments += [Argument(f"{side}_{name}{end}", type_, type_.startswith("*")) for end in ends]
+        return arguments
 
     def _place(self, side: str, i: int, j: str) -> str:
         kind, page = self._kind(side)
@@ -138,8 +138,8 @@ class Compaction:
 @cache
 def compaction(spec: CompactSpec) -> tuple[Compaction, Any]:
     """The generated text and its module."""
-    made = Compaction(spec)
-    return made, load(made.text, "compact")
+    generated = Compaction(spec)
+    return generated, load(generated.text, "compact")
 
 
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
@@ -148,25 +148,25 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
         return
     from kvcompile.kernels.triton.launch import checked, launch  # Triton itself: the texts are made without it
 
-    made, module = compaction(spec_of(source, target))
+    generated, module = compaction(spec_of(source, target))
     rows = len(counts)
     numbers = torch.tensor([0, *accumulate(counts), *(first or [0] * rows)], dtype=torch.int64, device="cpu").to(
         kept.device
     )
     checked("kept", kept, (sum(counts),))
-    given: dict[str, Any] = {"kept": kept.contiguous(), "borders": numbers, "first": numbers[rows + 1 :]}
+    bound: dict[str, Any] = {"kept": kept.contiguous(), "borders": numbers, "first": numbers[rows + 1 :]}
     for side, arrays in (("from", source), ("to", target)):
         if arrays.starts is not None:
             checked(f"{side}_starts", arrays.starts, (rows,))
         if arrays.table is not None:
             checked(f"{side}_table", arrays.table, (rows, arrays.table.shape[-1]))
-        given |= {f"{side}{i}": _words(x, made.words[i]) for i, x in enumerate(arrays.flat())}
-        given |= {f"{side}_sharing{i}": n for i, n in enumerate(arrays.sharing(rows))}
-        given |= {f"{side}_starts": arrays.starts, f"{side}_table": arrays.table}
-        given[f"{side}_capacity"] = arrays.tensors[0].shape[2] if arrays.layout == "dense" else 0
-        given[f"{side}_pages"] = 0 if arrays.table is None else arrays.table.stride(0)
-    blocks = made.programs if made.spec.in_place else -(-max(counts) // made.block)
-    launch(module.compact, (rows, blocks), made.arguments, given, CHOICE)
+        bound |= {f"{side}{i}": _words(x, generated.words[i]) for i, x in enumerate(arrays.flat())}
+        bound |= {f"{side}_sharing{i}": n for i, n in enumerate(arrays.sharing(rows))}
+        bound |= {f"{side}_starts": arrays.starts, f"{side}_table": arrays.table}
+        bound[f"{side}_capacity"] = arrays.tensors[0].shape[2] if arrays.layout == "dense" else 0
+        bound[f"{side}_pages"] = 0 if arrays.table is None else arrays.table.stride(0)
+    blocks = generated.programs if generated.spec.in_place else -(-max(counts) // generated.block)
+    launch(module.compact, (rows, blocks), generated.arguments, bound, CHOICE)
 
 
 def _words(x: Tensor, size: int) -> Tensor:

@@ -40,7 +40,7 @@ class Kernels:
         if form.work == "attend":
             functions.append(self._attend(True))
             if spec.scores and form.tokens == "one":
-                functions.append(self._received())
+                functions.append(self._column_sums())
         else:
             functions.append(self._attend(False))
             functions += [self._columns(part) for part in self.parts]
@@ -66,14 +66,14 @@ class Kernels:
 
     def _constants(self) -> dict[str, object]:
         s = self.spec
-        found: dict[str, object] = {"GROUP": s.group, "ROWS": self.form.rows}
+        constants: dict[str, object] = {"GROUP": s.group, "ROWS": self.form.rows}
         if s.softcap:
-            found |= {"SCALE": s.scale, "CAP": s.softcap}
+            constants |= {"SCALE": s.scale, "CAP": s.softcap}
         else:
-            found["SCALE"] = s.scale
+            constants["SCALE"] = s.scale
         if s.sliding_window:
-            found["WINDOW"] = s.sliding_window
-        return found
+            constants["WINDOW"] = s.sliding_window
+        return constants
 
     def _signature(self, name: str, arguments: list[Argument]) -> Lines:
         self.arguments[name] = arguments
@@ -113,15 +113,15 @@ class Kernels:
             lines.append("s = softcapped(s * SCALE, CAP) * LOG2E")
         else:
             lines.append("s = s * (SCALE * LOG2E)")
-        asked = "asked" if self.form.tokens == "one" else "asked[:, None]"
-        visible = f"ok[None, :] & ({asked} >= 0)"
+        position = "asked" if self.form.tokens == "one" else "asked[:, None]"
+        visible = f"ok[None, :] & ({position} >= 0)"
         if part.positioned:
-            visible = f"(held[None, :] <= {asked}) & ({asked} >= 0)"
+            visible = f"(held[None, :] <= {position}) & ({position} >= 0)"
             if s.sliding_window:
-                visible += f" & (held[None, :] > {asked} - WINDOW)"
+                visible += f" & (held[None, :] > {position} - WINDOW)"
         return [*lines, f"s = tl.where({visible}, s, HIDDEN)"]
 
-    def _held(self, part: Emitter) -> Lines:
+    def _load_positions(self, part: Emitter) -> Lines:
         if not part.positioned:
             return []
         return [f"held = tl.load(position_row{part.i} + entry, mask=ok, other=NEVER)"]
@@ -131,7 +131,7 @@ class Kernels:
 
     def _stretch(self, part: Emitter, attend: bool) -> Lines:
         """The loop over the tiles of one part."""
-        body = [*part.entries(), *self._held(part), *part.loads("key"), *part.scores(), *self._masked(part)]
+        body = [*part.entries(), *self._load_positions(part), *part.loads("key"), *part.scores(), *self._masked(part)]
         if self.logits:
             place = f"logits + (row * GROUP + m)[:, None] * width + ({self._before(part)})[None, :]"
             body.append(f"tl.store({place}, s, mask=real[:, None] & ok[None, :])")
@@ -218,7 +218,7 @@ class Kernels:
             lines.append(f"tl.store({there}, mean_of(acc{x}, total){type_}, mask={inside})")
         return lines
 
-    def _received(self) -> str:
+    def _column_sums(self) -> str:
         """What each entry received from the one new token: raw scores, normalised and summed over the group."""
         arguments = [Argument("logits", "*fp32"), Argument("width", "i32", False), Argument("lse", "*fp32")]
         arguments += [Argument("sums", "*fp32"), Argument("sums_r", "i32", False)]
@@ -262,7 +262,7 @@ class Kernels:
         ]
         inner = [
             *part.entries(),
-            *self._held(part),
+            *self._load_positions(part),
             *part.loads("key"),
             f"received = tl.zeros([{part.tile}], tl.float32)",
             "for m0 in range(0, count * GROUP, ROWS):",

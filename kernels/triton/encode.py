@@ -114,8 +114,8 @@ class Encoder:
         groups, width = codec.groups(self.dim), codec.group or self.dim
         owner = [i * b.width // width for i in range(b.count)]
         for g in range(groups):
-            mine = [i for i in range(b.count) if owner[i] == g]
-            for k, i in enumerate(mine):
+            in_group = [i for i in range(b.count) if owner[i] == g]
+            for k, i in enumerate(in_group):
                 if not k:
                     lines += self._bounds(i, "low", "high")
                     continue
@@ -144,8 +144,8 @@ class Encoder:
 
 @cache
 def _encoder(codec: Codec, dim: int) -> tuple[Encoder, Any]:
-    made = Encoder(codec, dim)
-    return made, load(made.text, "encode")
+    encoder = Encoder(codec, dim)
+    return encoder, load(encoder.text, "encode")
 
 
 def append(x: Tensor, codec: Codec, codes: Tensor, scales: Tensor | None, at: Tensor) -> None:
@@ -158,10 +158,10 @@ def append(x: Tensor, codec: Codec, codes: Tensor, scales: Tensor | None, at: Te
         raise KvcompileError(f"{codec.name} is encoded in whole groups of tokens", f"{x.shape[0]} tokens")
     if not x.shape[0]:
         return
-    made, module = _encoder(codec, x.shape[1])
+    encoder, module = _encoder(codec, x.shape[1])
     x = x if x.stride(-1) == 1 else x.contiguous()
     stored = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
-    given = {"x": x, "x_t": x.stride(0), "at": at, "n": x.shape[0], "codes": stored, "codes_t": codes.stride(0)}
-    given["scales"] = scales
-    grid = (math.ceil(x.shape[0] / made.tokens),)
-    launch(module.encode, grid, made.arguments, given, Choice(0, 0, 4, 1))
+    bound = {"x": x, "x_t": x.stride(0), "at": at, "n": x.shape[0], "codes": stored, "codes_t": codes.stride(0)}
+    bound["scales"] = scales
+    grid = (math.ceil(x.shape[0] / encoder.tokens),)
+    launch(module.encode, grid, encoder.arguments, bound, Choice(0, 0, 4, 1))

@@ -24,7 +24,7 @@ def _fragments(path: Path = FRAGMENTS) -> dict[str, tuple[str, frozenset[str]]]:
     """Source of each function and constant by name, in their order, and the names that it uses."""
     text = path.read_text("utf-8")
     lines = text.splitlines()
-    found = {}
+    fragments = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
             first, name = node.decorator_list[0].lineno, node.name
@@ -33,8 +33,8 @@ def _fragments(path: Path = FRAGMENTS) -> dict[str, tuple[str, frozenset[str]]]:
         else:
             continue
         names = frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name)) - {name}
-        found[name] = "\n".join(lines[first - 1 : node.end_lineno]), names
-    return found
+        fragments[name] = "\n".join(lines[first - 1 : node.end_lineno]), names
+    return fragments
 
 
 def _needed(names: set[str], library: dict[str, tuple[str, frozenset[str]]]) -> list[str]:

@@ -48,8 +48,8 @@ def interpreted() -> bool:
 @cache
 def kernels(spec: KernelSpec, form: Form) -> tuple[Kernels, ModuleType]:
     """The generated text and its module."""
-    made = Kernels(spec, form)
-    return made, load(made.text, f"{form.work}_{form.tokens}")
+    generated = Kernels(spec, form)
+    return generated, load(generated.text, f"{form.work}_{form.tokens}")
 
 
 @cache
@@ -69,7 +69,7 @@ class Call:
     spec: KernelSpec
     q: Tensor
     at: Tensor
-    held: Sequence[Tensor]
+    arrays: Sequence[Tensor]
     longest: Sequence[int]
     sinks: Tensor | None = None
 
@@ -97,35 +97,37 @@ class Call:
         """Every argument that queries and view give, by name."""
         q, wide = self.q, any(c.kind == "float32" for p in self.spec.parts for c in (p.key, p.value))
         dot = tl.float32 if interpreted() or wide else DOTS[q.dtype]
-        found: dict[str, Any] = {"queries": q, "at": self.at, "count": q.shape[2], "DOT": dot}
-        found |= {"queries_b": q.stride(0), "queries_h": q.stride(1), "queries_t": q.stride(2)}
-        found["CODE"] = tl.float32 if dot == tl.float32 else tl.float16  # codes and scales are float16 exactly
+        bound: dict[str, Any] = {"queries": q, "at": self.at, "count": q.shape[2], "DOT": dot}
+        bound |= {"queries_b": q.stride(0), "queries_h": q.stride(1), "queries_t": q.stride(2)}
+        bound["CODE"] = tl.float32 if dot == tl.float32 else tl.float16  # codes and scales are float16 exactly
         if self.spec.sink:
             sinks = required(self.sinks, "a learned sink").float().contiguous()
-            found["sinks"] = checked("sinks", sinks, (q.shape[1],))
+            bound["sinks"] = checked("sinks", sinks, (q.shape[1],))
         self._require_queries()
-        held = iter(self.held)
+        arrays = iter(self.arrays)
         for i, part in enumerate(self.spec.parts):
             names = [f"keys{i}", f"values{i}"]
             names += [f"{side}_scales{i}" for side, c in (("key", part.key), ("value", part.value)) if c.scaled]
             entries, total = self._entries(part), 0
             for name in [*names, f"positions{i}"]:
-                x, (tokens, entry) = next(held), entries[name.rstrip("0123456789")]
+                x, (tokens, entry) = next(arrays), entries[name.rstrip("0123456789")]
                 total = total or x.shape[0]  # of keys, which come first: entries of all rows, unless rows are dense
                 each = self.longest[i] if part.layout == "dense" else total
                 rows = (q.shape[0], x.shape[1] if x.shape[1] == 1 else self.heads) if part.layout == "dense" else ()
                 checked(name, x, (*rows, each // tokens, *entry))
-                found |= _strided(name, x, part.layout == "dense")
+                bound |= _strided(name, x, part.layout == "dense")
             if part.layout == "dense":
-                found[f"n{i}"] = self.longest[i]
+                bound[f"n{i}"] = self.longest[i]
             elif part.layout == "ragged":
-                found |= {f"{name}{i}": checked(f"{name}{i}", next(held), (self.rows,)) for name in ("begins", "ends")}
+                bound |= {
+                    f"{name}{i}": checked(f"{name}{i}", next(arrays), (self.rows,)) for name in ("begins", "ends")
+                }
             else:
-                table = next(held)
+                table = next(arrays)
                 checked(f"table{i}", table, (self.rows, table.shape[-1]))
-                counts = checked(f"counts{i}", next(held), (self.rows,))
-                found |= {f"table{i}": table, f"table{i}_r": table.stride(0), f"counts{i}": counts}
-        return found
+                counts = checked(f"counts{i}", next(arrays), (self.rows,))
+                bound |= {f"table{i}": table, f"table{i}_r": table.stride(0), f"counts{i}": counts}
+        return bound
 
     def _require_queries(self) -> None:
         """Raise KvcompileError where queries or their positions are not what a kernel of the spec reads."""
@@ -146,17 +148,17 @@ class Call:
 
     def _entries(self, part: Part) -> dict[str, tuple[int, tuple[int, ...]]]:
         """By array of a part: tokens that share an entry of it, and the shape of one entry."""
-        found: dict[str, tuple[int, tuple[int, ...]]] = {"positions": (1, ())}
+        entries: dict[str, tuple[int, tuple[int, ...]]] = {"positions": (1, ())}
         for side, codec, dim in (
             ("key", part.key, self.spec.head_dim),
             ("value", part.value, self.spec.value_dim),
         ):
-            found[f"{side}s"] = (1, (codec.width(dim),))
+            entries[f"{side}s"] = (1, (codec.width(dim),))
             if codec.scaled:
                 shared = codec.axis == "channel"
                 numbers = (codec.parameters, dim if shared else codec.groups(dim))
-                found[f"{side}_scales"] = (codec.group if shared else 1, numbers)
-        return found
+                entries[f"{side}_scales"] = (codec.group if shared else 1, numbers)
+        return entries
 
 
 def checked(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -186,27 +188,27 @@ def _strided(name: str, x: Tensor, dense: bool) -> dict[str, Any]:
     if dense and entries.shape[0] * entries.stride(0) >= 2**31:
         raise KvcompileError("one row of a cache must span less than 2^31 elements", f"{name} {tuple(x.shape)}")
     stored = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
-    found: dict[str, Any] = {name: stored, f"{name}_t": x.stride(2 if dense else 0)}
+    arguments: dict[str, Any] = {name: stored, f"{name}_t": x.stride(2 if dense else 0)}
     if dense:
-        found |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1) if x.shape[1] > 1 else 0}
-    return found
+        arguments |= {f"{name}_b": x.stride(0), f"{name}_h": x.stride(1) if x.shape[1] > 1 else 0}
+    return arguments
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: list[Argument], given: dict[str, Any], choice: Choice
+    kernel: Any, grid: tuple[int, ...], arguments: list[Argument], bound: dict[str, Any], choice: Choice
 ) -> None:
     """Run a kernel with those of the `given` values that it takes.
 
     Raises KvcompileError for a tensor of another dtype than the kernel's text reads, or on another device than others.
     """
-    tensors = [(a, given[a.name]) for a in arguments if a.type.startswith("*")]
+    tensors = [(a, bound[a.name]) for a in arguments if a.type.startswith("*")]
     for a, x in tensors:
         if x.dtype is not ELEMENTS.get(a.type, x.dtype) or x.device != tensors[0][1].device:
             raise KvcompileError(
                 f"a kernel reads {a.name} as {a.type.removeprefix('*')} on {tensors[0][1].device}",
                 f"{str(x.dtype).removeprefix('torch.')} on {x.device}",
             )
-    kernel[grid](**{a.name: given[a.name] for a in arguments}, num_warps=choice.warps, num_stages=choice.stages)
+    kernel[grid](**{a.name: bound[a.name] for a in arguments}, num_warps=choice.warps, num_stages=choice.stages)
 
 
 def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None) -> Tensor:
@@ -227,28 +229,28 @@ def attend(call: Call, sums: Tensor | None = None, choice: Choice | None = None)
     tiles = -(-call.lines // choice.rows)
     splits = tuning.splits(choice, call.rows * tiles, sum(call.longest), processors)
     form = tuning.form(choice, tokens, splits)
-    made, module = kernels(spec, form)
-    given = {**call.bound(), "out": out, "SPLITS": splits}
+    generated, module = kernels(spec, form)
+    bound = {**call.bound(), "out": out, "SPLITS": splits}
     lse = merged = None
-    if made.keeps_lse:
+    if generated.keeps_lse:
         lse = merged = q.new_empty(call.rows, call.lines, splits, dtype=torch.float32)
-        given["lse"] = lse
+        bound["lse"] = lse
     if form.split:
-        given["mid"] = q.new_empty(call.rows, call.lines, splits, spec.value_dim, dtype=torch.float32)
+        bound["mid"] = q.new_empty(call.rows, call.lines, splits, spec.value_dim, dtype=torch.float32)
         merged = q.new_empty(call.rows, call.lines, dtype=torch.float32)
-    if made.logits and sums is not None:
-        given |= {"logits": q.new_empty(call.rows, spec.group, sums.shape[1], dtype=torch.float32)}
-        given["width"] = sums.shape[1]
+    if generated.logits and sums is not None:
+        bound |= {"logits": q.new_empty(call.rows, spec.group, sums.shape[1], dtype=torch.float32)}
+        bound["width"] = sums.shape[1]
     grid = (call.heads, q.shape[0], tiles * splits)
-    launch(module.attend, grid, made.arguments["attend"], given, choice)
+    launch(module.attend, grid, generated.arguments["attend"], bound, choice)
     if form.split:
         module.merge[call.lines, call.rows](
-            given["mid"], lse, out, merged, q.shape[2], spec.group, spec.value_dim, power_of_two(spec.value_dim), splits
+            bound["mid"], lse, out, merged, q.shape[2], spec.group, spec.value_dim, power_of_two(spec.value_dim), splits
         )
-    if made.logits and sums is not None:
-        given |= {"lse": merged, "sums": sums, "sums_r": sums.stride(0)}
+    if generated.logits and sums is not None:
+        bound |= {"lse": merged, "sums": sums, "sums_r": sums.stride(0)}
         grid = (call.heads, q.shape[0], -(-sums.shape[1] // 512))
-        launch(module.column_sums, grid, made.arguments["column_sums"], given, Choice(0, 0, 4, 1))
+        launch(module.column_sums, grid, generated.arguments["column_sums"], bound, Choice(0, 0, 4, 1))
     elif sums is not None and spec.scores:
         columns(call, merged, sums, choice)
     return out
@@ -261,11 +263,11 @@ def log_sums(call: Call, choice: Choice | None = None) -> Tensor:
     tiles = -(-call.lines // choice.rows)
     splits = tuning.splits(choice, call.rows * tiles, sum(call.longest), processors)
     form = tuning.form(choice, "many", splits, "lse")
-    made, module = kernels(call.spec, form)
+    generated, module = kernels(call.spec, form)
     lse = call.q.new_empty(call.rows, call.lines, splits, dtype=torch.float32)
-    given = {**call.bound(), "lse": lse, "SPLITS": splits}
+    bound = {**call.bound(), "lse": lse, "SPLITS": splits}
     grid = (call.heads, call.q.shape[0], tiles * splits)
-    launch(module.log_sums, grid, made.arguments["log_sums"], given, choice)
+    launch(module.log_sums, grid, generated.arguments["log_sums"], bound, choice)
     return torch.logsumexp(lse * LN2, -1) / LN2
 
 
@@ -279,10 +281,10 @@ def columns(call: Call, lse: Tensor | None, sums: Tensor, choice: Choice | None 
     lse = log_sums(call, choice) if lse is None else lse
     choice = choice or tuning.choose(_device(call.q.device.index or 0)[0], call.spec, "many")
     form = tuning.form(choice, "many", 1, "lse")
-    made, module = kernels(call.spec, form)
-    given = {**call.bound(), "lse": lse, "sums": sums, "sums_r": sums.stride(0)}
-    for part, longest in zip(made.parts, call.longest, strict=True):
+    generated, module = kernels(call.spec, form)
+    bound = {**call.bound(), "lse": lse, "sums": sums, "sums_r": sums.stride(0)}
+    for part, longest in zip(generated.parts, call.longest, strict=True):
         grid = (call.heads, call.q.shape[0], -(-longest // part.tile))
         if grid[2]:
             name = f"columns{part.i}"
-            launch(getattr(module, name), grid, made.arguments[name], given, choice)
+            launch(getattr(module, name), grid, generated.arguments[name], bound, choice)

@@ -13,7 +13,7 @@ from kvcompile.kernels.triton.launch import Call, attend
 from kvcompile.plan.storage import Codec
 
 SCHEMA = (
-    "attend(Tensor queries, Tensor at, Tensor[] held, Tensor(a!)? sums, str spec, SymInt[] longest, "
+    "attend(Tensor queries, Tensor at, Tensor[] arrays, Tensor(a!)? sums, str spec, SymInt[] longest, "
     "Tensor? sinks=None) -> Tensor"
 )
 
@@ -23,13 +23,13 @@ def read(text: str) -> KernelSpec:
     """The spec that `backend.written` wrote."""
     head, *pieces = text.split(";")
     group, head_dim, value_dim, scale, window, softcap, scores, latent, sink = head.split()
-    found = []
+    parts = []
     for piece in pieces:
         layout, page, *codecs = piece.split()
         key, value = (Codec(k, axis, int(g)) for k, axis, g in (codecs[:3], codecs[3:]))  # type: ignore[arg-type]
-        found.append(Part(layout, key, value, int(page)))
+        parts.append(Part(layout, key, value, int(page)))
     return KernelSpec(
-        tuple(found),
+        tuple(parts),
         int(group),
         int(head_dim),
         int(value_dim),
@@ -45,19 +45,19 @@ def read(text: str) -> KernelSpec:
 def _attend(
     queries: Tensor,
     at: Tensor,
-    held: list[Tensor],
+    arrays: list[Tensor],
     sums: Tensor | None,
     spec: str,
     longest: list[int],
     sinks: Tensor | None = None,
 ) -> Tensor:
-    return attend(Call(read(spec), queries, at, held, longest, sinks), sums)
+    return attend(Call(read(spec), queries, at, arrays, longest, sinks), sums)
 
 
 def _fake(
     queries: Tensor,
     at: Tensor,
-    held: list[Tensor],
+    arrays: list[Tensor],
     sums: Tensor | None,
     spec: str,
     longest: list[int],

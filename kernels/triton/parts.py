@@ -68,17 +68,17 @@ class Emitter:
         """What must be passed to read this part."""
         i, dense = self.i, self.part.layout == "dense"
         steps = ("b", "h", "t") if dense else ("t",)
-        found = []
+        arguments = []
         for side, codec, _ in self._sides(with_values):
-            found.append(Argument(f"{side}s{i}", POINTERS.get(codec.kind, "*u8")))
-            found += [Argument(f"{side}s{i}_{s}", "i32") for s in steps]
+            arguments.append(Argument(f"{side}s{i}", POINTERS.get(codec.kind, "*u8")))
+            arguments += [Argument(f"{side}s{i}_{s}", "i32") for s in steps]
             if codec.scaled:
-                found.append(Argument(f"{side}_scales{i}", "*fp16"))
-                found += [Argument(f"{side}_scales{i}_{s}", "i32") for s in steps[:-1]]
+                arguments.append(Argument(f"{side}_scales{i}", "*fp16"))
+                arguments += [Argument(f"{side}_scales{i}_{s}", "i32") for s in steps[:-1]]
         if positioned:
-            found.append(Argument(f"positions{i}", "*i32"))
-            found += [Argument(f"positions{i}_{s}", "i32", False) for s in steps[:-1]]
-        return found + self.length_arguments()
+            arguments.append(Argument(f"positions{i}", "*i32"))
+            arguments += [Argument(f"positions{i}_{s}", "i32", False) for s in steps[:-1]]
+        return arguments + self.length_arguments()
 
     def length_arguments(self) -> list[Argument]:
         """What must be passed to know the row's entries in this part."""

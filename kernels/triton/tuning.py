@@ -64,8 +64,8 @@ def default(spec: KernelSpec, tokens: str) -> Choice:
 
 def choose(device: str, spec: KernelSpec, tokens: str) -> Choice:
     """The tuned choice for a device name, or the default."""
-    found = table().get(device, {}).get(family(spec, tokens))
-    return Choice(**found) if found else default(spec, tokens)
+    tuned = table().get(device, {}).get(family(spec, tokens))
+    return Choice(**tuned) if tuned else default(spec, tokens)
 
 
 def splits(choice: Choice, programs: int, longest: int, processors: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompile import atomic
 from kvcompile.artifact import kernel_texts, manifest, weights
 from kvcompile.artifact.manifest import CONFIG, PLAN, RECIPE, Manifest, stamp
-from kvcompile.errors import KvcompileError, first_line, told
+from kvcompile.errors import KvcompileError, first_line, wrapped_errors
 from kvcompile.models.provenance import in_words, versions
 from kvcompile.output import NO_ROOM
 from kvcompile.paths import require_here, require_short, sync
@@ -135,7 +135,9 @@ def push(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = save(model, Path(scratch, "artifact"), tokenizer)
-        with told(f"the artifact could not be uploaded to {repo_id}", "hf auth login, with a right to write there"):
+        with wrapped_errors(
+            f"the artifact could not be uploaded to {repo_id}", "hf auth login, with a right to write there"
+        ):
             hub = HfApi(token=token)
             repo = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(hub.upload_folder(repo_id=repo, folder_path=folder, **commit))
@@ -175,11 +177,11 @@ def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
     from kvcompile.config.recipe import from_recipe, to_recipe
 
     facts = manifest.verify(folder)
-    with told(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
+    with wrapped_errors(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
         config = from_recipe(manifest.read_text(folder / RECIPE))
     stored = weights.Stored(folder, facts)
     original = weights.original_config(folder, stored)
-    with told(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
+    with wrapped_errors(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
         plan = plan_of(original, dtype or stored.dtype, config, config.policies())
     model = _placed(weights.read(folder, stored, original, plan), device)
     model = build(model, plan, config.kernels, to_recipe(config))
@@ -219,7 +221,7 @@ def _local(path: str | Path, hub: dict[str, Any]) -> Path:
         return folder
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    with told(f"{path} must be the folder of an artifact, or its id on the hub", manifest.OURS):
+    with wrapped_errors(f"{path} must be the folder of an artifact, or its id on the hub", manifest.OURS):
         hf_hub_download(str(path), manifest.MANIFEST, **hub)
         return Path(snapshot_download(str(path), **hub))
 
@@ -261,7 +263,7 @@ def _placed(model: Any, device: Any) -> Any:
 
 def _as_saved(plan: Plan, folder: Path, facts: Manifest, converted: bool) -> Plan:
     """The plan in the dtype that was saved; it must be the plan that was saved."""
-    with told(f"{folder / PLAN} must be a plan", manifest.REMADE):
+    with wrapped_errors(f"{folder / PLAN} must be a plan", manifest.REMADE):
         saved = dict(json.loads(manifest.read_text(folder / PLAN)))
         if converted:  # the dtype that the user asked for is not a difference
             plan = replace(plan, dtype=saved["dtype"])

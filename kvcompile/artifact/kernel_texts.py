@@ -166,8 +166,8 @@ def _table(cache: KVCache) -> str:
     ]
     head = ["layer", "backend", "kernel, rows of one length", "kernel, rows of any length", "scale"]
     text = f"# Attention kernels by layer\n\n{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n"
-    told = "The texts beside this file are for reading: they are made anew on load, and nothing here is compiled."
-    return f"{text}\n{told} `kernels.json` lists who runs which.\n"
+    note = "The texts beside this file are for reading: they are made anew on load, and nothing here is compiled."
+    return f"{text}\n{note} `kernels.json` lists who runs which.\n"
 
 
 def _device_name(device: Any) -> str:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import KvcompileError, told
+from kvcompile.errors import KvcompileError, wrapped_errors
 from kvcompile.models.provenance import base_of, versions
 from kvcompile.paths import sha256
 from kvcompile.report.card import CARD
@@ -121,7 +121,7 @@ def read(folder: Path) -> Manifest:
             f"format {data['format']}, made by kvcompile {_maker(data)}",
             "upgrade kvcompile" if data["format"] > FORMAT else "compile again",
         )
-    with told(f"{path} must be a manifest of format {FORMAT}", REMADE):
+    with wrapped_errors(f"{path} must be a manifest of format {FORMAT}", REMADE):
         return _parse(data)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.artifact.manifest import CONFIG, REMADE, Manifest, read_text, stamp
-from kvcompile.errors import KvcompileError, told
+from kvcompile.errors import KvcompileError, wrapped_errors
 from kvcompile.output import room_to_write
 from kvcompile.progress import no_foreign_bars
 
@@ -118,7 +118,7 @@ def _write_checkpoint(model: Any, folder: Path, tokenizer: Any, variant: str | N
 
     with (
         _borrowed_config(model),
-        told("transformers must be able to save the model", SAVEABLE),
+        wrapped_errors("transformers must be able to save the model", SAVEABLE),
         room_to_write(ROOM),
     ):
         PreTrainedModel.save_pretrained(model, folder, variant=variant)
@@ -149,7 +149,7 @@ def original_config(folder: Path, stored: Stored) -> Any:
     from kvcompile.adapters.architectures import architecture, architecture_of
 
     path = folder / CONFIG
-    with told(f"{path} must describe a known model", REMADE):
+    with wrapped_errors(f"{path} must describe a known model", REMADE):
         data = json.loads(read_text(path))
         if data["model_type"] != MODEL_TYPE:
             raise KvcompileError("the model_type of an artifact says who opens it", repr(data["model_type"]))
@@ -207,7 +207,7 @@ class Stored:
         self.files = [folder / name for name in facts.files if "/" not in name and name.endswith(".safetensors")]
         self.tensors = self.numbers = 0
         kinds = set()
-        with told(f"{folder} must hold the weights of its config", REMADE):
+        with wrapped_errors(f"{folder} must hold the weights of its config", REMADE):
             for path in self.files:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118 (no mapping)
@@ -233,7 +233,7 @@ def read(folder: Path, stored: Stored, config: Any, plan: Plan) -> Any:
     """
     from transformers import GenerationConfig
 
-    with told(f"{folder} must hold the weights of its config", REMADE):
+    with wrapped_errors(f"{folder} must hold the weights of its config", REMADE):
         wanted = _numbers(skeleton(config, plan))
         if stored.numbers != wanted:  # nothing is allocated for a config that asks for more than there is
             raise KvcompileError(f"it asks for {wanted:,} numbers", f"{stored.numbers:,}")
@@ -243,7 +243,7 @@ def read(folder: Path, stored: Stored, config: Any, plan: Plan) -> Any:
             state_dict=stored.read(),
             dtype=plan.dtype,
             attn_implementation="eager",
-            ignore_mismatched_sizes=True,  # told below
+            ignore_mismatched_sizes=True,  # named below
             output_loading_info=True,
             **DATA_ONLY,
         )
@@ -256,7 +256,7 @@ def read(folder: Path, stored: Stored, config: Any, plan: Plan) -> Any:
     model.__class__ = type(model).__base__
     model.config._name_or_path = str(folder)
     if (folder / GENERATION_CONFIG).is_file():
-        with told(f"{folder / GENERATION_CONFIG} must say how to generate", REMADE):
+        with wrapped_errors(f"{folder / GENERATION_CONFIG} must say how to generate", REMADE):
             model.generation_config = GenerationConfig.from_pretrained(folder, **DATA_ONLY)
     return model.eval()
 

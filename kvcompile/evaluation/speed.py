@@ -170,22 +170,22 @@ def _peak(on: Tensor) -> Iterator[Callable[[], int]]:
     process, done = psutil.Process(), threading.Event()
     before = most = int(process.memory_info().rss)
 
-    def look() -> int:
+    def measure() -> int:
         nonlocal most
         most = max(most, int(process.memory_info().rss))
         return most - before
 
-    def watch() -> None:
+    def sample() -> None:
         while not done.wait(GLANCE):
-            look()
+            measure()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
     try:
-        yield look
+        yield measure
     finally:
         done.set()
-        watcher.join()
+        sampler.join()
 
 
 def _give_back() -> None:

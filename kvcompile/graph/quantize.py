@@ -12,13 +12,13 @@ from kvcompile.plan.plan import LayerPlan
 
 
 class InsertSettling(Pass):
-    """Each coded layer gets a `flush` node: after its selection, or after its last reader where it has none."""
+    """Each quantized layer gets a `flush` node: after its selection, or after its last reader where it has none."""
 
     def _layers(self) -> list[LayerPlan]:
         return [p for p in self.plan.owners if p.storage.quantized]
 
     def wanted(self) -> bool:
-        """Where some layer is coded."""
+        """Where some layer is quantized."""
         return bool(self._layers())
 
     def run(self, module: fx.GraphModule) -> int:

@@ -36,29 +36,29 @@ class ShareKV(Pass):
             reading[p.index].update_arg(1, stored[p.owner])
         for index in {p.owner for p in self._readers()}:
             if self.plan.layers[index].selection is not None:
-                self._watch_all(graph, index, watched)
+                self._observe_all(graph, index, watched)
         for p in self._readers():
             graph.erase_node(watched[p.index])
             graph.erase_node(stored[p.index])
         graph.eliminate_dead_code()
         return len(self._readers())
 
-    def _watch_all(self, graph: fx.Graph, owner: int, watched: dict[int, fx.Node]) -> None:
+    def _observe_all(self, graph: fx.Graph, owner: int, watched: dict[int, fx.Node]) -> None:
         """One `observe` for the queries of all readers of a layer."""
-        mine = watched[owner]
+        own = watched[owner]
         readers = [watched[p.index] for p in self.plan.layers if p.owner == owner]
-        kv, step = mine.args[0], mine.args[3]
+        kv, step = own.args[0], own.args[3]
         with graph.inserting_before(last_readers(graph)[owner].next):
             rotated, plain = (
                 graph.call_function(ops.together, (kv, *(node.args[place] for node in readers))) for place in (1, 2)
             )
             sinks: dict[str, Any] = {}
-            if "sinks" in mine.kwargs:
+            if "sinks" in own.kwargs:
                 sinks["sinks"] = graph.call_function(
                     ops.sinks_together, (kv, *(node.kwargs["sinks"] for node in readers))
                 )
             graph.call_function(ops.observe, (kv, rotated, plain, step, owner), sinks)
-        graph.erase_node(mine)
+        graph.erase_node(own)
 
     def ensures(self, module: fx.GraphModule) -> None:
         """Only owners append, and every layer reads the KV that the plan says."""

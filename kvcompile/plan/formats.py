@@ -166,14 +166,14 @@ BUILT_IN = {
 
 def number_format(name: str) -> NumberFormat:
     """The format called `name`. Raises KvcompileError where there is none, with the names of all."""
-    found = BUILT_IN.get(name) or installed().get(name)
-    if found is None:
+    known = BUILT_IN.get(name) or installed().get(name)
+    if known is None:
         raise KvcompileError(
             f"number formats are {', '.join({**BUILT_IN, **installed()})}",
             repr(name),
             f"install a package that registers it (entry point group {GROUP})",
         )
-    return found
+    return known
 
 
 @cache
@@ -182,22 +182,24 @@ def installed() -> dict[str, NumberFormat]:
 
     Raises KvcompileError for one that does not load, is no format, or takes a name that is taken.
     """
-    found: dict[str, NumberFormat] = {}
+    formats: dict[str, NumberFormat] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
-            made = entry.load()
+            loaded = entry.load()
         except Exception as error:
             raise KvcompileError(
                 f"the number format {entry.value!r} of another package does not load", error, "mend or remove it"
             ) from error
-        if not isinstance(made, NumberFormat) or made.name != entry.name:
+        if not isinstance(loaded, NumberFormat) or loaded.name != entry.name:
             raise KvcompileError(
                 f"entry point {entry.name!r} of {GROUP} must be a NumberFormat of that name", entry.value
             )
-        if made.name in BUILT_IN or made.name in found:
-            raise KvcompileError(f"the number format {made.name!r} is there twice", entry.value, "give it another name")
-        found[made.name] = made
-    return found
+        if loaded.name in BUILT_IN or loaded.name in formats:
+            raise KvcompileError(
+                f"the number format {loaded.name!r} is there twice", entry.value, "give it another name"
+            )
+        formats[loaded.name] = loaded
+    return formats
 
 
 def _never_zero(scale: Tensor) -> Tensor:

@@ -56,12 +56,12 @@ class Codec:
 
     def nbytes(self, tokens: int, dim: int) -> int:
         """Bytes of `tokens` tokens of `dim` channels, scales included."""
-        held = tokens * dim * self.bits // 8
+        size = tokens * dim * self.bits // 8
         if self.axis == "token":
-            held += tokens * self.groups(dim) * self.parameters * SCALE_BYTES
+            size += tokens * self.groups(dim) * self.parameters * SCALE_BYTES
         elif self.axis == "channel":
-            held += tokens // self.group * dim * self.parameters * SCALE_BYTES
-        return held
+            size += tokens // self.group * dim * self.parameters * SCALE_BYTES
+        return size
 
     @property
     def name(self) -> str:

@@ -92,8 +92,8 @@ def _provenance(base: Base, plan: Plan) -> str:
         "made by": in_words(versions()),
         "plan": f"SHA-256 {plan.digest()} of its JSON",
     }
-    told = "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
-    return f"## Provenance\n\n{told}"
+    facts = "\n".join(f"- {name}: {value}" for name, value in lines.items() if value)
+    return f"## Provenance\n\n{facts}"
 
 
 CARD = "README.md"

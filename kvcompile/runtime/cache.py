@@ -131,22 +131,22 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def spec(self, index: int, parts: tuple[Part, ...], scores: bool = False) -> KernelSpec:
         """The kernel that layer `index` needs over a store that lies in these parts; `scores`: with column sums."""
-        found = self.specs.get((index, parts, scores))
-        if found is None:
+        spec = self.specs.get((index, parts, scores))
+        if spec is None:
             p = self.plan.layers[index]
             shape = p.group, p.key_dim, p.value_dim, p.scale
             latent = p.latent is not None
             variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink}
-            found = KernelSpec(parts, *shape, p.sliding_window, scores=scores, latent=latent, **variant)
-            self.specs[index, parts, scores] = found
-        return found
+            spec = KernelSpec(parts, *shape, p.sliding_window, scores=scores, latent=latent, **variant)
+            self.specs[index, parts, scores] = spec
+        return spec
 
     def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
         """What attends over one of `specs` for queries of a dtype: the backend, or who does where it cannot."""
-        found = self.served.get((id(spec), dtype, gradients))
-        if found is None:
-            found = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients).attend
-        return found
+        attend = self.served.get((id(spec), dtype, gradients))
+        if attend is None:
+            attend = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients).attend
+        return attend
 
     def scores(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> bool:
         """Whether the kernels of layer `index` over these parts add up column sums for queries of a dtype."""
@@ -300,11 +300,11 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
-        made = object.__new__(type(self))
+        clone = object.__new__(type(self))
         same = (self.plan, *self.plan.layers, self.rotaries, self.backend, self.specs, self.served)
-        memo.update({id(self): made, **{id(x): x for x in same}})
-        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
-        return made
+        memo.update({id(self): clone, **{id(x): x for x in same}})
+        clone.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: it shares pages, kernels and host memory with its process. Raises KvcompileError."""

@@ -15,10 +15,10 @@ def block_of(dim: int) -> int:
 
 @functools.cache
 def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    made = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while made.shape[0] < size:
-        made = torch.cat((torch.cat((made, made), 1), torch.cat((made, -made), 1)))
-    block: Tensor = (made / size**0.5).to(device, dtype)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    block: Tensor = (matrix / size**0.5).to(device, dtype)
     return block
 
 

@@ -32,8 +32,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one owner layer, and what its selection remembers.
 
     `store` is None until the first tokens arrive; it is dense while all rows have one length, ragged otherwise, paged
-    where the plan says so, and coded where it stores older tokens in another format. Where the plan offloads, it lies
-    in host memory between `to_host` and `fetch`.
+    where the plan says so, and quantized where it stores older tokens in another format. Where the plan offloads, it
+    lies in host memory between `to_host` and `fetch`.
     """
 
     is_compileable = False
@@ -50,11 +50,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.transfer = HostTransfer() if plan.storage.offload else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCache:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
-        made._rehome()
-        return made
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        clone._rehome()
+        return clone
 
     @property
     def held(self) -> Store:
@@ -256,11 +256,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def _alive(self) -> list[Tensor]:
         """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
-        found = self.transfer.spare() if self.transfer is not None else []
+        tensors = self.transfer.spare() if self.transfer is not None else []
         if self.store is not None:
             pools = [pool.residency for pool in self.store.pools if pool.residency is not None]
-            found = [*self.store.tensors(), *found, *(x for residency in pools for x in residency.tensors())]
-        return list({id(x): x for x in found}.values())
+            tensors = [*self.store.tensors(), *tensors, *(x for residency in pools for x in residency.tensors())]
+        return list({id(x): x for x in tensors}.values())
 
     def _rehome(self) -> None:
         if self.transfer is not None and self.store is not None:

@@ -30,10 +30,10 @@ class LiveGraph(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveGraph:
         """The graph over the copy of the model."""
-        made = self.twin()
-        memo[id(self)] = made
-        made.model = copy.deepcopy(self.model, memo)
-        return made
+        clone = self.twin()
+        memo[id(self)] = clone
+        clone.model = copy.deepcopy(self.model, memo)
+        return clone
 
     def twin(self) -> LiveGraph:
         """A second graph over the same modules, to be rewritten."""

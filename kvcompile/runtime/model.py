@@ -41,18 +41,18 @@ class Compiled:
     recipe: str
     changes: dict[str, int]
     healed: HealRecord | None = None
-    told: bool = False  # that one pass over a text does not read its cache
+    warned: bool = False  # that one pass over a text does not read its cache
     entries: dict[tuple[bool, bool], LiveGraph] = field(default_factory=dict)
 
     def entry(self, embeddings: bool, states: bool) -> LiveGraph:
         """The graph, or one that begins at embeddings, or that returns hidden states beside logits, or both."""
         if not (embeddings or states):
             return self.graph
-        made = self.entries.get((embeddings, states))
-        if made is None:
-            made = from_embeddings(self.graph) if embeddings else self.graph
-            made = self.entries[embeddings, states] = with_states(made) if states else made
-        return made
+        graph = self.entries.get((embeddings, states))
+        if graph is None:
+            graph = from_embeddings(self.graph) if embeddings else self.graph
+            graph = self.entries[embeddings, states] = with_states(graph) if states else graph
+        return graph
 
 
 class CompiledMixin:
@@ -121,15 +121,15 @@ class CompiledMixin:
         return output if whole else output.to_tuple()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
-        return made
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return clone
 
     def __copy__(self) -> Any:
-        made = object.__new__(type(self))
-        made.__dict__.update(vars(self))
-        return made
+        clone = object.__new__(type(self))
+        clone.__dict__.update(vars(self))
+        return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused: a pickle would hold code. Raises KvcompileError."""
@@ -148,9 +148,11 @@ class CompiledMixin:
         """
         from kvcompile.artifact.artifact import save
 
-        given = next((name for name, value in others.items() if value not in (None, False)), None)
-        if given:
-            raise KvcompileError("a compiled model is saved with save_directory and tokenizer", given, "leave it out")
+        unsupported = next((name for name, value in others.items() if value not in (None, False)), None)
+        if unsupported:
+            raise KvcompileError(
+                "a compiled model is saved with save_directory and tokenizer", unsupported, "leave it out"
+            )
         if is_main_process:
             save(self, save_directory, tokenizer)
 
@@ -199,33 +201,33 @@ class CompiledMixin:
         if wanted is None and count > 1:
             self._tell_of_one_pass()
         columns = list(range(count)) if wanted is None else wanted
-        asked = None if wanted is None and prompt.places is None else prompt.asked(columns)
+        holding = None if wanted is None and prompt.places is None else prompt.columns_holding(columns)
         pieces, inner = [], []
         for part in prompt.chunks(chunk or count):
             cache.chunk(count > 1, part.last, part.coming)
-            mine: Any = slice(None)
-            if asked is not None:
-                here = [i - part.first for i in asked if part.first <= i < part.stop]
-                mine = torch.tensor(here, dtype=torch.long, device=device)
+            logits_at: Any = slice(None)
+            if holding is not None:
+                here = [i - part.first for i in holding if part.first <= i < part.stop]
+                logits_at = torch.tensor(here, dtype=torch.long, device=device)
             at = prompt.positions[:, part.first : part.stop]
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
             seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
-            out = graph(prompt.ids[:, part.first : part.stop], seen, at, cache, mine)
+            out = graph(prompt.ids[:, part.first : part.stop], seen, at, cache, logits_at)
             logits, between = out if states else (out, ())
             pieces.append(logits)
             inner.append(between)
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         every = list(range(count))
         hidden = tuple(prompt.restored(torch.cat(x, 1), every, every) for x in zip(*inner, strict=True))
-        return logits if asked is None else prompt.restored(logits, asked, columns), hidden
+        return logits if holding is None else prompt.restored(logits, holding, columns), hidden
 
     def _tell_of_one_pass(self) -> None:
         """Log once that logits of every token of a prompt, as a benchmark may score them, say nothing of the stack."""
         compiled = self.kvcompile
         lossy = any(p.selection is not None or p.storage.quantized for p in compiled.plan.owners)
-        if lossy and not compiled.told and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            compiled.told = True
+        if lossy and not compiled.warned and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            compiled.warned = True
             log.warning(
                 "kvcompile: logits of a whole prompt are computed before its cache is compressed. A loss or benchmark "
                 "made of them measures the uncompressed model; "
@@ -265,17 +267,17 @@ class CompiledMixin:
             )
         if generation_config.use_cache is False:
             return
-        given = model_kwargs.get("past_key_values")
-        model_kwargs["past_key_values"] = self._own(given)
-        if given is not None:
-            given._is_user_defined = True
+        past = model_kwargs.get("past_key_values")
+        model_kwargs["past_key_values"] = self._own(past)
+        if past is not None:
+            past._is_user_defined = True
 
 
 def _tokens(ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
     """The new tokens, ids `[B, Q]` or embeddings `[B, Q, hidden]`, whichever were given. Raises KvcompileError."""
     if (ids is None) == (embeddings is None):
-        found = "neither" if ids is None else "both"
-        raise KvcompileError("a pass reads input_ids or inputs_embeds", found, "pass one of them")
+        got = "neither" if ids is None else "both"
+        raise KvcompileError("a pass reads input_ids or inputs_embeds", got, "pass one of them")
     tokens, shape = (ids, "input_ids [B, Q]") if embeddings is None else (embeddings, "inputs_embeds [B, Q, hidden]")
     if tokens is None or tokens.ndim != shape.count(",") + 1 or not tokens.shape[1]:
         raise KvcompileError(

@@ -59,18 +59,18 @@ class Prompt:
                 coming = self.mask[:, -after:].ne(0).sum(1).tolist()
             yield Chunk(first, stop, stop == count, coming)
 
-    def asked(self, columns: Sequence[int]) -> list[int]:
+    def columns_holding(self, columns: Sequence[int]) -> list[int]:
         """Columns here, ascending, that hold any sequence's token of the given `columns`."""
         if self.places is None:
             return sorted(set(columns))
         return sorted(set(self.places[:, list(columns)].flatten().tolist()))
 
-    def restored(self, results: Tensor, asked: Sequence[int], columns: Sequence[int]) -> Tensor:
+    def restored(self, results: Tensor, holding: Sequence[int], columns: Sequence[int]) -> Tensor:
         """`[B, len(columns), V]`, as the tokens were given, out of `results [B, len(asked), V]`."""
-        found = {column: i for i, column in enumerate(asked)}
+        index_of = {column: i for i, column in enumerate(holding)}
         if self.places is None:
-            same = list(asked) == list(columns)
-            return results if same else results[:, [found[column] for column in columns]]
-        rows = [[found[c] for c in row] for row in self.places[:, list(columns)].tolist()]
+            same = list(holding) == list(columns)
+            return results if same else results[:, [index_of[column] for column in columns]]
+        rows = [[index_of[c] for c in row] for row in self.places[:, list(columns)].tolist()]
         at = torch.tensor(rows, dtype=torch.long, device=results.device)
         return results[torch.arange(len(rows), dtype=torch.long, device=results.device).unsqueeze(1), at]

@@ -161,9 +161,9 @@ class DenseStore(Plain):
             return hugepages.empty(old, self.batch, self.heads, count + headroom, *old.shape[3:])
 
         values = None if self._values is None else room(self._values)
-        made = DenseStore(room(self.keys), values, room(self.positions), count, self.latent)
-        compactor(self.arrays(), made.arrays(), torch.cat(indices), [count] * len(indices))
-        return made
+        target = DenseStore(room(self.keys), values, room(self.positions), count, self.latent)
+        compactor(self.arrays(), target.arrays(), torch.cat(indices), [count] * len(indices))
+        return target
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
@@ -188,8 +188,8 @@ class DenseStore(Plain):
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
-        held = [self.keys] if self._values is None else [self.keys, self._values]
-        return sum(_bytes(x[:, :, : self.length]) for x in held)
+        tensors = [self.keys] if self._values is None else [self.keys, self._values]
+        return sum(_bytes(x[:, :, : self.length]) for x in tensors)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> DenseStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's."""

@@ -113,7 +113,7 @@ class PagePoolResidency:
             self.edition = pool.edition
 
     def fetch(self, pool: PagePool, user: HostTransfer) -> None:
-        """The pages are on the device until the last guest parks them."""
+        """The pages are on the device until the last user moves them to the host."""
         self.users.add(user)
         self.prefetch(pool)
         if self.on_host and self.coming is not None:
@@ -121,7 +121,7 @@ class PagePoolResidency:
             pool.buffers, self.coming = self.host.receive(self.coming), None
 
     def to_host(self, pool: PagePool, user: HostTransfer) -> None:
-        """The pages are at home, once no other guest needs them; only those that were written go back."""
+        """The pages are at home, once no other user needs them; only those that were written go back."""
         self.users.discard(user)
         if self.on_host or self.users:
             return
@@ -196,15 +196,17 @@ class HostTransfer:
         if self.on_host:
             return store
         if self.home is None or self.changed:
-            mine = store.moved(host.away)
+            host_store = store.moved(host.away)
         else:
-            mine = self.home
-            for new, valid, headroom in self.appended if mine is not store else ():
+            host_store = self.home
+            for new, valid, headroom in self.appended if host_store is not store else ():
                 keys, values, positions = (x.to(host.home) for x in new)
-                mine = mine.append(keys, values, positions, headroom, None if valid is None else valid.to(host.home))
-            mine = mine.moved(host.kept)
+                host_store = host_store.append(
+                    keys, values, positions, headroom, None if valid is None else valid.to(host.home)
+                )
+            host_store = host_store.moved(host.kept)
         self.on_host, self.home, self.appended, self.changed = True, None, [], False
-        return mine
+        return host_store
 
     def rehome(self, store: Store) -> Store:
         """The store after an operation on it where it lies: what that made at home is made as `away` does."""

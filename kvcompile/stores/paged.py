@@ -42,8 +42,8 @@ class PagedStore(Paged, Plain):
         """All pages of values, `[pages * page, D_v]`."""
         return self._values(self.pages.pool.buffers)
 
-    def _values(self, held: Mapping[str, Tensor]) -> Tensor:
-        return held["values"] if self.latent is None else held["keys"][:, self.latent :]
+    def _values(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return arrays["values"] if self.latent is None else arrays["keys"][:, self.latent :]
 
     @property
     def positions(self) -> Tensor:
@@ -77,12 +77,12 @@ class PagedStore(Paged, Plain):
                 new["values"] = values.reshape(rows, -1)
             self.pages.write(self.pages.step(headroom), new)
             return self
-        given = (keys, at.unsqueeze(1)) if self.latent is not None else (keys, values, at.unsqueeze(1))
+        arrays = (keys, at.unsqueeze(1)) if self.latent is not None else (keys, values, at.unsqueeze(1))
         added, kept = [count] * rows, None
         if valid is not None:
             real = valid.repeat_interleave(self.heads, 0)
             added, kept = real.sum(1).tolist(), real.nonzero()[:, 1]
-        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in given)), headroom, compactor, kept)
+        self.pages.receive(added, Arrays(tuple(x.contiguous() for x in arrays)), headroom, compactor, kept)
         return self
 
     @alone
@@ -117,24 +117,24 @@ class PagedStore(Paged, Plain):
     @alone
     def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions (copies), sequence-major."""
-        held = self.pages.read(self.pages.held())
-        whole = (held["keys"], self._values(held), held["positions"])
+        arrays = self.pages.read(self.pages.all_slots())
+        whole = (arrays["keys"], self._values(arrays), arrays["positions"])
         return list(zip(*(torch.split(x, self.lengths) for x in whole), strict=True))
 
     @alone
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
-        mine = range(b * self.heads, (b + 1) * self.heads)
-        lengths = self.lengths[mine.start : mine.stop]
-        counts = self.pages.counts[mine.start : mine.stop]
-        held, at = self.pages.read(self.pages.held(mine)), ranges(torch.zeros_like(counts), counts)
+        rows = range(b * self.heads, (b + 1) * self.heads)
+        lengths = self.lengths[rows.start : rows.stop]
+        counts = self.pages.counts[rows.start : rows.stop]
+        arrays, at = self.pages.read(self.pages.all_slots(rows)), ranges(torch.zeros_like(counts), counts)
 
         def padded(x: Tensor, fill: int) -> Tensor:
             out = x.new_full((self.heads, max(lengths), *x.shape[1:]), fill)
             out[at] = x
             return out
 
-        return padded(held["keys"], 0), padded(self._values(held), 0), padded(held["positions"], -1), lengths
+        return padded(arrays["keys"], 0), padded(self._values(arrays), 0), padded(arrays["positions"], -1), lengths
 
     @alone
     def reorder(self, orders: Orders) -> None:
@@ -151,7 +151,7 @@ class PagedStore(Paged, Plain):
     def rewrite(self, keys: list[Tensor]) -> None:
         """Replace the keys of every row by `keys[row] [n, D]`."""
         self.pages.open([0] * len(keys))
-        self.pages.write(self.pages.held(), {"keys": torch.cat(keys)})
+        self.pages.write(self.pages.all_slots(), {"keys": torch.cat(keys)})
 
     @alone
     def drop_last(self, count: int) -> None:
@@ -160,8 +160,8 @@ class PagedStore(Paged, Plain):
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held, not of the room behind them; shared entries count in every row."""
-        held = (self.keys,) if self.latent is not None else (self.keys, self.values)
-        per_token = sum(x.shape[-1] * x.element_size() for x in held)
+        tensors = (self.keys,) if self.latent is not None else (self.keys, self.values)
+        per_token = sum(x.shape[-1] * x.element_size() for x in tensors)
         return sum(self.lengths) * per_token
 
     @alone

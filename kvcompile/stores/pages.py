@@ -57,7 +57,7 @@ class PagedRows:
         page = self.pool.page
         return self.table.device[rows, entries // page].long() * page + entries % page
 
-    def held(self, sequence: range | None = None) -> Tensor:
+    def all_slots(self, sequence: range | None = None) -> Tensor:
         """Slots of all entries of some consecutive rows (default: of all), row after row."""
         chosen = sequence or range(len(self.lengths))
         counts = self.counts[chosen.start : chosen.stop]
@@ -186,7 +186,7 @@ class PagedRows:
         compactor(self.arrays(), self.arrays(), old, counts)
         self.truncate(counts)
         self._wrote(stays)
-        self._flush()
+        self._release_spare()
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies past `lengths[r]` entries of each row; its pages are returned, and those in reserve."""
@@ -205,10 +205,10 @@ class PagedRows:
         self.counts = torch.tensor(lengths, device=self.where, dtype=torch.int64)
         self._ahead = []
 
-    def _flush(self) -> None:
+    def _release_spare(self) -> None:
         """Release memory where more pages are free than `headroom` tokens a row need, and some that spare a copy."""
-        mine = sum((n + self.headroom) // self.pool.page for n in self.lengths) - int(self.table.used.sum())
-        wanted = self.pool.used + max(0, mine)
+        spare = sum((n + self.headroom) // self.pool.page for n in self.lengths) - int(self.table.used.sum())
+        wanted = self.pool.used + max(0, spare)
         if self.pool.capacity > wanted + max(len(self.lengths), wanted // GROWTH):
             self.pool.shrink(wanted)
 
@@ -223,7 +223,7 @@ class PagedRows:
         self.pool.release(old)
         self._resize(self.lengths)
         self._reach = 1  # who selects once may select at every token: pages ahead would be shared and dropped again
-        self._flush()
+        self._release_spare()
 
     def fork(self) -> PagedRows:
         """The same rows once more: all pages are shared until one side writes them."""

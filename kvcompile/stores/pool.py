@@ -185,7 +185,7 @@ class PagePool:
     def grow(self, pages: int) -> None:
         """Add free pages, behind the others; what is there keeps its number."""
         old = self.capacity
-        self._rebuild(old + pages, lambda new, held: new[:old].copy_(held))
+        self._rebuild(old + pages, lambda new, buffer: new[:old].copy_(buffer))
         self.references = torch.cat((self.references, self.references.new_zeros(pages)))
         added = torch.arange(old, old + pages, dtype=torch.int32, device=HOST).flip(0)
         self._free = torch.cat((added, self._free))
@@ -196,7 +196,7 @@ class PagePool:
         used = (self.references > 0).nonzero().squeeze(1)
         count = used.numel()
         capacity = max(capacity, count)
-        self._rebuild(capacity, lambda new, held: gather(held, used.to(held.device), new[:count]))
+        self._rebuild(capacity, lambda new, buffer: gather(buffer, used.to(buffer.device), new[:count]))
         numbers = torch.full((self.capacity,), -1, dtype=torch.int32, device=HOST)
         numbers[used] = torch.arange(count, dtype=torch.int32, device=HOST)
         for table in self.tables:

@@ -169,11 +169,11 @@ class RaggedStore(Plain):
         """A store with only the entries `indices[row]` of each row of another."""
         counts = [i.numel() for i in indices]
         rooms = [n + headroom for n in counts]
-        made = cls(store.keys, store.values, store.batch, store.heads, rooms, store.latent)
-        compactor(store.arrays(), made.arrays(), torch.cat(indices), counts)
-        made.lengths = counts
-        made._mark_ends()
-        return made
+        target = cls(store.keys, store.values, store.batch, store.heads, rooms, store.latent)
+        compactor(store.arrays(), target.arrays(), torch.cat(indices), counts)
+        target.lengths = counts
+        target._mark_ends()
+        return target
 
     def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedStore:
         """A new store with only the entries `indices[row]` of each row."""
@@ -201,7 +201,7 @@ class RaggedStore(Plain):
 
     def shed(self, counts: list[int], compactor: Compactor = compact) -> None:
         """Forget the first `counts[row]` entries of each row, in place."""
-        rest = [held - n for held, n in zip(self.lengths, counts, strict=True)]
+        rest = [length - n for length, n in zip(self.lengths, counts, strict=True)]
         begins, stay = (torch.tensor(x, device=self.device, dtype=torch.int64) for x in (counts, rest))
         compactor(self.arrays(), self.arrays(), spans(begins, stay), rest)
         self.lengths = rest
@@ -209,18 +209,18 @@ class RaggedStore(Plain):
 
     def nbytes(self) -> int:
         """Bytes of the keys and values held (not of the room behind them)."""
-        held = [self.keys] if self._values is None else [self.keys, self._values]
-        per_token = sum(x.shape[-1] * x.element_size() for x in held)
+        tensors = [self.keys] if self._values is None else [self.keys, self._values]
+        per_token = sum(x.shape[-1] * x.element_size() for x in tensors)
         return sum(self.lengths) * per_token
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> RaggedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's."""
-        made = copy.copy(self)
-        made.keys, made.positions = move(self.keys), move(self.positions)
-        made._values = None if self._values is None else move(self._values)
-        made._begins, made._ends = move(self._begins), move(self._ends)
-        made.lengths = list(self.lengths)
-        return made
+        moved = copy.copy(self)
+        moved.keys, moved.positions = move(self.keys), move(self.positions)
+        moved._values = None if self._values is None else move(self._values)
+        moved._begins, moved._ends = move(self._begins), move(self._ends)
+        moved.lengths = list(self.lengths)
+        return moved
 
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""

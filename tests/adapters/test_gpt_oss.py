@@ -18,7 +18,7 @@ from kvcompile.stack import apply_stack, build_stack
 from kvcompile.structure.heads import merge_heads
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
-ROUTES = [
+BACKENDS = [
     "reference",
     "sdpa",
     pytest.param("cpp", marks=pytest.mark.skipif(bool(build.available()), reason="no compiler")),
@@ -30,7 +30,7 @@ def compiled(kernels: str, **stack: Any) -> Any:
     return compile_plan(model, apply_stack(describe(model.config), build_stack(list(stack), stack)), kernels)
 
 
-@pytest.mark.parametrize("kernels", ROUTES)
+@pytest.mark.parametrize("kernels", BACKENDS)
 def test_a_padded_batch_says_what_transformers_says(kernels: str) -> None:
     ids, mask = tiny_ids(2, 37), torch.ones(2, 37, dtype=torch.long)
     ids[0, :9], mask[0, :9] = 0, 0
@@ -41,7 +41,7 @@ def test_a_padded_batch_says_what_transformers_says(kernels: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("kernels", ROUTES)
+@pytest.mark.parametrize("kernels", BACKENDS)
 def test_sinks_are_heard(kernels: str) -> None:
     """Without what goes to the sinks, the logits are others: the test above would not be blind."""
     ids, model = tiny_ids(1, 30), compiled(kernels)

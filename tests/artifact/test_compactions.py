@@ -1,4 +1,4 @@
-"""Stores move what they keep by the mover they are given, by nothing that their plan does not foretell, and rightly."""
+"""Stores move what they keep by their compactor, by nothing that their plan does not foretell, and rightly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ stored = pytest.mark.parametrize("storage", STORAGES.values(), ids=list(STORAGES
 
 
 class Recorder:
-    """A mover that remembers which kernels would have run."""
+    """A compactor that remembers which kernels would have run."""
 
     def __init__(self, compactor: Compactor = compact) -> None:
         self.compactor, self.specs = compactor, set[CompactSpec]()

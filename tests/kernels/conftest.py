@@ -3,4 +3,4 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out: `from coded import case`
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out: `from quantized import case`

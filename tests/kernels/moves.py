@@ -35,7 +35,7 @@ FEW = [(f, w) for i, f in enumerate(FORMATS) for j, w in enumerate(WAYS) if (i +
 
 @dataclass(frozen=True)
 class Move:
-    """A call of a mover, and the arrays of the target as they must be afterwards."""
+    """A call of a compactor, and the arrays of the target as they must be afterwards."""
 
     source: Arrays
     target: Arrays
@@ -51,7 +51,7 @@ class Move:
 
 
 def check(compactor: Compactor, move: Move) -> None:
-    """The mover leaves the expected bytes everywhere, and the source as it was."""
+    """The compactor leaves the expected bytes everywhere, and the source as it was."""
     before = [x.clone() for x in move.source.tensors]
     compactor(move.source, move.target, move.kept, move.counts, move.first)
     for got, want in zip(move.target.tensors, move.expected, strict=True):

@@ -27,7 +27,7 @@ def test_chunks_cut_a_padded_sequence_as_they_cut_it_alone(
     whole = torch.cat((torch.zeros(batch, past, dtype=torch.long), mask), 1)
     prompt = Prompt(ids, torch.arange(count).unsqueeze(0), whole).aligned()
     columns = data.draw(st.lists(st.integers(0, count - 1)))
-    asked = prompt.asked(columns)
+    holding = prompt.columns_holding(columns)
     assert prompt.mask is not None
     real, read = prompt.mask[:, past:] != 0, []
     for turn, chunk in enumerate(prompt.chunks(length)):
@@ -37,9 +37,9 @@ def test_chunks_cut_a_padded_sequence_as_they_cut_it_alone(
             assert prompt.ids[b, at][real[b, at]].tolist() == tokens[turn * length : (turn + 1) * length]
             assert chunk.coming[b] == len(tokens[(turn + 1) * length :])
         assert chunk.last == (chunk.stop == count)
-        here = [i - chunk.first for i in asked if i in range(chunk.first, chunk.stop)]
+        here = [i - chunk.first for i in holding if i in range(chunk.first, chunk.stop)]
         read.append(prompt.ids[:, at][:, here].unsqueeze(-1))
-    found = prompt.restored(torch.cat(read, 1), asked, columns)
+    found = prompt.restored(torch.cat(read, 1), holding, columns)
     assert torch.equal(found.squeeze(-1), ids[:, columns])
 
 

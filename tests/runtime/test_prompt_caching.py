@@ -20,9 +20,9 @@ STACKS: dict[str, Options] = {
     "compact": {"streaming": {"budget": 24, "positions": "compact", "decode_every": 8}},
     "quantized": KIVI8,
     "paged": {"paged": {"page": 4}},
-    "ragged, coded, paged": {**ADAKV, **KIVI8, "paged": {"page": 4}},
+    "ragged, quantized, paged": {**ADAKV, **KIVI8, "paged": {"page": 4}},
     "offloaded": {"offload": {"keep": 1}},
-    "coded, paged, offloaded": {**KIVI8, "paged": {"page": 4}, "offload": {}},
+    "quantized, paged, offloaded": {**KIVI8, "paged": {"page": 4}, "offload": {}},
     "latents": {"mla": {"factor": "weights", "select": "uniform"}},
 }
 

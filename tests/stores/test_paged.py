@@ -48,7 +48,7 @@ def poison(store: PagedStore) -> None:
         free = (~whole).repeat_interleave(pool.page)
         if len(at) == 1:
             free[:] = True
-            free[store.pages.held()] = False
+            free[store.pages.all_slots()] = False
         store.keys[free] = float("nan")
         store.values[free] = float("nan")
         store.positions[free] = -9
@@ -123,7 +123,7 @@ def test_a_fork_goes_its_own_way(prompt: int, steps: int) -> None:
     start = copied(one.rows())
     forks = [one, one.fork(), one.fork()]
     full = prompt // 16 * 16
-    at = one.pages.held().view(4, prompt)[:, :full].flatten()
+    at = one.pages.all_slots().view(4, prompt)[:, :full].flatten()
     before = one.keys[at].clone()
     added: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in forks]
     for i in range(steps):

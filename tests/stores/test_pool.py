@@ -31,7 +31,7 @@ def entries(numbers: list[int]) -> dict[str, torch.Tensor]:
 def held(rows: PagedRows) -> list[list[int]]:
     """What each row holds, if all buffers agree."""
     with rows.pool.alone():
-        read = rows.read(rows.held())
+        read = rows.read(rows.all_slots())
     assert torch.equal(read["codes"][:, 1], read["positions"].float())
     assert torch.equal(-read["scales"][:, 0], read["positions"].float())
     return [x.tolist() for x in read["positions"].split(rows.lengths)]
@@ -239,7 +239,7 @@ def test_groups_of_tokens_share_an_entry() -> None:
             x = torch.arange(start, start + 6, dtype=torch.float32).view(-1, 1)
             rows.write(slots, {"codes": x.expand(-1, 2), "scales": x[::GROUP], "positions": x[:, 0].int()})
     rows.select(torch.tensor([1, 0, 0]))
-    read = rows.read(rows.held())
+    read = rows.read(rows.all_slots())
     assert torch.equal(read["scales"][:, 0].int(), read["positions"][::GROUP])
     first = [p for s in range(0, 30, 6) for p in (s + 4, s + 5)]
     assert read["positions"][:10].tolist() == first

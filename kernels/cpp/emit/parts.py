@@ -118,7 +118,7 @@ LEVELS = """
 def helpers(spec: KernelSpec) -> str:
     """What the scales and the tables of the spec's formats need."""
     codecs = [c for p in spec.parts for c in (p.key, p.value)]
-    tables = {found.name: found for found in map(table, codecs) if found}
+    tables = {t.name: t for t in map(table, codecs) if t}
     texts = [fill(APART)] if any(c.axis == "token" for c in codecs) else []
     texts += [fill(LOOK_UP)] if tables else []
     texts += [fill(LEVELS, name=n, levels=", ".join(map(decimal, t.levels))) for n, t in tables.items()]

@@ -24,7 +24,7 @@ KEEP = "memcpy(b.kept + (int64_t)(b.offset + from) * LANES, b.s, (size_t)count *
 RANGE = "b.range[b.ranges][0] = b.offset + first, b.range[b.ranges++][1] = b.offset + last;"
 
 START = """
-    $held
+    $entries_of_row
     if ((int64_t)kept.size() < held * LANES) kept.resize(held * LANES);
     b.kept = kept.data(), b.offset = b.ranges = 0;
     """
@@ -48,7 +48,7 @@ LAUNCH_SCORES = """
         delete block;
       }
       for (int64_t r = 0; r < a.rows; r++) {
-        $held
+        $entries_of_row
         for (int t = 0; t < threads; t++)
           for (int64_t j = 0; j < held; j++) a.sums[r * a.sums_row + j] += partial[(t * a.rows + r) * a.sums_row + j];
       }

@@ -1,4 +1,4 @@
-"""Source of a kernel for several new tokens of each sequence: prefill over a history, coded, ragged or paged.
+"""Source of a kernel for several new tokens of each sequence: prefill over a history, quantized, ragged or paged.
 
 The same without values gives column sums alone: what entries received from the last tokens of a prompt, whose
 attention was computed elsewhere.
@@ -339,17 +339,17 @@ def _attend(spec: KernelSpec, values: bool) -> str:
 def _launch(spec: KernelSpec, values: bool) -> str:
     parts = range(len(spec.parts))
 
-    def held(row: str) -> str:
+    def entries_of_row(row: str) -> str:
         return f"int64_t held = {' + '.join(f'Part{i}::row(a.part{i}, a.heads, {row}).count' for i in parts)};"
 
     one = fill(
         ONE,
-        start=fill(START, held=held("b.row")) if spec.scores else "",
+        start=fill(START, entries_of_row=entries_of_row("b.row")) if spec.scores else "",
         attend="\n".join(f"attend(a, a.part{i}, b);" for i in parts),
         finish="finish(a, b);" if values else "",
         columns="add_columns(b, mine + (int64_t)b.row * a.sums_row);" if spec.scores else "",
     )
     function = "attend_chunk" if values else "window_sums"
     if spec.scores:
-        return fill(LAUNCH_SCORES, function=function, one=one, held=held("r"))
+        return fill(LAUNCH_SCORES, function=function, one=one, entries_of_row=entries_of_row("r"))
     return fill(LAUNCH, function=function, one=one)

@@ -12,9 +12,9 @@ NAME = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 def fill(template: str, **texts: object) -> str:
     """The template with every `$name` (or `${name}`) replaced; a block that is empty leaves no line behind."""
 
-    def block(found: re.Match[str]) -> str:
-        text = str(texts[found[2]]).rstrip("\n")
-        return indent(text, found[1]) + "\n" if text else ""
+    def block(match: re.Match[str]) -> str:
+        text = str(texts[match[2]]).rstrip("\n")
+        return indent(text, match[1]) + "\n" if text else ""
 
     flush = dedent(template.lstrip("\n")).rstrip(" ")
-    return NAME.sub(lambda found: str(texts[found[1] or found[2]]), BLOCK.sub(block, flush))
+    return NAME.sub(lambda match: str(texts[match[1] or match[2]]), BLOCK.sub(block, flush))

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompile.exporters.static import shared_rows
 from kvcompile.exporters.static.attention import causal, masked
 from kvcompile.exporters.static.capacity import Room
-from kvcompile.exporters.static.quantized import body_of, encoded, entries_of, flush, format_of, split
+from kvcompile.exporters.static.quantized import codes_of, encoded, entries_of, flush, format_of, split
 from kvcompile.exporters.static.selection import (
     BatchScores,
     Entries,
@@ -56,8 +56,8 @@ def empty(plan: Plan, rooms: Sequence[Room], batch: int, device: torch.device | 
             n = room.codes + p.storage.block  # the spare block takes what is not to be written
             spare = torch.zeros(*shape[:2], n, p.head_dim, dtype=dtype, device=device)
             nowhere = torch.full((*shape[:2], n), -1, dtype=torch.int32, device=device)
-            body = body_of(Entries(spare, spare, nowhere), format_of(room, dtype))
-            state.update({f"{name}_{p.index}": x for name, x in body.items()})
+            codes = codes_of(Entries(spare, spare, nowhere), format_of(room, dtype))
+            state.update({f"{name}_{p.index}": x for name, x in codes.items()})
             state[f"encoded_{p.index}"] = torch.zeros(shape[:2], dtype=torch.int64, device=device)
         if room.every and room.score.needs.carries:
             state[f"carried_{p.index}"] = torch.zeros(shape, device=device, dtype=torch.float32)
@@ -291,10 +291,10 @@ class DecodeCache:
             return
         due = (self.tick + room.plan.index) % FLUSH == 0
         counts = torch.where(due, encoded(room, tensors["entries"]), 0)
-        tail = _newest(room, tensors)
-        flush(room, tensors, tail, counts)
+        residual = _newest(room, tensors)
+        flush(room, tensors, residual, counts)
         order = torch.arange(room.capacity, device=due.device, dtype=torch.int64) + counts.unsqueeze(-1)
-        _replace(tensors, tail.at(order.clamp(max=room.capacity)), tensors["entries"] - counts)
+        _replace(tensors, residual.at(order.clamp(max=room.capacity)), tensors["entries"] - counts)
 
     def _of(self, layer: int) -> State:
         """The tensors of one layer, by their names without its number."""

@@ -105,9 +105,9 @@ def _room(plan: Plan, p: LayerPlan, limits: Limits) -> Room:
     room = _plain(plan, p, limits)
     if not room.quantized:
         return room
-    # the longest tail: what no settling encodes, and the tokens until the next one
-    tail = p.storage.residual + p.storage.block + FLUSH
-    return replace(room, capacity=min(room.capacity, tail), codes=p.storage.encoded(room.capacity))
+    # the longest residual: what no flush encodes, and the tokens until the next one
+    residual = p.storage.residual + p.storage.block + FLUSH
+    return replace(room, capacity=min(room.capacity, residual), codes=p.storage.encoded(room.capacity))
 
 
 def _plain(plan: Plan, p: LayerPlan, limits: Limits) -> Room:

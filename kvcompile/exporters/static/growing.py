@@ -31,9 +31,9 @@ class GrowingCache:
         owners = [p.index for p in plan.owners]
         self.past = dict(zip(owners, zip(past[::2], past[1::2], strict=True), strict=True))
         self.present: dict[int, Rows] = {}
-        held = past[0].shape[2]
-        self.positions = torch.arange(held, held + ids.shape[1], device=ids.device, dtype=torch.int64)
-        self.entries = torch.arange(held + ids.shape[1], device=ids.device, dtype=torch.int64)
+        past_tokens = past[0].shape[2]
+        self.positions = torch.arange(past_tokens, past_tokens + ids.shape[1], device=ids.device, dtype=torch.int64)
+        self.entries = torch.arange(past_tokens + ids.shape[1], device=ids.device, dtype=torch.int64)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> Rows:
         """The past and the new tokens."""

@@ -41,8 +41,8 @@ class ResidentPrefill(Resident):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits after the prompt."""
         logits, state = self.program.prefill(input_ids)
-        for name, held in self.cache.named_buffers():
-            held.copy_(state[name])
+        for name, buffer in self.cache.named_buffers():
+            buffer.copy_(state[name])
         return logits
 
 

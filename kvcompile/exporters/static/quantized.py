@@ -1,4 +1,4 @@
-"""Rows whose older entries are encoded, in fixed shapes: a body of codes and a tail in the model's dtype."""
+"""Rows whose older entries are encoded, in fixed shapes: codes, and a residual in the model's dtype."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def format_of(room: Room, dtype: torch.dtype) -> Format:
     return Format(*room.plan.storage.codecs(str(dtype).removeprefix("torch.")), dtype)
 
 
-def body_of(entries: Entries, format: Format) -> dict[str, Tensor]:
+def codes_of(entries: Entries, format: Format) -> dict[str, Tensor]:
     """Encoded entries `[B, H_kv, n, ...]`, n a multiple of the format's block, by the names they have in a state."""
-    made = {}
+    state = {}
     for side, codec, numbers in zip(SIDES, (format.key, format.value), (entries.keys, entries.values), strict=True):
         codes, scales = encode(numbers, codec)
-        made[f"{side}_codes"] = codes
+        state[f"{side}_codes"] = codes
         if scales is not None:
-            made[f"{side}_scales"] = scales
-    return {**made, "code_positions": entries.positions}
+            state[f"{side}_scales"] = scales
+    return {**state, "code_positions": entries.positions}
 
 
 def encoded(room: Room, counts: Tensor) -> Tensor:
@@ -39,47 +39,47 @@ def encoded(room: Room, counts: Tensor) -> Tensor:
     return (counts - room.plan.storage.residual).clamp(min=0) // block * block
 
 
-def split(room: Room, held: Entries, order: Tensor, counts: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The entries `order [B, H_kv, m]`, the first `counts [B, H_kv]` of which are there, as (body, tail, encoded).
+def split(room: Room, entries: Entries, order: Tensor, counts: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The entries `order [B, H_kv, m]`, the first `counts [B, H_kv]` of which are there, as (codes, residual, encoded).
 
-    tail `[B, H_kv, capacity]` are places in `held`; `encoded [B, H_kv]` is how many entries the body has.
+    residual `[B, H_kv, capacity]` are places in `entries`; `encoded [B, H_kv]` is how many entries lie in the codes.
     """
-    n, old = held.positions.shape[-1], encoded(room, counts)
+    n, old = entries.positions.shape[-1], encoded(room, counts)
     longest = room.codes + room.plan.storage.block
     padded = F.pad(order, (0, longest + room.capacity))
     place = torch.arange(padded.shape[-1], device=order.device, dtype=torch.int64).expand_as(padded)
     there = place < counts.unsqueeze(-1)
     inside = torch.where(place < old.unsqueeze(-1), padded, n)[..., :longest]
     later = place[..., : room.capacity] + old.unsqueeze(-1)
-    tail = torch.where(there, padded, n).gather(-1, later)
-    return body_of(held.at(inside), format_of(room, held.keys.dtype)), tail, old
+    residual = torch.where(there, padded, n).gather(-1, later)
+    return codes_of(entries.at(inside), format_of(room, entries.keys.dtype)), residual, old
 
 
-def entries_of(room: Room, body: Mapping[str, Tensor], tail: Entries) -> Entries:
-    """Body and tail as plain rows: the body decoded, without its spare block."""
-    format, n = format_of(room, tail.keys.dtype), room.codes
+def entries_of(room: Room, codes: Mapping[str, Tensor], residual: Entries) -> Entries:
+    """Codes and residual as plain rows: the codes decoded, without their spare block."""
+    format, n = format_of(room, residual.keys.dtype), room.codes
     if not n:
-        return tail
+        return residual
     plain = []
-    for side, codec, newest in zip(SIDES, (format.key, format.value), (tail.keys, tail.values), strict=True):
-        scales = body.get(f"{side}_scales")
+    for side, codec, newest in zip(SIDES, (format.key, format.value), (residual.keys, residual.values), strict=True):
+        scales = codes.get(f"{side}_scales")
         scales = None if scales is None else scales[:, :, : n // step(codec)]
-        old = decode(body[f"{side}_codes"][:, :, :n], scales, codec, tail.keys.dtype)
+        old = decode(codes[f"{side}_codes"][:, :, :n], scales, codec, residual.keys.dtype)
         plain.append(torch.cat((old, newest), 2))
-    return Entries(plain[0], plain[1], torch.cat((body["code_positions"][:, :, :n], tail.positions), 2))
+    return Entries(plain[0], plain[1], torch.cat((codes["code_positions"][:, :, :n], residual.positions), 2))
 
 
-def flush(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor) -> None:
-    """Write the tail's first `counts [B, H_kv]` entries to the end of the body, in place.
+def flush(room: Room, codes: Mapping[str, Tensor], residual: Entries, counts: Tensor) -> None:
+    """Write the residual's first `counts [B, H_kv]` entries to the end of the codes, in place.
 
-    What is not to be written goes to the spare block behind the body, which nothing reads.
+    What is not to be written goes to the spare block behind the codes, which nothing reads.
     """
     storage = room.plan.storage
     most = storage.encoded(room.capacity)
-    format, block = format_of(room, tail.keys.dtype), storage.block
-    oldest = Entries(tail.keys[:, :, :most], tail.values[:, :, :most], tail.positions[:, :, :most])
+    format, block = format_of(room, residual.keys.dtype), storage.block
+    oldest = Entries(residual.keys[:, :, :most], residual.values[:, :, :most], residual.positions[:, :, :most])
     j = torch.arange(most, device=counts.device, dtype=torch.int64)
-    end = body["encoded"].unsqueeze(-1) + j
+    end = codes["encoded"].unsqueeze(-1) + j
     end = end + block * (end >= room.codes)  # past the spare block too: what does not fit is an error
     place = torch.where(j < counts.unsqueeze(-1), end, room.codes + j % block)
     batch, heads = counts.shape
@@ -87,10 +87,10 @@ def flush(room: Room, body: Mapping[str, Tensor], tail: Entries, counts: Tensor)
         torch.arange(batch, device=counts.device, dtype=torch.int64).view(-1, 1, 1),
         torch.arange(heads, device=counts.device, dtype=torch.int64).view(-1, 1),
     )
-    for name, new in body_of(oldest, format).items():
+    for name, new in codes_of(oldest, format).items():
         every = step(_codec(format, name)) if name.endswith("_scales") else 1
-        body[name].index_put_((*rows, place[..., ::every] // every), new)
-    body["encoded"].add_(counts)
+        codes[name].index_put_((*rows, place[..., ::every] // every), new)
+    codes["encoded"].add_(counts)
 
 
 def _codec(format: Format, name: str) -> Codec:

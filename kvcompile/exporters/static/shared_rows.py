@@ -10,7 +10,7 @@ from kvcompile.exporters.static.selection import Entries
 from kvcompile.runtime.selection import highest_padded
 
 
-def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
+def split(room: Room, entries: Entries, ranked: Tensor, counts: Tensor) -> tuple[Entries, Tensor]:
     """What stays of the entries `[B, H_kv, n]` with scores `ranked`: one row `[B, 1, C]`, and whose each entry is.
 
     counts `[B, H_kv]`: entries of each head.
@@ -19,7 +19,7 @@ def split(room: Room, held: Entries, ranked: Tensor, counts: Tensor) -> tuple[En
     order = highest_padded(ranked, counts, room.capacity)
     first = torch.arange(heads, device=order.device, dtype=torch.int64).unsqueeze(-1) * n
     places = torch.where(order < n, order + first, heads * n).flatten(1).sort(-1).values[:, : room.capacity]
-    together = Entries(*(x.flatten(1, 2).unsqueeze(1) for x in (held.keys, held.values, held.positions)))
+    together = Entries(*(x.flatten(1, 2).unsqueeze(1) for x in (entries.keys, entries.values, entries.positions)))
     return together.at(places.unsqueeze(1)), (places // n).to(torch.int32).unsqueeze(1)
 
 

@@ -76,11 +76,11 @@ class Codes:
 
     def room(self, tokens: int, format: Format) -> Codes:
         """Uninitialised tensors like these for so many tokens, a multiple of the block."""
-        made = [
+        tensors = [
             None if x is None else hugepages.empty(x, tokens // n, *x.shape[1:])
             for x, n in zip(self._all, format.steps, strict=True)
         ]
-        return Codes(*made)  # type: ignore[arg-type]
+        return Codes(*tensors)  # type: ignore[arg-type]
 
     def arrays(self, starts: Tensor, format: Format) -> Arrays:
         """What compaction moves, where row r begins at entry `starts[r]`."""
@@ -214,7 +214,7 @@ class RaggedCodes:
         lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
         if any(n > room for n, room in zip(lengths, self.rooms, strict=True)):
             every = range(len(lengths))
-            self._become(self._made(every, self._own(), self.batch, [n + headroom for n in lengths], compactor))
+            self._become(self._gathered(every, self._own(), self.batch, [n + headroom for n in lengths], compactor))
         places = torch.cat([torch.arange(n, dtype=torch.int64, device="cpu") for n in counts]).to(self._ends.device)
         compactor(new.packed(counts, self.format), self.arrays(), places, counts, self.lengths)
         self.lengths, self._ends = (
@@ -230,19 +230,19 @@ class RaggedCodes:
         """All entries of each row."""
         return [torch.arange(n, device=self._begins.device, dtype=torch.int64) for n in self.lengths]
 
-    def _made(
+    def _gathered(
         self, rows: Sequence[int], indices: list[Tensor], batch: int, rooms: list[int], compactor: Compactor = compact
     ) -> RaggedCodes:
-        """A body whose rows are the entries `indices[i]` of row `rows[i]` of this one."""
-        made = RaggedCodes(self.codes, self.format, batch, self.heads, rooms)
+        """Codes whose rows are the entries `indices[i]` of row `rows[i]` of this one."""
+        gathered = RaggedCodes(self.codes, self.format, batch, self.heads, rooms)
         counts = [len(index) for index in indices]
         source = self.codes.arrays(self._begins[list(rows)], self.format)
-        compactor(source, made.arrays(), torch.cat(indices), counts)
-        made.lengths, made._ends = (
+        compactor(source, gathered.arrays(), torch.cat(indices), counts)
+        gathered.lengths, gathered._ends = (
             counts,
-            made._begins + torch.tensor(counts, device=made._begins.device, dtype=torch.int64),
+            gathered._begins + torch.tensor(counts, device=gathered._begins.device, dtype=torch.int64),
         )
-        return made
+        return gathered
 
     def _become(self, other: RaggedCodes) -> None:
         self.__dict__.update(other.__dict__)
@@ -253,9 +253,9 @@ class RaggedCodes:
         return self.codes.span(first + start, first + self.lengths[row], self.format).decoded(self.format)
 
     def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> RaggedCodes:
-        """A new body with only the entries `indices[row]` of each row, codes as they are."""
+        """New codes with only the entries `indices[row]` of each row, codes as they are."""
         rooms = [len(index) + headroom for index in indices]
-        return self._made(range(len(indices)), indices, self.batch, rooms, compactor)
+        return self._gathered(range(len(indices)), indices, self.batch, rooms, compactor)
 
     def select(self, sequences: Tensor) -> None:
         """Keep (or repeat, or reorder) sequences, in place."""
@@ -263,18 +263,18 @@ class RaggedCodes:
         if chosen == list(range(self.batch)):
             return
         own, rows = self._own(), [b * self.heads + h for b in chosen for h in range(self.heads)]
-        self._become(self._made(rows, [own[r] for r in rows], len(chosen), [self.rooms[r] for r in rows]))
+        self._become(self._gathered(rows, [own[r] for r in rows], len(chosen), [self.rooms[r] for r in rows]))
 
     def nbytes(self) -> int:
         """Bytes of the codes and scales held (not of the room behind them)."""
-        held = self.codes.span(0, sum(self.lengths), self.format)
-        return sum(x.numel() * x.element_size() for x in held.tensors if x is not held.positions)
+        codes = self.codes.span(0, sum(self.lengths), self.format)
+        return sum(x.numel() * x.element_size() for x in codes.tensors if x is not codes.positions)
 
     def moved(self, move: Move) -> RaggedCodes:
-        """A body of the same entries whose every tensor is what `move` makes of this one's."""
-        made = copy.copy(self)
-        made.codes, made._begins, made._ends = self.codes.moved(move), move(self._begins), move(self._ends)
-        return made
+        """Codes of the same entries whose every tensor is what `move` makes of this one's."""
+        moved = copy.copy(self)
+        moved.codes, moved._begins, moved._ends = self.codes.moved(move), move(self._begins), move(self._ends)
+        return moved
 
     def buffers(self) -> list[Tensor]:
         """All tensors."""

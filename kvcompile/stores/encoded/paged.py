@@ -22,7 +22,7 @@ class PagedCodes(Paged):
 
     @classmethod
     def like(cls, codes: Codes, format: Format, batch: int, heads: int, page: int) -> PagedCodes:
-        """An empty body for entries like `codes`, in pages of `page` tokens."""
+        """Empty codes for entries like `codes`, in pages of `page` tokens."""
         per = dict(zip(NAMES, format.steps, strict=True))
         return cls(PagedRows.like(batch * heads, page, _named(codes), per), format, batch, heads)
 
@@ -34,24 +34,24 @@ class PagedCodes(Paged):
     @alone
     def segment(self, chosen: Chosen | None = None) -> PagedView:
         """What a kernel reads: all entries, or those `chosen`."""
-        pages, found = self.pages, self.pages.pool.buffers
+        pages, buffers = self.pages, self.pages.pool.buffers
         if chosen is not None:
             rows, entries, counts = listed(chosen, pages.where)
-            arrays = found["keys"], found["values"], found["positions"]
-            scales = found.get("key_scales"), found.get("value_scales")
+            arrays = buffers["keys"], buffers["values"], buffers["positions"]
+            scales = buffers.get("key_scales"), buffers.get("value_scales")
             return scattered(arrays, pages.slots(rows, entries), counts, self.heads, self.format.block, scales)
         return PagedView(
-            found["keys"],
-            found["values"],
-            found["positions"],
+            buffers["keys"],
+            buffers["values"],
+            buffers["positions"],
             pages.table.device,
             pages.lengths,
             self.batch,
             self.heads,
             pages.pool.page,
             pages.counts,
-            found.get("key_scales"),
-            found.get("value_scales"),
+            buffers.get("key_scales"),
+            buffers.get("value_scales"),
         )
 
     @alone
@@ -62,7 +62,7 @@ class PagedCodes(Paged):
     @alone
     def row(self, row: int, start: int = 0) -> Row:
         """Decoded keys `[n, D]`, values and positions of one row, from entry `start` on."""
-        read = self.pages.read(self.pages.held(range(row, row + 1))[start:])
+        read = self.pages.read(self.pages.all_slots(range(row, row + 1))[start:])
         return Codes(*(read.get(name) for name in NAMES)).decoded(self.format)  # type: ignore[arg-type]
 
     def nbytes(self) -> int:
@@ -73,5 +73,5 @@ class PagedCodes(Paged):
 
 
 def _named(codes: Codes) -> dict[str, Tensor]:
-    found = {name: getattr(codes, name) for name in NAMES}
-    return {name: x for name, x in found.items() if x is not None}
+    tensors = {name: getattr(codes, name) for name in NAMES}
+    return {name: x for name, x in tensors.items() if x is not None}

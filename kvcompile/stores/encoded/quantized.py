@@ -1,4 +1,4 @@
-"""Rows whose older tokens are encoded: a body of codes and a tail in the model's own dtype."""
+"""Rows whose older tokens are encoded: codes, and a residual in the model's own dtype."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from kvcompile.stores.ragged import RaggedStore, padded
 
 
 class QuantizedStore:
-    """Each row is its encoded entries, oldest first, then those of the tail; new tokens are appended to the tail.
+    """Each row is its encoded entries, oldest first, then those of the residual, to which new tokens are appended.
 
-    `flush` moves the tail's oldest tokens into the body, in whole blocks, until less than a block more than the
+    `flush` moves the residual's oldest tokens to the codes, in whole blocks, until less than a block more than the
     residual is left: after a prefill, and now and then while decoding. Before it attention sees the exact numbers.
-    Until something is encoded there is no body.
+    Until something is encoded there are no codes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class QuantizedStore:
         return True
 
     def _opened(self, like: Codes, counts: list[int], headroom: int) -> CodeRows:
-        """An empty body for `counts[row]` entries."""
+        """Empty codes for `counts[row]` entries."""
         if self.storage.page:
             return PagedCodes.like(like, self.format, self.batch, self.heads, self.storage.page)
         return RaggedCodes(like, self.format, self.batch, self.heads, [n + headroom for n in counts])
@@ -151,14 +151,14 @@ class QuantizedStore:
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Keys `[H_kv, n, D]`, values, positions `[H_kv, n]` (zeros and -1 past a row's end) and row lengths."""
-        mine, tails = range(b * self.heads, (b + 1) * self.heads), self.residual.rows()
-        return padded([self._row(r, 0, tails[r]) for r in mine])
+        rows, residuals = range(b * self.heads, (b + 1) * self.heads), self.residual.rows()
+        return padded([self._row(r, 0, residuals[r]) for r in rows])
 
     def keep(self, indices: list[Tensor], headroom: int, compactor: Compactor = compact) -> QuantizedStore:
         """Keep only the entries `indices[row]` (ascending) of each row.
 
         Codes stay as they are where every token has its own scales; where tokens share them, up to the first block
-        that loses one. What comes after goes back to the tail, to be encoded again by `flush`.
+        that loses one. What comes after goes back to the residual, to be encoded again by `flush`.
         """
         if self.codes is None:
             self.residual = self.residual.keep(indices, headroom, compactor)
@@ -228,10 +228,10 @@ class QuantizedStore:
 
     def moved(self, move: Move) -> QuantizedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
-        made = copy.copy(self)
-        made.residual = self.residual.moved(move)
-        made.codes = None if self.codes is None else self.codes.moved(move)
-        return made
+        moved = copy.copy(self)
+        moved.residual = self.residual.moved(move)
+        moved.codes = None if self.codes is None else self.codes.moved(move)
+        return moved
 
     def buffers(self) -> list[Tensor]:
         """The tensors that move between a device and host memory."""

@@ -156,7 +156,7 @@ def test_a_full_cache_is_an_error_and_not_a_wrong_answer() -> None:
 
 
 def test_encoded_rows_take_what_they_are_made_for_and_no_more() -> None:
-    """A tail as long as can be before it is settled; then a block past the limit, which would go where nobody reads."""
+    """A residual as long as can be before a flush; then a block past the limit, which would go where nobody reads."""
     program = Program(compiled("llama", ["policy=kivi", *KIVI]), Limits(batch=1, prompt=47, new=60))
     logits, state = program.prefill(tiny_ids(1, 47))
     read = state["code_positions_0"][..., : program.rooms[0].codes], state["positions_0"]

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ co
 # soft-cap tanh's error times the cap. 16 bits: the result is rounded once, 2^-12 and 2^-9 at most.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 # sum p * code and sum p * zero are summed apart: numbers of about 4 leave a mean of 0.03, seven bits are lost
-CODED = 2e-5
+ENCODED = 2e-5
 # queries and weights are rounded to 16 bits before they meet whole numbers: 2^-16 of the largest, an eighth of which is
 # typical, against sums from which two bits cancel
 WHOLE = 4e-4
@@ -105,7 +105,7 @@ def check(one: KernelSpec, lengths: list[list[int]], batch: int, heads: int, **o
     assert bool(got.isfinite().all())
     codecs = [codec for p in one.parts for codec in (p.key, p.value) if codec.scaled]
     whole = made.queries.states.shape[2] == 1 and any(c.kind.startswith("int") for c in codecs)
-    quantized = WHOLE if whole else CODED if codecs else 0.0
+    quantized = WHOLE if whole else ENCODED if codecs else 0.0
     assert error(got, expected) < max(quantized, TOLERANCE[got.dtype])
     if one.scores:
         assert error(sums[0], sums[1]) < max(quantized, TOLERANCE[torch.float32])
@@ -205,7 +205,7 @@ def test_column_sums_without_values(place: int) -> None:
                 continue
             made = case(one, rows, 2, 2, seed=count, count=count, valid=valid)
             quantized = any(p.key.scaled for p in one.parts)
-            assert error(*added(one, made, sum(map(max, rows)) + 80)) < (CODED if quantized else 3e-6)
+            assert error(*added(one, made, sum(map(max, rows)) + 80)) < (ENCODED if quantized else 3e-6)
     text = backend.source(one, torch.float32, True, False)
     assert text == backend.source(replace(one), torch.float32, True, False)
     for absent in ("decoded_values", "tile.value_", "value_numbers", "out_token", "attend_chunk", "b.sum", "finish"):
@@ -227,7 +227,7 @@ def test_other_vectors(place: int, flag: str) -> None:
         kernel.__dict__["run"] = function
         sums = [torch.zeros(4, 2000) for _ in range(2)]
         expected = reference.attend(asked.queries, asked.view, one, sums[1] if one.scores else None)
-        limit = CODED if many else WHOLE
+        limit = ENCODED if many else WHOLE
         assert error(kernel(asked.queries, asked.view, sums[0]), expected) < limit
         assert error(*sums) < limit
 
@@ -247,7 +247,7 @@ def test_sums_of_the_largest_codes_fit(dim: int) -> None:
     scales = torch.tensor([1 / 255, 0.0]).half().view(1, 1, 1, 2, 1).expand(1, 1, 192, 2, 1).contiguous()
     view = layout.DenseView(codes, codes, torch.arange(192).int().view(1, 1, -1), scales, scales)
     queries = layout.Queries(torch.full((1, 1, 1, dim), 7.0), torch.tensor([[191]]))
-    assert error(backend.attend(queries, view, one), reference.attend(queries, view, one)) < CODED
+    assert error(backend.attend(queries, view, one), reference.attend(queries, view, one)) < ENCODED
 
 
 @pytest.mark.parametrize("key", [Codec("int4", "token", 32), Codec("int4", "channel", 32), FLOAT], ids=lambda c: c.name)

@@ -33,7 +33,7 @@ from misread import DIM, FLAT, HELD, TABLE, WRONG  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
 from quantized import case  # noqa: E402
-from sample import CODED, FLOATS, Sample, samples  # noqa: E402
+from sample import FLOATS, QUANTIZED, Sample, samples  # noqa: E402
 from working import STORAGES, plan_of, worked  # noqa: E402
 
 # Relative RMS error of the result. The interpreter computes everything in float32 (its bfloat16 arithmetic is wrong),
@@ -60,8 +60,8 @@ def test_the_interpreter_is_on() -> None:
 def test_the_sample_covers_every_codec_and_feature() -> None:
     specs = [s.spec for s in SAMPLES]
     every = [p for s in specs for p in s.parts]
-    assert {p.key for p in every} >= {*CODED, *FLOATS}
-    assert {p.value for p in every} >= {*CODED, *FLOATS}
+    assert {p.key for p in every} >= {*QUANTIZED, *FLOATS}
+    assert {p.value for p in every} >= {*QUANTIZED, *FLOATS}
     assert {p.layout for p in every} == {"dense", "ragged", "paged"}
     assert {len(s.parts) for s in specs} == {1, 2, 3}
     assert {s.head_dim for s in specs} == {64, 80, 96, 128, 256}
@@ -163,7 +163,7 @@ def test_latents_go_block_by_block_with_the_default_cut(layout: str, count: int)
     close(backend.attend(made.queries, view, spec), want, "float32")
 
 
-FORMATS = [*CODED, *FLOATS, Codec("int4", "channel", 48)]
+FORMATS = [*QUANTIZED, *FLOATS, Codec("int4", "channel", 48)]
 
 
 @pytest.mark.parametrize("dim", [64, 80])

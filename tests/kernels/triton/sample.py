@@ -11,7 +11,7 @@ from kvcompile.kernels.triton.tuning import Choice
 from kvcompile.plan.storage import Codec
 
 FLOATS = [Codec(kind) for kind in ("float32", "float16", "bfloat16")]
-CODED = [
+QUANTIZED = [
     *(Codec(f"int{bits}", "channel", group) for bits in (8, 4, 2) for group in (32, 8)),
     *(Codec(f"int{bits}", "token", group) for bits in (8, 4, 2) for group in (0, 16)),
     Codec("float8", "token"),
@@ -47,13 +47,13 @@ def samples(number: int, seed: int = 0) -> list[Sample]:
 
 def _sample(i: int, draw: random.Random) -> Sample:
     batch, heads = draw.choice([(1, 2), (2, 1), (2, 2)])
-    quantized = CODED[i % len(CODED)], CODED[(7 * i + 3) % len(CODED)]
-    tail = FLOATS[i % 3]
+    quantized = QUANTIZED[i % len(QUANTIZED)], QUANTIZED[(7 * i + 3) % len(QUANTIZED)]
+    residual = FLOATS[i % 3]
     kinds = [
-        [quantized, (tail, tail)],
-        [(tail, tail)],
+        [quantized, (residual, residual)],
+        [(residual, residual)],
         [quantized],
-        [quantized, (draw.choice(CODED), draw.choice(CODED)), (tail, tail)],
+        [quantized, (draw.choice(QUANTIZED), draw.choice(QUANTIZED)), (residual, residual)],
     ]
     kind = kinds[(0, 0, 1, 2, 3)[i % 5]]
     parts = tuple(_part(k, v, LAYOUTS[(i + n) % 3], draw) for n, (k, v) in enumerate(kind))

@@ -46,7 +46,7 @@ def fill(layer: LayerCache, batch: int, count: int, start: int = 0, valid: Tenso
 
 
 def poison(store: QuantizedStore) -> None:
-    """NaN or garbage in all room behind codes and tail: whoever reads it shows."""
+    """NaN or garbage in all room behind codes and residual: whoever reads it shows."""
     parts: list[Any] = [store.residual] + ([] if store.codes is None else [store.codes])
     for part in parts:
         held = [tuple(x.clone() for x in row) for row in part.rows()] if part is store.residual else None
@@ -83,7 +83,7 @@ def same(store: QuantizedStore, expected: list[list[Entry]], within: float) -> N
 @kinds
 @pytest.mark.parametrize("seed", range(12))
 def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> None:
-    """Append, decode, select, evict, settle in any order: every entry is there, in order, within the codec's error."""
+    """Append, decode, select, evict, flush in any order: every entry is there, in order, within the codec's error."""
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     batch = rng.randint(1, 3)
     layer, seen = layer_cache(storage), [0] * batch
@@ -130,7 +130,7 @@ def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> N
 
 
 @kinds
-def test_attention_reads_codes_and_tail_in_one_softmax(storage: Storage) -> None:
+def test_attention_reads_codes_and_residual_in_one_softmax(storage: Storage) -> None:
     """Every backend that reads the view sees the rows that the store says it holds."""
     layer = layer_cache(storage)
     fill(layer, 2, 30)
@@ -242,7 +242,7 @@ def test_half_precision_decodes_to_half_precision() -> None:
 @pytest.mark.parametrize("page", [0, 8])
 @kinds
 def test_the_encoder_of_cpp_leaves_the_same_bytes(storage: Storage, page: int) -> None:
-    """After a padded prompt, a selection that sends entries back to the tail, and two more encodings."""
+    """After a padded prompt, a selection that sends entries back to the residual, and two more encodings."""
     calls: list[Codec] = []
 
     def counted(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
