@@ -41,7 +41,7 @@ def making(target: Path, prefix: str) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def publish(made: Path, target: Path) -> None:
+def publish(new: Path, target: Path) -> None:
     """Give a finished folder, made in `making`, the name `target`; what had the name before goes with the rest.
 
     One step on Linux: `target` is the old folder or the new one, whenever the process is killed. Where the system or
@@ -49,20 +49,20 @@ def publish(made: Path, target: Path) -> None:
     puts the old one back. Raises OSError, with the old one in its place.
     """
     try:
-        made.rename(target)
+        new.rename(target)
     except OSError as error:
         if error.errno not in TAKEN:
             raise
-        if not _exchanged(made, target):
-            _replaced(made, target)
+        if not _exchanged(new, target):
+            _replaced(new, target)
     sync(target.parent)
 
 
-def _replaced(made: Path, target: Path) -> None:
-    old = made.with_name(REPLACED)
+def _replaced(new: Path, target: Path) -> None:
+    old = new.with_name(REPLACED)
     try:
         target.rename(old)
-        made.rename(target)
+        new.rename(target)
     except BaseException:
         if old.exists() and not target.exists():
             old.rename(target)

@@ -66,11 +66,11 @@ def _command(arguments: Sequence[str]) -> None:
 def _hydra(arguments: Sequence[str]) -> None:
     require_here()
     register()
-    given = _flags(arguments)
-    only_shows = given.cfg or given.info or given.help or given.hydra_help or given.shell_completion
-    own_config = given.config_name or given.config_path or given.experimental_rerun
+    flags = _flags(arguments)
+    only_shows = flags.cfg or flags.info or flags.help or flags.hydra_help or flags.shell_completion
+    own_config = flags.config_name or flags.config_path or flags.experimental_rerun
     if not only_shows and not own_config:
-        check(given.overrides, given.multirun or _sweeps(given.overrides), given.config_dir)
+        check(flags.overrides, flags.multirun or _sweeps(flags.overrides), flags.config_dir)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, over several lines
     try:
         _app()
@@ -91,13 +91,13 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
         raise KvcompileError(f"the command line must be flags, then settings: {message}", fix=fix)
 
     parser.error = refuse  # type: ignore[method-assign]
-    given = parser.parse_args(list(arguments))
-    asked = [f"--{name.replace('_', '-')}" for name in COMMANDS if getattr(given, name) not in (None, False)]
-    if len(asked) > 1:
-        refuse(f"only one of {', '.join(asked)} at a time")
-    if given.resolve and not (given.cfg or given.help):
+    flags = parser.parse_args(list(arguments))
+    commands = [f"--{name.replace('_', '-')}" for name in COMMANDS if getattr(flags, name) not in (None, False)]
+    if len(commands) > 1:
+        refuse(f"only one of {', '.join(commands)} at a time")
+    if flags.resolve and not (flags.cfg or flags.help):
         refuse("--resolve goes with --cfg or --help")
-    return given
+    return flags
 
 
 def _console() -> Console:
@@ -186,8 +186,8 @@ def listing(kinds: Sequence[str]) -> str:
 
 def _headers(package: str, group: str) -> dict[str, str]:
     """The first comment line of every YAML file of a group."""
-    found = {}
+    headers = {}
     for file in sorted(files(package).joinpath(group).iterdir(), key=lambda f: f.name):
         lines = (line.removeprefix("#").strip() for line in file.read_text("utf-8").splitlines() if line[:1] == "#")
-        found[file.name.removesuffix(".yaml")] = next((line for line in lines if not line.startswith("@")), "")
-    return found
+        headers[file.name.removesuffix(".yaml")] = next((line for line in lines if not line.startswith("@")), "")
+    return headers

@@ -158,8 +158,8 @@ def compile(
     """
     named = isinstance(model, str)
     wanted = [f"recipe={recipe}"] if recipe else []
-    given = [overrides] if isinstance(overrides, str) else overrides
-    config = compose([*wanted, *([f"model={model}"] if named else []), *given])
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    config = compose([*wanted, *([f"model={model}"] if named else []), *changes])
     if named:
         from kvcompile.models.loading import load
 

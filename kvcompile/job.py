@@ -101,21 +101,21 @@ def _measured(
     )
 
 
-def judge(made: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
+def judge(measured: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:
     """Raise QualityError if a report is worse than `wanted` allows, after writing it to `<folder>-failed`.
 
     `folder` itself is not touched: what an earlier compile left there stays.
     """
-    broken = gate.broken(made, wanted)
+    broken = gate.broken(measured, wanted)
     if not broken:
         return
     place = folder.parent / f"{folder.name}-failed"
-    files.keep(made, place, {RECIPE: recipe})
-    files.show(made)
+    files.keep(measured, place, {RECIPE: recipe})
+    files.show(measured)
     (rule, got), *others = broken
     more = "".join(f"; {rule}, got {got}" for rule, got in others)
     fix = f"{gate.OPEN}; the report is in {place}, no artifact was written"
-    raise QualityError(rule, f"{got}{more}", fix, output=str(place), summary=report.summary(made))
+    raise QualityError(rule, f"{got}{more}", fix, output=str(place), summary=report.summary(measured))
 
 
 def _proof_length(config: Config, model: Any) -> int:
@@ -134,9 +134,9 @@ def _material(model: Any, tokenizer: Any, config: Config) -> Material:
 
     Raises KvcompileError for a text that cannot be read or is too short, and prompts too short to hide anything in.
     """
-    given = config.needle
-    lengths = given.tokens if given.enabled else []
-    tasks = [NeedleTask(n, given.samples, tuple(given.depths), given.seed) for n in lengths]
+    wanted = config.needle
+    lengths = wanted.tokens if wanted.enabled else []
+    tasks = [NeedleTask(n, wanted.samples, tuple(wanted.depths), wanted.seed) for n in lengths]
     for task in tasks:
         replace(task, samples=1).prompts(tokenizer)
     return windows(model, held_out(config, tokenizer), config.perplexity) if config.perplexity.enabled else None, tasks
@@ -186,31 +186,32 @@ def _kernels(model: Any) -> list[str]:
     specs = [cache.expected(p.index)[0] for p in model.kvcompile.plan.layers]
     reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
     note = f" ({reason})" if reason else ""
-    found = []
+    lines = []
     for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
-        asked = p.selection is not None and p.selection.averages
-        summed = " and column sums" if asked and cache.column_sums(p.index, spec.parts, model.dtype) is not None else ""
-        found.append(f"{spec.name}: {describe(cache.backend, spec, model.dtype)}{summed}{note}")
-    return found
+        averages = p.selection is not None and p.selection.averages
+        sums = averages and cache.column_sums(p.index, spec.parts, model.dtype) is not None
+        summed = " and column sums" if sums else ""
+        lines.append(f"{spec.name}: {describe(cache.backend, spec, model.dtype)}{summed}{note}")
+    return lines
 
 
-def warnings(model: Any, made: Report) -> list[str]:
+def warnings(model: Any, measured: Report) -> list[str]:
     """What a reader of the numbers must know."""
     plan: Plan = model.kvcompile.plan
-    found = notes(plan)
-    before, after = made.perplexity or (1.0, 1.0)
-    if converts(plan) and made.healed is None and not after <= WORSE * before:
+    lines = notes(plan)
+    before, after = measured.perplexity or (1.0, 1.0)
+    if converts(plan) and measured.healed is None and not after <= WORSE * before:
         names = ", ".join(each.name for each in plan.applied if each.family == "structure")
-        found.append(
+        lines.append(
             f"{names}: the weights were converted and not trained since. Heal them: "
             "heal.tokens=1_000_000 and more, as recipe=mqa_heal does."
         )
     if model.device.type == "cpu" and any(p.storage.offload for p in plan.layers):
-        found.append(
+        lines.append(
             "offload: the model is on a CPU, where device and host are one memory. Stores were moved as on an "
             "accelerator, which costs time and saves nothing here."
         )
-    return found
+    return lines
 
 
 def _machine() -> str:

@@ -29,8 +29,8 @@ def cache_folder() -> Path:
 
     Raises KvcompileError for a relative path: what is run from there must not depend on the current folder.
     """
-    given = os.environ.get("KVCOMPILE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kvcompile")
-    path = Path(os.path.expanduser(given))
+    folder = os.environ.get("KVCOMPILE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kvcompile")
+    path = Path(os.path.expanduser(folder))
     if not path.is_absolute():
         raise KvcompileError(
             "the cache folder ($KVCOMPILE_CACHE, else kvcompile in $XDG_CACHE_HOME) must be an absolute path",
@@ -63,10 +63,10 @@ def ours(path: Path) -> bool:
 
     Raises OSError where there is none.
     """
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
+    facts = path.lstat()
+    if stat.S_ISLNK(facts.st_mode):
         return False
-    return os.name != "posix" or (found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022)
+    return os.name != "posix" or (facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022)
 
 
 def make_folder(folder: Path) -> None:
@@ -132,19 +132,19 @@ def _replaceable(folder: Path) -> bool:
 
 
 def _temporary(folder: Path) -> Path:
-    made, process = Path(tempfile.mkdtemp(prefix="kvcompile-")), os.getpid()
+    private, process = Path(tempfile.mkdtemp(prefix="kvcompile-")), os.getpid()
 
     def remove() -> None:
         if os.getpid() == process:  # a fork leaves it to its parent
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(private, ignore_errors=True)
 
     atexit.register(remove)
     warnings.warn(
         f"{folder} belongs to another user, can be written by others or is a link, so nothing is run from it: kernels "
-        f"are compiled anew into {made}. Fix: set KVCOMPILE_CACHE=<a folder that only you can write to>",
+        f"are compiled anew into {private}. Fix: set KVCOMPILE_CACHE=<a folder that only you can write to>",
         stacklevel=2,
     )
-    return made
+    return private
 
 
 def sha256(path: Path, progress: Progress = silent) -> str:

@@ -28,11 +28,11 @@ def discover() -> dict[str, type[Policy]]:
     """
     import kvcompile.policies as package
 
-    found: dict[str, type[Policy]] = {}
+    policies: dict[str, type[Policy]] = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
         for cls in vars(importlib.import_module(f"{package.__name__}.{module}")).values():
             if _is_policy(cls) and cls.__module__ == f"{package.__name__}.{module}":
-                found[cls.name] = cls
+                policies[cls.name] = cls
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
             cls = entry.load()
@@ -42,9 +42,9 @@ def discover() -> dict[str, type[Policy]]:
             ) from error
         if not _is_policy(cls) or cls.name != entry.name:
             raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Policy of that name", entry.value)
-        if found.setdefault(entry.name, cls) is not cls:
-            raise KvcompileError(f"policy {entry.name!r} is there twice", f"{entry.value} and {found[entry.name]}")
-    return dict(sorted(found.items()))
+        if policies.setdefault(entry.name, cls) is not cls:
+            raise KvcompileError(f"policy {entry.name!r} is there twice", f"{entry.value} and {policies[entry.name]}")
+    return dict(sorted(policies.items()))
 
 
 def _is_policy(cls: Any) -> bool:

@@ -105,11 +105,11 @@ def share(plan: Plan, policy: str, owners: Sequence[int], fold: Fold) -> Plan:
     for i, o in enumerate(owners):
         require_alike(plan, policy, plan.layers[i], plan.layers[o])
 
-    def given(p: LayerPlan) -> LayerPlan:
+    def shared(p: LayerPlan) -> LayerPlan:
         read = sum(o == p.index for o in owners) > 1
         return replace(p, owner=owners[p.index], fold=fold if read else "owner")
 
-    return plan.map(given)
+    return plan.map(shared)
 
 
 def require_alike(plan: Plan, policy: str, reader: LayerPlan, owner: LayerPlan) -> None:

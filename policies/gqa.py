@@ -53,8 +53,8 @@ class HeadMerging(Policy):
         from kvcompile.structure.grouping import by_similarity
 
         seen = keys_values(calibrator.model, calibration_ids(calibrator.tokenizer, self.tokens, self.name))
-        found = [by_similarity(kv, self.kept(kv.keys.shape[0])) for kv in seen]
-        return replace(self, groups=[[list(group) for group in layer] for layer in found])
+        groups = [by_similarity(kv, self.kept(kv.keys.shape[0])) for kv in seen]
+        return replace(self, groups=[[list(group) for group in layer] for layer in groups])
 
     def apply(self, plan: Plan) -> Plan:
         """Merge the KV heads of every layer. Raises KvcompileError where the groups or their number do not fit."""
@@ -123,7 +123,7 @@ def merge_heads(plan: Plan, policy: HeadMerging, kept: Callable[[int], int]) -> 
             raise KvcompileError(
                 f"layer {p.index}: heads can be merged only once", f"{policy.name!r} after another merge", "drop one"
             )
-        groups = given(policy, p, number) if policy.groups else contiguous(p.kv_heads, number)
+        groups = checked_groups(policy, p, number) if policy.groups else contiguous(p.kv_heads, number)
         how: Merge = "first" if policy.merge == "first" else "mean"
         tokens = policy.tokens if policy.align != "none" else 0
         return replace(p, kv_heads=number, heads=Heads(groups, how, policy.align, tokens))
@@ -131,7 +131,7 @@ def merge_heads(plan: Plan, policy: HeadMerging, kept: Callable[[int], int]) -> 
     return plan.map(merged)
 
 
-def given(policy: HeadMerging, p: LayerPlan, number: int) -> Groups:
+def checked_groups(policy: HeadMerging, p: LayerPlan, number: int) -> Groups:
     """The groups of one layer as the policy gives them. Raises KvcompileError unless they are a fair partition."""
     groups = tuple(tuple(group) for group in policy.groups[p.index])
     fair = len(groups) == number and len({len(group) for group in groups}) == 1

@@ -85,11 +85,11 @@ class MLA(Policy):
     def apply(self, plan: Plan) -> Plan:
         """Give every layer a latent row. Raises KvcompileError where its numbers do not fit."""
         for name in ("ranks", "frequencies"):
-            given = getattr(self, name)
-            if given and len(given) != len(plan.layers):
+            values = getattr(self, name)
+            if values and len(values) != len(plan.layers):
                 raise KvcompileError(
                     f"stack.mla: {name} must be given for each of the {len(plan.layers)} layers",
-                    len(given),
+                    len(values),
                     f"stack.mla.{name}=[] to calibrate",
                 )
         return plan.record(self.name, self.family).map(self._compressed)

@@ -35,14 +35,14 @@ class StoragePolicy(Policy):
         """Every layer with a cache of its own that fits, but the skipped. Raises KvcompileError where none is left."""
         plan = plan.record(self.name, self.family)
         require_layers(plan, self.name, self.skip_layers)
-        mine = [p.index for p in plan.owners if self.fits(p) and p.index not in self.skip_layers]
-        if not mine:
+        indices = [p.index for p in plan.owners if self.fits(p) and p.index not in self.skip_layers]
+        if not indices:
             raise KvcompileError(
                 f"{self.name}: some layer must {self.wants}",
                 f"none of {len(plan.owners)} with a cache, {len(self.skip_layers)} skipped",
                 f"drop {self.name} from the stack",
             )
-        return plan.map(self.store, mine)
+        return plan.map(self.store, indices)
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ class RetrievalHeads(TokenPolicy):
         from kvcompile.calibration.text import sentences
 
         self.require_calibratable(calibrator.tokenizer)
-        found = retrieval_scores(calibrator, sentences(), samples=self.samples, tokens=self.tokens, seed=self.seed)
+        scores = retrieval_scores(calibrator, sentences(), samples=self.samples, tokens=self.tokens, seed=self.seed)
         owners = calibrator.owners
-        return replace(self, heads=[[owners[i], h] for i, h in found.top(self._number(sum(map(len, found.scores))))])
+        return replace(self, heads=[[owners[i], h] for i, h in scores.top(self._number(sum(map(len, scores.scores))))])
 
     def require_calibratable(self, tokenizer: Any) -> None:
         """Which heads retrieve is found on prompts of text. Raises KvcompileError without a tokenizer."""
@@ -118,9 +118,9 @@ class RetrievalHeads(TokenPolicy):
                 )
         plan = plan.record(self.name, self.family)
         by_layer = [tuple(sorted({h for i, h in heads if i == p.index})) for p in plan.layers]
-        for mine in sorted(set(by_layer)):
-            others = [i for i, theirs in enumerate(by_layer) if theirs != mine]
-            plan = choose(plan, self._for(mine), [*self.skip_layers, *others])
+        for heads_here in sorted(set(by_layer)):
+            others = [i for i, theirs in enumerate(by_layer) if theirs != heads_here]
+            plan = choose(plan, self._for(heads_here), [*self.skip_layers, *others])
         return plan
 
     def _for(self, heads: tuple[int, ...]) -> Selection:

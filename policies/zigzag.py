@@ -76,19 +76,19 @@ class Uncertainty(Allocation):
 
         rows = []
         for layer, needs in zip(layers, self._needs(layers), strict=True):
-            need, held = self._row(layer, needs)
-            none = torch.zeros_like(held)
-            rows.append((need, held, none + layer.budget, none + layer.floor))
+            need, entries = self._row(layer, needs)
+            none = torch.zeros_like(entries)
+            rows.append((need, entries, none + layer.budget, none + layer.floor))
         return tuple(map(torch.cat, zip(*rows, strict=True)))
 
-    def _bounds(self, need: Tensor, held: Tensor, budget: Tensor, always: Tensor) -> tuple[Tensor, ...]:
+    def _bounds(self, need: Tensor, entries: Tensor, budget: Tensor, always: Tensor) -> tuple[Tensor, ...]:
         """What `water_fill` wants: base, weights, low, high, total."""
         import torch
 
-        total = torch.minimum(budget.sum(), held.sum())
-        low = held.minimum(always)
-        high = held.minimum(budget.maximum((self.share_cap * total.double()).long())).maximum(low)
-        high = torch.where(high.sum() < total, held, high)
+        total = torch.minimum(budget.sum(), entries.sum())
+        low = entries.minimum(always)
+        high = entries.minimum(budget.maximum((self.share_cap * total.double()).long())).maximum(low)
+        high = torch.where(high.sum() < total, entries, high)
         return self.floor * budget.double(), need, low, high, total
 
     def _by_layer(self, rows: Tensor, layers: Sequence[LayerScores]) -> tuple[Tensor, ...]:
@@ -112,8 +112,8 @@ class Uncertainty(Allocation):
         if self.per == "head":
             return need, layer.lengths
         # heads of one length share a row; adaptive heads may differ, and spend what a mean head holds
-        held = layer.lengths.sum(0, True) // layer.lengths.numel()
-        return need.mean(0, True), held if self.per == "adaptive" else layer.lengths.amin(0, True)
+        entries = layer.lengths.sum(0, True) // layer.lengths.numel()
+        return need.mean(0, True), entries if self.per == "adaptive" else layer.lengths.amin(0, True)
 
 
 @dataclass(frozen=True)

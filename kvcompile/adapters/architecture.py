@@ -190,8 +190,8 @@ def _head_dim(config: Any) -> int:
 
 def _rotary(config: Any) -> int:
     """Channels of a head that RoPE turns."""
-    given = getattr(config, "rope_parameters", None) or {}
-    return int(_head_dim(config) * (given.get("partial_rotary_factor") or 1.0))
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(_head_dim(config) * (rope.get("partial_rotary_factor") or 1.0))
 
 
 def _require_plain(original: nn.Module, facts: LayerPlan) -> None:

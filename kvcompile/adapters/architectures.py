@@ -37,38 +37,38 @@ def known() -> dict[str, str | Architecture]:
 
     Raises KvcompileError for one of another package that is no `Architecture`, or has the name of one of ours.
     """
-    for name, found in outside().items():
+    for name, value in outside().items():
         if name in BUILT_IN:
             raise KvcompileError(f"architecture {name!r} is there twice", "kvcompile has it", "give yours another name")
-        if not isinstance(found, Architecture):
-            raise KvcompileError(f"entry point {name!r} of {GROUP} must be an Architecture", type(found).__name__)
+        if not isinstance(value, Architecture):
+            raise KvcompileError(f"entry point {name!r} of {GROUP} must be an Architecture", type(value).__name__)
     return dict(sorted({**BUILT_IN, **outside()}.items()))
 
 
 def architecture(model_type: str) -> Architecture:
     """The architecture called `model_type`. Raises KvcompileError, listing the known ones, for any other."""
-    found = known().get(model_type)
-    if found is None:
+    entry = known().get(model_type)
+    if entry is None:
         raise KvcompileError(
             "the architecture must be one that kvcompile has an adapter for",
             repr(model_type),
             f"use one of {', '.join(known())}",
         )
-    if isinstance(found, Architecture):
-        return found
-    module, _, name = found.partition(":")
+    if isinstance(entry, Architecture):
+        return entry
+    module, _, name = entry.partition(":")
     loaded: Architecture = getattr(import_module(f"kvcompile.adapters.{module}"), name)
     return loaded
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a model's config. Raises KvcompileError for one that is not known, or not causal."""
-    found = architecture(config.model_type)
+    entry = architecture(config.model_type)
     if getattr(config, "use_bidirectional_attention", False):
         raise KvcompileError(
             "a KV cache needs causal attention", "use_bidirectional_attention=True", "use a causal checkpoint"
         )
-    return found
+    return entry
 
 
 def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:

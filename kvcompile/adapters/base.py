@@ -40,16 +40,16 @@ class Attention(nn.Module):
 
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
-        found = dict(original.named_children())
+        children = dict(original.named_children())
         keeps = {*self.keeps, "latent"} if plan.latent else {*self.keeps}
         own = dict(original.named_parameters(recurse=False))
-        if set(found) != keeps or set(own) != {*self.learned}:
+        if set(children) != keeps or set(own) != {*self.learned}:
             raise KvcompileError(
                 f"layer {plan.index}: the attention must have exactly {', '.join(sorted({*keeps, *self.learned}))}",
-                f"{type(original).__name__} with {', '.join((*found, *own))}",
+                f"{type(original).__name__} with {', '.join((*children, *own))}",
                 "compile the model as transformers builds it",
             )
-        for name, child in found.items():
+        for name, child in children.items():
             self.add_module(name, child)
         for name, parameter in own.items():
             self.register_parameter(name, parameter)

@@ -41,10 +41,10 @@ class InterleavedLayout(Layout):
 
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """One new projection; of queries alone where the layer reads another layer's cache."""
-        made = self.write_output(new)
+        modules = self.write_output(new)
         old = plain(self.attention, NAME)
         if new.key is None or new.value is None:
-            return {**made, NAME: linear_of(old, [new.query])}
+            return {**modules, NAME: linear_of(old, [new.query])}
         kv_heads = new.key.weight.shape[0]
 
         def woven(*parts: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class InterleavedLayout(Layout):
         bias = None
         if new.query.bias is not None and new.key.bias is not None and new.value.bias is not None:
             bias = woven(new.query.bias, new.key.bias, new.value.bias)
-        return {**made, NAME: linear_of(old, [Projection(weight, bias)])}
+        return {**modules, NAME: linear_of(old, [Projection(weight, bias)])}
 
 
 class Interleaved(Attention):

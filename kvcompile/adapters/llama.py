@@ -27,10 +27,10 @@ class SeparateLayout(Layout):
 
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """New q, k, v and o projections."""
-        made = self.write_output(new)
+        modules = self.write_output(new)
         for name, part in (("q_proj", new.query), ("k_proj", new.key), ("v_proj", new.value)):
-            made[name] = Absent() if part is None else linear_of(plain(self.attention, name), [part])
-        return made
+            modules[name] = Absent() if part is None else linear_of(plain(self.attention, name), [part])
+        return modules
 
 
 class Separate(Attention):

@@ -19,21 +19,21 @@ class WidthNormedLayout(SeparateLayout):
 
     def read(self) -> Weights:
         """As views."""
-        found = super().read()
-        for part, name, heads in ((found.query, "q_norm", self.heads), (found.key, "k_norm", self.kv_heads)):
+        weights = super().read()
+        for part, name, heads in ((weights.query, "q_norm", self.heads), (weights.key, "k_norm", self.kv_heads)):
             if part is not None:
                 part.norm = self.attention.get_parameter(f"{name}.weight").detach().view(heads, -1)
-        return found
+        return weights
 
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """New projections, and norms as wide as they are."""
-        made = super().write(new)
+        modules = super().write(new)
         if new.key is None:
-            made["k_norm"] = Absent()
+            modules["k_norm"] = Absent()
         for part, name in ((new.query, "q_norm"), (new.key, "k_norm")):
             if part is not None and part.norm is not None:
-                made[name] = norm_of(self.attention.get_submodule(name), part.norm.flatten())
-        return made
+                modules[name] = norm_of(self.attention.get_submodule(name), part.norm.flatten())
+        return modules
 
 
 class WidthNormed(Attention):

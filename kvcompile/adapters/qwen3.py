@@ -23,12 +23,12 @@ class HeadNormedLayout(SeparateLayout):
 
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """New projections, and the key norm."""
-        made = super().write(new)
+        modules = super().write(new)
         if new.key is None:
-            made["k_norm"] = Absent()
+            modules["k_norm"] = Absent()
         elif new.head_norm is not None:
-            made["k_norm"] = norm_of(self.attention.get_submodule("k_norm"), new.head_norm)
-        return made
+            modules["k_norm"] = norm_of(self.attention.get_submodule("k_norm"), new.head_norm)
+        return modules
 
 
 class HeadNormed(Attention):

@@ -58,14 +58,14 @@ def save(model: Any, folder: str | Path, tokenizer: Any = None, extra: Callable[
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic.making(folder, ".saving-") as scratch:
-            made = scratch / "artifact"
-            made.mkdir()
-            _write(model, made, tokenizer)
+            built = scratch / "artifact"
+            built.mkdir()
+            _write(model, built, tokenizer)
             if extra is not None:
-                extra(made)
-            manifest.write(made, model.kvcompile.plan.digest())
-            _sync(made)
-            atomic.publish(made, folder)
+                extra(built)
+            manifest.write(built, model.kvcompile.plan.digest())
+            _sync(built)
+            atomic.publish(built, folder)
     except OSError as error:
         fix = weights.ROOM if error.errno in NO_ROOM else None
         raise KvcompileError(f"the artifact could not be written to {folder}", first_line(error), fix) from error

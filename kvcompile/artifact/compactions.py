@@ -23,9 +23,9 @@ def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
         return [CompactSpec("dense", pages, plain), *[CompactSpec(pages, pages, plain, in_place=True)] * drops]
     if not storage.quantized:
         return gathered * drops
-    found = [*gathered, CompactSpec("ragged", "ragged", plain, in_place=True)]
-    found.append(CompactSpec("ragged", pages if storage.page else "ragged", quantized))
-    return [*found, CompactSpec(pages, pages, quantized, in_place=True)] if drops and storage.page else found
+    specs = [*gathered, CompactSpec("ragged", "ragged", plain, in_place=True)]
+    specs.append(CompactSpec("ragged", pages if storage.page else "ragged", quantized))
+    return [*specs, CompactSpec(pages, pages, quantized, in_place=True)] if drops and storage.page else specs
 
 
 def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:

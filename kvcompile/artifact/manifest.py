@@ -147,13 +147,13 @@ def _parse(data: dict[str, Any]) -> Manifest:
         raise ValueError("no weights are listed")
     if not re.fullmatch("[0-9a-f]{64}", data["plan"]):
         raise ValueError("the plan's digest is no SHA-256")
-    made = {str(name): str(number) for name, number in data["versions"].items()}
-    return Manifest(int(data["format"]), made, str(data["created"]), data["plan"], files)
+    versions = {str(name): str(number) for name, number in data["versions"].items()}
+    return Manifest(int(data["format"]), versions, str(data["created"]), data["plan"], files)
 
 
 def _maker(data: dict[str, Any]) -> str:
-    made = data.get("versions")
-    return str(made.get("kvcompile", "unknown")) if isinstance(made, dict) else "unknown"
+    versions = data.get("versions")
+    return str(versions.get("kvcompile", "unknown")) if isinstance(versions, dict) else "unknown"
 
 
 def _no_manifest(folder: Path) -> KvcompileError:

@@ -78,12 +78,12 @@ def require_saveable(model: Any) -> None:
     config = copy.deepcopy(model.config)
     setattr(config, HEADS, compiled.plan.layers[0].dense_heads)
     expected = {name: list(t.shape) for name, t in skeleton(config, compiled.plan).state_dict().items()}
-    found = {name: list(t.shape) for name, t in kept.items()}
-    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    got = {name: list(t.shape) for name, t in kept.items()}
+    wrong = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
     if wrong:
         raise KvcompileError(
             f"the weights must be those of a {type(model).__name__}",
-            f"{wrong[0]}: {found.get(wrong[0], 'missing')} where {expected.get(wrong[0], 'nothing')} belongs"
+            f"{wrong[0]}: {got.get(wrong[0], 'missing')} where {expected.get(wrong[0], 'nothing')} belongs"
             f" ({len(wrong)} in all)",
             "merge adapters, and save the model as it was compiled",
         )

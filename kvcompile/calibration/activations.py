@@ -39,11 +39,11 @@ def calibration_ids(tokenizer: Any, tokens: int, who: str) -> Tensor:
 class Recorder(Score):
     """Records what is in the cache when a prompt ends, before a sliding layer lets go of it; keeps everything."""
 
-    found: dict[int, LayerKV] = field(default_factory=dict, compare=False)
+    layers: dict[int, LayerKV] = field(default_factory=dict, compare=False)
 
     def score(self, seen: Observation) -> Tensor:
         """Zeros; keys and values go to `found[layer]`."""
-        self.found[seen.layer] = LayerKV(seen.keys.clone(), seen.values.clone())
+        self.layers[seen.layer] = LayerKV(seen.keys.clone(), seen.values.clone())
         return torch.zeros(seen.keys.shape[:2], device=seen.keys.device, dtype=torch.float32)
 
 
@@ -60,7 +60,7 @@ def keys_values(model: Any, ids: Tensor) -> list[LayerKV]:
     plan = describe(model.config, str(model.dtype).removeprefix("torch."))
     plan = plan.map(lambda p: replace(p, selection=selection))
     build(shared(model), plan)(ids.to(model.device), logits_to_keep=1)
-    return [recorder.found[p.index] for p in plan.layers]
+    return [recorder.layers[p.index] for p in plan.layers]
 
 
 @torch.no_grad()
@@ -68,16 +68,16 @@ def attention_inputs(model: Any, ids: Tensor) -> list[Tensor]:
     """What every attention of an uncompiled model reads over `ids [1, n]`: normed hidden states, `[n, hidden]`."""
     from kvcompile.adapters.architectures import architecture_of
 
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args[0] if args else kwargs["hidden_states"])[0])
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else kwargs["hidden_states"])[0])
 
     attentions = architecture_of(model.config).attentions(model)
-    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in attentions]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in attentions]
     try:
         model(ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return inputs

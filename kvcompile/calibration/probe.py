@@ -20,7 +20,7 @@ class Probe(Score):
     """Records the attention that the last `window` queries pay, and keeps everything."""
 
     window: int
-    found: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    attention: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def needs(self) -> Needs:
@@ -29,7 +29,7 @@ class Probe(Score):
 
     def score(self, seen: Observation) -> Tensor:
         """Zeros; the attention `[H_kv, g, w, n]` goes to `found[layer]`."""
-        self.found[seen.layer] = seen.attention()
+        self.attention[seen.layer] = seen.attention()
         return torch.zeros(seen.keys.shape[:2], device=seen.keys.device, dtype=torch.float32)
 
 
@@ -69,9 +69,9 @@ class ModelCalibrator:
             raise RuntimeError("the probe was not built")
         with torch.no_grad():
             self._probed(ids.to(self.model.device), logits_to_keep=1)
-        found = [probe.found[i][:, :, -last:] for i in sorted(probe.found)]
-        probe.found.clear()
-        return found
+        attention = [probe.attention[i][:, :, -last:] for i in sorted(probe.attention)]
+        probe.attention.clear()
+        return attention
 
     def _build(self, window: int) -> None:
         from kvcompile.adapters.architectures import describe

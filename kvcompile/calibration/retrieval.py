@@ -130,8 +130,8 @@ class Prompts:
         place = {0: self._place(depth), 1: self._place(self.random.random())}
         ids, starts = self._planted(self._text(), [(place[i], pieces[i]) for i in (0, 1)])
         start = starts[0] + len(self._encode(form.plant.format(key=keys[0])))
-        asked = self._encode(form.ask.format(key=keys[0])) + answers[0]
-        return self._sample(form.name, ids + asked, len(answers[0]), start)
+        question = self._encode(form.ask.format(key=keys[0])) + answers[0]
+        return self._sample(form.name, ids + question, len(answers[0]), start)
 
     def copied(self, name: str, depth: float) -> Sample:
         """A span that comes again at the end of the text: its first tokens are given, the others are predicted."""
@@ -209,7 +209,7 @@ def retrieval_scores(
         seen = calibrator.attention(torch.tensor([sample.ids], dtype=torch.int64, device="cpu"), sample.answers)
         masses.setdefault(sample.form, []).append(torch.stack([head_mass(a, sample.source) for a in seen]))
     calibrator.progress("calibrating", len(drawn), len(drawn))
-    forms = {name: torch.stack(found).mean(0) for name, found in masses.items()}
+    forms = {name: torch.stack(samples_of_form).mean(0) for name, samples_of_form in masses.items()}
     scores = torch.stack([mass / mass.mean() for mass in forms.values()]).mean(0)
     if not bool(scores.isfinite().all()):
         raise KvcompileError(

@@ -34,14 +34,14 @@ def builtin() -> list[str]:
 def from_file(path: str | Path) -> list[str]:
     """Sentences of a UTF-8 text file. Raises KvcompileError if it cannot be read or holds none."""
     try:
-        found = from_text(Path(path).read_text(encoding="utf-8"))
+        sentences = from_text(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise KvcompileError("a text source must be a readable UTF-8 file", f"{str(path)!r} ({error})") from error
-    if not found:
+    if not sentences:
         raise KvcompileError(
             f"a text source must hold sentences of {SHORTEST} to {LONGEST} characters", repr(str(path))
         )
-    return found
+    return sentences
 
 
 def sentences(source: str | Path | None = None) -> list[str]:
@@ -57,13 +57,13 @@ def split(text: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def from_text(text: str) -> list[str]:
     """Whole sentences of 20 to 400 characters, markup removed; headings, tables, grammars and code are left out."""
-    found: dict[str, None] = {}
+    sentences: dict[str, None] = {}
     for paragraph in _PARAGRAPH.split(text):
         line = _BULLET.sub("", " ".join(paragraph.split()))
         for sentence in _split(_plain(line)):
             if SHORTEST <= len(sentence) <= LONGEST and _readable(sentence):
-                found.setdefault(sentence)
-    return list(found)
+                sentences.setdefault(sentence)
+    return list(sentences)
 
 
 def _plain(line: str) -> str:

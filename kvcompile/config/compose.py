@@ -175,31 +175,29 @@ def _require_set(cfg: DictConfig) -> None:
         for name in re.findall(r"\$\{((?:hydra:)?[\w.]+)\}", value) if isinstance(value, str) else ():
             of = HydraConfig.get() if name.startswith("hydra:") else cfg
             if value != f"${{{name}}}" and OmegaConf.select(of, name.removeprefix("hydra:")) is None:
-                given = f"{key.lstrip('.')}={value}, where {name} is null"
-                raise KvcompileError(
-                    "a text may only name settings that are set", given, f"set {name}, or leave it out"
-                )
+                got = f"{key.lstrip('.')}={value}, where {name} is null"
+                raise KvcompileError("a text may only name settings that are set", got, f"set {name}, or leave it out")
 
 
-def _require_known(given: DictConfig, kind: Any, where: str = "") -> None:
+def _require_known(settings: DictConfig, kind: Any, where: str = "") -> None:
     """Raise KvcompileError for what no config has: `+` and `++` add whatever they are given."""
     known = [f.name for f in dataclasses.fields(kind)]
-    for name in map(str, given):
+    for name in map(str, settings):
         if name not in known:
             raise KvcompileError("unknown setting", repr(where + name), suggest(name, known))
-        inner = OmegaConf.get_type(given, name)
+        inner = OmegaConf.get_type(settings, name)
         if dataclasses.is_dataclass(inner):
-            _require_known(given[name], inner, f"{where}{name}.")
+            _require_known(settings[name], inner, f"{where}{name}.")
 
 
 def _one_budget(overrides: Sequence[Override]) -> None:
     """Raise KvcompileError if both the shortcut and a policy's own budget are overridden: one would be lost."""
-    given = dict(pair for o in overrides for pair in _leaves(o.get_key_element().lstrip("+~"), o.value()))
-    own = [key for key in given if key.startswith("stack.") and key.endswith(".budget")]
-    if own and given.get("budget") is not None:
+    values = dict(pair for o in overrides for pair in _leaves(o.get_key_element().lstrip("+~"), o.value()))
+    own = [key for key in values if key.startswith("stack.") and key.endswith(".budget")]
+    if own and values.get("budget") is not None:
         raise KvcompileError(
             "budget sets the budget of every policy in the stack, so it cannot come with that of one",
-            f"budget={given['budget']} and {own[0]}={given[own[0]]}",
+            f"budget={values['budget']} and {own[0]}={values[own[0]]}",
             f"drop one of the two, or give each policy its own, as in {own[0]}",
         )
 

@@ -79,24 +79,24 @@ def _write(folder: Path, result: JobResult) -> None:
 
 def collect(folder: Path, since: float = 0.0) -> list[JobResult]:
     """The results below `folder` written after `since`, by job; a job whose process died counts as failed."""
-    found = []
+    results = []
     for path in folder.rglob(RESULT):
         if path.stat().st_mtime < int(since):
             continue
         result = JobResult(**json.loads(path.read_text()))
         if result.status == "running":
             result = JobResult(result.job, result.overrides, "failed", "the process ended before the job did")
-        found.append(result)
-    return sorted(found, key=lambda result: result.job)
+        results.append(result)
+    return sorted(results, key=lambda result: result.job)
 
 
 def rows_of(results: Sequence[JobResult]) -> list[dict[str, Cell]]:
     """One flat row a job: its overrides by key, status, summary, output, error; all rows with the same columns."""
     rows = []
     for result in results:
-        given = dict(text.lstrip("+~").partition("=")[::2] for text in result.overrides)
-        measured = {f"{key} (measured)" if key in given else key: value for key, value in result.summary.items()}
-        rows.append({"job": result.job, **given, "status": result.status, **measured})
+        changes = dict(text.lstrip("+~").partition("=")[::2] for text in result.overrides)
+        measured = {f"{key} (measured)" if key in changes else key: value for key, value in result.summary.items()}
+        rows.append({"job": result.job, **changes, "status": result.status, **measured})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     last = [{"output": result.output, "error": result.error} for result in results]
     return [{**{key: row.get(key) for key in columns}, **end} for row, end in zip(rows, last, strict=True)]

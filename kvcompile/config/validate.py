@@ -25,8 +25,8 @@ def finish(config: Config) -> Config:
     config = replace(_budgeted(_typed(config)), budget=None)
     config = replace(config.with_policies(config.policies()), export=options_of(config.exporters()))
     _check(config)
-    given = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
-    return replace(config, output=config.output or given)
+    default = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
+    return replace(config, output=config.output or default)
 
 
 def _typed(config: Config) -> Config:
@@ -49,8 +49,8 @@ def _budgeted(config: Config) -> Config:
             f"budget={config.budget:g} with policy=[{','.join(config.stack)}]",
             "choose a recipe, e.g. recipe=zigzag, or drop budget",
         )
-    given = {name: {**config.stack[name], "budget": config.budget} for name in takers}
-    return replace(config, stack={**config.stack, **given})
+    budgeted = {name: {**config.stack[name], "budget": config.budget} for name in takers}
+    return replace(config, stack={**config.stack, **budgeted})
 
 
 def _check(config: Config) -> None:

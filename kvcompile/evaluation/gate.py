@@ -11,25 +11,25 @@ if TYPE_CHECKING:
 OPEN = "keep more of the cache, heal the model, or open the gate"
 
 
-def broken(made: Report, wanted: GateConfig) -> list[tuple[str, str]]:
+def broken(report: Report, wanted: GateConfig) -> list[tuple[str, str]]:
     """What a report is worse in than `wanted` allows: (rule, what was measured). A perplexity that is no number is."""
-    return [text for text in (_perplexity(made, wanted), _needle(made, wanted)) if text]
+    return [text for text in (_perplexity(report, wanted), _needle(report, wanted)) if text]
 
 
-def _perplexity(made: Report, wanted: GateConfig) -> tuple[str, str] | None:
-    if wanted.max_ppl_increase is None or made.perplexity is None:
+def _perplexity(report: Report, wanted: GateConfig) -> tuple[str, str] | None:
+    if wanted.max_ppl_increase is None or report.perplexity is None:
         return None
-    before, after = made.perplexity
+    before, after = report.perplexity
     if after <= before * (1 + wanted.max_ppl_increase):
         return None
     rule = f"gate.max_ppl_increase: perplexity may grow by {wanted.max_ppl_increase:.1%}"
     return rule, f"{before:.3f} -> {after:.3f} ({after / before - 1:+.1%})"
 
 
-def _needle(made: Report, wanted: GateConfig) -> tuple[str, str] | None:
-    if not wanted.min_needle or made.needle is None:
+def _needle(report: Report, wanted: GateConfig) -> tuple[str, str] | None:
+    if not wanted.min_needle or report.needle is None:
         return None
-    before, after = (result.mean for result in made.needle)
+    before, after = (result.mean for result in report.needle)
     if not before:
         return "gate.min_needle: the uncompressed model must answer some of the needle prompts", f"{before:.0%}"
     if after >= before * wanted.min_needle:

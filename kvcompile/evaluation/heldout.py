@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from kvcompile.config.schema import PerplexityConfig
 
 
-def windows(model: Any, ids: Tensor, given: PerplexityConfig) -> Tensor:
+def windows(model: Any, ids: Tensor, wanted: PerplexityConfig) -> Tensor:
     """What perplexity is measured on, `[windows, context + tokens + 1]`, no longer than the model knows.
 
     ids: the text `[n]`. Raises KvcompileError for one that is too short.
     """
     from kvcompile.evaluation.perplexity import spread
 
-    context = min(given.context, longest(model) - given.tokens - 1)
-    return spread(ids, context, given.tokens, given.windows)
+    context = min(wanted.context, longest(model) - wanted.tokens - 1)
+    return spread(ids, context, wanted.tokens, wanted.windows)
 
 
 def longest(model: Any) -> int:

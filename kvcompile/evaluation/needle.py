@@ -132,17 +132,17 @@ class NeedleTask:
         ]
         start = rng.randrange(len(text))
 
-        def ids(body: list[Sentence]) -> list[int]:
+        def ids(filler: list[Sentence]) -> list[int]:
             question = form.question.format(key=keys[0])
-            return list(tokenizer("\n".join([form.intro, " ".join(_hide(body, needles)), question]))["input_ids"])
+            return list(tokenizer("\n".join([form.intro, " ".join(_hide(filler, needles)), question]))["input_ids"])
 
         least = len(ids([]))
         if least > self.tokens:
             raise KvcompileError("the needle prompt needs more tokens", self.tokens, f"{least} or more")
-        body = _fill(text[start:] + text[:start], self.tokens - least)
-        while len(ids(body)) > self.tokens:
-            body.pop()
-        return NeedlePrompt(ids(body), numbers[0], depth, self.tokens)
+        filler = _fill(text[start:] + text[:start], self.tokens - least)
+        while len(ids(filler)) > self.tokens:
+            filler.pop()
+        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -247,30 +247,30 @@ def _numbers(text: str) -> list[str]:
 
 def _draw_numbers(rng: random.Random, count: int) -> list[str]:
     """Different numbers of different digits: small models drop repeated digits whatever their cache holds."""
-    found: list[str] = []
-    while len(found) < count:
+    numbers: list[str] = []
+    while len(numbers) < count:
         number = "".join(rng.sample("0123456789", DIGITS))
-        if number[0] != "0" and number not in found:
-            found.append(number)
-    return found
+        if number[0] != "0" and number not in numbers:
+            numbers.append(number)
+    return numbers
 
 
 def _fill(text: list[Sentence], room: int) -> list[Sentence]:
     """Sentences in order, from the front again where they end, leaving out those too long for the rest of the room."""
-    body: list[Sentence] = []
+    filler: list[Sentence] = []
     shortest = min(s.tokens for s in text)
     while room >= shortest:
         for sentence in text:
             if sentence.tokens <= room:
-                body.append(sentence)
+                filler.append(sentence)
                 room -= sentence.tokens
-    return body
+    return filler
 
 
-def _hide(body: list[Sentence], needles: list[tuple[float, str]]) -> list[str]:
+def _hide(filler: list[Sentence], needles: list[tuple[float, str]]) -> list[str]:
     """The body with each needle between the two sentences nearest to its share of the body's tokens."""
-    borders = [0, *itertools.accumulate(s.tokens for s in body)]
-    placed = [s.text for s in body]
+    borders = [0, *itertools.accumulate(s.tokens for s in filler)]
+    placed = [s.text for s in filler]
     spots = [(min(range(len(borders)), key=lambda i: abs(borders[i] - d * borders[-1])), text) for d, text in needles]
     for spot, text in sorted(spots, key=lambda s: s[0], reverse=True):
         placed.insert(spot, text)

@@ -65,9 +65,10 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
         _equal(f"layers {names} together must hold the planned tokens", sum(sum(r.kept) for r in free), planned_total)
 
 
-def _equal(rule: str, held: int, planned: int) -> None:
-    if held != planned:
-        raise KvcompileError(f"measured cache and plan disagree: {rule}", f"{held} where {planned} was planned", BUG)
+def _equal(rule: str, measured: int, planned: int) -> None:
+    if measured != planned:
+        got = f"{measured} where {planned} was planned"
+        raise KvcompileError(f"measured cache and plan disagree: {rule}", got, BUG)
 
 
 def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
@@ -82,16 +83,18 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
     planned = plan.bytes(1, tokens)
     rows = []
     for expected, layer, p in zip(planned, cache.layers, plan.layers, strict=True):
-        held = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
+        lengths = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
         measured = layer.store.nbytes() if layer.store is not None else 0
         rows.append(
             LayerRow(
                 layer=p.index,
                 kv_heads=p.kv_heads,
-                kept=list(held),
+                kept=list(lengths),
                 planned=None if expected.kept is None else list(expected.kept),
                 bytes=measured,
-                planned_bytes=sum(p.nbytes(n, plan.dtype) for n in held) if expected.kept is None else expected.bytes,
+                planned_bytes=expected.bytes
+                if expected.kept is not None
+                else sum(p.nbytes(n, plan.dtype) for n in lengths),
                 dense_bytes=expected.dense_bytes,
                 threshold=p.selection is not None and p.selection.budget is None,
                 host_bytes=layer.host_bytes_held(),

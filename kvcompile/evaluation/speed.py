@@ -91,12 +91,12 @@ def compare(models: Mapping[str, Any], ids: Tensor, new_tokens: int, rounds: int
 
     def ratios(of: Callable[[Round], float]) -> dict[str, float]:
         return {
-            name: statistics.median(of(b) / of(r) if of(r) else float("inf") for b, r in zip(base, mine, strict=True))
-            for name, mine in taken.items()
+            name: statistics.median(of(b) / of(r) if of(r) else float("inf") for b, r in zip(base, rounds, strict=True))
+            for name, rounds in taken.items()
         }
 
     return Comparison(
-        {name: _summary(ids, new_tokens, mine, peaks[name]) for name, mine in taken.items()},
+        {name: _summary(ids, new_tokens, rounds, peaks[name]) for name, rounds in taken.items()},
         decode_ratio=ratios(lambda r: statistics.median(r.steps)),
         prefill_ratio=ratios(lambda r: r.prefill_s),
         cache_ratio=ratios(lambda r: r.cache_bytes),
@@ -132,13 +132,13 @@ def _round(model: Any, ids: Tensor, new_tokens: int) -> Round:
     start = _now(ids)
     logits, cache = forward(model, ids)
     prefill = _now(ids) - start
-    held = cache_bytes(cache)
+    nbytes = cache_bytes(cache)
     steps = []
     for _ in range(new_tokens):
         start = _now(ids)
         logits, cache = forward(model, logits.argmax(-1, keepdim=True), cache)
         steps.append(_now(ids) - start)
-    return Round(prefill, tuple(steps), held)
+    return Round(prefill, tuple(steps), nbytes)
 
 
 def _now(on: Tensor) -> float:

@@ -58,9 +58,9 @@ class Deepseek(Exporter):
             f"{acts[:1]} acting on the cache": bool(acts),
             f"RoPE {rope!r}, which depends on the length": rope in ("dynamic", "longrope"),
         }
-        for found, wrong in reasons.items():
+        for reason, wrong in reasons.items():
             if wrong:
-                raise KvcompileError("the model must hold nothing that DeepSeek's class has no place for", found)
+                raise KvcompileError("the model must hold nothing that DeepSeek's class has no place for", reason)
 
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:
         """Config, generation config, weights and tokenizer, as transformers saves them."""
@@ -87,8 +87,8 @@ def to_deepseek(model: Any) -> Any:
     attentions = architecture_of(model.config).attentions(model)
     with torch.no_grad():
         for index, (attention, layer) in enumerate(zip(attentions, layers, strict=True)):
-            made = _attention(attention, plan, index, turned, config, layer.input_layernorm.weight)
-            state |= {f"model.layers.{index}.self_attn.{name}": x.to(model.dtype) for name, x in made.items()}
+            tensors = _attention(attention, plan, index, turned, config, layer.input_layernorm.weight)
+            state |= {f"model.layers.{index}.self_attn.{name}": x.to(model.dtype) for name, x in tensors.items()}
     stock.load_state_dict(state)
     stock.generation_config = model.generation_config
     return stock

@@ -89,20 +89,20 @@ class ONNX(Exporter):
         plan: Plan = program.plan
         ids = torch.zeros(2, 3, dtype=torch.int64, device="cpu")
         past = tuple(x for p in plan.owners for x in _past(p, plan.dtype))
-        batch, new, held = (torch.export.Dim(name, min=1) for name in ("batch", "new", "past"))
+        batch, new, past_tokens = (torch.export.Dim(name, min=1) for name in ("batch", "new", "past"))
         with traceable(program):
-            made = torch.onnx.export(
+            exported = torch.onnx.export(
                 program,
                 (ids, *past),
                 dynamo=True,
                 verbose=False,
                 input_names=["input_ids", *_names("past_key_values", plan)],
                 output_names=["logits", *_names("present", plan)],
-                dynamic_shapes=({0: batch, 1: new}, tuple({0: batch, 2: held} for _ in past)),
+                dynamic_shapes=({0: batch, 1: new}, tuple({0: batch, 2: past_tokens} for _ in past)),
             )
-        if made is None:
+        if exported is None:
             raise RuntimeError("torch.onnx.export gave no program")
-        made.save(str(folder / FILE), external_data=True)
+        exported.save(str(folder / FILE), external_data=True)
 
 
 def _names(kind: str, plan: Plan) -> list[str]:

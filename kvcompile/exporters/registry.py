@@ -25,11 +25,11 @@ EXPORTERS = {  # in the order in which an error recommends them
 @functools.cache
 def discover() -> dict[str, type[Exporter]]:
     """All exporters by name."""
-    found = {}
+    classes = {}
     for name, place in EXPORTERS.items():
         module, _, cls = place.partition(":")
-        found[name] = getattr(import_module(module), cls)
-    return found
+        classes[name] = getattr(import_module(module), cls)
+    return classes
 
 
 def exporter_class(name: str) -> type[Exporter]:
@@ -44,7 +44,7 @@ def build_exporters(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Ex
 
     Raises KvcompileError for an unknown exporter or option, a value of the wrong type or out of range.
     """
-    return tuple(filled(exporter_class(name), f"export.{name}", given or {}) for name, given in options.items())
+    return tuple(filled(exporter_class(name), f"export.{name}", values or {}) for name, values in options.items())
 
 
 def require_open(exporters: Sequence[Exporter], plan: Plan, model_config: Any) -> None:
@@ -60,7 +60,7 @@ def require_open(exporters: Sequence[Exporter], plan: Plan, model_config: Any) -
 
 def open_exporters(plan: Plan, model_config: Any, without: str = "") -> list[str]:
     """Names of the exporters that, with default options, could write a plan."""
-    found = []
+    names = []
     for name, cls in discover().items():
         if name == without:
             continue
@@ -68,5 +68,5 @@ def open_exporters(plan: Plan, model_config: Any, without: str = "") -> list[str
             cls().refuse(plan, model_config)
         except KvcompileError:
             continue
-        found.append(name)
-    return found
+        names.append(name)
+    return names

@@ -55,8 +55,8 @@ class InsertOffload(Pass):
         if sorted(moves) != sorted(self._layers(graph)):
             raise KvcompileError("every offloaded layer must be fetched and parked", f"layers {sorted(moves)}")
         for i, nodes in moves.items():
-            found = [node.target for node in nodes]
-            if found != [ops.prefetch, ops.fetch, ops.to_host]:
+            targets = [node.target for node in nodes]
+            if targets != [ops.prefetch, ops.fetch, ops.to_host]:
                 raise KvcompileError(f"layer {i} must be prefetched, fetched and parked once", str(nodes))
             if order[nodes[1]] > order[stored[i]] or order[nodes[2]] < order[last[i]]:
                 raise KvcompileError(f"layer {i} must be on the device from its append to {last[i]}", str(nodes))

@@ -32,11 +32,11 @@ def _node(function: Callable[P, R], hidden: bool) -> Callable[P, R]:
     def node(*args: P.args, **kwargs: P.kwargs) -> R:
         for arg in args:
             if isinstance(arg, torch.fx.Proxy):
-                return arg.tracer.create_proxy("call_function", found, args, kwargs)  # type: ignore[return-value]
+                return arg.tracer.create_proxy("call_function", recorded, args, kwargs)  # type: ignore[return-value]
         return function(*args, **kwargs)
 
-    found: Callable[P, R] = opaque(node) if hidden else node
-    return found
+    recorded: Callable[P, R] = opaque(node) if hidden else node
+    return recorded
 
 
 def leaf(function: Callable[P, R]) -> Callable[P, R]:

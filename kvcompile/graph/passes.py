@@ -130,8 +130,8 @@ def rewrite(module: fx.GraphModule, plan: Plan, passes: Sequence[type[Pass]] | N
         try:
             changed = step.run(module)
             if not changed:
-                found = sorted({str(n.target) for n in module.graph.nodes if n.op == "call_module"})[:8]
-                raise KvcompileError("a pass must change something", f"no place among modules {found}")
+                modules = sorted({str(n.target) for n in module.graph.nodes if n.op == "call_module"})[:8]
+                raise KvcompileError("a pass must change something", f"no place among modules {modules}")
             module.graph.lint()
             step.ensures(module)
         except KvcompileError as error:

@@ -54,10 +54,10 @@ def verify(graph: fx.Graph, plan: Plan) -> dict[int, int]:
 
     Raises KvcompileError naming the first layer that reads another layer's KV than planned.
     """
-    found = wiring(graph)
+    owner_of = wiring(graph)
     for p in plan.layers:
-        if found.get(p.index) != p.owner:
+        if owner_of.get(p.index) != p.owner:
             raise KvcompileError(
-                f"layer {p.index} must read the KV of layer {p.owner}", f"layer {found.get(p.index)} in the graph"
+                f"layer {p.index} must read the KV of layer {p.owner}", f"layer {owner_of.get(p.index)} in the graph"
             )
-    return found
+    return owner_of

@@ -45,7 +45,7 @@ def opened(folder: Path | None) -> Iterator[Path]:
             yield Path(passing)
         return
     main = not dist.is_initialized() or dist.get_rank() == 0
-    made = [place for place in (folder, *folder.parents) if main and not place.exists()]
+    created = [place for place in (folder, *folder.parents) if main and not place.exists()]
     if main:
         _prepare(folder)
     if dist.is_initialized():
@@ -54,17 +54,17 @@ def opened(folder: Path | None) -> Iterator[Path]:
         yield folder
     except BaseException:
         if main:
-            _clear(folder, made)
+            _clear(folder, created)
         raise
 
 
-def _clear(folder: Path, made: list[Path]) -> None:
+def _clear(folder: Path, created: list[Path]) -> None:
     """Take back the mark, where it stands alone, and the folders `made` for it."""
     if [path.name for path in folder.iterdir()] not in ([], [MARK]):
         return
     (folder / MARK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another has put something there meanwhile
-        for place in made:
+        for place in created:
             place.rmdir()
 
 

@@ -33,15 +33,15 @@ class Corpus:
 
     def ids(self, tokenizer: Any, held_out: bool, enough: int | None = None) -> Tensor:
         """Token ids `[n]` of one of the two parts, of its first documents that have `enough` if that is given."""
-        found: list[int] = []
+        ids: list[int] = []
         texts = self.held_out if held_out else self.train
         if enough is None or self.joint == " ":  # sentences of one text are no documents
             return torch.tensor(tokenizer(self.joint.join(texts))["input_ids"], dtype=torch.long, device="cpu")
         for text in texts:
-            found += tokenizer(text + self.joint)["input_ids"]
-            if len(found) >= enough:
+            ids += tokenizer(text + self.joint)["input_ids"]
+            if len(ids) >= enough:
                 break
-        return torch.tensor(found, dtype=torch.long, device="cpu")
+        return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 def corpus(heal: HealConfig, tokenizer: Any) -> Corpus:
@@ -62,8 +62,8 @@ def corpus(heal: HealConfig, tokenizer: Any) -> Corpus:
         raise KvcompileError("a dataset must have rows to train on and rows to hold out", f"{len(rows)} rows")
     cut = len(rows) - max(1, len(rows) // HELD_OUT)
     train = rows.select(range(cut)).shuffle(seed=heal.seed)
-    held = rows.select(range(cut, len(rows)))
-    return Corpus(heal.dataset, _texts(train, heal.column), _texts(held, heal.column), tokenizer.eos_token or "\n")
+    rest = rows.select(range(cut, len(rows)))
+    return Corpus(heal.dataset, _texts(train, heal.column), _texts(rest, heal.column), tokenizer.eos_token or "\n")
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
@@ -122,25 +122,25 @@ def _texts(rows: Any, column: str) -> Iterator[str]:
 def _read(heal: HealConfig) -> Any:
     datasets = needed("datasets", "a dataset")
     datasets.disable_progress_bars()
-    given = str(heal.dataset)
-    path = Path(given).expanduser()
-    if not path.exists() and (path.suffix in KINDS or path.is_absolute() or given.count("/") > 1):
-        raise KvcompileError("heal.dataset must be a file, a folder or a hub name", f"{given}: no such path")
+    name = str(heal.dataset)
+    path = Path(name).expanduser()
+    if not path.exists() and (path.suffix in KINDS or path.is_absolute() or name.count("/") > 1):
+        raise KvcompileError("heal.dataset must be a file, a folder or a hub name", f"{name}: no such path")
     try:
         if path.is_file():
             if path.suffix not in KINDS:
                 raise KvcompileError(
-                    "a dataset file must be " + ", ".join(KINDS), given, "another format, a folder or a hub name"
+                    "a dataset file must be " + ", ".join(KINDS), name, "another format, a folder or a hub name"
                 )
             return datasets.load_dataset(KINDS[path.suffix], data_files=str(path), split="train")
         if path.is_dir() and (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path) if path.is_dir() else given, heal.subset, split=heal.split)
+        return datasets.load_dataset(str(path) if path.is_dir() else name, heal.subset, split=heal.split)
     except KvcompileError:
         raise
     except Exception as error:  # every loader has its own
         raise KvcompileError(
-            f"heal.dataset={given} could not be read",
+            f"heal.dataset={name} could not be read",
             f"{type(error).__name__}: {first_line(error)}",
             "a file (json, jsonl, txt, csv, parquet), a folder or a hub name with heal.subset and heal.split",
         ) from error
@@ -151,10 +151,10 @@ def held_out(config: Config, tokenizer: Any) -> Tensor:
 
     Raises KvcompileError for a text that cannot be read.
     """
-    given, heal = config.perplexity, config.heal
-    if given.source is None and heal.tokens and heal.dataset:
-        return corpus(heal, tokenizer).ids(tokenizer, True, given.windows * (given.context + given.tokens + 1))
-    text = sentences(given.source) if given.source else split(sentences())[1]
+    wanted, heal = config.perplexity, config.heal
+    if wanted.source is None and heal.tokens and heal.dataset:
+        return corpus(heal, tokenizer).ids(tokenizer, True, wanted.windows * (wanted.context + wanted.tokens + 1))
+    text = sentences(wanted.source) if wanted.source else split(sentences())[1]
     return torch.as_tensor(
         tokenizer(" ".join(text), return_tensors="pt")["input_ids"], dtype=torch.int64, device="cpu"
     )[0]

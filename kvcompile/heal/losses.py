@@ -9,20 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def relative_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of `|y - t|^2 / |t|^2`, each over all tokens of the batch; y, t `[B, Q, hidden]`."""
     errors = [
-        (y.float() - t.float()).square().mean() / t.float().square().mean() for y, t in zip(found, wanted, strict=True)
+        (y.float() - t.float()).square().mean() / t.float().square().mean()
+        for y, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(errors).mean()
 
 
-def divergence(found: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """`T^2 KL(softmax(t / T) || softmax(y / T))`, mean over tokens; logits y, t `[B, Q, vocabulary]`.
 
     Source: distillation, arXiv 1503.02531, section 2.
     """
-    y, t = (F.log_softmax(x.float().flatten(0, -2) / temperature, -1) for x in (found, wanted))
+    y, t = (F.log_softmax(x.float().flatten(0, -2) / temperature, -1) for x in (student, teacher))
     return F.kl_div(y, t, reduction="batchmean", log_target=True) * temperature**2
 
 

@@ -112,9 +112,9 @@ class Training:
         )
         trainer.remove_callback(PrinterCallback)
         if self.lora and _sharded(trainer):
-            given = "heal.weights=lora under FSDP or DeepSpeed"
+            got = "heal.weights=lora under FSDP or DeepSpeed"
             raise KvcompileError(
-                "adapters can only be merged into weights that one process holds whole", given, "heal.weights=full"
+                "adapters can only be merged into weights that one process holds whole", got, "heal.weights=full"
             )
         return trainer
 

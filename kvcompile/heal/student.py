@@ -74,14 +74,14 @@ def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
     """A trainable model over the weights of the converted, uncompiled `model` (LoRA may be in it already)."""
     from kvcompile.build import build
 
-    made = build(model, plan, "sdpa")
-    compiled = type(made)
-    made.__class__ = type(compiled.__name__, (StudentMixin, compiled), {"__module__": compiled.__module__})
-    graph = made.kvcompile.graph
+    copied = build(model, plan, "sdpa")
+    compiled = type(copied)
+    copied.__class__ = type(compiled.__name__, (StudentMixin, compiled), {"__module__": compiled.__module__})
+    graph = copied.kvcompile.graph
     # not submodules, as with the graph of a compiled model: all share the model's own modules
-    object.__setattr__(made, "graphs", {"layers": attentions_alone(graph), "model": tapped(graph)})
-    made.hidden, made.temperature = hidden, temperature
-    return made
+    object.__setattr__(copied, "graphs", {"layers": attentions_alone(graph), "model": tapped(graph)})
+    copied.hidden, copied.temperature = hidden, temperature
+    return copied
 
 
 def _run(model: Any, graph: nn.Module, ids: Tensor, keep: Any, *more: Any) -> Any:

@@ -23,7 +23,7 @@ class Tap:
 
 def taps(graph: fx.Graph) -> list[Tap]:
     """One tap a layer, in order. Raises KvcompileError where a layer has no output projection of its own."""
-    found = []
+    by_layer = []
     for index, attend in sorted(attends(graph).items()):
         users = [node for node in attend.users if node.op == "call_module"]
         if len(attend.users) != 1 or not users:
@@ -32,18 +32,18 @@ def taps(graph: fx.Graph) -> list[Tap]:
         entry = next(_inside(graph, name)).args[0]
         if not isinstance(entry, fx.Node):
             raise KvcompileError(f"layer {index}: attention must begin with a projection", entry)
-        found.append(Tap(name, entry, users[0]))
-    return found
+        by_layer.append(Tap(name, entry, users[0]))
+    return by_layer
 
 
 def tapped(module: LiveGraph) -> LiveGraph:
     """The same graph with another output: (logits, hidden states into each attention, output of each attention)."""
-    made = module.twin()
-    found = taps(made.graph)
-    (end,) = (node for node in made.graph.nodes if node.op == "output")
-    end.args = ((end.args[0], tuple(t.entry for t in found), tuple(t.exit for t in found)),)
-    made.recompile()
-    return made
+    twin = module.twin()
+    by_layer = taps(twin.graph)
+    (end,) = (node for node in twin.graph.nodes if node.op == "output")
+    end.args = ((end.args[0], tuple(t.entry for t in by_layer), tuple(t.exit for t in by_layer)),)
+    twin.recompile()
+    return twin
 
 
 def attentions_alone(module: LiveGraph) -> LiveGraph:
@@ -52,23 +52,23 @@ def attentions_alone(module: LiveGraph) -> LiveGraph:
     Takes one tuple of hidden states `[B, Q, hidden]` a layer after the graph's own arguments; returns a tuple of their
     outputs. A layer that reads another layer's keys and values reads those made of the hidden states given for that.
     """
-    made = module.twin()
-    graph, found = made.graph, taps(made.graph)
+    twin = module.twin()
+    graph, by_layer = twin.graph, taps(twin.graph)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        given = graph.placeholder("states")
-    after = given
-    for index, tap in enumerate(found):
+        states = graph.placeholder("states")
+    after = states
+    for index, tap in enumerate(by_layer):
         with graph.inserting_after(after):
-            after = graph.call_function(_pick, (given, index))
+            after = graph.call_function(_pick, (states, index))
         for node in list(_inside(graph, tap.name)):
             node.replace_input_with(tap.entry, after)
     (end,) = (node for node in graph.nodes if node.op == "output")
-    end.args = (tuple(t.exit for t in found),)
+    end.args = (tuple(t.exit for t in by_layer),)
     graph.eliminate_dead_code()
     graph.lint()
-    made.recompile()
-    return made
+    twin.recompile()
+    return twin
 
 
 def _pick(states: tuple[object, ...], index: int) -> object:

@@ -51,8 +51,8 @@ def arguments(heal: HealConfig, device: torch.device) -> TrainingArguments:
 class HealTrainer(Trainer):  # type: ignore[misc]
     """Trains a student. The order of the data is the dataset's; the learning rate follows the pace."""
 
-    def __init__(self, pace: Pace, heal: HealConfig, teacher: Teacher | None, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, pace: Pace, heal: HealConfig, teacher: Teacher | None, **options: Any) -> None:
+        super().__init__(**options)
         self.pace, self.heal, self.teacher = pace, heal, teacher
         pace.agree = self._agreed
 
@@ -80,14 +80,14 @@ class HealTrainer(Trainer):  # type: ignore[misc]
 
     def points(self, tokens: int) -> list[Point]:
         """The curve so far; `tokens` a step."""
-        found = []
+        points = []
         for entry in self.state.log_history:
             if "loss" in entry or "eval_loss" in entry:
                 quality = math.exp(min(entry["eval_loss"], 700.0)) if "eval_loss" in entry else None
                 step = int(entry["step"])
                 at = (step, step * tokens, float(entry["seconds"]), entry["stage"])
-                found.append(Point(*at, entry.get("loss"), entry.get("learning_rate"), quality))
-        return found
+                points.append(Point(*at, entry.get("loss"), entry.get("learning_rate"), quality))
+        return points
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Tied weights are saved once, which is no reason to warn."""

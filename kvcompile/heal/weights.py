@@ -31,11 +31,11 @@ def parameters(model: nn.Module, names: Sequence[str] | None) -> list[nn.Paramet
 
 def own(model: nn.Module, names: Sequence[str] | None) -> None:
     """Give `model` copies of these parameters, in place: others may share them. What is tied stays tied."""
-    mine = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters(model, names)}
+    copies = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters(model, names)}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if id(parameter) in mine:
-                module._parameters[name] = mine[id(parameter)]
+            if id(parameter) in copies:
+                module._parameters[name] = copies[id(parameter)]
 
 
 def train_only(model: nn.Module, names: Sequence[str] | None) -> None:

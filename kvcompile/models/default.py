@@ -73,11 +73,11 @@ def default_model(progress: Progress = silent, verify: bool = False) -> Path:
         root = folder.parent
         make_folder(root)
         with atomic.making(folder, ".making-") as scratch:
-            made = scratch / "model"
+            converted = scratch / "model"
             _require_gguf()
-            _convert(_fetch(scratch, progress), made, progress)
+            _convert(_fetch(scratch, progress), converted, progress)
             if not _intact(folder, verify):  # another process was faster
-                atomic.publish(made, folder)
+                atomic.publish(converted, folder)
     return folder
 
 

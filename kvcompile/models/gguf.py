@@ -55,13 +55,14 @@ class Contents:
 
         Raises KvcompileError for a window that the family has no place for.
         """
-        given, by_layer = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-        if self.window == given or (by_layer and self.window is None):  # gemma: which layers is the family's to say
+        window, by_layer = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        # gemma: which layers is the family's to say
+        if self.window == window or (by_layer and self.window is None):
             return
         if not hasattr(config, "sliding_window") or by_layer:
             raise KvcompileError(
                 f"the sliding window of a GGUF file must be one that {config.model_type!r} has",
-                f"{self.window} in the file and {given} in the config",
+                f"{self.window} in the file and {window} in the config",
                 FIX,
             )
         config.sliding_window = self.window
@@ -129,7 +130,7 @@ def _of_factors(factors: Tensor, plain: dict[str, Any], config: Any) -> dict[str
     between = (factors > 1 + BETWEEN) & (factors < most * (1 - BETWEEN))
     smooth = (1 / factors - 1 / most) / (1 - 1 / most)
     originals = (waves * (3 * smooth + 1))[between] if bool(between.any()) else waves[factors > 1].min().floor()
-    found = {
+    rope = {
         **plain,
         "rope_type": "llama3",
         "factor": most,
@@ -137,13 +138,13 @@ def _of_factors(factors: Tensor, plain: dict[str, Any], config: Any) -> dict[str
         "high_freq_factor": 4.0,
         ORIGINAL: round(float(originals.median())),
     }
-    if not torch.allclose(_frequencies(found, config) * waves / (2 * math.pi), 1 / factors, rtol=1e-5):
+    if not torch.allclose(_frequencies(rope, config) * waves / (2 * math.pi), 1 / factors, rtol=1e-5):
         raise KvcompileError(
             "rotary factors of a GGUF file must be those of a linear or llama3 scaling",
             f"{FACTORS} from {float(factors.min()):.4g} to {most:.4g}",
             FIX,
         )
-    return found
+    return rope
 
 
 def _frequencies(rope: dict[str, Any], config: Any) -> Tensor:
@@ -151,5 +152,5 @@ def _frequencies(rope: dict[str, Any], config: Any) -> Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     trial = type(config)(**{**config.to_dict(), "rope_parameters": rope})
-    found: Tensor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](trial, torch.device("cpu"))[0]
-    return found.double()
+    frequencies: Tensor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](trial, torch.device("cpu"))[0]
+    return frequencies.double()

@@ -157,22 +157,24 @@ def _gguf(source: str, options: dict[str, Any]) -> Contents | None:
 def _source(model: ModelConfig) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for the given `pretrained`: its first argument and its options."""
     outside()  # transformers must know the models of other packages before it reads one
-    given = str(model.pretrained)
-    path = Path(given).expanduser()
+    pretrained = str(model.pretrained)
+    path = Path(pretrained).expanduser()
     if path.is_dir():
         if Path(path, MANIFEST).is_file() and Path(path, "recipe.yaml").is_file():
             raise KvcompileError(
                 "model.pretrained must be a checkpoint that was not compiled",
-                f"{given}: an artifact",
-                f"kvcompile.load opens it, artifact={given} exports it",
+                f"{pretrained}: an artifact",
+                f"kvcompile.load opens it, artifact={pretrained} exports it",
             )
         return str(path), DATA_ONLY
     if path.suffix == ".gguf" and path.is_file():
         _require_gguf()
         return str(path.parent), {"gguf_file": path.name, **DATA_ONLY}
-    if path.is_absolute() or given.startswith(("~", ".")) or path.suffix == ".gguf" or given.count("/") > 1:
-        raise KvcompileError("model.pretrained must be a folder, a .gguf file or a hub id", f"{given}: no such path")
-    return given, {"revision": model.revision, **DATA_ONLY} if model.revision else DATA_ONLY
+    if path.is_absolute() or pretrained.startswith(("~", ".")) or path.suffix == ".gguf" or pretrained.count("/") > 1:
+        raise KvcompileError(
+            "model.pretrained must be a folder, a .gguf file or a hub id", f"{pretrained}: no such path"
+        )
+    return pretrained, {"revision": model.revision, **DATA_ONLY} if model.revision else DATA_ONLY
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def outside() -> dict[str, Any]:
     The modules they stand in are imported by this, which is when they make their classes known to transformers.
     Raises KvcompileError if one cannot be loaded, or two have one name.
     """
-    found: dict[str, Any] = {}
+    architectures: dict[str, Any] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         try:
             loaded = entry.load()
@@ -26,6 +26,6 @@ def outside() -> dict[str, Any]:
             raise KvcompileError(
                 f"the architecture {entry.value!r} of another package does not load", error, "mend or remove it"
             ) from error
-        if found.setdefault(entry.name, loaded) is not loaded:
+        if architectures.setdefault(entry.name, loaded) is not loaded:
             raise KvcompileError(f"architecture {entry.name!r} is there twice", entry.value, "remove one of the two")
-    return found
+    return architectures

@@ -77,10 +77,10 @@ def _plan(plan: Plan, tokens: int) -> str:
     from kvcompile.report.plan_table import HEADINGS, cache_bytes, rows_of
     from kvcompile.report.units import size
 
-    held, dense = cache_bytes(plan, 1, tokens)
+    nbytes, dense = cache_bytes(plan, 1, tokens)
     align = ["left", *["right"] * (len(HEADINGS) - 1)]
     grid = tabulate(rows_of(plan, 1, tokens), HEADINGS, tablefmt="pipe", colalign=align, disable_numparse=True)
-    total = f"In all {size(held)} of {size(dense)} ({held / dense:.1%})." if dense else ""
+    total = f"In all {size(nbytes)} of {size(dense)} ({nbytes / dense:.1%})." if dense else ""
     return f"## Plan\n\nThe cache after a prompt of {tokens:,} tokens, by layer.\n\n{grid}\n\n{total}"
 
 

@@ -48,7 +48,7 @@ def show(report: Report, console: Console | None = None) -> None:
     show_tables(report, console or Console())
 
 
-def keep(made: Report, place: Path, beside: Mapping[str, str]) -> None:
+def keep(report: Report, place: Path, beside: Mapping[str, str]) -> None:
     """Write the report and the texts `beside` it (by file name) into the folder `place`, all at once, for reading only.
 
     Raises KvcompileError where something else than such a report lies there, or writing fails.
@@ -64,7 +64,7 @@ def keep(made: Report, place: Path, beside: Mapping[str, str]) -> None:
         with atomic.making(place, ".failing-") as scratch:
             new = scratch / "report"
             new.mkdir()
-            write(made, new)
+            write(report, new)
             for name, text in beside.items():
                 (new / name).write_text(text, encoding="utf-8")
             atomic.publish(new, place)

@@ -63,8 +63,8 @@ def tokens_that_fit(plan: Plan, batch: int, memory: float, dense: bool = False) 
 def summary(plan: Plan, config: Config) -> dict[str, float | int | str | None]:
     """The totals as one row, for the summary of a sweep."""
     wanted = config.plan
-    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
-    row: dict[str, float | int | str | None] = {"cache_bytes": held, "dense_bytes": dense, "ratio": held / dense}
+    nbytes, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    row: dict[str, float | int | str | None] = {"cache_bytes": nbytes, "dense_bytes": dense, "ratio": nbytes / dense}
     if wanted.memory:
         fit = tokens_that_fit(plan, wanted.batch, wanted.memory)
         row["tokens_that_fit"] = "any" if fit is None else fit
@@ -77,9 +77,9 @@ def show(plan: Plan, config: Config, console: Console, policies: Iterable[Policy
     policies: those that made it; what they have yet to learn from the loaded model is told.
     """
     wanted = config.plan
-    held, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    nbytes, dense = cache_bytes(plan, wanted.batch, wanted.context)
     console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
-    console.print(f"total {size(held)}, uncompressed {size(dense)}: {held / dense:.1%}", highlight=False)
+    console.print(f"total {size(nbytes)}, uncompressed {size(dense)}: {nbytes / dense:.1%}", highlight=False)
     stays, away, most = places(plan, wanted.batch, wanted.context)
     if away:
         console.print(
@@ -130,13 +130,13 @@ def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
 
 def rows_of(plan: Plan, batch: int, tokens: int) -> list[tuple[str, ...]]:
     """The plan as text by `HEADINGS`, one row for each run of layers alike."""
-    found = []
+    runs = []
     rows = [_cells(p, row, plan.dtype) for p, row in zip(plan.layers, plan.bytes(batch, tokens), strict=True)]
     for cells, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1]):
         numbers = [index for index, _ in run]
         span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
-        found.append((span, *cells))
-    return found
+        runs.append((span, *cells))
+    return runs
 
 
 def _cells(p: LayerPlan, row: LayerBytes, dtype: str) -> tuple[str, ...]:

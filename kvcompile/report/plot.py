@@ -50,9 +50,9 @@ def _draw_layers(report: Report, ax: Axes) -> None:
 
     means = [sum(row.kept) / max(1, len(row.kept)) for row in report.rows]
     places = [row.layer for row in report.rows]
-    held = dict(zip(places, means, strict=True))
+    mean_of = dict(zip(places, means, strict=True))
     ax.bar(places, means, color=KEPT, width=0.78, label="mean of the KV heads")
-    read = [(row.layer, held[row.owner]) for row in report.rows if row.owner is not None]
+    read = [(row.layer, mean_of[row.owner]) for row in report.rows if row.owner is not None]
     if read:
         x, height = zip(*read, strict=True)
         ax.bar(x, height, width=0.78, color="none", edgecolor=DENSE, linewidth=0.8, label="read from another layer")

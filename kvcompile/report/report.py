@@ -73,21 +73,21 @@ class Report:
     def from_json(data: dict[str, Any]) -> Report:
         """The report that `to_json` wrote. Raises KvcompileError for anything else."""
         try:
-            given = {name: value for name, value in data.items() if name != "summary"}
-            given["rows"] = [LayerRow(**row) for row in given["rows"]]
-            if given["needle"] is not None:
-                given["needle"] = tuple(
-                    NeedleResult(tuple(NeedleRecord(**r) for r in n["records"])) for n in given["needle"]
+            fields = {name: value for name, value in data.items() if name != "summary"}
+            fields["rows"] = [LayerRow(**row) for row in fields["rows"]]
+            if fields["needle"] is not None:
+                fields["needle"] = tuple(
+                    NeedleResult(tuple(NeedleRecord(**r) for r in n["records"])) for n in fields["needle"]
                 )
-            if given["speed"] is not None:
-                speeds = {name: Speed(**speed) for name, speed in given["speed"]["speeds"].items()}
-                given["speed"] = Comparison(**{**given["speed"], "speeds": speeds})
+            if fields["speed"] is not None:
+                speeds = {name: Speed(**speed) for name, speed in fields["speed"]["speeds"].items()}
+                fields["speed"] = Comparison(**{**fields["speed"], "speeds": speeds})
             for pair in ("perplexity", "parameters"):
-                if given[pair] is not None:
-                    given[pair] = tuple(given[pair])
-            if given["healed"] is not None:
-                given["healed"] = HealRecord.from_json(given["healed"])
-            return Report(**given)
+                if fields[pair] is not None:
+                    fields[pair] = tuple(fields[pair])
+            if fields["healed"] is not None:
+                fields["healed"] = HealRecord.from_json(fields["healed"])
+            return Report(**fields)
         except (AttributeError, KeyError, TypeError) as error:
             raise KvcompileError(
                 "the file must be a report of this version of kvcompile", f"{type(error).__name__}: {error}"

@@ -51,14 +51,14 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """The report's tables: summary, needle by length and depth, layers."""
-    found = [_summary(report)]
+    tables = [_summary(report)]
     if report.needle is not None:
-        found.append(_needle(*report.needle))
+        tables.append(_needle(*report.needle))
     if report.healed is not None:
-        found.append(_healed(report.healed))
+        tables.append(_healed(report.healed))
     if report.exports:
-        found.append(_exports(report.exports))
-    return [*found, _layers(report)]
+        tables.append(_exports(report.exports))
+    return [*tables, _layers(report)]
 
 
 def markdown(report: Report) -> str:
@@ -79,9 +79,9 @@ def before_and_after(report: Report) -> str:
 
 def _section(table: Table) -> str:
     mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
-    body = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
+    rows = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
     align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
-    grid = tabulate(body, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
+    grid = tabulate(rows, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
     return f"## {table.title}\n\n{grid}"
 
 
@@ -192,10 +192,10 @@ def _layer(row: LayerRow) -> Row:
     return (Cell(str(row.layer)), Cell(heads), Cell(tokens), *sizes)
 
 
-def _sizes(held: int, planned: int, dense: int) -> Row:
-    verdict = _verdict(dense, held, -1)
-    kept = f"{held / dense:.1%}" if dense else ""
-    return (Cell(size(held), verdict), Cell(size(planned)), Cell(size(dense)), Cell(kept, verdict))
+def _sizes(nbytes: int, planned: int, dense: int) -> Row:
+    verdict = _verdict(dense, nbytes, -1)
+    kept = f"{nbytes / dense:.1%}" if dense else ""
+    return (Cell(size(nbytes), verdict), Cell(size(planned)), Cell(size(dense)), Cell(kept, verdict))
 
 
 def _healed(record: HealRecord) -> Table:

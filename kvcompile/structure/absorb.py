@@ -26,23 +26,23 @@ def factorise(architecture: Architecture, model: Any, plan: Plan, text: Tensor |
 
     Raises KvcompileError without such a text, and for a rank that no layer of this width has.
     """
-    mine = [(p, p.latent) for p in plan.layers if p.latent is not None]
-    if not mine:
+    latents = [(p, p.latent) for p in plan.layers if p.latent is not None]
+    if not latents:
         return {}
-    tokens = max(how.tokens for _, how in mine)
+    tokens = max(how.tokens for _, how in latents)
     if tokens and text is None:
         raise KvcompileError(
             "stack.mla is fitted to text", "no tokenizer to read it", "pass tokenizer=, or stack.mla.factor=weights"
         )
     seen = moments(model, plan, text[:, :tokens]) if tokens and text is not None else None
-    found, layouts = {}, architecture.layouts(model, plan)
-    for p, how in mine:
+    factors, layouts = {}, architecture.layouts(model, plan)
+    for p, how in latents:
         weights = layouts[p.index].read()
         amplitude = _amplitude(architecture, model, p)
-        made = decompose(weights, p, how, seen[p.index] if seen else None, amplitude)
-        _require_rank(p, how, made.singular.shape[0])
-        found[p.index] = made.factors(how.rank, _biased(weights))
-    return found
+        decomposed = decompose(weights, p, how, seen[p.index] if seen else None, amplitude)
+        _require_rank(p, how, decomposed.singular.shape[0])
+        factors[p.index] = decomposed.factors(how.rank, _biased(weights))
+    return factors
 
 
 @torch.no_grad()
@@ -94,15 +94,15 @@ def modules_of(layout: Layout, weights: Weights, p: LayerPlan, factors: Factors 
     heads, dim, hidden = key.weight.shape
     old = plain(layout.attention, layout.out)
 
-    def made(name: str, *shape: int) -> Tensor:
+    def tensor(name: str, *shape: int) -> Tensor:
         if factors is None:
             return key.weight.new_empty(shape)
-        found: Tensor = getattr(factors, name)
-        return found.to(key.weight).contiguous()
+        value: Tensor = getattr(factors, name)
+        return value.to(key.weight).contiguous()
 
-    bias = made("bias", how.width) if _biased(weights) else None
-    down = linear_like(old, made("down", how.width, hidden), bias)
-    latent = Module(down, made("absorb", heads, how.width, dim), made("up", heads, dim, how.rank), how.frequencies)
+    bias = tensor("bias", how.width) if _biased(weights) else None
+    down = linear_like(old, tensor("down", how.width, hidden), bias)
+    latent = Module(down, tensor("absorb", heads, how.width, dim), tensor("up", heads, dim, how.rank), how.frequencies)
     latent.requires_grad_(old.weight.requires_grad)
     return {
         **layout.write(Weights(weights.query, None, None, weights.out)),

@@ -64,18 +64,18 @@ def _rewrite(architecture: Architecture, model: Any, plan: Plan, turns: Turns, f
         raise KvcompileError("all layers must have the same number of KV heads", sorted(kv_heads))
     layouts = architecture.layouts(model, plan)
     weights = [_merged(layout.read(), p, turns) for layout, p in zip(layouts, plan.layers, strict=True)]
-    made: list[dict[str, Any]] = []
+    modules: list[dict[str, Any]] = []
     for layout, p in zip(layouts, plan.layers, strict=True):
-        mine = weights[p.index]
+        own = weights[p.index]
         if p.latent is not None:
-            made.append(modules_of(layout, mine, p, factors.get(p.index)))
+            modules.append(modules_of(layout, own, p, factors.get(p.index)))
             continue
         if p.owner != p.index:
-            mine = Weights(mine.query, None, None, mine.out, sinks=mine.sinks)
+            own = Weights(own.query, None, None, own.out, sinks=own.sinks)
         readers = [weights[q.index] for q in plan.layers if q.owner == p.index]
-        mine = fold_layers(readers, p.fold) if p.owner == p.index else mine
-        made.append({**layout.write(mine), **layout.learned(mine)})
-    for layout, new in zip(layouts, made, strict=True):
+        own = fold_layers(readers, p.fold) if p.owner == p.index else own
+        modules.append({**layout.write(own), **layout.learned(own)})
+    for layout, new in zip(layouts, modules, strict=True):
         for name, module in new.items():
             setattr(layout.attention, name, module)
     model.config.num_key_value_heads = kv_heads.pop()

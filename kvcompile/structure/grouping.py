@@ -30,8 +30,8 @@ def partition(alike: Tensor, kept: int) -> Groups:
     number = alike.shape[0]
     table: list[list[float]] = alike.tolist()
     starts = [[list(group) for group in contiguous(number, kept)], _greedy(table, number // kept)]
-    found = [_exchanged(table, start) for start in starts]
-    best = max(found, key=lambda groups: (_inside(table, groups), groups == starts[0]))
+    candidates = [_exchanged(table, start) for start in starts]
+    best = max(candidates, key=lambda groups: (_inside(table, groups), groups == starts[0]))
     return tuple(sorted(tuple(sorted(group)) for group in best))
 
 
@@ -69,6 +69,6 @@ def _exchanged(table: list[list[float]], start: list[list[int]]) -> list[list[in
 
 
 def _gain(table: list[list[float]], one: list[int], other: list[int], x: int, y: int) -> float:
-    mine = sum(table[y][h] - table[x][h] for h in one if h != x)
-    theirs = sum(table[x][h] - table[y][h] for h in other if h != y)
-    return mine + theirs
+    gain = sum(table[y][h] - table[x][h] for h in one if h != x)
+    gain_of_other = sum(table[x][h] - table[y][h] for h in other if h != y)
+    return gain + gain_of_other

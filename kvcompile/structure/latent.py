@@ -140,8 +140,8 @@ class Decomposition:
 
     def rank(self, energy: float) -> int:
         """The fewest numbers that hold this share of the energy."""
-        held = self.singular.square().cumsum(0)
-        return min(int((held < energy * held[-1]).sum()) + 1, len(held))
+        energies = self.singular.square().cumsum(0)
+        return min(int((energies < energy * energies[-1]).sum()) + 1, len(energies))
 
     def factors(self, rank: int, biased: bool) -> Factors:
         """The projections of a latent of `rank` numbers. biased: keys or values have a bias."""
@@ -217,9 +217,9 @@ def _metric(weights: Weights, p: LayerPlan, asking: Tensor, spread: Tensor, back
     felt = (out.mT @ out).sum(1)  # [H_kv, D, D]
     values = _extended(weights.own[1])
     size = (felt * (values @ spread @ values.mT)).sum((1, 2)) / group  # [H_kv]: E |W_O (v - mean)|^2 per query head
-    asked = _queries(weights, asking) * size.view(-1, 1, 1) * p.scale**2
+    query_moments = _queries(weights, asking) * size.view(-1, 1, 1) * p.scale**2
     metric = torch.zeros(rest + heads * dim, rest + heads * dim, dtype=torch.float64, device=felt.device)
-    metric[:rest, :rest] = _root((back.mT @ asked @ back).sum(0))[0]
+    metric[:rest, :rest] = _root((back.mT @ query_moments @ back).sum(0))[0]
     for h in range(heads):
         at = slice(rest + h * dim, rest + (h + 1) * dim)
         metric[at, at] = _root(felt[h])[0]

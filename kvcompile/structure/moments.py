@@ -43,11 +43,11 @@ def moments(model: Any, plan: Plan, ids: Tensor, keep: bool = False) -> list[Mom
 
     keep: for one more question about the same text: first a plan is made with them, then weights are.
     """
-    found = _kept.pop(model, None)
-    made = found[1] if found is not None and torch.equal(found[0], ids) else _measured(model, plan, ids)
+    last = _kept.pop(model, None)
+    result = last[1] if last is not None and torch.equal(last[0], ids) else _measured(model, plan, ids)
     if keep:
-        _kept[model] = ids, made
-    return made
+        _kept[model] = ids, result
+    return result
 
 
 @torch.no_grad()

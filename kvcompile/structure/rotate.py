@@ -26,12 +26,12 @@ def fold_rotation(model: Any, plan: Plan) -> None:
     if not any(p.storage.rotated for p in plan.layers):
         return
     require_weights(model)
-    made: list[tuple[nn.Module, dict[str, nn.Module]]] = []
+    folded: list[tuple[nn.Module, dict[str, nn.Module]]] = []
     layouts = architecture_of(model.config).layouts(model, plan, converted=True)
     for layout, p in zip(layouts, plan.layers, strict=True):
         if plan.layers[p.owner].storage.rotated:
-            made.append((layout.attention, _folded(layout, p)))
-    for attention, modules in made:
+            folded.append((layout.attention, _folded(layout, p)))
+    for attention, modules in folded:
         for name, module in modules.items():
             setattr(attention, name, module)
 
@@ -41,10 +41,10 @@ def _folded(layout: Layout, p: LayerPlan) -> dict[str, nn.Module]:
     out = plain(layout.attention, layout.out)
     columns = torch.unflatten(out.weight.detach(), 1, (-1, p.head_dim))
     turned = (columns.to(turn) @ turn).to(columns).flatten(1)
-    made: dict[str, nn.Module] = {layout.out: linear_like(out, turned, out.bias)}
+    modules: dict[str, nn.Module] = {layout.out: linear_like(out, turned, out.bias)}
     if p.owner != p.index:
-        return made
+        return modules
     weights = layout.read()
     if weights.value is not None:
         weights.value = weights.value.turn(turn)
-    return {**layout.write(weights), **made}
+    return {**layout.write(weights), **modules}

@@ -113,7 +113,7 @@ class Recorder(Expected):
     found: dict[int, list[Any]] = field(default_factory=dict, compare=False)
 
     def score(self, seen: Observation) -> Tensor:
-        self.found.setdefault(seen.layer, []).append(seen.moments)
+        self.moments.setdefault(seen.layer, []).append(seen.moments)
         return super().score(seen)
 
 
@@ -129,7 +129,7 @@ def test_moments_are_those_of_the_queries_before_rotation(chunk: int, stride: in
         for b, pads in enumerate((0, 7)):
             original(ids[b : b + 1, pads:])
     prefill(compiled(selection(recorder, schedule=Schedule(between_chunks=False)), chunk=chunk), ids, mask)
-    for moments, states in zip(recorder.found[2][-2:], queries, strict=True):
+    for moments, states in zip(recorder.moments[2][-2:], queries, strict=True):
         q = states[0, 4 + -4 % stride :: stride].double().unflatten(-1, (4, 16)).transpose(0, 1)
         assert moments.count == q.shape[1]
         for head in range(4):

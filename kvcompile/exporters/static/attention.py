@@ -15,10 +15,10 @@ def causal(p: LayerPlan, queries: Tensor, keys: Tensor, values: Tensor, position
         return F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=p.scale, enable_gqa=queries.shape[1] > keys.shape[1]
         )
-    asked = positions.unsqueeze(-1)
-    visible = positions <= asked
+    queries_at = positions.unsqueeze(-1)
+    visible = positions <= queries_at
     if p.sliding_window:
-        visible = visible & (positions > asked - p.sliding_window)
+        visible = visible & (positions > queries_at - p.sliding_window)
     return masked(p, queries, keys, values, visible)
 
 

@@ -72,7 +72,7 @@ class Layer:
     """One owner layer at one pass: its entries, and where they are kept."""
 
     room: Room
-    held: Entries
+    entries: Entries
 
 
 class PrefillCache:
@@ -98,8 +98,8 @@ class PrefillCache:
     def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
         """Causal attention of the prompt to itself; latents are expanded to heads."""
         if expansion is None:
-            return causal(p, queries, kv.held.keys, kv.held.values, self.positions)
-        heads = expansion.heads(queries, kv.held.keys)
+            return causal(p, queries, kv.entries.keys, kv.entries.values, self.positions)
+        heads = expansion.heads(queries, kv.entries.keys)
         return causal(p, *heads, self.positions)[..., : p.head_dim]
 
     def observe(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> BatchScores:
@@ -116,12 +116,12 @@ class PrefillCache:
             query_moments(room.plan, unrotated, self.positions, needs.moments) if needs.moments else None,
             lambda horizon: self._mean_rotation(room.plan, horizon),
         )
-        scores = score_entries(room.plan, kv.held, inputs)
+        scores = score_entries(room.plan, kv.entries, inputs)
         if room.measure is None:
             return scores
         last, at = self._last(queries, room.measure.needs.queries)
         inputs = replace(inputs, queries=last, positions=at)
-        return replace(scores, mass=masses(room.plan, kv.held, inputs, room.measure))
+        return replace(scores, mass=masses(room.plan, kv.entries, inputs, room.measure))
 
     def _last(self, queries: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """The prompt's last queries, and their positions; before its start stand queries at -1, which see nothing."""
@@ -164,7 +164,7 @@ class PrefillCache:
         return counts
 
     def _split(self, kv: Layer, ranked: Tensor, counts: Tensor) -> None:
-        kept, heads = shared_rows.split(kv.room, kv.held, ranked, counts)
+        kept, heads = shared_rows.split(kv.room, kv.entries, ranked, counts)
         tensors = {"keys": kept.keys, "positions": kept.positions, "heads": heads}
         if kv.room.plan.latent is None:
             tensors["values"] = kept.values
@@ -179,22 +179,22 @@ class PrefillCache:
 
     def _all(self, kv: Layer) -> Tensor:
         places = torch.arange(kv.room.places, device=self.seen.device, dtype=torch.int64)
-        return torch.where(places < self.seen, places, self.count).expand(*kv.held.positions.shape[:2], -1)
+        return torch.where(places < self.seen, places, self.count).expand(*kv.entries.positions.shape[:2], -1)
 
     def _newest(self, kv: Layer) -> Tensor:
         """Place s holds the last position that is s modulo the capacity."""
         places = torch.arange(kv.room.capacity, device=self.seen.device, dtype=torch.int64)
         last = self.seen - 1
         at = last - (last - places) % kv.room.capacity
-        return torch.where(at >= 0, at, self.count).expand(*kv.held.positions.shape[:2], -1)
+        return torch.where(at >= 0, at, self.count).expand(*kv.entries.positions.shape[:2], -1)
 
     def _store(self, kv: Layer, order: Tensor, counts: Tensor) -> None:
         """Keep the entries `order [B, H_kv, m]`, the first `counts` (per head, or of all) of which are there."""
         tensors, counts = State(), counts.expand(order.shape[:2])
         if kv.room.codes:
-            tensors, order, old = split(kv.room, kv.held, order, counts)
+            tensors, order, old = split(kv.room, kv.entries, order, counts)
             tensors["encoded"], counts = old, counts - old
-        kept = kv.held.at(order)
+        kept = kv.entries.at(order)
         tensors.update(keys=kept.keys, positions=kept.positions, entries=counts.clone())
         if kv.room.plan.latent is None:
             tensors["values"] = kept.values
@@ -238,7 +238,7 @@ class DecodeCache:
 
     def attend(self, p: LayerPlan, queries: Tensor, kv: Layer, expansion: Expansion | None = None) -> Tensor:
         """Attention of the new token to every entry that is there and in its window; of latents, absorbed."""
-        at = kv.held.positions
+        at = kv.entries.positions
         visible = at >= 0
         if p.sliding_window:
             visible = visible & (at > self.before - p.sliding_window)
@@ -247,7 +247,7 @@ class DecodeCache:
             visible = shared_rows.visible(heads, visible, p.group, p.kv_heads)
         else:
             visible = visible.unsqueeze(2)
-        out = masked(p, queries, kv.held.keys, kv.held.values, visible)
+        out = masked(p, queries, kv.entries.keys, kv.entries.values, visible)
         return out if expansion is None else per_head(out, expansion.up)
 
     def observe(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> BatchScores | None:
@@ -264,7 +264,7 @@ class DecodeCache:
         at = (self.before + torch.arange(1 - window, 1, device=queries.device, dtype=torch.int64)).clamp(min=-1)
         recent = self.tables[f"recent_{p.index}"][self.seen]
         carried = self.state.get(f"carried_{p.index}")
-        return score_entries(p, kv.held, Inputs(queries[:, :, :window], at, self.seen, recent, carried=carried))
+        return score_entries(p, kv.entries, Inputs(queries[:, :, :window], at, self.seen, recent, carried=carried))
 
     def keep(self, scores: Mapping[int, tuple[Layer, BatchScores | None]]) -> None:
         """What the selections leave, where one is due; otherwise everything moves to where it was."""
@@ -277,7 +277,7 @@ class DecodeCache:
             counts = self.tables[f"kept_{layer}"][self.seen].squeeze(0)
             same = torch.arange(room.capacity, device=due.device, dtype=torch.int64)
             order = torch.where(due, highest_padded(ranked, counts, room.capacity), same)
-            _replace(tensors, kv.held.at(order), torch.where(due, counts, tensors["entries"]))
+            _replace(tensors, kv.entries.at(order), torch.where(due, counts, tensors["entries"]))
             if carried is not None:
                 tensors["carried"].copy_(F.pad(carried, (0, 1)).gather(2, order.expand_as(carried)))
 

@@ -96,6 +96,6 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
 def _ropes(config: Any) -> set[str]:
     """Kinds of rotary embedding in a config, `rope_parameters` of transformers 5, by layer type or for all."""
     config = config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or {}
-    nested = [x for x in given.values() if isinstance(x, dict)]
-    return {str(x.get("rope_type", "default")) for x in (nested or [given])}
+    ropes = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in ropes.values() if isinstance(x, dict)]
+    return {str(x.get("rope_type", "default")) for x in (nested or [ropes])}
