@@ -30,9 +30,9 @@ class DuetLayout(Layout):
 
     def write(self, new: Weights) -> dict[str, nn.Module]:
         """New modules by name. A layer that reads another layer's cache has no keys and values of its own."""
-        made = {**self.write_output(new), "q_proj": linear_of(plain(self.attention, "q_proj"), [new.query])}
-        made["kv_proj"] = Absent() if new.key is None else linear_of(plain(self.attention, "kv_proj"), new.own)
-        return made
+        modules = {**self.write_output(new), "q_proj": linear_of(plain(self.attention, "q_proj"), [new.query])}
+        modules["kv_proj"] = Absent() if new.key is None else linear_of(plain(self.attention, "kv_proj"), new.own)
+        return modules
 
 
 class DuetAdapter(Attention):

@@ -38,12 +38,12 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     out = queries.states.new_zeros(batch, heads, count, spec.value_dim)
     for b in range(batch):
         for h in range(heads // spec.group):
-            keys, values, held = reference.row(view, spec, b, h)  # [n, D], [n, D_v], [n], dequantized
+            keys, values, positions = reference.row(view, spec, b, h)  # [n, D], [n, D_v], [n], dequantized
             group = slice(h * spec.group, (h + 1) * spec.group)
             logits = queries.states[b, group].double() @ keys.T * spec.scale  # [g, Q, n]
             if spec.softcap:
                 logits = spec.softcap * torch.tanh(logits / spec.softcap)
-            unseen = reference.hidden(held, queries.positions[b].unsqueeze(-1), spec)
+            unseen = reference.hidden(positions, queries.positions[b].unsqueeze(-1), spec)
             weights = logits.masked_fill(unseen, float("-inf")).softmax(-1).nan_to_num()
             out[b, group] = (weights @ values).to(out.dtype)
     return out

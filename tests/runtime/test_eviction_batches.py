@@ -110,7 +110,7 @@ def test_beams_take_their_caches_along() -> None:
 class Recorder(Expected):
     """Keeps the moments it was shown."""
 
-    found: dict[int, list[Any]] = field(default_factory=dict, compare=False)
+    moments: dict[int, list[Any]] = field(default_factory=dict, compare=False)
 
     def score(self, seen: Observation) -> Tensor:
         self.moments.setdefault(seen.layer, []).append(seen.moments)
