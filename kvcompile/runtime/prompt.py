@@ -66,7 +66,7 @@ class Prompt:
         return sorted(set(self.places[:, list(columns)].flatten().tolist()))
 
     def restored(self, results: Tensor, holding: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """`[B, len(columns), V]`, as the tokens were given, out of `results [B, len(asked), V]`."""
+        """`[B, len(columns), V]`, as the tokens were given, out of `results [B, len(holding), V]`."""
         index_of = {column: i for i, column in enumerate(holding)}
         if self.places is None:
             same = list(holding) == list(columns)
