@@ -139,7 +139,7 @@ def _by_hand(
 
 
 def _mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor:
-    """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]` over entries at `entries_at [B, H_kv or 1, n]`."""
+    """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]`; `entries_at [B, H_kv or 1, n]`."""
     queries_at, entries_at = at[:, None, :, None], entries_at[:, :, None, :]
     visible = entries_at <= queries_at
     if spec.sliding_window:
