@@ -35,13 +35,13 @@ def groupings(graph: fx.Graph) -> dict[int, fx.Node]:
 
 def selections(graph: fx.Graph) -> dict[int, fx.Node]:
     """For each selected layer the node that drops its tokens."""
-    found: dict[int, fx.Node] = {}
+    selecting: dict[int, fx.Node] = {}
     for node in graph.nodes:
         if node.target is ops.compress:
-            found[int(node.args[3])] = node
+            selecting[int(node.args[3])] = node
         elif node.target is ops.allocate:
-            found.update({int(i): node for i in node.args[1]})
-    return found
+            selecting.update({int(i): node for i in node.args[1]})
+    return selecting
 
 
 def wiring(graph: fx.Graph) -> dict[int, int]:
