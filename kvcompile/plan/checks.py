@@ -109,6 +109,12 @@ def _check_recall(p: LayerPlan, recall: Recall) -> None:
             f"stack.{s.policy}.positions=compact",
             f"stack.{s.policy}.positions=original",
         )
+    if s is not None and recall.heads == "shared" and s.allocation.traits.scope == "head":
+        raise KvcompileError(
+            f"{where}: KV heads that share a choice of blocks hold equally many tokens",
+            f"{s.policy!r}, which gives each head a budget of its own",
+            f"stack.{recall.policy}.heads=own",
+        )
     if s is not None and p.storage.quantized and recall.grouping.reorders:
         raise KvcompileError(
             f"{where}: a later prompt selects among tokens in the order of the text, which encoded groups have lost",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Form = Literal["vector", "bounds"]
 Agreement = Literal["mean", "max"]
+Choosing = Literal["own", "shared"]
 GROUP_BYTES = 8  # where a group begins and how many entries it has, int32 each
 
 
@@ -85,7 +86,8 @@ class Recall:
     policy: who said so, for messages. budget: entries of groups that a KV head reads at a step. sinks: first entries of
     a row, always read and in no group. recent: newest entries that stay out of groups. every: decoded tokens beyond
     these that make new groups together. agree: how the query heads of a KV head (and the queries of a chunk, by their
-    mean) agree on a group. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice.
+    mean) agree on a group. heads: each KV head has its `own` choice, or one is `shared` by all, by the sum of what they
+    score. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice.
     """
 
     policy: str
@@ -95,6 +97,7 @@ class Recall:
     recent: int = 0
     every: int = 320
     agree: Agreement = "mean"
+    heads: Choosing = "own"
     reuse: int = 1
     prompts: bool = False
 

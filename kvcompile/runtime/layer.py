@@ -170,7 +170,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if past is None or step.prefill or step.tick >= past.tick + recall.reuse:
             wanted = index.wanted(step.cache.seen, store.heads)
             rows = torch.unflatten(mean_query(queries, step.valid), 1, (store.heads, -1)).flatten(0, 1)
-            entries = choose(rows, index.table, wanted, lengths, recall.agree)
+            together = store.heads if recall.heads == "shared" else 1
+            entries = choose(rows, index.table, wanted, lengths, recall.agree, together)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
             step.cache.count_read(layer, index.nbytes())
         return past.extended(lengths)
