@@ -113,14 +113,19 @@ def _sweeps(overrides: Sequence[str]) -> bool:
 def _app(cfg: DictConfig) -> None:
     """One job, as Hydra calls it."""
     context = HydraConfig.get()
+    try:
+        with room_to_write():
+            if context.mode == RunMode.MULTIRUN:
+                _sweep_job(cfg, context)
+            else:
+                _work(resolve(cfg, context.runtime.choices, list(context.overrides.task)))
+    except KvcompileError as error:
+        sys.exit(f"{error}")  # raised further, Hydra would put a line of its own before it
+
+
+def _sweep_job(cfg: DictConfig, context: DictConfig) -> None:
+    """One job of a sweep: whatever becomes of it is written into its folder, as far as there is room for that."""
     overrides = list(context.overrides.task)
-    if context.mode != RunMode.MULTIRUN:
-        try:
-            with room_to_write():
-                _work(resolve(cfg, context.runtime.choices, overrides))
-        except KvcompileError as error:
-            sys.exit(f"{error}")  # raised further, Hydra would put a line of its own before it
-        return
     folder = Path(context.runtime.output_dir)
 
     def work() -> sweep.Done:

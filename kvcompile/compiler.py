@@ -40,7 +40,7 @@ def assemble(
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
     from kvcompile.calibration.probe import ModelCalibrator
-    from kvcompile.heal.repair import repair
+    from kvcompile.heal.repair import repair, require_healable
     from kvcompile.models.loading import require_vocabulary
     from kvcompile.models.sharing import shared
     from kvcompile.plan.plan import text_wanted
@@ -54,6 +54,8 @@ def assemble(
     teacher = shared(model) if config.heal.tokens else None
     stack = _planned(model, config, stack)
     require_convertible(model, stack.plan)  # before anything is calibrated
+    if teacher is not None:
+        require_healable(stack.plan, tokenizer)
     for policy in stack.policies:
         policy.require_calibratable(tokenizer)
     calibrator = ModelCalibrator(model, tokenizer, progress)

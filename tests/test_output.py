@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.paths import require_short
 
 FAKE = """
-import sys
+import resource, sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,8 @@ def compile_config(config):
     print("saved " * 2000)
     if config.prefill_chunk == 77:
         raise OSError(28, "No space left on device", "x" * 500)
+    if config.prefill_chunk == 78:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     return SimpleNamespace(path=config.output, summary={"needle": 0.5})
 
 sys.modules["kvcompile.job"] = job = ModuleType("kvcompile.job")  # the real one imports torch
@@ -82,6 +85,21 @@ def test_a_device_without_room_is_one_line(tmp_path: Path) -> None:
     assert "Fix: make room" in done.stderr
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert len(done.stderr) < 300
+
+
+def test_a_job_of_a_sweep_without_room_is_recorded_on_one_line(tmp_path: Path) -> None:
+    done = shell(tmp_path, "kvcompile -m recipe=snapkv,h2o prefill_chunk=77 output=a")
+    (path, _) = sorted(tmp_path.rglob("result.json"))
+    assert json.loads(path.read_text())["error"].startswith("files must be written, got No space left on device: xxx")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (done.returncode, done.stderr) == (1, "2 of 2 jobs failed\n")
+
+
+def test_a_sweep_whose_results_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """No file may grow once the first job is done: neither its result nor the summary."""
+    done = shell(tmp_path, "kvcompile -m recipe=snapkv,h2o prefill_chunk=78 output=a")
+    assert done.stderr == "files must be written, got File too large. Fix: make room, or output=<elsewhere>.\n"
+    assert done.returncode == 1
 
 
 def test_a_deleted_folder_is_one_line(tmp_path: Path) -> None:

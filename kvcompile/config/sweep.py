@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcompile.errors import KvcompileError, QualityError, first_line
+from kvcompile.output import room_to_write
 from kvcompile.report.units import size
 
 RESULT = "result.json"
@@ -54,10 +55,14 @@ class SweepFolder(Callback):  # type: ignore[misc]
 def run_job(
     folder: Path, job: int, overrides: Sequence[str], work: Callable[[], tuple[str | None, dict[str, Cell]]]
 ) -> None:
-    """Do `work`, which returns (output, summary), and write what came of it; an error is logged and recorded."""
+    """Do `work`, which returns (output, summary), and write what came of it; an error is logged and recorded.
+
+    Raises OSError where that cannot be written: on a full device no job after it could be recorded either.
+    """
     _write(folder, JobResult(job, list(overrides), "running"))
     try:
-        output, summary = work()
+        with room_to_write():
+            output, summary = work()
         result = JobResult(job, list(overrides), "ok", None, output, dict(summary))
     except KvcompileError as error:
         log.error("job %d: %s", job, error)

@@ -29,6 +29,19 @@ if TYPE_CHECKING:
     from kvcompile.heal.trainer import HealTrainer
 
 
+def require_healable(plan: Plan, tokenizer: Any) -> None:
+    """Raise KvcompileError where `repair` could not begin: asked before a weight is converted.
+
+    That is for a `plan` that converts nothing, without a tokenizer, and without the packages of `kvcompile[heal]`.
+    """
+    if not converts(plan):
+        fix = "add gqa, mqa, cla, mlkv or mla, or heal.tokens=0"
+        raise KvcompileError("healing needs a policy that converts weights", "a stack that converts none", fix)
+    if tokenizer is None:
+        raise KvcompileError("healing needs a tokenizer", "none", "pass tokenizer=")
+    needed("accelerate", "healing")
+
+
 def repair(
     model: Any, original: Any, plan: Plan, config: Config, tokenizer: Any, progress: Progress, folder: Path | None
 ) -> HealRecord:
@@ -37,15 +50,10 @@ def repair(
     Weights that the two share are copied first where they are trained: the original stays what it was. folder: for
     checkpoints (None: none are kept). In a run of many processes only the main one returns; the others are done, and
     exit.
-    Raises KvcompileError where nothing was converted, without the packages of `kvcompile[heal]`, for texts that cannot
-    be read or are too short, and for budgets below one step.
+    Raises KvcompileError as `require_healable`, for texts that cannot be read or are too short, and for budgets below
+    one step.
     """
-    if not converts(plan):
-        fix = "add gqa, mqa, cla, mlkv or mla, or heal.tokens=0"
-        raise KvcompileError("healing needs a policy that converts weights", "a stack that converts none", fix)
-    if tokenizer is None:
-        raise KvcompileError("healing needs a tokenizer", "none", "pass tokenizer=")
-    needed("accelerate", "healing")
+    require_healable(plan, tokenizer)
     from kvcompile.heal.trainer import arguments
 
     args = arguments(config.heal, model.device)  # from here on the processes know of each other

@@ -307,6 +307,17 @@ def test_mistakes_are_one_line(data: Path, overrides: list[str], message: str, t
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
+def test_a_missing_tokenizer_is_refused_before_a_weight_is_converted() -> None:
+    model = tiny_model()
+    before, attention = weights(model), model.model.layers[0].self_attn
+    with pytest.raises(KvcompileError, match=r"healing needs a tokenizer, got none\. Fix: pass tokenizer="):
+        kvcompile.compile(model, overrides=["policy=[mqa]", f"heal.tokens={2 * STEP}"])
+    after = weights(model)
+    assert model.model.layers[0].self_attn is attention
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(("name", "override"), [("peft", "heal.weights=lora"), ("datasets", "heal.weights=full")])
 def test_a_missing_package_is_one_line(name: str, override: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = optional.importlib.util.find_spec

@@ -66,7 +66,8 @@ def _require_lowered(graph: fx.Graph) -> None:
         op.__name__ for op in (*LOWERED, *PURE)
     }
     if strange:
-        raise KvcompileError("a program expresses every node of the graph", ", ".join(sorted(strange)))
+        fix = "drop the policy whose pass put it there, or keep to the artifact, which kvcompile runs"
+        raise KvcompileError("a program expresses every node of the graph", ", ".join(sorted(strange)), fix)
 
 
 class Lowering(fx.Interpreter):

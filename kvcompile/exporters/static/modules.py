@@ -132,7 +132,9 @@ def traceable(module: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:  # the exporters raise whatever the model's own code does under a trace
         raise KvcompileError(
-            "the model's own layers must be traceable", f"{type(error).__name__}: {first_line(error)}"
+            "the model's own layers must be traceable",
+            f"{type(error).__name__}: {first_line(error)}",
+            "another release of torch, or the artifact alone, which kvcompile runs untraced",
         ) from error
     finally:
         for m, mode in modes:

@@ -9,6 +9,7 @@ from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.selection import Selection
 
 ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
+HF = "export=[hf]"
 SHORT = 64  # tokens; whether a split needs scores does not depend on their number
 
 
@@ -16,9 +17,10 @@ def refuse(plan: Plan, model_config: Any) -> None:
     """Raise KvcompileError, with the reason, for a plan that no program of fixed shape can follow."""
     for kind in sorted(_ropes(model_config)):
         if kind not in ROPES:
-            raise KvcompileError("rotary angles must not depend on the length of the input", f"rope {kind!r}")
+            rule = "rotary angles must not depend on the length of the input"
+            raise KvcompileError(rule, f"rope {kind!r}", f"{HF}, whose model is transformers' own")
     if any(p.sink for p in plan.layers):
-        raise KvcompileError("a program's softmax is over entries alone", "learned sinks", "export=[hf]")
+        raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
     for p in plan.owners:
         _refuse_storage(p)
         if p.selection is not None:
@@ -48,7 +50,9 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
     needs = s.score.needs
     if needs.queries is None and not needs.carries:
         raise KvcompileError(
-            f"{where}: a score may look at a fixed number of queries, or sum over all", type(s.score).__name__
+            f"{where}: a score may look at a fixed number of queries, or sum over all",
+            type(s.score).__name__,
+            f"another score in place of {s.policy}, such as snapkv's or h2o's",
         )
     if needs.moments and s.schedule.decode_every:
         raise KvcompileError(
@@ -57,13 +61,15 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
             f"stack.{s.policy}.decode_every=0",
         )
     if not needs.traceable:
-        raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__)
+        fix = f"another score in place of {s.policy}, such as snapkv's or h2o's"
+        raise KvcompileError(f"{where}: a score must be made of tensor operations", type(s.score).__name__, fix)
     if s.allocation.traits.traceable:
         _refuse_allotted(p, s, where)
     elif s.budget is None or s.uncertainty is not None or plan.kept(p.index, SHORT) is None:
         raise KvcompileError(
             f"{where}: what a head keeps must follow from the length of the prompt alone",
             f"{type(s.allocation).__name__}, which looks at the scores",
+            "a policy that splits its budget evenly, or by adakv",
         )
     if plan.prefill_chunk and s.schedule.between_chunks:
         raise KvcompileError(
@@ -88,9 +94,13 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
             f"stack.{s.policy}.decode_every=0",
         )
     if s.allocation.traits.competing and p.storage.quantized:
-        raise KvcompileError(f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it")
+        fix = f"drop {p.storage.policy}, or the policy that lets heads share a budget"
+        raise KvcompileError(
+            f"{where}: heads that share a row hold plain numbers", f"{p.storage.policy!r} after it", fix
+        )
     if s.allocation.traits.competing and p.softcap:
-        raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}")
+        fix = "drop the policy that lets heads share a budget"
+        raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}", fix)
 
 
 def _ropes(config: Any) -> set[str]:

@@ -6,13 +6,18 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch.fx as fx
 from programs import planned
+from torch import nn
 
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.registry import build_exporters, require_open
 from kvcompile.exporters.static.capacity import Limits, rooms
+from kvcompile.exporters.static.lower import _require_lowered
+from kvcompile.exporters.static.modules import traceable
 from kvcompile.exporters.static.supports import refuse
 from kvcompile.exporters.torch_export import TorchProgram
+from kvcompile.graph import ops
 
 REFUSED = {
     "moments of queries to come": (
@@ -50,8 +55,14 @@ TAKEN = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     overrides, reason = REFUSED[name]
-    with pytest.raises(KvcompileError, match=reason):
+    with pytest.raises(KvcompileError, match=reason) as caught:
         refuse(*planned("llama", overrides))
+    assert caught.value.fix
+
+
+def test_heads_that_share_a_row_take_plain_logits() -> None:
+    with pytest.raises(KvcompileError, match=r"plain logits, got soft-cap 5\. Fix: drop the policy that lets heads"):
+        refuse(*planned("gemma2", ["policy=[snapkv,adakv]"]))
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -94,5 +105,21 @@ def test_a_cache_takes_at_least_what_is_counted(monkeypatch: pytest.MonkeyPatch)
 def test_angles_that_depend_on_the_length_are_refused() -> None:
     plan, config = planned("llama", [])
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(KvcompileError, match="'dynamic'"):
+    with pytest.raises(KvcompileError, match=r"'dynamic'\. Fix: export=\[hf\]"):
         refuse(plan, config)
+
+
+def test_what_the_tracer_cannot_follow_is_one_line_with_a_fix() -> None:
+    with (
+        pytest.raises(KvcompileError, match=r"traceable, got ValueError: first\. Fix: ") as caught,
+        traceable(nn.Identity()),
+    ):
+        raise ValueError("first\nsecond")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_node_that_no_program_has_is_named_with_a_fix() -> None:
+    graph = fx.Graph()
+    graph.call_function(ops.fetch, (graph.placeholder("cache"), None, 0))
+    with pytest.raises(KvcompileError, match=r"every node of the graph, got fetch\. Fix: drop the policy"):
+        _require_lowered(graph)
