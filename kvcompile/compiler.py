@@ -40,11 +40,11 @@ def assemble(
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
     from kvcompile.calibration.probe import ModelCalibrator
-    from kvcompile.heal.repair import repair, require_healable
+    from kvcompile.heal.repair import repair
     from kvcompile.models.loading import require_vocabulary
     from kvcompile.models.sharing import shared
     from kvcompile.plan.plan import text_wanted
-    from kvcompile.structure.convert import convert, require_convertible
+    from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
 
     _require_causal_lm(model)
@@ -53,11 +53,7 @@ def assemble(
         require_vocabulary(model, tokenizer)
     teacher = shared(model) if config.heal.tokens else None
     stack = _planned(model, config, stack)
-    require_convertible(model, stack.plan)  # before anything is calibrated
-    if teacher is not None:
-        require_healable(stack.plan, tokenizer)
-    for policy in stack.policies:
-        policy.require_calibratable(tokenizer)
+    _require_possible(model, stack, config, tokenizer)
     calibrator = ModelCalibrator(model, tokenizer, progress)
     structure = tuple(p.calibrated(calibrator) for p in stack.structure)
     shape = stack.shape if structure == stack.structure else apply_stack(stack.identity, structure)
@@ -71,6 +67,18 @@ def assemble(
     built = build(model, plan, config.kernels, to_recipe(config.with_policies(structure + others)))
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built
+
+
+def _require_possible(model: Any, stack: StackPlan, config: Config, tokenizer: Any) -> None:
+    """Raise KvcompileError for what would fail later, before anything is calibrated or converted."""
+    from kvcompile.heal.repair import require_healable
+    from kvcompile.structure.convert import require_convertible
+
+    require_convertible(model, stack.plan)
+    if config.heal.tokens:
+        require_healable(stack.plan, tokenizer)
+    for policy in stack.policies:
+        policy.require_calibratable(tokenizer)
 
 
 def _planned(model: Any, config: Config, stack: StackPlan | None) -> StackPlan:
