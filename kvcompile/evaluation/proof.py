@@ -1,4 +1,4 @@
-"""The proof that a plan ran: what each layer of the live cache holds, beside what the plan says."""
+"""The proof that a plan ran: what each layer of the live cache holds and reads, beside what the plan says."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor
 
 from kvcompile.errors import BUG, KvcompileError
 from kvcompile.evaluation import proof
-from kvcompile.plan.plan import Plan
+from kvcompile.plan.plan import LayerBytes, Plan
 from kvcompile.runtime.cache import KVCache
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer after the measured prompt: tokens kept by each KV head, bytes held, and what the plan said.
+    """One layer after the measured prompt: tokens kept by each KV head, bytes held and read, and what the plan said.
 
     planned: tokens per head, None where the split over heads or layers depends on the input; planned_bytes: what the
     planned (else the kept) tokens take.
     dense_bytes: what the uncompressed layer would hold. threshold: no budget, the scores alone decide.
     host_bytes: of `bytes`, what was found in host memory; offloaded: the plan says that all of it lies there.
     owner: the layer whose cache it reads, None where it has its own.
+    index_bytes: of what stands for groups of tokens, on the device beside `bytes`. read: what the next decode step
+    read, index included; dense_read: what it would of the uncompressed layer. recalls: each step chooses what it reads.
     """
 
     layer: int
@@ -37,6 +39,12 @@ class LayerRow:
     host_bytes: int = 0
     offloaded: bool = False
     owner: int | None = None
+    index_bytes: int = 0
+    planned_index: int = 0
+    read: int = 0
+    planned_read: int = 0
+    dense_read: int = 0
+    recalls: bool = False
 
 
 def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
@@ -55,6 +63,8 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
         _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
         away = row.bytes if row.offloaded else 0
         _equal(f"{where} must hold in host memory the bytes that are offloaded", row.host_bytes, away)
+        _equal(f"{where} must hold the planned bytes of its index", row.index_bytes, row.planned_index)
+        _equal(f"a decode step must read the planned bytes of {where}", row.read, row.planned_read)
         if row.bytes > row.dense_bytes:
             raise KvcompileError(
                 f"{where} must not hold more than uncompressed", f"{row.bytes} > {row.dense_bytes} bytes"
@@ -71,42 +81,71 @@ def _equal(rule: str, measured: int, planned: int) -> None:
         raise KvcompileError(f"measured cache and plan disagree: {rule}", got, BUG)
 
 
-def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
-    """What each layer of the live cache holds after the prompt `ids [1, n]`, beside what the plan says.
+@dataclass(frozen=True)
+class Held:
+    """What one layer of a live cache holds: tokens by KV head, bytes, those in host memory, bytes of its index."""
 
-    Raises KvcompileError where they differ, or where nothing was dropped though the plan drops.
+    kept: list[int]
+    bytes: int
+    host: int
+    index: int
+
+
+def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
+    """What each layer of the live cache holds after the prompt `ids [1, n]`, and what a decode step then reads of it.
+
+    Raises KvcompileError where that is not what the plan says, or where nothing was dropped though the plan drops.
     """
     plan: Plan = model.kvcompile.plan
+    ids, tokens = ids.to(model.device), ids.shape[1]
     with torch.no_grad():
-        cache: KVCache = model(ids.to(model.device), logits_to_keep=1).past_key_values
-    tokens = ids.shape[1]
+        cache: KVCache = model(ids, logits_to_keep=1).past_key_values
+        evicted, held = cache.evictions.events > 0, [_held(cache, p.index) for p in plan.layers]
+        cache.reads = {}
+        model(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
     planned = plan.bytes(1, tokens)
-    rows = []
-    for expected, layer, p in zip(planned, cache.layers, plan.layers, strict=True):
-        lengths = layer.store.lengths if layer.store is not None else [0] * p.kv_heads
-        measured = layer.store.nbytes() if layer.store is not None else 0
-        rows.append(
-            LayerRow(
-                layer=p.index,
-                kv_heads=p.kv_heads,
-                kept=list(lengths),
-                planned=None if expected.kept is None else list(expected.kept),
-                bytes=measured,
-                planned_bytes=expected.bytes
-                if expected.kept is not None
-                else sum(p.nbytes(n, plan.dtype) for n in lengths),
-                dense_bytes=expected.dense_bytes,
-                threshold=p.selection is not None and p.selection.budget is None,
-                host_bytes=layer.host_bytes_held(),
-                offloaded=p.storage.offload,
-                owner=None if p.owner == p.index else p.owner,
-            )
-        )
+    rows = [_row(plan, tokens, expected, held, cache.reads.get(expected.index, 0)) for expected in planned]
     free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
     total = sum(free) if free else None
     proof.verify(rows, total)
-    if plan.selected and not cache.evictions.events and cache.nbytes() >= sum(r.dense_bytes for r in rows):
-        wanted = sum(e.bytes for e in planned)
-        if wanted < sum(r.dense_bytes for r in rows):
-            raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
+    dense = sum(r.dense_bytes for r in rows)
+    if plan.selected and not evicted and sum(r.bytes for r in rows) >= dense > sum(e.bytes for e in planned):
+        raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
     return rows, total
+
+
+def _held(cache: KVCache, index: int) -> Held:
+    layer = cache.layers[index]
+    if layer.store is None:
+        return Held([0] * cache.plan.layers[index].kv_heads, 0, 0, 0)
+    groups = layer.index.nbytes() if layer.index is not None else 0
+    return Held(list(layer.store.lengths), layer.store.nbytes(), layer.host_bytes_held(), groups)
+
+
+def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: int) -> LayerRow:
+    """Layer and plan side by side; where a split is known at run time alone, the plan of the tokens that were kept."""
+    p = plan.layers[expected.index]
+    owner, layer = plan.layers[p.owner], held[p.index]
+    planned = expected.bytes, expected.index_bytes, expected.read
+    if plan.kept(owner.index, tokens) is None:
+        index, reading = plan.reading(owner, held[owner.index].kept, tokens)
+        planned = sum(p.nbytes(n, plan.dtype) for n in layer.kept), index if owner is p else 0, reading
+    return LayerRow(
+        layer=p.index,
+        kv_heads=p.kv_heads,
+        kept=layer.kept,
+        planned=None if expected.kept is None else list(expected.kept),
+        bytes=layer.bytes,
+        planned_bytes=planned[0],
+        dense_bytes=expected.dense_bytes,
+        threshold=p.selection is not None and p.selection.budget is None,
+        host_bytes=layer.host,
+        offloaded=p.storage.offload,
+        owner=None if owner is p else p.owner,
+        index_bytes=layer.index,
+        planned_index=planned[1],
+        read=read,
+        planned_read=planned[2],
+        dense_read=expected.dense_read,
+        recalls=owner.recall is not None,
+    )

@@ -98,6 +98,7 @@ class LayerBytes:
     host: int = 0  # of `bytes`, what lies in host memory between passes
     index_bytes: int = 0  # of what stands for groups of tokens, beside `bytes`; always on the device
     read: int = 0  # bytes that the next decode step reads here, those of the index included
+    dense_read: int = 0  # bytes that it reads in the uncompressed layer
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,11 @@ class Plan:
         rows: list[LayerBytes] = []
         for p in self.layers:
             full = p.span(tokens)
-            dense = full * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
+            entry = p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
+            dense, dense_read = full * entry, (full + 1) * entry
             if p.owner != p.index:
-                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense, read=rows[p.owner].read))
+                read = rows[p.owner].read
+                rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense, read=read, dense_read=dense_read))
                 continue
             kept = self.kept(p.index, tokens)
             if kept is not None:
@@ -215,23 +218,25 @@ class Plan:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
             nbytes = batch * sum(p.nbytes(n, self.dtype) for n in shares)
-            by_row = [self.reading(p, n, tokens) for n in shares]
-            index, read = (batch * sum(x) for x in zip(*by_row, strict=True))
+            index, read = (batch * n for n in self.reading(p, shares, tokens))
             host = nbytes if p.storage.offload else 0
-            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read))
+            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read, dense_read))
         return rows
 
-    def reading(self, p: LayerPlan, length: int, tokens: int) -> tuple[int, int]:
-        """(bytes of its index, bytes that the next step reads) of a row of `length` tokens after a prompt of `tokens`.
+    def reading(self, p: LayerPlan, lengths: Iterable[int], tokens: int) -> tuple[int, int]:
+        """(bytes of the index, bytes that the next step reads) of rows of `lengths` after a prompt of `tokens`.
 
         A step reads the token that it adds too, in the model's dtype.
         """
+        rows = [self._reading(p, length, tokens) for length in lengths]
+        return sum(index for index, _ in rows), sum(read for _, read in rows)
+
+    def _reading(self, p: LayerPlan, length: int, tokens: int) -> tuple[int, int]:
         new = p.nbytes(1, self.dtype) if p.latent else 2 * p.head_dim * DTYPE_BYTES[self.dtype]
         if p.recall is None:
             return 0, p.nbytes(length, self.dtype) + new
-        chunk = self.prefill_chunk or tokens
-        lengths = [length] if p.selection else [*range(chunk, length, chunk), length]
-        covered, groups = p.recall.grouped(lengths, p.storage)
+        chunk = length if p.selection else self.prefill_chunk or tokens
+        covered, groups = p.recall.grouped(length, chunk, p.storage)
         unread = covered - p.recall.tokens(tokens + 1, covered, p.storage.block)
         numbers = p.key_dim * (2 if p.recall.grouping.form == "bounds" else 1)
         index = groups * (numbers * DTYPE_BYTES[self.dtype] + GROUP_BYTES)

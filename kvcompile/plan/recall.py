@@ -11,7 +11,6 @@ for and the recent entries. The run-time side is `kvcompile.recall`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -123,11 +122,17 @@ class Recall:
         wanted = self.budget.of(seen)
         return min(covered, max(unit, wanted // unit * unit))
 
-    def grouped(self, lengths: Iterable[int], storage: Storage) -> tuple[int, int]:
-        """(entries in groups, groups) of a row that has grown to each of `lengths` at the ends of prompt chunks."""
-        covered = groups = 0
-        for length in lengths:
-            new = self.groupable(length, covered, storage.block, self.newest(storage))
-            if new:
-                covered, groups = covered + new, groups + self.grouping.count(new, storage.block)
-        return covered, groups
+    def grouped(self, length: int, chunk: int, storage: Storage) -> tuple[int, int]:
+        """(entries in groups, groups) of a row that has grown to `length` by `chunk` entries at a time."""
+        unit, newest = storage.block, self.newest(storage)
+        step, chunk = self.step(unit), max(1, chunk)
+
+        def covered(end: int) -> int:
+            return self.groupable(end, 0, unit, newest)
+
+        chunks = max(0, length - 1) // chunk  # before the last one
+        begin = min(chunks, -(-(self.first(unit) + newest + step) // chunk))  # after which the first groups are made
+        small, early, late = chunk // step * step, covered(begin * chunk), covered(chunks * chunk)
+        larger = (late - early - (chunks - begin) * small) // step  # chunks that group a step more than the others do
+        sizes = ((early, 1), (small, chunks - begin - larger), (small + step, larger), (covered(length) - late, 1))
+        return covered(length), sum(n * self.grouping.count(size, unit) for size, n in sizes if size and n)

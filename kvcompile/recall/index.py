@@ -112,6 +112,10 @@ class Index:
         per_group = self.table.representatives[0, 0].numel() * self.table.representatives.element_size() + 8
         return sum(self.counts) * per_group
 
+    def allocated(self) -> int:
+        """Bytes of everything allocated: also of the room behind the groups."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
     def tensors(self) -> list[Tensor]:
         """Everything that is kept alive."""
         return [] if self.table is None else _tensors(self.table)

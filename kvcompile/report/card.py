@@ -74,14 +74,15 @@ def _lead(base: Base) -> str:
 def _plan(plan: Plan, tokens: int) -> str:
     from tabulate import tabulate
 
-    from kvcompile.report.plan_table import HEADINGS, cache_bytes, rows_of
+    from kvcompile.report.plan_table import cache_bytes, headings, rows_of, total
     from kvcompile.report.units import size
 
     nbytes, dense = cache_bytes(plan, 1, tokens)
-    align = ["left", *["right"] * (len(HEADINGS) - 1)]
-    grid = tabulate(rows_of(plan, 1, tokens), HEADINGS, tablefmt="pipe", colalign=align, disable_numparse=True)
-    total = f"In all {size(nbytes)} of {size(dense)} ({nbytes / dense:.1%})." if dense else ""
-    return f"## Plan\n\nThe cache after a prompt of {tokens:,} tokens, by layer.\n\n{grid}\n\n{total}"
+    columns = headings(plan)
+    align = ["left", *["right"] * (len(columns) - 1)]
+    grid = tabulate(rows_of(plan, 1, tokens), columns, tablefmt="pipe", colalign=align, disable_numparse=True)
+    facts = f"In all {size(nbytes)} of {size(dense)} ({nbytes / dense:.1%}); {total(plan, 1, tokens)}." if dense else ""
+    return f"## Plan\n\nThe cache after a prompt of {tokens:,} tokens, by layer.\n\n{grid}\n\n{facts}"
 
 
 def _provenance(base: Base, plan: Plan) -> str:

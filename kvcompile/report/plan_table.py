@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 HEADINGS = ("layers", "KV heads", "kept per head", "precision", "bytes", "kept")
+READING = ("index", "read per step", "read")  # of plans whose steps choose what they read
 ENDLESS = 1 << 40  # tokens; a cache that still fits then does not grow with the prompt
 
 
@@ -28,15 +29,44 @@ def cache_bytes(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
     return sum(row.bytes for row in rows), sum(row.dense_bytes for row in rows)
 
 
+def headings(plan: Plan) -> tuple[str, ...]:
+    """What stands over the columns of `rows_of`."""
+    return HEADINGS + READING * recalls(plan)
+
+
+def recalls(plan: Plan) -> bool:
+    """Whether steps choose what they read of some layer."""
+    return any(p.recall for p in plan.layers)
+
+
+def reading(plan: Plan, batch: int, tokens: int) -> tuple[int, int]:
+    """(bytes that a decode step reads, index included; that it reads uncompressed) after a prefill of `tokens`."""
+    rows = plan.bytes(batch, tokens)
+    return sum(row.read for row in rows), sum(row.dense_read for row in rows)
+
+
+def total(plan: Plan, batch: int, tokens: int) -> str:
+    """The three numbers in a sentence: held on the device, held in host memory, read per decode step."""
+    nbytes, dense = cache_bytes(plan, batch, tokens)
+    read, dense_read = reading(plan, batch, tokens)
+    stays, away, _ = places(plan, batch, tokens)
+    index = sum(row.index_bytes for row in plan.bytes(batch, tokens))
+    groups = f" (index of groups {size(index)})" if recalls(plan) else ""
+    return (
+        f"on the device {size(stays)}{groups}, in host memory {size(away)}, read per decode step {size(read)}: "
+        f"kept {nbytes / dense:.1%}, read {read / dense_read:.1%}"
+    )
+
+
 def places(plan: Plan, batch: int, tokens: int) -> tuple[int, int, int]:
     """(bytes that stay on the device, bytes in host memory between passes, most of these on the device at a time).
 
-    An offloaded layer is on the device while it attends, and the next one comes meanwhile.
+    An offloaded layer is on the device while it attends, and the next one comes meanwhile. An index stays.
     """
     rows = plan.bytes(batch, tokens)
     away = [row.host for row in rows if plan.layers[row.index].storage.offload]
     most = max((sum(away[i : i + 2]) for i in range(len(away))), default=0)
-    return sum(row.bytes - row.host for row in rows), sum(away), most
+    return sum(row.bytes - row.host + row.index_bytes for row in rows), sum(away), most
 
 
 def tokens_that_fit(plan: Plan, batch: int, memory: float, dense: bool = False) -> int | None:
@@ -64,7 +94,10 @@ def summary(plan: Plan, config: Config) -> dict[str, float | int | str | None]:
     """The totals as one row, for the summary of a sweep."""
     wanted = config.plan
     nbytes, dense = cache_bytes(plan, wanted.batch, wanted.context)
+    stays, away, _ = places(plan, wanted.batch, wanted.context)
+    read, dense_read = reading(plan, wanted.batch, wanted.context)
     row: dict[str, float | int | str | None] = {"cache_bytes": nbytes, "dense_bytes": dense, "ratio": nbytes / dense}
+    row.update(device_bytes=stays, host_bytes=away, read_bytes=read, read=read / dense_read)
     if wanted.memory:
         fit = tokens_that_fit(plan, wanted.batch, wanted.memory)
         row["tokens_that_fit"] = "any" if fit is None else fit
@@ -80,13 +113,10 @@ def show(plan: Plan, config: Config, console: Console, policies: Iterable[Policy
     nbytes, dense = cache_bytes(plan, wanted.batch, wanted.context)
     console.print(table(plan, wanted.batch, wanted.context, title=f"{config.label}: {plan.architecture}"))
     console.print(f"total {size(nbytes)}, uncompressed {size(dense)}: {nbytes / dense:.1%}", highlight=False)
-    stays, away, most = places(plan, wanted.batch, wanted.context)
+    console.print(total(plan, wanted.batch, wanted.context), highlight=False)
+    _, away, most = places(plan, wanted.batch, wanted.context)
     if away:
-        console.print(
-            f"offloaded: {size(away)} in host memory; on the device {size(stays)}, and up to {size(most)} more while "
-            "these layers attend",
-            highlight=False,
-        )
+        console.print(f"offloaded: up to {size(most)} more on the device while these layers attend", highlight=False)
     for policy in policies:
         if policy.uncalibrated:
             console.print(
@@ -120,8 +150,9 @@ def notes(plan: Plan) -> list[str]:
 def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
     """Layers x (KV heads, tokens kept per head, precision, bytes), consecutive layers alike in one row."""
     drawn = Table(title=f"{title}\nafter a prefill of {tokens:,} tokens, batch {batch}", title_justify="left")
-    drawn.add_column(HEADINGS[0])
-    for heading in HEADINGS[1:]:
+    first, *others = headings(plan)
+    drawn.add_column(first)
+    for heading in others:
         drawn.add_column(heading, justify="right", overflow="fold")
     for cells in rows_of(plan, batch, tokens):
         drawn.add_row(*cells)
@@ -129,9 +160,14 @@ def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:
 
 
 def rows_of(plan: Plan, batch: int, tokens: int) -> list[tuple[str, ...]]:
-    """The plan as text by `HEADINGS`, one row for each run of layers alike."""
+    """The plan as text by `headings`, one row for each run of layers alike."""
     runs = []
     rows = [_cells(p, row, plan.dtype) for p, row in zip(plan.layers, plan.bytes(batch, tokens), strict=True)]
+    if recalls(plan):
+        rows = [
+            (*cells, size(row.index_bytes), size(row.read), f"{row.read / row.dense_read:.1%}")
+            for cells, row in zip(rows, plan.bytes(batch, tokens), strict=True)
+        ]
     for cells, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1]):
         numbers = [index for index, _ in run]
         span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

@@ -72,6 +72,7 @@ def _draw_layers(report: Report, ax: Axes) -> None:
     ax.set_xlabel("layer", color=INK)
     ax.set_ylabel(f"tokens kept of {report.tokens:,}", color=INK)
     share = f", {report.bytes_held / report.dense_bytes:.1%}" if report.dense_bytes else ""
+    share += f", read {report.read_bytes / report.dense_read:.1%}" if report.recalls else ""
     ax.set_title(f"Cache: {size(report.bytes_held)} of {size(report.dense_bytes)}{share}", fontsize=10, color=INK)
     ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 

@@ -56,9 +56,34 @@ class Report:
         return sum(row.host_bytes for row in self.rows)
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes of what stands for groups of tokens, beside keys and values."""
+        return sum(row.index_bytes for row in self.rows)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device between tokens: keys and values that are not in host memory, and the index."""
+        return self.bytes_held - self.host_bytes + self.index_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the next decode step read, index included."""
+        return sum(row.read for row in self.rows)
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the uncompressed cache."""
         return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def dense_read(self) -> int:
+        """Bytes that a decode step reads of the uncompressed cache."""
+        return sum(row.dense_read for row in self.rows)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether some layer chooses what each step reads."""
+        return any(row.recalls for row in self.rows)
 
     @property
     def per_token(self) -> tuple[int, int]:
@@ -104,8 +129,11 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "tokens": report.tokens,
         "bytes": report.bytes_held,
         "dense_bytes": report.dense_bytes,
+        "device_bytes": report.device_bytes,
         "host_bytes": report.host_bytes,
+        "read_bytes": report.read_bytes,
         "kept": report.bytes_held / report.dense_bytes if report.dense_bytes else None,
+        "read": report.read_bytes / report.dense_read if report.dense_read else None,
         "bytes_per_token_before": report.per_token[0],
         "bytes_per_token_after": report.per_token[1],
         "parameters_before": parameters[0],

@@ -101,11 +101,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _summary(report: Report) -> Table:
-    rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
-    if report.host_bytes:
-        on_device = report.bytes_held - report.host_bytes
-        rows.append(_change("on the device between tokens", report.dense_bytes, on_device, size, -1))
-        rows.append((Cell("in host memory"), Cell(size(0)), Cell(size(report.host_bytes)), Cell("")))
+    rows = _bytes(report)
     rows.append((Cell("equal to the plan"), Cell(""), Cell(_kept_promise(report)), Cell("")))
     rows.append(_change("cache per prompt token", *report.per_token, size, -1))
     if report.parameters is not None:
@@ -117,6 +113,26 @@ def _summary(report: Report) -> Table:
     if report.speed is not None:
         rows += _speed(report.speed, report.tokens)
     return Table("Before and after", ("", "uncompressed", "compiled", "change"), rows)
+
+
+def _bytes(report: Report) -> list[Row]:
+    """What is held, on the device and beside it, and what a decode step reads."""
+    rows = [_change(f"cache after {report.tokens:,} tokens", report.dense_bytes, report.bytes_held, size, -1)]
+    if report.index_bytes:
+        rows.append((Cell("index of its groups"), Cell(size(0)), Cell(size(report.index_bytes)), Cell("")))
+    if report.host_bytes or report.index_bytes:
+        rows.append(_change("on the device between tokens", report.dense_bytes, report.device_bytes, size, -1))
+    if report.host_bytes:
+        rows.append((Cell("in host memory"), Cell(size(0)), Cell(size(report.host_bytes)), Cell("")))
+    rows.append(_change("read per decode step", report.dense_read, report.read_bytes, size, -1))
+    if report.recalls:
+        kept, read = report.bytes_held / report.dense_bytes, report.read_bytes / report.dense_read
+        rows.append((Cell("kept, and read"), Cell(_shares(1, 1)), Cell(_shares(kept, read)), Cell("")))
+    return rows
+
+
+def _shares(kept: float, read: float) -> str:
+    return f"kept {kept:.1%}, read {read:.1%}"
 
 
 def _kept_promise(report: Report) -> str:
@@ -165,12 +181,23 @@ def _ratio(name: str, old: str, new: str, ratio: float) -> Row:
 
 
 def _layers(report: Report) -> Table:
-    rows = [_layer(row) for row in report.rows]
     heads = Cell(str(sum(r.kv_heads for r in report.rows if r.owner is None)))
     total = sum(r.planned_bytes for r in report.rows)
+    rows = [_layer(row) for row in report.rows]
     rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
-    header = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
+    header: tuple[str, ...] = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
+    if report.recalls:
+        reading = [(row.index_bytes, row.read, row.dense_read) for row in report.rows]
+        reading.append((report.index_bytes, report.read_bytes, report.dense_read))
+        header = (*header, "index", "read per step", "read")
+        rows = [(*row, *_reading(*numbers)) for row, numbers in zip(rows, reading, strict=True)]
     return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
+
+
+def _reading(index: int, read: int, dense: int) -> Row:
+    verdict = _verdict(dense, read, -1)
+    share = f"{read / dense:.1%}" if dense else ""
+    return (Cell(size(index)), Cell(size(read), verdict), Cell(share, verdict))
 
 
 def _exports(exports: dict[str, dict[str, int]]) -> Table:

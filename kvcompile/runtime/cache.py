@@ -228,8 +228,9 @@ class KVCache(Cache):  # type: ignore[misc]
         return sum(layer.store.nbytes() for layer in self.layers if layer.store is not None)
 
     def allocated(self) -> int:
-        """Bytes of everything allocated for the cache: keys, values, positions and room for the next tokens."""
-        return sum(layer.store.allocated() for layer in self.layers if layer.store is not None)
+        """Bytes of everything allocated for the cache: keys, values, positions, indices, room for the next tokens."""
+        parts = [part for layer in self.layers for part in (layer.store, layer.index) if part is not None]
+        return sum(part.allocated() for part in parts)
 
     def index_bytes(self) -> int:
         """Bytes of what stands for groups of tokens, beside keys and values."""

@@ -256,8 +256,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         return self.transfer is not None and self.transfer.host is not None and self.transfer.host.holds(x)
 
     def _alive(self) -> list[Tensor]:
-        """Every tensor of the layer's store, once: also a copy under way, and what one on the device was made of."""
+        """Every tensor of store and index, once: also a copy under way, and what one on the device was made of."""
         tensors = self.transfer.spare() if self.transfer is not None else []
+        tensors += self.index.tensors() if self.index is not None else []
         if self.store is not None:
             pools = [pool.residency for pool in self.store.pools if pool.residency is not None]
             tensors = [*self.store.tensors(), *tensors, *(x for residency in pools for x in residency.tensors())]

@@ -69,6 +69,47 @@ def test_table_groups_layers_alike_and_shows_owners() -> None:
     assert "1 GiB hold prompts of" in text
 
 
+def test_what_is_kept_and_what_is_read_stand_side_by_side() -> None:
+    """A plan that recalls: all is kept, and what a step reads is its index, its budget, sinks and newest tokens."""
+    quest = {"budget": 64, "page": 16, "sinks": 16, "recent": 32, "skip_layers": [0]}
+    p = contract_table.plan_of({"quest": quest})
+    text = shown(p, Config(plan=PlanConfig(context=2096)))
+    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in text.splitlines() if row.startswith("│")]
+    entry, groups = 2 * 16 * 4, 2048 // 16
+    index = groups * 2 * (2 * 16 * 4 + 8)
+    read = index + 2 * (64 + 16 + 32 + 1) * entry
+    dense = 2 * 2097 * entry
+    assert rows == [
+        ["0", "2", "2,096", "float32", "524 KiB", "100.0%", "0 B", "524 KiB", "100.0%"],
+        [
+            "1-3",
+            "2",
+            "2,096",
+            "float32",
+            "524 KiB",
+            "100.0%",
+            units.size(index),
+            units.size(read),
+            f"{read / dense:.1%}",
+        ],
+    ]
+    share = (dense + 3 * read) / (4 * dense)
+    assert f"kept 100.0%, read {share:.1%}" in text
+    assert f"(index of groups {units.size(3 * index)}), in host memory 0 B" in text
+    row = plan_table.summary(p, Config(plan=PlanConfig(context=2096)))
+    assert (row["ratio"], row["read"], row["read_bytes"]) == (1.0, share, dense + 3 * read)
+    assert (row["device_bytes"], row["host_bytes"]) == (4 * 2 * 2096 * entry + 3 * index, 0)
+    assert "read" not in plan_table.headings(plan(0.25))
+
+
+def test_an_index_counts_in_what_fits() -> None:
+    """Also of prompts in chunks and of any length, without counting the chunks."""
+    p = contract_table.plan_of({"quest": {"skip_layers": []}}, prefill_chunk=64)
+    fit = plan_table.tokens_that_fit(p, 1, 0.01)
+    assert fit is not None
+    assert plan_table.places(p, 1, fit)[0] <= 0.01 * 2**30 < plan_table.places(p, 1, fit + 1)[0]
+
+
 @pytest.mark.parametrize(("given", "said"), [([], True), (["stack.retrieval_heads.heads=[[0,1],[7,2]]"], False)])
 def test_a_plan_that_calibration_may_change_says_so(given: list[str], said: bool) -> None:
     """Which heads retrieve is found in the loaded model; a plan without one only guesses where they are."""

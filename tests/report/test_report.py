@@ -103,7 +103,7 @@ def test_markdown_has_every_head_and_marks_the_losses(report: Report, tmp_path) 
     assert "**67%** (worse)" in line(text, "needle, exact")
     assert "**15.500** (worse)" in line(text, "perplexity")
     assert "**2.60 s** (worse)" in line(text, "prefill")
-    assert "worse" not in line(text, "decode")
+    assert "worse" not in line(text, "decode, 100")
     assert "**\\[/b\\] 12\\|3** (wrong)" in text
 
 
@@ -117,6 +117,37 @@ def test_a_layer_that_reads_another_is_shown_as_one(report: Report, tmp_path) ->
         if part.startswith(("| 1 ", "| all "))
     ]
     assert cells[-2:] == [["1", "", "reads layer 0"], ["all", "2", ""]]
+
+
+def recalling(report: Report) -> Report:
+    """Two layers that keep all of 100 tokens, one of which reads a tenth of them beside its index."""
+    dense = {"read": 202 * TOKEN, "planned_read": 202 * TOKEN, "dense_read": 202 * TOKEN}
+    groups = {"index_bytes": 10 * TOKEN, "planned_index": 10 * TOKEN, "recalls": True}
+    part = {**dense, **groups, "read": 32 * TOKEN, "planned_read": 32 * TOKEN}
+    return replace(report, rows=[row(0, [100, 100], [100, 100], **dense), row(1, [100, 100], [100, 100], **part)])
+
+
+def test_what_is_kept_and_what_is_read_stand_side_by_side(report: Report, tmp_path) -> None:
+    """Held on the device, held in host memory, read per step: kept whole and read in part is seen at a glance."""
+    made = recalling(report)
+    write(made, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert read(tmp_path) == made
+    assert "kept 100.0%, read 57.9%" in line(text, "kept, and read")
+    assert "5 KiB" in line(text, "index of its groups")
+    assert "205 KiB" in line(text, "on the device between tokens")
+    assert "-42.1%" in line(text, "read per decode step")
+    assert [cell.strip() for cell in line(text, "| all  ").split("|")[-5:-1]] == ["100.0%", "5 KiB", "117 KiB", "57.9%"]
+    numbers = summary(made)
+    assert (numbers["device_bytes"], numbers["host_bytes"], numbers["read_bytes"]) == (410 * TOKEN, 0, 234 * TOKEN)
+    assert (numbers["kept"], numbers["read"]) == (1.0, 234 / 404)
+
+
+def test_reports_without_recall_have_no_columns_of_it(report: Report, tmp_path) -> None:
+    write(report, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "index" not in text
+    assert "kept, and read" not in text
 
 
 def test_one_prompt_has_one_size(report: Report) -> None:
@@ -136,7 +167,7 @@ def test_the_screen_shows_losses_in_red_and_savings_in_green(report: Report) -> 
     red, green = "\x1b[1;31m", "\x1b[32m"
     for loss in ("needle, exact", "depth 50%", "perplexity", "prefill"):
         assert red in line(text, loss)
-    for gain in ("cache after 100", "decode"):
+    for gain in ("cache after 100", "decode, 100"):
         assert green in line(text, gain)
         assert red not in line(text, gain)
     assert "zigzag [a|b] on llama" in text
