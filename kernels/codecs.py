@@ -34,7 +34,14 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
 
 
 def decode(codes: Tensor, scales: Tensor | None, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[..., n, D]` in a dtype from what `encode` gave."""
+    """Numbers `[..., n, D]` from what `encode` gave.
+
+    Args:
+        codes: `[..., n, W]`, packed where they have fewer than 8 bits.
+        scales: as `kvcompile.kernels.layout` says; None for a format without them.
+        codec: the one that encoded them.
+        dtype: in which it is computed, and of what comes out.
+    """
     if scales is None:
         return codes.to(dtype)
     whole = unpack(codes, codec.bits)

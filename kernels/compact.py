@@ -120,11 +120,14 @@ def spec_of(source: Arrays, target: Arrays) -> CompactSpec:
 
 
 def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], first: list[int] | None = None) -> None:
-    """Copy entries `kept [N]` (int64, row after row, `counts[r]` of row r) of `source` to `target`.
+    """Copy the entries that stay: the i-th kept one of row r becomes entry `first[r] + i` of that row in `target`.
 
-    The i-th of row r becomes entry `first[r] + i` (default: i) there. Where tokens share entries, whole groups of them
-    come in order, and `first` is a multiple. Source and target may be the same arrays: then kept entries ascend in each
-    row, and what is where it belongs is not written.
+    Args:
+        source: where they lie. Tokens that share entries (a scale) come in whole groups, in order.
+        target: where they go. It may be `source`: what is where it belongs is not written then.
+        kept: `[N]` int64, which entries stay, row after row; in place they ascend in each row.
+        counts: how many of them belong to each row.
+        first: the entry at which each row of the target begins, a multiple of what tokens share (default: 0).
     """
     in_place = spec_of(source, target).in_place
     rows, places = placed(counts, first, kept.device)

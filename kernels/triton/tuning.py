@@ -69,7 +69,14 @@ def choose(device: str, spec: KernelSpec, tokens: str) -> Choice:
 
 
 def splits(choice: Choice, programs: int, longest: int, processors: int) -> int:
-    """How many programs share one row: enough to fill the device, none with less than two tiles, a power of two."""
+    """How many programs share one row, a power of two: enough to fill the device, none with less than two tiles.
+
+    Args:
+        choice: whose `splits`, where set, are taken.
+        programs: of the launch with one a row.
+        longest: entries of the longest row.
+        processors: of the device.
+    """
     if choice.splits:
         return choice.splits
     wanted = -(-PROGRAMS * processors // max(programs, 1))

@@ -91,7 +91,13 @@ class KVCache(Cache):  # type: ignore[misc]
         self.chunk(prompting=False, last=True)
 
     def chunk(self, prompting: bool, last: bool, coming: list[int] | None = None) -> None:
-        """Say of the next pass whether it is part of a prompt, the last part of it, and what is `coming` after it."""
+        """Say what the next pass is.
+
+        Args:
+            prompting: whether it is one part of a prompt in several.
+            last: whether nothing of the prompt comes after it: selections after the prefill are due then.
+            coming: real tokens of each sequence that are still to be read (None: none).
+        """
         self.prompting, self.last_chunk, self.coming = prompting, last, coming
 
     def begin(self, tokens: Tensor, attention_mask: Tensor | None) -> Step:
@@ -130,7 +136,13 @@ class KVCache(Cache):  # type: ignore[misc]
         return None if bool(new.all()) else new
 
     def spec(self, index: int, parts: tuple[Part, ...], scores: bool = False) -> KernelSpec:
-        """The kernel that layer `index` needs over a store that lies in these parts; `scores`: with column sums."""
+        """The attention that a layer needs, as backends are asked for it; the same object at every call.
+
+        Args:
+            index: of the layer.
+            parts: in which its store lies.
+            scores: with column sums, for a score that is a sum of attention.
+        """
         spec = self.specs.get((index, parts, scores))
         if spec is None:
             p = self.plan.layers[index]
@@ -142,7 +154,13 @@ class KVCache(Cache):  # type: ignore[misc]
         return spec
 
     def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
-        """What attends over one of `specs` for queries of a dtype: the backend, or who does where it cannot."""
+        """What attends over one of `specs`: the backend, or who does where it cannot.
+
+        Args:
+            spec: of `spec`.
+            dtype: of the queries.
+            gradients: whether they must pass, which generated kernels do not let them.
+        """
         attend = self.served.get((id(spec), dtype, gradients))
         if attend is None:
             attend = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients).attend

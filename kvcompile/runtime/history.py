@@ -56,7 +56,15 @@ class QueryHistory:
     def remember(
         self, queries: Tensor, positions: Tensor, valid: Tensor | None, keep: int | None, counted: bool = False
     ) -> None:
-        """Add queries; hold only the newest `keep` real ones (None: all since `forget`)."""
+        """Add the queries of a pass.
+
+        Args:
+            queries: `[B, H_q, Q, D]`, as they met the keys.
+            positions: `[B, Q]`, their true positions.
+            valid: `[B, Q]`, which are real (None: all).
+            keep: only the newest so many real ones are held (None: all since `forget`).
+            counted: whether a kernel has summed their attention already.
+        """
         if keep is not None and queries.shape[2] > keep:
             if valid is None:
                 queries, positions = queries[:, :, -keep:].clone(), positions[:, -keep:]
@@ -85,7 +93,13 @@ class QueryHistory:
         self.segments = []
 
     def arrive(self, valid: Tensor | None, batch: int, due: bool) -> list[bool]:
-        """A piece of the prompts has come: which sequences would be scored (others got padding only)."""
+        """A piece of the prompts has come. Returns which sequences have got tokens since the last selection.
+
+        Args:
+            valid: `[B, Q]`, which tokens of the piece are real (None: all).
+            batch: B.
+            due: whether a selection follows, which scores these sequences.
+        """
         came = [True] * batch if valid is None else [bool(v) for v in valid.any(1)]
         waiting = [new or old for new, old in zip(came, self.waiting or [False] * batch, strict=True)]
         self.waiting = None if due else waiting
@@ -139,7 +153,15 @@ class QueryHistory:
         return torch.nn.functional.pad(carried, (0, entries - carried.shape[1]))
 
     def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
-        """Where a kernel adds up the attention that `entries` of each row receive, float32 `[R, entries]`."""
+        """Where a kernel adds up the attention that entries receive, to what is there: float32 `[B * H_kv, entries]`.
+
+        Args:
+            batch: B.
+            heads: H_kv.
+            entries: of the longest row.
+            room: for how many more there is room before it is copied.
+            device: that of the cache.
+        """
         known = 0 if self.column_sums is None else self.column_sums.shape[2]
         if known < entries:
             wide = torch.zeros(batch, heads, entries + room, device=device, dtype=torch.float32)
@@ -153,7 +175,13 @@ class QueryHistory:
         return None if self.column_sums is None else self.column_sums[b, :, :entries] / group
 
     def keep(self, indices: list[Tensor], heads: int, longest: int) -> None:
-        """Follow the cache when it keeps only the entries `indices[row]` of rows of up to `longest`."""
+        """Follow the cache when it keeps only some entries.
+
+        Args:
+            indices: of each row (sequence-major) the entries that stay, ascending.
+            heads: KV heads, the rows of one sequence.
+            longest: entries of the longest row before.
+        """
 
         def kept(b: int, state: Tensor) -> Tensor:
             padded = torch.nn.functional.pad(state, (0, max(0, longest - state.shape[1])))

@@ -108,7 +108,7 @@ def test_what_the_class_cannot_hold_is_refused(
         require_open([Deepseek()], plan, config)
 
 
-def test_the_other_doors_send_latents_here() -> None:
+def test_the_other_exporters_send_latents_here() -> None:
     config = tiny_config("llama")
     plan = apply_stack(describe(config), build_stack(["mla"], {}))
     with pytest.raises(KvcompileError, match=r"no stock class of 'llama' caches a latent.*export=\[deepseek\]"):

@@ -67,7 +67,7 @@ def plan_of(*stack: str, model: str = "llama") -> Plan:
     return apply_stack(describe(tiny_config(model)), build_stack(stack, {}))
 
 
-def test_doors_are_options_of_export() -> None:
+def test_exporters_are_options_of_export() -> None:
     assert list(compose(["export=[hf]"]).export) == ["hf"]
     assert list(compose(["export=hf"]).export) == ["hf"]
     assert compose(["export=[hf]", "export.hf.weights_only=true"]).export == {"hf": {"weights_only": True}}
@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_python_names_doors_as_the_command_line_does() -> None:
+def test_python_names_exporters_as_the_command_line_does() -> None:
     with pytest.raises(KvcompileError, match=r"unknown export, got 'hff'. Fix: did you mean 'hf'"):
         kvcompile.export("nowhere", "hff", "out")
     with pytest.raises(KvcompileError, match=r"unknown field of export.hf, got 'weight'"):
@@ -110,7 +110,7 @@ def test_python_names_doors_as_the_command_line_does() -> None:
 
 
 @pytest.mark.usefixtures("more_doors")
-def test_a_refusal_names_the_reason_and_the_doors_that_are_open() -> None:
+def test_a_refusal_names_the_reason_and_the_exporters_that_are_open() -> None:
     with pytest.raises(KvcompileError, match=r"export=shut: this exporter writes nothing, .* Fix: export=\[hf\]"):
         require_open(build_exporters({"shut": {}}), plan_of("gqa"), tiny_config("llama"))
     found = registry.open_exporters(plan_of("gqa"), tiny_config("llama"))
@@ -119,7 +119,7 @@ def test_a_refusal_names_the_reason_and_the_doors_that_are_open() -> None:
     assert "shut" not in found
 
 
-def test_plan_only_asks_the_doors() -> None:
+def test_plan_only_asks_the_exporters() -> None:
     with pytest.raises(KvcompileError, match="export=hf: a checkpoint holds weights"):
         compiler.plan_config(compose(["plan=only", "policy=[snapkv]", "export=[hf]"]))
     compiler.plan_config(compose(["plan=only", "policy=[gqa]", "export=[hf]"]))
@@ -181,7 +181,7 @@ def test_an_artifact_is_exported_from_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", registry.EXPORTERS)
-def test_a_door_module_imports_nothing_heavy(name: str) -> None:
+def test_an_exporter_module_imports_nothing_heavy(name: str) -> None:
     spec = find_spec(registry.EXPORTERS[name].partition(":")[0])
     assert spec is not None
     assert spec.origin is not None
@@ -194,7 +194,7 @@ def test_a_door_module_imports_nothing_heavy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.EXPORTERS)
-def test_every_door_says_what_it_is(name: str) -> None:
+def test_every_exporter_says_what_it_is(name: str) -> None:
     cls = registry.discover()[name]
     assert cls.name == name
     assert 10 < len(cls.summary) < 90

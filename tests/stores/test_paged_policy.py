@@ -32,9 +32,9 @@ def generated(model: Any, ids: Tensor, new: int = 40, **options: Any) -> Any:
 
 
 def pools(cache: Any) -> list[Any]:
-    """Whatever lies in pages: stores, or bodies of codes."""
+    """Whatever lies in pages: stores, or their codes."""
     stores = [layer.held for layer in cache.layers]
-    return [x for store in stores for x in (store, getattr(store, "body", None)) if hasattr(x, "pages")]
+    return [x for store in stores for x in (store, getattr(store, "codes", None)) if hasattr(x, "pages")]
 
 
 def pages(cache: Any) -> int:

@@ -45,7 +45,7 @@ def same(paged: PagedCodes, ragged: RaggedCodes) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
-def test_random_operations_like_a_ragged_body(seed: int, name: str) -> None:
+def test_random_operations_like_ragged_codes(seed: int, name: str) -> None:
     format, rng, g = FORMATS[name], random.Random(seed), torch.Generator().manual_seed(seed)
     block, batch = format.block, BATCH
     like = codes(block, format, g)

@@ -123,9 +123,9 @@ def test_random_operations_like_a_list_of_rows(seed: int, storage: Storage) -> N
         poison(store)
         same(store, naive, 0.12)  # steps of 6 / 255, encoded again up to ten times; e4m3 has 1/16
         assert all(n % storage.block == 0 for n in store.encoded)
-        body = store.codes.nbytes() if store.codes else 0
-        assert body == sum(sum(c.nbytes(n, DIM) for c in storage.codecs("float32")) for n in store.encoded)
-        assert store.nbytes() == body + sum(store.residual.lengths) * 2 * DIM * 4
+        encoded = store.codes.nbytes() if store.codes else 0
+        assert encoded == sum(sum(c.nbytes(n, DIM) for c in storage.codecs("float32")) for n in store.encoded)
+        assert store.nbytes() == encoded + sum(store.residual.lengths) * 2 * DIM * 4
         assert store.allocated() == sum(x.untyped_storage().nbytes() for x in store.tensors())
 
 
