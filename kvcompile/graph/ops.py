@@ -187,14 +187,17 @@ def flush(kv: LayerCache, step: Step, layer: int) -> None:
 
 @at_the_cache
 def prefetch(step: Step, layer: int) -> None:
-    """Begin to bring an offloaded layer's store to the device, beside what is computed until its `fetch`."""
-    step.cache.layers[layer].prefetch()
+    """Begin to bring an offloaded layer's store to the device, beside what is computed until its `fetch`.
+
+    A layer that chooses what it reads leaves it where it is, and brings that alone.
+    """
+    step.cache.layers[layer].prefetch(step)
 
 
 @at_the_cache
 def fetch(step: Step, layer: int) -> None:
     """An offloaded layer's store is on the device from here on."""
-    step.cache.layers[layer].fetch()
+    step.cache.layers[layer].fetch(step)
 
 
 @at_the_cache

@@ -38,20 +38,22 @@ class Index:
                 found.setdefault(count, []).append(row)
         return found
 
-    def extend(self, store: Store, least: int) -> bool:
-        """Group what can be grouped, where that is `least` entries or more; whether anything was."""
+    def extend(self, store: Store, least: int, device: torch.device) -> bool:
+        """Group what can be grouped, where that is `least` entries or more; whether anything was.
+
+        device: where groups are made, and what stands for them lies; the store may lie elsewhere.
+        """
         due = self.due(store.lengths, least)
         if not due:
             return False
-        keys = [row[0] for row in store.rows()]
         orders: dict[int, Tensor] = {}
         for count, rows in due.items():
             begins = [self.first + self.covered[r] for r in rows]
             movable = all(begin >= store.fixed(r) for begin, r in zip(begins, rows, strict=True))
-            span = torch.stack([keys[r][begin : begin + count] for begin, r in zip(begins, rows, strict=True)])
-            groups = self.recall.grouping.divide(Entries(span, self.unit, movable))
+            spans = [store.stretch(r, begin, begin + count) for begin, r in zip(begins, rows, strict=True)]
+            groups = self.recall.grouping.divide(Entries(torch.stack(spans).to(device), self.unit, movable))
             if groups.order is not None:
-                orders.update(zip(rows, groups.order.unbind(0), strict=True))
+                orders.update(zip(rows, groups.order.to(store.device).unbind(0), strict=True))
             self._add(rows, begins, count, groups)
         if orders:
             starts = {r: self.first + self.covered[r] - orders[r].numel() for r in orders}

@@ -15,14 +15,14 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.choose import choose
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
-from kvcompile.kernels.layout import Queries, view_bytes
+from kvcompile.kernels.layout import Queries, View, view_bytes
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.recall.choice import Recalled, mean_query
 from kvcompile.recall.index import Index
 from kvcompile.runtime.history import QueryHistory
 from kvcompile.stores import factory
 from kvcompile.stores.base import Chosen, Store
-from kvcompile.stores.host import HostTransfer
+from kvcompile.stores.host import HostTransfer, shown
 
 if TYPE_CHECKING:
     from kvcompile.runtime.cache import Step
@@ -103,6 +103,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.is_initialized = True
         if self.transfer is not None and self.transfer.home is not None:
             self.transfer.appended.append(((keys, values, positions), valid, headroom))
+        if self.transfer is not None and self.transfer.on_host:
+            keys, values, positions = (x.to(self.held.device) for x in (keys, values, positions))
+            valid = None if valid is None else valid.to(self.held.device)
         self.store = self.store.append(keys, values, positions, headroom, valid, self.compactor)
 
     def attend(
@@ -128,7 +131,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         store, cache, sums = self.held, step.cache, self._sums(queries, step)
         spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
         attend = cache.attention(spec, queries.dtype, self._learns(queries))
-        view = store.view(chosen)
+        view = self._near(store.view(chosen))
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
         return attend(Queries(queries, step.positions, step.valid, sinks), view, spec, sums)
@@ -138,13 +141,14 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         recall, s = self.plan.recall, self.plan.selection
         if recall is None or (s is not None and step.prefill and not step.last):
             return
-        with self._at_hand() as store:
-            if self.index is None:
-                self.index = Index(recall, self.plan.storage, store.batch * store.heads)
-            if self.index.extend(store, 1 if step.prefill else recall.every):
-                self.recalled.clear()
-                self._changed()
-                step.cache.grouped()
+        store = self.held
+        if self.index is None:
+            self.index = Index(recall, self.plan.storage, store.batch * store.heads)
+        if self.index.extend(store, 1 if step.prefill else recall.every, step.positions.device):
+            self.recalled.clear()
+            self._changed()
+            self._rehome()
+            step.cache.grouped()
 
     def ungroup(self) -> None:
         """Forget the groups, with entries in the order of their positions again: for a selection that looks at it."""
@@ -163,7 +167,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         Queries of a chunk choose together, by their mean.
         """
         recall, index = self.plan.recall, self.index
-        if recall is None or index is None or index.table is None or (step.prefill and not recall.prompts):
+        if recall is None or index is None or index.table is None or not self._chooses(step):
             return None
         store, past = self.held, self.recalled.get(layer)
         lengths = store.lengths
@@ -223,15 +227,26 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
                 self._changed()
         return flushed
 
-    def prefetch(self) -> None:
-        """Begin to bring a parked store to the device."""
-        if self.transfer is not None and self.store is not None:
+    def prefetch(self, step: Step) -> None:
+        """Begin to bring a parked store to the device, where the pass reads all of it."""
+        if self.transfer is not None and self.store is not None and not self._chooses(step):
             self.transfer.prefetch(self.store)
 
-    def fetch(self) -> None:
-        """Bring a parked store to the device."""
-        if self.transfer is not None and self.store is not None:
+    def fetch(self, step: Step | None = None) -> None:
+        """Bring a parked store to the device; not for a `step` that reads what it chooses: that comes alone."""
+        if self.transfer is not None and self.store is not None and not (step and self._chooses(step)):
             self.store = self.transfer.fetch(self.store)
+
+    def _chooses(self, step: Step) -> bool:
+        recall = self.plan.recall
+        grouped = self.index is not None and self.index.table is not None
+        return recall is not None and grouped and (recall.prompts or not step.prefill)
+
+    def _near(self, view: View) -> View:
+        """What a kernel on the device reads: of a store in host memory, a copy of what the view shows."""
+        if self.transfer is None or self.transfer.host is None or not self.transfer.on_host:
+            return view
+        return shown(view, self.transfer.host.near)
 
     def to_host(self) -> None:
         """Put the store into host memory."""

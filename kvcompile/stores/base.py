@@ -104,6 +104,10 @@ class Store(Protocol):
         """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where they are encoded."""
         ...
 
+    def stretch(self, row: int, start: int, stop: int) -> Tensor:
+        """Keys `[stop - start, D]` of some entries of a row, decoded where they are encoded."""
+        ...
+
     def fixed(self, row: int) -> int:
         """Entries of a row, its first ones, that cannot change places: encoded ones."""
         ...
@@ -173,6 +177,10 @@ class Plain(ABC):
     def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
         """Nothing is encoded: False."""
         return False
+
+    def stretch(self, row: int, start: int, stop: int) -> Tensor:
+        """Keys `[stop - start, D]` of some entries of a row."""
+        return self.rows()[row][0][start:stop]
 
     def fixed(self, row: int) -> int:
         """None."""

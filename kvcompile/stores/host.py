@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from kvcompile.stores.base import Move, Store
+from kvcompile.kernels.layout import MixedView, PagedView, Segment, View
+from kvcompile.stores.base import Move, Store, overlap
 from kvcompile.stores.pool import PagePool
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+
+
+def shown(view: View, near: Move) -> View:
+    """A copy, made by `near`, of the entries that a view with page tables shows, and of nothing else around them."""
+    if isinstance(view, MixedView):
+        return MixedView(tuple(_shown(s, near) for s in view.parts))
+    return _shown(view, near)
+
+
+def _shown(view: Segment, near: Move) -> PagedView:
+    if not isinstance(view, PagedView):
+        raise RuntimeError("only chosen entries come from host memory by themselves")
+    device, page = view.table.device, view.page
+    pages = torch.tensor([-(-n // page) for n in view.lengths], dtype=torch.int64, device=device)
+    there = torch.arange(view.table.shape[1], dtype=torch.int64, device=device) < pages.unsqueeze(1)
+    places = view.table[there].long()
+    table = torch.zeros_like(view.table)
+    table[there] = torch.arange(len(places), dtype=table.dtype, device=device)
+    total = view.keys.shape[0] // page
+
+    def copied(x: Tensor) -> Tensor:
+        each = x.shape[0] // total  # entries of x a page
+        return near(torch.unflatten(x[: total * each], 0, (total, each))[places].flatten(0, 1))
+
+    others = ("positions", "key_scales", "value_scales", "bias")
+    arrays: dict[str, Any] = {name: copied(x) for name in others if (x := getattr(view, name)) is not None}
+    keys, wide = copied(view.keys), view.values.shape[1]
+    values = keys[:, -wide:] if overlap(view.keys, view.values) else copied(view.values)
+    return replace(view, keys=keys, values=values, table=near(table), counts=near(view.counts), **arrays)
 
 
 @dataclass

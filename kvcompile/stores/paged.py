@@ -137,6 +137,12 @@ class PagedStore(Paged, Plain):
         return padded(arrays["keys"], 0), padded(self._values(arrays), 0), padded(arrays["positions"], -1), lengths
 
     @alone
+    def stretch(self, row: int, start: int, stop: int) -> Tensor:
+        """Keys `[stop - start, D]` of some entries of a row, copied."""
+        entries = torch.arange(start, stop, dtype=torch.int64, device=self.pages.counts.device)
+        return self.pages.read(self.pages.slots(torch.full_like(entries, row), entries))["keys"]
+
+    @alone
     def reorder(self, orders: Orders) -> None:
         """Put entries of some rows in another order, in place; pages that others share are copied first."""
         pages = self.pages

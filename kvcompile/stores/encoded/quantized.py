@@ -187,6 +187,13 @@ class QuantizedStore:
             )
         self.residual.rewrite(keys)
 
+    def stretch(self, row: int, start: int, stop: int) -> Tensor:
+        """Keys `[stop - start, D]` of some entries of a row, decoded."""
+        encoded, (residual, _, _) = self.encoded[row], self.residual.rows()[row]
+        if self.codes is None or start >= encoded:
+            return residual[start - encoded : stop - encoded]
+        return torch.cat((self.codes.row(row, start)[0], residual))[: stop - start]
+
     def fixed(self, row: int) -> int:
         """Encoded tokens of a row, which share scales with their neighbours."""
         return self.encoded[row]
