@@ -16,8 +16,8 @@ class Offload(StoragePolicy):
 
     The accelerator holds the layers that stay and at most two others: the one that attends and the next, which comes
     meanwhile (CUDA: pinned memory, a stream of its own). Resident layers first hide the first one's way. While only
-    tokens are appended nothing but these goes back; of pages, those that were written. Layers with a recall (quest) stay
-    where they are while tokens are decoded: what a step chose comes, and new tokens go. `KVCache.resident()` and
+    tokens are appended nothing but these goes back; of pages, those that were written. Layers with a recall (quest)
+    stay where they are while tokens are decoded: what a step chose comes, and new tokens go. `KVCache.resident()` and
     `KVCache.in_host_memory()` say what lies where. On a CPU device and host are one memory: the same moves are made and
     counted, which saves nothing there. It has been run that way only, never on a GPU: stream, events and pinned memory
     are untested, and no speed is known.
