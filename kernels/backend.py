@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kvcompile.kernels.choose import Chooser
+from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.codecs import encode as encode_by_torch
 from kvcompile.kernels.compact import Compactor, CompactSpec
@@ -79,6 +81,7 @@ class Backend:
     differentiable: whether gradients pass; the library attends where they are wanted and they do not.
     library_prompts: whether a prompt that sees nothing but itself may be left to the library, where that is faster.
     column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
+    choose: what a step reads of a layer that recalls; of groups whose scores differ by rounding alone, any.
     linear: gives the linear layers of a model forwards that are fast for a token, and says how many there were.
     """
 
@@ -91,5 +94,6 @@ class Backend:
     column_sums: ColumnSums | None = None
     encode: Encoder = encode_by_torch
     compact: Compactor = compact_by_torch
+    choose: Chooser = choose_by_torch
     linear: Callable[[nn.Module], int] | None = None
     sources: Sources = field(default_factory=Sources)

@@ -5,11 +5,15 @@ Plain torch: the oracle of generated choosers, and what backends without one run
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from kvcompile.kernels.compact import placed
+from kvcompile.plan.recall import Agreement, Form
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class ChooseSpec:
     together: so many consecutive rows (the KV heads of a sequence) take the same groups, by the sum of their scores.
     """
 
-    form: Literal["vector", "bounds"]
-    agree: Literal["mean", "max"]
+    form: Form
+    agree: Agreement
     group: int
     head_dim: int
     dtype: str
@@ -40,25 +44,85 @@ class GroupTable:
     """The groups of each row, oldest first: `representatives [R, G, D]` or `[R, G, 2, D]`.
 
     `starts`, `sizes [R, G]` int32: the entries of a group are `starts : starts + sizes` of its row; a size of 0 is no
-    group. Groups of a row lie back to back, from entry `first` on; `ends [R]` (int32) is where the last one ends.
+    group. Groups of a row lie back to back, from entry `first` on; `ends[r]` is where the last one ends.
     """
 
     representatives: Tensor
     starts: Tensor
     sizes: Tensor
-    ends: Tensor
+    ends: list[int]
     first: int
+
+
+@dataclass(frozen=True)
+class EntryTable:
+    """Some entries of each row, ascending: those of row r are `entries[r, : lengths[r]]`.
+
+    entries: `[R, longest]` int32, 0 past a row's end. counts: the lengths as a tensor `[R]`, int64, on the same device.
+    """
+
+    entries: Tensor
+    lengths: list[int]
+    counts: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor | list[Tensor], device: torch.device) -> EntryTable:
+        """From a table `[R, n]`, or one tensor a row, with entries of any integer dtype."""
+        lengths = [len(row) for row in rows]
+        counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+        if not isinstance(rows, Tensor):
+            rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return cls(rows.to(device, torch.int32).contiguous(), lengths, counts)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The entries of each row, int64."""
+        return (row[:n] for row, n in zip(self.entries.long(), self.lengths, strict=True))
+
+    def extended(self, starts: list[int], stops: list[int]) -> EntryTable:
+        """With the entries `starts[r] : stops[r]` behind those of row r."""
+        added = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        lengths = [n + more for n, more in zip(self.lengths, added, strict=True)]
+        rows, steps = placed(added, None, self.entries.device)
+        begins = torch.tensor(starts, dtype=torch.int64, device=self.entries.device)
+        entries = self.entries.new_zeros(len(lengths), max(lengths))
+        entries[:, : self.entries.shape[1]] = self.entries
+        entries[rows, self.counts[rows] + steps] = (begins[rows] + steps).int()
+        return EntryTable(entries, lengths, self.counts + torch.tensor(added, dtype=torch.int64, device=entries.device))
 
 
 class Chooser(Protocol):
     """A way to choose: the contract of `choose`."""
 
-    def __call__(self, queries: Tensor, table: GroupTable, wanted: list[int], lengths: list[int]) -> list[Tensor]:
-        """The entries that each row reads, ascending, int64."""
+    def __call__(
+        self,
+        queries: Tensor,
+        table: GroupTable,
+        wanted: list[int],
+        lengths: list[int],
+        agree: Agreement,
+        together: int = 1,
+    ) -> EntryTable:
+        """The entries that each row reads."""
         ...
 
 
-def scores(queries: Tensor, table: GroupTable, agree: str, together: int = 1) -> Tensor:
+def spec_of(queries: Tensor, table: GroupTable, agree: Agreement, together: int = 1) -> ChooseSpec:
+    """The chooser that these need."""
+    form: Form = "vector" if table.representatives.dim() == 3 else "bounds"
+    dtype = str(queries.dtype).removeprefix("torch.")
+    return ChooseSpec(form, agree, queries.shape[1], queries.shape[2], dtype, together)
+
+
+def chosen_lengths(table: GroupTable, wanted: list[int], lengths: list[int]) -> list[int]:
+    """How many entries each row reads: those before its groups, `wanted` ones of them, those after."""
+    rows = zip(wanted, lengths, table.ends, strict=True)
+    return [min(table.first, n) + taken + max(0, n - end) for taken, n, end in rows]
+
+
+def scores(queries: Tensor, table: GroupTable, agree: Agreement, together: int = 1) -> Tensor:
     """How much the queries `[R, g, D]` of each row want its groups, `[R, G]`, float32; -inf where there is none.
 
     together: so many consecutive rows want what they want in sum; their groups are alike.
@@ -68,9 +132,11 @@ def scores(queries: Tensor, table: GroupTable, agree: str, together: int = 1) ->
         by_query = q @ representatives.mT
     else:  # max(q low, q high) = q+ high - q- low, by the sign of each channel
         by_query = q.clamp(min=0) @ representatives[:, :, 1].mT + q.clamp(max=0) @ representatives[:, :, 0].mT
-    agreed = by_query.mean(1) if agree == "mean" else by_query.amax(1)
+    agreed = by_query.sum(1) if agree == "mean" else by_query.amax(1)
     if together > 1:
         agreed = torch.unflatten(agreed, 0, (-1, together)).sum(1).repeat_interleave(together, 0)
+    if agree == "mean":  # once all is added up, so that sums that are equal stay so
+        agreed = agreed / q.shape[1]
     return agreed.masked_fill(table.sizes == 0, float("-inf"))
 
 
@@ -86,9 +152,14 @@ def taken(scored: Tensor, sizes: Tensor, wanted: Tensor) -> Tensor:
 
 
 def choose(
-    queries: Tensor, table: GroupTable, wanted: list[int], lengths: list[int], agree: str, together: int = 1
-) -> list[Tensor]:
-    """The entries that each row reads, ascending: those before its groups, the best `wanted[r]` of them, those after.
+    queries: Tensor,
+    table: GroupTable,
+    wanted: list[int],
+    lengths: list[int],
+    agree: Agreement,
+    together: int = 1,
+) -> EntryTable:
+    """The entries that each row reads: those before its groups, the best `wanted[r]` of them, those after.
 
     Args:
         queries: `[R, g, D]`.
@@ -99,16 +170,28 @@ def choose(
         together: so many consecutive rows choose alike, by the sum of their scores; `starts`, `sizes` and `wanted` of
             these rows must be alike too.
     """
-    device = queries.device
-    count = torch.tensor(wanted, dtype=torch.int64, device=device)
-    took = taken(scores(queries, table, agree, together), table.sizes, count)
-    ends = table.ends.long().unsqueeze(1)
-    length = torch.tensor(lengths, dtype=torch.int64, device=device).unsqueeze(1)
+    numbers = torch.tensor([wanted, lengths, table.ends], dtype=torch.int64, device=queries.device)
+    took = taken(scores(queries, table, agree, together), table.sizes, numbers[0])
+    return listed(table, took, numbers, chosen_lengths(table, wanted, lengths))
+
+
+def listed(table: GroupTable, took: Tensor, numbers: Tensor, totals: list[int]) -> EntryTable:
+    """What is read of each row, one entry after the other.
+
+    Args:
+        table: the groups.
+        took: entries taken of each, `[R, G]` int64.
+        numbers: entries wanted of all groups, the length of each row, and where its groups end, `[3, R]` int64.
+        totals: how many entries each row reads.
+    """
+    length, end = numbers[1:, :, None]
     first = length.clamp(max=table.first)
-    begins = torch.cat((torch.zeros_like(first), table.starts.long(), ends), 1).flatten()
-    counts = torch.cat((first, took, length - ends), 1)
-    per_row = counts.sum(1).tolist()
-    counts = counts.flatten()
-    before = counts.cumsum(0) - counts
-    within = torch.arange(int(counts.sum()), dtype=torch.int64, device=device) - before.repeat_interleave(counts)
-    return list(torch.split(begins.repeat_interleave(counts) + within, per_row))
+    begins = torch.cat((torch.zeros_like(first), table.starts.long(), end), 1)
+    counts = torch.cat((first, took, (length - end).clamp(min=0)), 1)
+    stops = counts.cumsum(1)
+    place = torch.arange(max(totals), dtype=torch.int64, device=took.device).expand(len(totals), -1).contiguous()
+    stretch = torch.searchsorted(stops, place, right=True)
+    there = stretch < stops.shape[1]
+    stretch = stretch.clamp(max=stops.shape[1] - 1)
+    entries = begins.gather(1, stretch) + place - (stops - counts).gather(1, stretch)
+    return EntryTable(entries.where(there, 0).int(), totals, stops[:, -1].contiguous())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from kvcompile.kernels.choose import EntryTable
 
 
 @dataclass
@@ -13,16 +14,13 @@ class Recalled:
     """A choice: the step that it was made at, the entries of each row, and how many entries the rows had then."""
 
     tick: int
-    entries: list[Tensor]
+    entries: EntryTable
     lengths: list[int]
 
-    def extended(self, lengths: list[int]) -> list[Tensor]:
+    def extended(self, lengths: list[int]) -> EntryTable:
         """The same entries, and all that have come since."""
         if lengths != self.lengths:
-            self.entries = [
-                torch.cat((row, torch.arange(old, new, dtype=torch.int64, device=row.device)))
-                for row, old, new in zip(self.entries, self.lengths, lengths, strict=True)
-            ]
+            self.entries = self.entries.extended(self.lengths, lengths)
             self.lengths = lengths
         return self.entries
 

@@ -71,7 +71,12 @@ class Index:
             table.representatives[r, at], table.sizes[r, at], table.starts[r, at] = new[i], sizes[i], starts[i]
             self.counts[r] += new.shape[1]
             self.covered[r] += count
-            table.ends[r] = self.first + self.covered[r]
+        self._mark_ends()
+
+    def _mark_ends(self) -> None:
+        """Say in the table where the groups of each row end now."""
+        if self.table is not None:
+            self.table = replace(self.table, ends=[self.first + n for n in self.covered])
 
     def _room(self, like: Tensor, groups: int) -> GroupTable:
         """The table with room for so many groups a row."""
@@ -82,14 +87,13 @@ class Index:
                 like.new_zeros(rows, room, *like.shape[2:]),
                 torch.zeros(rows, room, dtype=torch.int32, device=like.device),
                 torch.zeros(rows, room, dtype=torch.int32, device=like.device),
-                torch.full((rows,), self.first, dtype=torch.int32, device=like.device),
+                [self.first + n for n in self.covered],
                 self.first,
             )
             if self.table is not None:
                 held = self.table.sizes.shape[1]
-                for new, old in zip(_tensors(fresh)[:3], _tensors(self.table)[:3], strict=True):
+                for new, old in zip(_tensors(fresh), _tensors(self.table), strict=True):
                     new[:, :held] = old
-                fresh.ends.copy_(self.table.ends)
             self.table = fresh
         return self.table
 
@@ -102,6 +106,7 @@ class Index:
         if self.table is not None:
             at = rows.to(self.table.sizes.device)
             self.table = replace(self.table, **{name: getattr(self.table, name)[at] for name in _NAMES})
+            self._mark_ends()
 
     def wanted(self, seen: list[int], heads: int) -> list[int]:
         """Entries of groups that each row reads, where its sequence has `seen[b]` tokens."""
@@ -130,7 +135,7 @@ class Index:
         return twin
 
 
-_NAMES = ("representatives", "starts", "sizes", "ends")
+_NAMES = ("representatives", "starts", "sizes")
 
 
 def _tensors(table: GroupTable) -> list[Tensor]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.choose import choose
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import Queries, View, view_bytes
@@ -175,7 +174,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             wanted = index.wanted(step.cache.seen, store.heads)
             rows = torch.unflatten(mean_query(queries, step.valid), 1, (store.heads, -1)).flatten(0, 1)
             together = store.heads if recall.heads == "shared" else 1
-            entries = choose(rows, index.table, wanted, lengths, recall.agree, together)
+            entries = step.cache.backend.choose(rows, index.table, wanted, lengths, recall.agree, together)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
             step.cache.count_read(layer, index.nbytes())
         return past.extended(lengths)

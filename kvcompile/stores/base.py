@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.compact import Compactor, compact, placed
+from kvcompile.kernels.choose import EntryTable
+from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView, View
 from kvcompile.kernels.spec import Part
 from kvcompile.stores.pool import PagePool
@@ -18,7 +19,7 @@ from kvcompile.stores.pool import PagePool
 POSITION_TYPE = torch.int32
 
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
-Chosen = Tensor | list[Tensor]  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
+Chosen = Tensor | list[Tensor] | EntryTable  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
 Orders = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and the order its entries get, `[n]` int64
 Move = Callable[[Tensor], Tensor]
 
@@ -207,35 +208,35 @@ def overlap(keys: Tensor, values: Tensor) -> bool:
     return keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
-def listed(chosen: Chosen, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
-    """Row and entry of all that is chosen, row after row `[N]`, `[N]`, and how many of each row."""
-    counts = [len(entries) for entries in chosen]
-    return placed(counts, None, device)[0], torch.cat(list(chosen)).to(device), counts
+def tabled(chosen: Chosen, device: torch.device) -> EntryTable:
+    """What is chosen, as a table."""
+    return chosen if isinstance(chosen, EntryTable) else EntryTable.of(chosen, device)
 
 
 def scattered(
     arrays: tuple[Tensor, Tensor, Tensor],
     slots: Tensor,
-    counts: list[int],
+    chosen: EntryTable,
     heads: int,
     page: int = 1,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> PagedView:
-    """The entries at `slots [N]` of flat keys, values and positions, `counts[r]` of each row, as pages of `page`.
+    """Chosen entries of flat keys, values and positions, which lie at `slots [R, longest]`, as pages of `page`.
 
     Raises KvcompileError where tokens share scales (`page` of them) and some of them are chosen without the others.
     """
-    whole = slots.view(-1, page) if slots.numel() % page == 0 else None
+    lengths, counts = chosen.lengths, chosen.counts
     if page > 1:
+        blocks = [n // page for n in lengths]
         steps = torch.arange(page, device=slots.device, dtype=torch.int64)
-        if whole is None or any(n % page for n in counts) or bool((whole != whole[:, :1] // page * page + steps).any()):
+        pages = slots[:, ::page][:, : max(blocks)] // page
+        whole = torch.unflatten(slots[:, : max(blocks) * page], 1, (-1, page)) == pages.unsqueeze(-1) * page + steps
+        past = torch.arange(max(blocks), device=slots.device, dtype=torch.int64) >= (counts // page).unsqueeze(-1)
+        if any(n % page for n in lengths) or not bool((whole.all(-1) | past).all()):
             raise KvcompileError(
                 f"{page} tokens share scales: of encoded entries only whole blocks of {page} can be chosen",
-                f"{sum(counts)} entries that are not",
+                f"{sum(lengths)} entries that are not",
                 "choose the other entries of these blocks too",
             )
-    pages = [n // page for n in counts]
-    table = torch.zeros(len(counts), max(pages), dtype=torch.int32, device=slots.device)
-    table[placed(pages, None, slots.device)] = (slots[::page] // page).int()
-    lengths = torch.tensor(counts, device=slots.device, dtype=torch.int64)
-    return PagedView(*arrays, table, counts, len(counts) // heads, heads, page, lengths, *scales)
+        slots = pages
+    return PagedView(*arrays, slots.int().contiguous(), lengths, len(lengths) // heads, heads, page, counts, *scales)

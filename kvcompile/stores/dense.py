@@ -11,7 +11,7 @@ from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import DenseView, PagedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, listed, scattered
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, scattered, tabled
 from kvcompile.stores.ragged import RaggedStore
 
 
@@ -111,9 +111,10 @@ class DenseStore(Plain):
             n = self.length
             return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
         self._own_positions()
-        rows, entries, counts = listed(chosen, self.device)
+        table = tabled(chosen, self.device)
+        rows = torch.arange(len(table), dtype=torch.int32, device=self.device).unsqueeze(1)
         keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
-        return scattered((keys, values, positions), rows * self.keys.shape[2] + entries, counts, self.heads)
+        return scattered((keys, values, positions), table.entries + rows * self.keys.shape[2], table, self.heads)
 
     def _own_positions(self) -> None:
         self.positions = self.positions.expand(-1, self.heads, -1).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part, plain
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, listed, scattered
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, scattered, tabled
 from kvcompile.stores.pages import Paged, PagedRows, alone, ranges
 
 
@@ -90,8 +90,8 @@ class PagedStore(Paged, Plain):
         """What a kernel reads: all entries, or those `chosen`."""
         pages = self.pages
         if chosen is not None:
-            rows, entries, counts = listed(chosen, self.device)
-            return scattered((self.keys, self.values, self.positions), pages.slots(rows, entries), counts, self.heads)
+            table = tabled(chosen, self.device)
+            return scattered((self.keys, self.values, self.positions), pages.places(table), table, self.heads)
         return PagedView(
             self.keys,
             self.values,

@@ -13,7 +13,7 @@ from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView, RaggedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, listed, scattered
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Plain, Row, scattered, tabled
 
 if TYPE_CHECKING:
     from kvcompile.stores.dense import DenseStore
@@ -124,9 +124,9 @@ class RaggedStore(Plain):
     def view(self, chosen: Chosen | None = None) -> RaggedView | PagedView:
         """What a kernel reads: all entries, or those `chosen`."""
         if chosen is not None:
-            rows, entries, counts = listed(chosen, self.device)
+            table = tabled(chosen, self.device)
             arrays = self.keys, self.values, self.positions
-            return scattered(arrays, self._begins[rows] + entries, counts, self.heads)
+            return scattered(arrays, table.entries + self._begins.int().unsqueeze(1), table, self.heads)
         return RaggedView(
             self.keys,
             self.values,

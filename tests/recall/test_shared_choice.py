@@ -15,7 +15,7 @@ def table() -> GroupTable:
     torch.manual_seed(0)
     starts = FIRST + SIZE * torch.arange(BLOCKS, dtype=torch.int32).expand(ROWS, -1)
     sizes = torch.full((ROWS, BLOCKS), SIZE, dtype=torch.int32)
-    ends = torch.full((ROWS,), FIRST + SIZE * BLOCKS, dtype=torch.int32)
+    ends = [FIRST + SIZE * BLOCKS] * ROWS
     return GroupTable(torch.randn(ROWS, BLOCKS, DIM), starts, sizes, ends, FIRST)
 
 
@@ -23,7 +23,7 @@ def table() -> GroupTable:
 def test_rows_that_choose_together_take_the_best_groups_of_all(agree: str) -> None:
     groups, lengths = table(), [FIRST + SIZE * BLOCKS + 2] * ROWS
     queries = torch.randn(ROWS, GROUP, DIM)
-    together = choose(queries, groups, [2 * SIZE] * ROWS, lengths, agree, together=3)
+    together = list(choose(queries, groups, [2 * SIZE] * ROWS, lengths, agree, together=3))
     for sequence in range(2):
         rows = range(3 * sequence, 3 * sequence + 3)
         total = torch.zeros(BLOCKS)

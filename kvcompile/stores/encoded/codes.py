@@ -16,7 +16,7 @@ from kvcompile.kernels.layout import PagedView, RaggedView, Segment
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Codec
 from kvcompile.stores import hugepages
-from kvcompile.stores.base import Chosen, Move, Row, listed, scattered
+from kvcompile.stores.base import Chosen, Move, Row, scattered, tabled
 from kvcompile.stores.pool import PagePool
 
 
@@ -192,9 +192,10 @@ class RaggedCodes:
         """What a kernel reads: all entries, or those `chosen`."""
         c = self.codes
         if chosen is not None:
-            rows, entries, counts = listed(chosen, self._begins.device)
+            table = tabled(chosen, self._begins.device)
             arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
-            return scattered(arrays, self._begins[rows] + entries, counts, self.heads, self.format.block, scales)
+            slots = table.entries + self._begins.int().unsqueeze(1)
+            return scattered(arrays, slots, table, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,
             c.values,

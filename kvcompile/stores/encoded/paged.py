@@ -7,7 +7,7 @@ from torch import Tensor
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part
-from kvcompile.stores.base import Chosen, Row, listed, scattered
+from kvcompile.stores.base import Chosen, Row, scattered, tabled
 from kvcompile.stores.encoded.codes import Codes, Format
 from kvcompile.stores.pages import Paged, PagedRows, alone
 
@@ -36,10 +36,10 @@ class PagedCodes(Paged):
         """What a kernel reads: all entries, or those `chosen`."""
         pages, buffers = self.pages, self.pages.pool.buffers
         if chosen is not None:
-            rows, entries, counts = listed(chosen, pages.where)
+            table = tabled(chosen, pages.where)
             arrays = buffers["keys"], buffers["values"], buffers["positions"]
             scales = buffers.get("key_scales"), buffers.get("value_scales")
-            return scattered(arrays, pages.slots(rows, entries), counts, self.heads, self.format.block, scales)
+            return scattered(arrays, pages.places(table), table, self.heads, self.format.block, scales)
         return PagedView(
             buffers["keys"],
             buffers["values"],

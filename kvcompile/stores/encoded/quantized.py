@@ -116,9 +116,10 @@ class QuantizedStore:
             return self.residual.view(chosen)
         if chosen is None:
             return MixedView((self.codes.segment(), self.residual.view()))
-        inside = torch.stack([(row < n).sum() for row, n in zip(chosen, self.encoded, strict=True)]).tolist()
-        old = [row[:n] for row, n in zip(chosen, inside, strict=True)]
-        new = [row[n:] - start for row, n, start in zip(chosen, inside, self.encoded, strict=True)]
+        rows = list(chosen)
+        inside = torch.stack([(row < n).sum() for row, n in zip(rows, self.encoded, strict=True)]).tolist()
+        old = [row[:n] for row, n in zip(rows, inside, strict=True)]
+        new = [row[n:] - start for row, n, start in zip(rows, inside, self.encoded, strict=True)]
         return MixedView((self.codes.segment(old), self.residual.view(new)))
 
     @property
