@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kvcompile.kernels.choose import Chooser
+from kvcompile.kernels.choose import Chooser, ChooseSpec
 from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.codecs import encode as encode_by_torch
@@ -56,6 +56,10 @@ class Sources:
 
     def compact(self, spec: CompactSpec) -> dict[str, str]:
         """The kernel that moves kept entries, by its file's name."""
+        return {}
+
+    def choose(self, spec: ChooseSpec) -> dict[str, str]:
+        """The kernel that chooses what a step recalls, by its file's name."""
         return {}
 
     def shared(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Choosing in C++: representatives are scored as they stream by, the best groups found and written down, in one call."""
+"""Choosing in C++: groups are scored as they stream by, the best ones found and their entries listed, in one call."""
 
 from __future__ import annotations
 

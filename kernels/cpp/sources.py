@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from kvcompile.kernels.backend import Sources
+from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
-from kvcompile.kernels.cpp import compact, encode, simd
+from kvcompile.kernels.cpp import choose, compact, encode, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
 from kvcompile.kernels.cpp.emit.stored import emitted
 from kvcompile.kernels.spec import KernelSpec
@@ -61,6 +62,12 @@ class CppSources(Sources):
     def compact(self, spec: CompactSpec) -> dict[str, str]:
         """Of any spec."""
         return {f"compact-{spec.name}.cpp": compact.source(spec)}
+
+    def choose(self, spec: ChooseSpec) -> dict[str, str]:
+        """In other dtypes than those of queries, torch chooses."""
+        if spec.dtype not in QUERY_TYPES.values():
+            return {}
+        return {f"{spec.name}.cpp": _including(choose.source(spec))}
 
     def shared(self) -> dict[str, str]:
         """The vectors."""

@@ -36,7 +36,8 @@ def files(plan: Plan, backend: Backend, device: str = "") -> dict[str, str]:
         for name, (spec, layers) in _named(specs).items():
             for end, text in written(spec, plan.dtype, device).items():
                 index[f"{name}-{end}"], texts[f"{FOLDER}/{name}-{end}"] = layers, text
-    for name, (text, layers) in (_encoders(plan, sources) | _compactors(plan, sources)).items():
+    beside = _encoders(plan, sources) | _compactors(plan, sources) | _choosers(plan, sources)
+    for name, (text, layers) in beside.items():
         index[name], texts[f"{FOLDER}/{name}"] = layers, text
     if texts:
         texts |= {f"{FOLDER}/{name}": text for name, text in sources.shared().items()}
@@ -108,7 +109,7 @@ def _attending(cache: KVCache) -> dict[KernelSpec, list[int]]:
     """Every spec that the layers may need to attend, and who needs it."""
     users: dict[KernelSpec, list[int]] = {}
     for p in cache.plan.layers:
-        for spec in _once(cache, p.index):
+        for spec in [*_once(cache, p.index), *cache.recalling(p.index)]:
             users.setdefault(spec, []).append(p.index)
     return users
 
@@ -155,6 +156,17 @@ def _compactors(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]
             for name, text in sources.compact(spec).items():
                 texts.setdefault(name, (text, []))[1].append(p.index)
     return texts
+
+
+def _choosers(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
+    from kvcompile.recall.choice import chooser
+
+    found: dict[str, tuple[str, list[int]]] = {}
+    for p in plan.layers:
+        if (spec := chooser(plan, p.index)) is not None:
+            for name, text in sources.choose(spec).items():
+                found.setdefault(name, (text, []))[1].append(p.index)
+    return found
 
 
 def _table(cache: KVCache) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvcompile.kernels.choose import EntryTable
+from kvcompile.kernels.choose import ChooseSpec, EntryTable
+from kvcompile.plan.plan import Plan
 
 
 @dataclass
@@ -23,6 +24,16 @@ class Recalled:
             self.entries = self.entries.extended(self.lengths, lengths)
             self.lengths = lengths
         return self.entries
+
+
+def chooser(plan: Plan, layer: int) -> ChooseSpec | None:
+    """What layer `layer` will choose by; None: it reads everything."""
+    reader, owner = plan.layers[layer], plan.layers[plan.layers[layer].owner]
+    recall = owner.recall
+    if recall is None:
+        return None
+    together = owner.kv_heads if recall.heads == "shared" else 1
+    return ChooseSpec(recall.grouping.form, recall.agree, reader.group, reader.key_dim, plan.dtype, together)
 
 
 def mean_query(queries: Tensor, valid: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.runtime.layer import LayerCache
-from kvcompile.stores.factory import expected_parts
+from kvcompile.stores.factory import chosen_parts, expected_parts
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 HEADROOM = 64  # tokens of room behind a row; a full row moves once per so many tokens
@@ -194,6 +194,14 @@ class KVCache(Cache):  # type: ignore[misc]
         """The same while nothing is encoded yet."""
         storage = self.plan.layers[self.plan.layers[index].owner].storage
         return self._specs(index, PLAIN if storage.quantized else storage)
+
+    def recalling(self, index: int) -> list[KernelSpec]:
+        """The kernels that layer `index` will need to decode over what is chosen: none, where it reads everything."""
+        owner = self.plan.layers[self.plan.layers[index].owner]
+        if owner.recall is None:
+            return []
+        storages = (PLAIN, owner.storage) if owner.storage.quantized else (PLAIN,)
+        return [self.spec(index, chosen_parts(storage, self.plan.dtype)) for storage in storages]
 
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]

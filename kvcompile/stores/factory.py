@@ -56,3 +56,9 @@ def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...
         return plain("paged", dtype, storage.page) if storage.page else plain(layout, dtype)
     codes = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
     return (codes, *plain(layout, dtype))
+
+
+def chosen_parts(storage: Storage, dtype: str) -> tuple[Part, ...]:
+    """How chosen entries of such rows lie."""
+    ones = plain("paged", dtype, 1)
+    return (Part("paged", *storage.codecs(dtype), storage.block), *ones) if storage.quantized else ones

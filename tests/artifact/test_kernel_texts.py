@@ -21,7 +21,7 @@ from tiny import tiny_ids, tiny_model
 import kvcompile
 from kvcompile.artifact import artifact, kernel_texts
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.cpp import backend, build, compact, encode, simd
+from kvcompile.kernels.cpp import backend, build, choose, compact, encode, simd
 from kvcompile.kernels.dispatch import CPP, TRITON, named
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.models import provenance
@@ -126,6 +126,32 @@ def test_kernels_that_add_up_for_a_score_are_shown(monkeypatch: pytest.MonkeyPat
     assert [simd.prelude() + shown[f"{name}.cpp"].removeprefix('#include "simd.h"\n\n')] == [
         text for text in ran if "void compact(" not in text
     ]
+
+
+@needs_compiler
+@pytest.mark.parametrize("storage", ["", "kivi"])
+def test_what_a_recall_runs_is_shown(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chooser, and attention over what it chooses."""
+    small = ("stack.quest.page=4", "stack.quest.sinks=2", "stack.quest.recent=4", "stack.quest.skip_layers=[1]")
+    kivi = ("policy=[quest,kivi]", "stack.kivi.group=8", "stack.kivi.residual=8")
+    wanted = (*(kivi if storage else ("policy=quest",)), "stack.quest.budget=8", *small)
+    model = kvcompile.compile(tiny_model(), overrides=wanted)
+    ran: list[str] = []
+    loaded = build.load
+    monkeypatch.setattr(backend, "_kernels", {})
+    monkeypatch.setattr(backend, "_recent", {})
+    choose._kernel.cache_clear()
+    monkeypatch.setattr(build, "load", lambda text, name, *rest: ran.append(text) or loaded(text, name, *rest))
+    model.generate(tiny_ids(1, 60), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    shown = kernel_texts.of_model(model)
+    written = {text.removeprefix('#include "simd.h"\n\n') for text in shown.values()}
+    texts = {text.removeprefix(shown["kernels/simd.h"]) for text in ran}
+    assert {t for t in texts if "attend" in t or "void choose(" in t} <= written
+    assert sum("void choose(" in t for t in texts) == 1
+    assert any("rows in pages of 1 entries" in t for t in texts)
+    index = json.loads(shown["kernels/kernels.json"])["layers_by_kernel"]
+    assert index["choose-bounds-mean-float32-g2-d16.cpp"] == [0, 2, 3]
+    assert index["paged1-float32-g2-d16-step.cpp"] == [0, 2, 3]
 
 
 def test_a_backend_of_a_library_shows_no_kernels(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.choose import ChooseSpec, Chooser, EntryTable, GroupTable, spec_of
+from kvcompile.kernels.choose import Chooser, ChooseSpec, EntryTable, GroupTable, spec_of
 
 SPECS = [
     ChooseSpec(form, agree, group, dim, dtype, together)
