@@ -1,7 +1,8 @@
 """One dense prefill, many stacks: each is applied to a copy of the same cache, so a sweep pays for the prompt once.
 
 Equal to compiling each stack by itself (tests/test_real_model.py) for selections that act after prefill; chunked
-prefill and eviction while decoding are not exercised here.
+prefill is not exercised here. `decode`, `loss` and `says` go on densely over what a branch holds; the model of
+`compiled` goes on as the stack itself does, which reads a part, evicts and encodes while it decodes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Branching:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
         identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
         recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
-        self.identity, self.stride, self.rotated = identity, stride, rotated
+        self.base, self.identity, self.stride, self.rotated = model, identity, stride, rotated
         self.model = compile_plan(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
@@ -65,8 +66,18 @@ class Branching:
             out = self.model(torch.tensor([list(ids)]), logits_to_keep=1)
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
 
+    def extend(self, ids: Sequence[int]) -> None:
+        """Read on densely: more of the prompt."""
+        with torch.no_grad():
+            out = self.model(torch.tensor([list(ids)]), past_key_values=self.cache, logits_to_keep=1)
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+    def compiled(self, plan: Plan) -> Any:
+        """The model of a stack over the same weights: it goes on with the branches of its plan."""
+        return compile_plan(shared(self.base), plan)
+
     def branch(self, plan: Plan) -> KVCache:
-        """A copy of the cache after the selection and encoding of `plan`.
+        """A copy of the cache after the selection, grouping and encoding of `plan`.
 
         Raises KvcompileError for a plan whose prefill would be another one: it changes weights or the moments' stride.
         """
@@ -80,7 +91,8 @@ class Branching:
         branch = KVCache(plan, self.cache.rotaries, self.cache.backend)
         branch.seen = list(self.cache.seen)
         for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):
-            mine.store, mine.columns, mine.is_initialized = copy.copy(theirs.store), theirs.columns, True
+            copied = copy.deepcopy if mine.plan.recall else copy.copy  # its entries may change places
+            mine.store, mine.columns, mine.is_initialized = copied(theirs.store), theirs.columns, True
             mine.history = copy.copy(theirs.history)
             mine.history.segments = [copy.copy(s) for s in theirs.history.segments]
             if mine.plan.storage.quantized:
@@ -93,6 +105,7 @@ class Branching:
         for i in set(scores) - set(together):
             eviction.compress(step, {i: scores[i]})
         for layer in branch.layers:
+            layer.group_new(step)
             layer.flush(branch.headroom, release=True)
         return branch
 

@@ -132,8 +132,7 @@ class NeedleTask:
         ]
         start = rng.randrange(len(text))
 
-        def ids(filler: list[Sentence]) -> list[int]:
-            question = form.question.format(key=keys[0])
+        def ids(filler: list[Sentence], question: str = form.question.format(key=keys[0])) -> list[int]:
             return list(tokenizer("\n".join([form.intro, " ".join(_hide(filler, needles)), question]))["input_ids"])
 
         least = len(ids([]))
@@ -142,17 +141,21 @@ class NeedleTask:
         filler = _fill(text[start:] + text[:start], self.tokens - least)
         while len(ids(filler)) > self.tokens:
             filler.pop()
-        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens)
+        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens, _common(ids(filler), ids(filler, "")))
 
 
 @dataclass(frozen=True)
 class NeedlePrompt:
-    """Token ids of one prompt, the number it asks for, where that number is hidden, and the length asked for."""
+    """Token ids of one prompt, the number it asks for, where that number is hidden, and the length asked for.
+
+    context: how many of the ids stand before the question.
+    """
 
     ids: list[int]
     answer: str
     depth: float
     length: int
+    context: int
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,11 @@ def _draw_numbers(rng: random.Random, count: int) -> list[str]:
         if number[0] != "0" and number not in numbers:
             numbers.append(number)
     return numbers
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many first ids are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _fill(text: list[Sentence], room: int) -> list[Sentence]:

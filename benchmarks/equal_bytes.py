@@ -1,0 +1,102 @@
+"""Stacks whose next decode step reads at most a share of the bytes that the uncompressed cache has.
+
+A line of a stacks file is `label: overrides as on the command line`. What may be chosen to fit stands in braces:
+
+    {tokens}   whole numbers of tokens: the largest that fits
+    {part}     thousandths of the tokens: the most that fit
+
+A line without either is taken as it is: its bytes are what they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from kvcompile.build import plan_of
+from kvcompile.config.compose import compose
+from kvcompile.errors import KvcompileError
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.policy import Policy
+
+THOUSANDTHS = 1000
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The overrides of one stack, and the share of the uncompressed bytes that a step may read (None: any)."""
+
+    label: str
+    overrides: tuple[str, ...]
+    share: Fraction | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether something of it is chosen to fit a share."""
+        return any(mark in text for text in self.overrides for mark in ("{tokens}", "{part}"))
+
+    def filled(self, size: int) -> list[str]:
+        """The overrides with `size` in place of what is chosen: tokens, or thousandths of them."""
+        return [text.format(tokens=size, part=size / THOUSANDTHS) for text in self.overrides]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans stacks on a model for prompts of `tokens` tokens, in caches of a dtype."""
+
+    architecture: Any
+    dtype: str
+    tokens: int
+
+    def fitted(self, stack: Stack) -> list[str]:
+        """The overrides whose step reads the most within the share. Raises KvcompileError where none does."""
+        if stack.share is None or not stack.fits:
+            return stack.filled(0)
+        parts = any("{part}" in text for text in stack.overrides)
+        low, high = 2, THOUSANDTHS if parts else self.tokens  # a budget of 1 is the whole
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._within(stack, middle):
+                low = middle
+            else:
+                high = middle - 1
+        least = self.read(stack.filled(low))
+        if least > stack.share:
+            raise KvcompileError(
+                f"{stack.label}: a step must be able to read as little as {stack.share} of the uncompressed bytes",
+                f"{float(least):.4f} at the least",
+                "smaller sinks and windows, fewer layers that read everything, or larger groups",
+            )
+        return stack.filled(low)
+
+    def _within(self, stack: Stack, size: int) -> bool:
+        try:
+            return self.read(stack.filled(size)) <= (stack.share or 0)
+        except KvcompileError:
+            return True  # too small for what always stays: only more can help
+
+    def read(self, overrides: list[str]) -> Fraction:
+        """Bytes that a step reads, as a share of the uncompressed cache."""
+        layers = self.plan(overrides)[0].bytes(1, self.tokens)
+        return Fraction(sum(layer.read for layer in layers), sum(layer.dense_bytes for layer in layers))
+
+    def plan(self, overrides: list[str], calibrated: Any = None) -> tuple[Plan, tuple[Policy, ...]]:
+        """The plan of a stack and its policies, calibrated where a calibrator is given."""
+        config = compose(overrides)
+        policies = config.policies()
+        if calibrated is not None:
+            policies = tuple(policy.calibrated(calibrated) for policy in policies)
+        return plan_of(self.architecture, self.dtype, config, policies), policies
+
+
+def stacks(lines: list[str], shares: list[Fraction]) -> list[Stack]:
+    """The stacks of a file's lines, those that fit to a share once for each."""
+    found = []
+    for line in lines:
+        label, _, overrides = (part.strip() for part in line.partition(":"))
+        if not label or label.startswith("#"):
+            continue
+        stack = Stack(label, tuple(overrides.split()))
+        found += [Stack(f"{label}, {share}", stack.overrides, share) for share in shares] if stack.fits else [stack]
+    return found

@@ -1,0 +1,301 @@
+"""What each stack still answers at equal bytes read, the question hidden while the cache is made.
+
+    python benchmarks/recall_quality.py --stacks benchmarks/stacks/recall.txt --half b --wikitext FILE --out NAME
+
+Two haystacks: the documentation that ships with Python, and the text of WikiText-2 where `--wikitext` (or the
+environment's KVCOMPILE_WIKITEXT) says where it lies; without it that half of the table is left out. Settings are chosen
+on the first half of each text and seed 0 (`--half a`) and stated on the second half and seed 1 (`--half b`).
+
+hidden: the text alone is read, as one prompt; the cache is compressed or indexed; then the question comes token by
+token, each as a decode step, and the answer is generated greedily. A question in one piece would be a second prompt: an
+eviction would choose again with the question in view, and a recall reads everything in a prompt. ClusterKV's own
+evaluation feeds questions as decode steps, too.
+seen: text and question are one prompt but for its last token, which is the first step.
+
+Every token of an answer is so predicted by a step over the stack's own cache, run by the stack's own graph. Perplexity:
+of tokens that follow a context of the same length, step by step. Bytes are measured on the live caches, at the first
+step of a hidden question: held on the device (index included), held in host memory, read by the step; shares are of the
+uncompressed cache in the same dtype. The results go to OUT.json as they come: the same command goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from branching import Branching
+from equal_bytes import Planner, stacks
+from intervals import ratio, wilson
+from needle_sweep import Remembering, rotated
+from tabulate import tabulate
+
+from kvcompile.calibration.text import builtin, from_text
+from kvcompile.config.compose import compose
+from kvcompile.errors import KvcompileError
+from kvcompile.evaluation.needle import NeedlePrompt, NeedleTask
+from kvcompile.evaluation.perplexity import spread
+from kvcompile.models.loading import load
+from kvcompile.plan.plan import Plan
+from kvcompile.runtime.cache import KVCache
+
+DENSE = "dense"
+WIKITEXT = "KVCOMPILE_WIKITEXT"
+Record = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """A stack at work: its plan, what prefills for it, and the model that goes on."""
+
+    label: str
+    overrides: list[str]
+    plan: Plan
+    runs: Branching
+    model: Any
+
+
+@dataclass
+class Book:
+    """What has been measured, by row: written down after each prompt, and read again by the next run."""
+
+    path: Path
+    rows: dict[str, Record] = field(default_factory=dict)
+
+    def open(self, row: Row) -> Record:
+        """The record of a row. Raises KvcompileError where it was measured with other settings."""
+        record = self.rows.setdefault(
+            row.label, {"stack": " ".join(row.overrides), "hidden": {}, "seen": {}, "losses": {}, "bytes": []}
+        )
+        if record["stack"] != " ".join(row.overrides):
+            raise KvcompileError(f"{row.label}: one file, one setting", record["stack"], "another --out")
+        return record
+
+    def save(self) -> None:
+        """Write it down."""
+        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def detokenized(text: str) -> str:
+    """WikiText's text with its spaces as they are written: `1 @,@ 000 , and` is `1,000, and`."""
+    text = re.sub(r" @(.)@ ", r"\1", text).replace(" n't", "n't").replace(" '", "'")
+    return re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]])", r"\1", text))
+
+
+def haystacks(wikitext: str | None, half: str) -> dict[str, list[str]]:
+    """Half of the sentences of each text: `a` the first ones, `b` the last."""
+    texts = {"python": builtin()}
+    if wikitext and Path(wikitext).is_file():
+        lines = detokenized(Path(wikitext).read_text(encoding="utf-8")).replace("\n", "\n\n")
+        texts["wikitext"] = [sentence for sentence in from_text(lines) if "<unk>" not in sentence]
+    else:
+        print(f"no wikitext: --wikitext or {WIKITEXT} names no file ({wikitext})", file=sys.stderr)
+    return {name: s[: len(s) // 2] if half == "a" else s[len(s) // 2 :] for name, s in texts.items()}
+
+
+@torch.inference_mode()
+def said(row: Row, cache: KVCache, ids: Sequence[int], count: int) -> list[int]:
+    """Feed `ids` token by token, then generate `count` tokens greedily."""
+    logits = [step(row, cache, token) for token in ids][-1]
+    answer = [int(logits.argmax())]
+    while len(answer) < count:
+        answer.append(int(step(row, cache, answer[-1]).argmax()))
+    return answer
+
+
+def step(row: Row, cache: KVCache, token: int) -> torch.Tensor:
+    """Logits `[vocabulary]` after one more token."""
+    logits: torch.Tensor = row.model(torch.tensor([[token]]), past_key_values=cache).logits
+    return logits[0, -1]
+
+
+def measured(cache: KVCache) -> dict[str, int]:
+    """Bytes of a cache whose `reads` were counted in its last step."""
+    host = sum(layer.host_bytes_held() for layer in cache.layers)
+    reads = sum((cache.reads or {}).values())
+    return {"device": cache.nbytes() + cache.index_bytes() - host, "host": host, "read": reads}
+
+
+@dataclass
+class Bench:
+    """Everything that is measured, on one model."""
+
+    tokenizer: Any
+    rows: list[Row]
+    book: Book
+    task: NeedleTask
+
+    def needles(self, name: str, source: str, settings: Sequence[str]) -> None:
+        """Every prompt of a haystack, hidden and seen, through every row that has not seen it."""
+        for number, prompt in enumerate(NeedleTask(**{**vars(self.task), "source": source}).prompts(self.tokenizer)):
+            for setting in settings:
+                left = [r for r in self.rows if len(self.book.open(r)[setting].get(name, "")) == number]
+                runs = list({id(r.runs): r.runs for r in left}.values())
+                for run in runs:
+                    run.prefill(prompt.ids[: prompt.context])
+                    if setting == "seen":
+                        run.extend(prompt.ids[prompt.context : -1])
+                for row in left:
+                    self.ask(row, name, setting, prompt)
+                self.book.save()
+                print(f"{name} {setting} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
+
+    def ask(self, row: Row, name: str, setting: str, prompt: NeedlePrompt) -> None:
+        """One answer, and whether its number is the right one."""
+        cache = row.runs.branch(row.plan)
+        record = self.book.open(row)
+        question = prompt.ids[prompt.context :] if setting == "hidden" else prompt.ids[-1:]
+        if setting == "hidden":
+            cache.reads = {}
+            said(row, cache, question[:1], 1)
+            record["bytes"].append(measured(cache))
+            cache.reads, question = None, question[1:]
+        text = self.tokenizer.decode(said(row, cache, question, self.task.max_new_tokens))
+        right = prompt.answer in re.findall(r"\d+", text)
+        record[setting][name] = record[setting].get(name, "") + str(int(right))
+
+    def perplexity(self, name: str, text: list[str], windows: int, tokens: int) -> None:
+        """Mean loss of each window through every row that has not read it."""
+        ids = torch.tensor(self.tokenizer(" ".join(text))["input_ids"])
+        for number, window in enumerate(spread(ids, self.task.tokens, tokens, windows).tolist()):
+            left = [r for r in self.rows if len(self.book.open(r)["losses"].get(name, [])) == number]
+            for run in {id(r.runs): r.runs for r in left}.values():
+                run.prefill(window[: self.task.tokens])
+            for row in left:
+                loss = self.loss(row, window[self.task.tokens :])
+                self.book.open(row)["losses"].setdefault(name, []).append(round(loss, 4))
+            self.book.save()
+            print(f"{name} perplexity {number + 1}/{windows}", file=sys.stderr, flush=True)
+
+    @torch.inference_mode()
+    def loss(self, row: Row, ids: Sequence[int]) -> float:
+        """Mean negative log-likelihood of `ids[1:]`, in nats, read step by step."""
+        cache, total = row.runs.branch(row.plan), 0.0
+        for token, target in itertools.pairwise(ids):
+            total -= float(step(row, cache, token).float().log_softmax(-1)[target])
+        return total / (len(ids) - 1)
+
+
+def percent(values: tuple[float, ...]) -> str:
+    """A share of answers and its interval."""
+    share, low, high = (100 * v for v in values)
+    return f"{share:.0f} ({low:.0f}-{high:.0f})"
+
+
+def answers(record: Record, setting: str) -> str:
+    """Share of right answers in all haystacks, and Wilson's interval."""
+    marks = "".join(record[setting].values())
+    right = marks.count("1")
+    return percent((right / len(marks), *wilson(right, len(marks)))) if marks else ""
+
+
+def cells(record: Record, dense: Record) -> Record:
+    """One line of the table."""
+    line: Record = {}
+    for name, marks in record["hidden"].items():
+        line[f"hidden, {name} %"] = f"{100 * marks.count('1') / len(marks):.0f}"
+    line["hidden % (95 %)"], line["seen % (95 %)"] = answers(record, "hidden"), answers(record, "seen")
+    for name, losses in record["losses"].items():
+        line[f"perplexity, {name}"] = f"{math.exp(sum(losses) / len(losses)):.2f}"
+    pairs = [(a, b) for name, of in record["losses"].items() for a, b in zip(of, dense["losses"][name], strict=False)]
+    if pairs:
+        line["x dense (95 %)"] = "{:.3f} ({:.3f}-{:.3f})".format(*ratio(*zip(*pairs, strict=True)))
+    count = min(len(record["bytes"]), len(dense["bytes"]))
+    whole = sum(b["device"] for b in dense["bytes"][:count])
+    for name in ("device", "host", "read"):
+        line[f"{name} %"] = f"{100 * sum(b[name] for b in record['bytes'][:count]) / max(1, whole):.2f}"
+    return line
+
+
+def table(rows: dict[str, Record]) -> str:
+    """All rows as Markdown, uncompressed first, with their stacks below."""
+    lines = [{"row": label, **cells(record, rows[DENSE])} for label, record in rows.items()]
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    body = [[line.get(key, "") for key in keys] for line in lines]
+    text = tabulate(body, keys, tablefmt="github", disable_numparse=True)
+    return text + "\n\n" + "\n".join(f"- {label}: `{r['stack'] or 'as it is'}`" for label, r in rows.items()) + "\n"
+
+
+def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
+    """The uncompressed model and every stack that fits; those that do not are said and left out."""
+    planner, calibrated = Planner(model.config, args.dtype, args.tokens), Remembering(model, tokenizer)
+    lines = Path(args.stacks).read_text(encoding="utf-8").splitlines()
+    overrides: dict[str, list[str]] = {DENSE: []}
+    for stack in stacks(lines, [Fraction(share) for share in args.shares]):
+        if any(part in stack.label for part in args.rows):
+            try:
+                overrides[stack.label] = planner.fitted(stack)
+            except KvcompileError as error:
+                print(f"left out: {error}", file=sys.stderr)
+    plans = {label: planner.plan(chosen, calibrated)[0] for label, chosen in overrides.items()}
+    runs = {basis: Branching(model, rotated=basis) for basis in {rotated(plan) for plan in plans.values()}}
+    return [
+        Row(label, overrides[label], plan, runs[rotated(plan)], runs[rotated(plan)].compiled(plan))
+        for label, plan in plans.items()
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", required=True)
+    parser.add_argument("--rows", nargs="+", default=[""], help="only the rows whose label contains one of these")
+    parser.add_argument(
+        "--shares", nargs="+", default=["1/8", "1/16"], help="of the uncompressed bytes, read by a step"
+    )
+    parser.add_argument("--model", nargs="*", default=[], help="as on the command line: model=qwen2 model.pretrained=x")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--half", choices=["a", "b"], default="b")
+    parser.add_argument("--wikitext", default=os.environ.get(WIKITEXT), help="WikiText-2's test text")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--form", default="magic")
+    parser.add_argument("--settings", nargs="+", default=["hidden", "seen"])
+    parser.add_argument("--windows", type=int, default=8, help="of perplexity, in each text")
+    parser.add_argument("--scored", type=int, default=24, help="tokens of a window")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is missing, write JSON and Markdown."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load(replace(compose(args.model).model, dtype=args.dtype, device="cpu"))
+    task = NeedleTask(tokens=args.tokens, samples=args.samples, form=args.form, seed="ab".index(args.half))
+    path = Path(args.out + ".json")
+    book = Book(path, json.loads(path.read_text()) if path.exists() else {})
+    bench = Bench(tokenizer, rows_of(args, model, tokenizer), book, task)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in haystacks(args.wikitext, args.half).items():
+            source = Path(folder, name)
+            source.write_text("\n\n".join(text), encoding="utf-8")
+            bench.needles(name, str(source), args.settings)
+            if args.windows:
+                bench.perplexity(name, text, args.windows, args.scored)
+    head = f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
+    head += (
+        f"{args.dtype}, {args.tokens} tokens, {args.samples} prompts a cell\n\n    python {shlex.join(sys.argv)}\n\n"
+    )
+    text = head + table({row.label: book.rows[row.label] for row in bench.rows})
+    Path(args.out + ".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
