@@ -1,4 +1,4 @@
-"""Stacks whose next decode step reads at most a share of the bytes that the uncompressed cache has.
+"""Stacks whose decode step reads at most a share of the bytes that it reads of the uncompressed cache.
 
 A line of a stacks file is `label: overrides as on the command line`. What may be chosen to fit stands in braces:
 
@@ -18,7 +18,6 @@ from kvcompile.build import plan_of
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
-from kvcompile.plan.policy import Policy
 
 THOUSANDTHS = 1000
 
@@ -64,7 +63,7 @@ class Planner:
         least = self.read(stack.filled(low))
         if least > stack.share:
             raise KvcompileError(
-                f"{stack.label}: a step must be able to read as little as {stack.share} of the uncompressed bytes",
+                f"{stack.label}: a step must be able to read as little as {stack.share} of what it reads uncompressed",
                 f"{float(least):.4f} at the least",
                 "smaller sinks and windows, fewer layers that read everything, or larger groups",
             )
@@ -77,17 +76,17 @@ class Planner:
             return True  # too small for what always stays: only more can help
 
     def read(self, overrides: list[str]) -> Fraction:
-        """Bytes that a step reads, as a share of the uncompressed cache."""
-        layers = self.plan(overrides)[0].bytes(1, self.tokens)
-        return Fraction(sum(layer.read for layer in layers), sum(layer.dense_bytes for layer in layers))
+        """Bytes that the step after a prompt reads, as a share of those of the uncompressed cache."""
+        layers = self.plan(overrides).bytes(1, self.tokens)
+        return Fraction(sum(layer.read for layer in layers), sum(layer.dense_read for layer in layers))
 
-    def plan(self, overrides: list[str], calibrated: Any = None) -> tuple[Plan, tuple[Policy, ...]]:
-        """The plan of a stack and its policies, calibrated where a calibrator is given."""
+    def plan(self, overrides: list[str], calibrated: Any = None) -> Plan:
+        """The plan of a stack, its policies calibrated where a calibrator is given."""
         config = compose(overrides)
         policies = config.policies()
         if calibrated is not None:
             policies = tuple(policy.calibrated(calibrated) for policy in policies)
-        return plan_of(self.architecture, self.dtype, config, policies), policies
+        return plan_of(self.architecture, self.dtype, config, policies)
 
 
 def stacks(lines: list[str], shares: list[Fraction]) -> list[Stack]:

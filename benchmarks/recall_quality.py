@@ -123,11 +123,13 @@ def step(row: Row, cache: KVCache, token: int) -> torch.Tensor:
     return logits[0, -1]
 
 
-def measured(cache: KVCache) -> dict[str, int]:
-    """Bytes of a cache whose `reads` were counted in its last step."""
+def measured(row: Row, cache: KVCache, token: int) -> dict[str, int]:
+    """Bytes that a cache holds, and those that the step of one more token reads of it."""
     host = sum(layer.host_bytes_held() for layer in cache.layers)
-    reads = sum((cache.reads or {}).values())
-    return {"device": cache.nbytes() + cache.index_bytes() - host, "host": host, "read": reads}
+    device, cache.reads = cache.nbytes() + cache.index_bytes() - host, {}
+    step(row, cache, token)
+    read, cache.reads = sum(cache.reads.values()), None
+    return {"device": device, "host": host, "read": read}
 
 
 @dataclass
@@ -154,16 +156,15 @@ class Bench:
                 self.book.save()
                 print(f"{name} {setting} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
 
+    @torch.inference_mode()
     def ask(self, row: Row, name: str, setting: str, prompt: NeedlePrompt) -> None:
         """One answer, and whether its number is the right one."""
         cache = row.runs.branch(row.plan)
         record = self.book.open(row)
         question = prompt.ids[prompt.context :] if setting == "hidden" else prompt.ids[-1:]
         if setting == "hidden":
-            cache.reads = {}
-            said(row, cache, question[:1], 1)
-            record["bytes"].append(measured(cache))
-            cache.reads, question = None, question[1:]
+            record["bytes"].append(measured(row, cache, question[0]))
+            question = question[1:]
         text = self.tokenizer.decode(said(row, cache, question, self.task.max_new_tokens))
         right = prompt.answer in re.findall(r"\d+", text)
         record[setting][name] = record[setting].get(name, "") + str(int(right))
@@ -215,9 +216,9 @@ def cells(record: Record, dense: Record) -> Record:
     if pairs:
         line["x dense (95 %)"] = "{:.3f} ({:.3f}-{:.3f})".format(*ratio(*zip(*pairs, strict=True)))
     count = min(len(record["bytes"]), len(dense["bytes"]))
-    whole = sum(b["device"] for b in dense["bytes"][:count])
-    for name in ("device", "host", "read"):
-        line[f"{name} %"] = f"{100 * sum(b[name] for b in record['bytes'][:count]) / max(1, whole):.2f}"
+    for name, of in (("device", "device"), ("host", "device"), ("read", "read")):
+        share = sum(b[name] for b in record["bytes"][:count]) / max(1, sum(b[of] for b in dense["bytes"][:count]))
+        line[f"{name} %"] = f"{100 * share:.2f}"
     return line
 
 
@@ -241,7 +242,7 @@ def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
                 overrides[stack.label] = planner.fitted(stack)
             except KvcompileError as error:
                 print(f"left out: {error}", file=sys.stderr)
-    plans = {label: planner.plan(chosen, calibrated)[0] for label, chosen in overrides.items()}
+    plans = {label: planner.plan(chosen, calibrated) for label, chosen in overrides.items()}
     runs = {basis: Branching(model, rotated=basis) for basis in {rotated(plan) for plan in plans.values()}}
     return [
         Row(label, overrides[label], plan, runs[rotated(plan)], runs[rotated(plan)].compiled(plan))

@@ -86,6 +86,30 @@ def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
     assert held == [[[p for p in row if p < 60] for row in layer] for layer in kept_positions(expected)]
 
 
+def steps(model: Any, cache: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([[i]]), past_key_values=cache).logits[0] for i in ids])
+
+
+@pytest.mark.parametrize(
+    "stack", ["quest", "quest,kivi", "adakv", "kivi", "h2o"], ids=lambda stack: stack.replace(",", "+")
+)
+def test_a_branch_goes_on_as_the_stack_itself_does(stack: str) -> None:
+    ids = tiny_ids(1, 80, seed=11)[0].tolist()
+    small = ["stack.quest.page=4", "stack.quest.sinks=2", "stack.quest.recent=8", "stack.quest.budget=16"]
+    small = [*small, "stack.quest.skip_layers=[]"] if "quest" in stack else []
+    config = compose([f"policy=[{stack}]", *small, *(["stack.kivi.residual=32"] if "kivi" in stack else [])])
+    plan = plan_of(dense().config, "float32", config, config.policies())
+    runs = branching(dense())
+    runs.prefill(ids[:40])
+    runs.extend(ids[40:60])
+    cache, model = runs.branch(plan), runs.compiled(plan)
+    with torch.no_grad():
+        expected = compile_plan(shared(dense()), plan)(torch.tensor([ids[:60]])).past_key_values
+    assert torch.allclose(steps(model, cache, ids[60:]), steps(model, expected, ids[60:]), atol=1e-5)
+    assert runs.cache.nbytes() == runs.branch(runs.identity).nbytes()  # as it was
+
+
 @dataclass
 class Found:
     """Answers and shares of bytes held, one a prompt.

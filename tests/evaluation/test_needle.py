@@ -68,6 +68,16 @@ def test_prompts_have_the_length_and_the_needle_at_the_depth_asked(form: str, to
         assert body.index(prompt.answer) / len(body) == pytest.approx(prompt.depth, abs=100 / tokens)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_ids_before_the_question_hold_all_of_the_text_and_none_of_the_question(form: str) -> None:
+    words = Words()
+    (prompt,) = NeedleTask(tokens=400, samples=1, form=form).prompts(words)
+    text, question = words.decode(prompt.ids[: prompt.context]), words.decode(prompt.ids[prompt.context :])
+    assert prompt.answer in text
+    assert text.endswith("\n")
+    assert question.startswith(FORMS[form].question.split("{key}")[0])
+
+
 def test_prompts_repeat_for_a_seed_and_differ_between_seeds_samples_and_forms() -> None:
     def answers(**of: object) -> list[str]:
         return [p.answer for p in NeedleTask(tokens=300, **of).prompts(Words())]
