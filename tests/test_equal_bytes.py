@@ -1,4 +1,4 @@
-"""Protects what benchmarks compare at: budgets that fill a share of the bytes read, and the intervals in their tables."""
+"""Protects what benchmarks compare at: budgets that fill a share of the bytes read, and the intervals in tables."""
 
 from __future__ import annotations
 
