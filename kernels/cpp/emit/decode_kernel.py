@@ -302,6 +302,7 @@ def source(spec: KernelSpec, query: str) -> str:
 
 
 def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
+    fixed = [x for p in places for x in (integer_keys.fixed_point(p.key), integer_values.fixed_point(p.value))]
     return fill(
         HEAD,
         name=spec.name,
@@ -311,7 +312,7 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
         width=-(-spec.value_dim // 16) * 16,
         tile=TILE,
         longest=LONGEST_PIECE,
-        helpers=helpers(spec),
+        helpers=helpers(spec, fixed),
         parts="\n\n".join(struct(i, where, _methods(where, spec)) for i, where in enumerate(places)),
         positions="const int64_t* positions;  // of the new tokens [sequences]" if spec.sliding_window else "",
         sums=fields(spec),
@@ -323,7 +324,7 @@ def _head(spec: KernelSpec, query: str, places: list[Address]) -> str:
 def _methods(where: Address, spec: KernelSpec) -> str:
     first = [fill(FIRST, position=where.position("middle"))] if where.positions else []
     keys = integer_keys if where.key.whole else decode_keys
-    values = integer_values if where.value.whole and where.value.codec.axis == "token" else decode_values
+    values = integer_values if integer_values.takes(where.value) else decode_values
     return "\n".join((*first, keys.logits(where), values.values(where, spec.group)))
 
 

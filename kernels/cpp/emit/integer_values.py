@@ -2,18 +2,24 @@
 
 sum_t p_t (code_t * scale_t + zero_t) = step * sum_t round(p_t scale_t / step) code_t + sum_t p_t zero_t, where step is
 the largest p_t scale_t of the tile by 32767; sums over t are made for each group of channels that has its own scales.
+
+A code of a table of levels is looked up as round(level / unit), unit = max|level| / 16383: off by 2^-15 of the largest
+at most, where the levels of `nf4` lie 0.08 of it apart. So that 32 bits hold the sums, step is then at least the sum of
+p_t scale_t over the tile by 131008, which matters where many weights are about as large as the largest.
 """
 
 from __future__ import annotations
 
 from math import gcd
 
-from kvcompile.kernels.cpp.emit.address import Address
+from kvcompile.kernels.cpp.emit.address import TILE, Address
 from kvcompile.kernels.cpp.emit.decode_values import ACCUMULATORS, split
-from kvcompile.kernels.cpp.emit.stored import Stored
+from kvcompile.kernels.cpp.emit.stored import FixedPoint, Stored
 from kvcompile.kernels.cpp.emit.text import fill
 
 RUN = 32  # bytes of an entry that make a register together with those of the next entry
+LEVEL = 2**14 - 1  # the largest level of a table
+WEIGHTS = 2**31 // (LEVEL + 1) - TILE  # what the weights of a tile may add up to before each is rounded
 
 LARGEST = """
     alignas(64) float scales[TILE];  // the largest of each entry
@@ -24,9 +30,49 @@ LARGEST = """
     }
     """
 
-VALUES = """
+SIZES = """
     static constexpr int RUNNING = $slots * 16;  // floats of a sum: even bytes and odd ones apart, field after field
     static constexpr int SUMS = RUNNING + $groups * 16;  // and then of sum_t p_t zero_t, for each group of channels
+    """
+
+SIZE = """
+    static constexpr int SUMS = $slots * 16;  // floats of a sum: even bytes and odd ones apart, field after field
+    """
+
+ROUNDED = """
+    F most = zero();
+    for (int t = 0; t < tile.count; t += 16) most = max(most, load(p[g] + t) * load($largest + t));
+    float top = largest(most), steps = top > 1e-30f ? 32767 / top : 0;
+    step[g] = top * (1.0f / 32767);
+    for (int i = 0; i < $groups; i++) {
+      F zero = load(sum[g] + RUNNING + 16 * i);
+      for (int t = 0; t < tile.count; t += 16) {
+        F x = load(p[g] + t);
+        zero = mul_add(x, load(tile.value_numbers + ($groups + i) * TILE + t), zero);
+        store_whole<false>(weights[i][g] + t, whole(x * set(steps) * load(tile.value_numbers + i * TILE + t)));
+      }
+      store(sum[g] + RUNNING + 16 * i, zero);
+    }
+    """
+
+ROUNDED_LEVELS = """
+    F most = zero(), total = zero();
+    for (int t = 0; t < tile.count; t += 16) {
+      F x = load(p[g] + t) * load($largest + t);
+      most = max(most, x), total += x;
+    }
+    float all = ::sum(total), unit = fmaxf(largest(most) * (1.0f / 32767), all * (1.0f / $room)) + 0 * all;
+    float steps = unit > 1e-34f ? 1 / unit : 0;
+    step[g] = unit * $level;
+    for (int i = 0; i < $groups; i++)
+      for (int t = 0; t < tile.count; t += 16) {
+        F x = load(p[g] + t) * set(steps) * load(tile.value_numbers + i * TILE + t);
+        store_whole<false>(weights[i][g] + t, whole(x));
+      }
+    """
+
+VALUES = """
+    $sizes
     #if defined(KV_AVX512)
     static constexpr int COLUMNS = $columns, FIELDS = $fields;  // runs of bytes and fields of bits at a time
     #else
@@ -50,7 +96,7 @@ VALUES = """
             UNROLL for (int c = 0; c < COLUMNS; c++) {
               C x = held(zipped<$lanes>(v + (first + c) * $lanes, w + (first + c) * $lanes));
               UNROLL for (int f = 0; f < FIELDS; f++) {
-                C codes = field(x, AT + f * $bits, $bits);
+                C codes = $codes;
                 $group
                 UNROLL for (int g = 0; g < R; g++) o[g][c][f] = dot(o[g][c][f], codes, two(p + $weights + t));
               }
@@ -72,19 +118,7 @@ VALUES = """
       float step[G];
       $scales
       for (int g = 0; g < G; g++) {
-        F most = zero();
-        for (int t = 0; t < tile.count; t += 16) most = max(most, load(p[g] + t) * load($largest + t));
-        float top = largest(most), steps = top > 1e-30f ? 32767 / top : 0;
-        step[g] = top * (1.0f / 32767);
-        for (int i = 0; i < $groups; i++) {
-          F zero = load(sum[g] + RUNNING + 16 * i);
-          for (int t = 0; t < tile.count; t += 16) {
-            F x = load(p[g] + t);
-            zero = mul_add(x, load(tile.value_numbers + ($groups + i) * TILE + t), zero);
-            store_whole<false>(weights[i][g] + t, whole(x * set(steps) * load(tile.value_numbers + i * TILE + t)));
-          }
-          store(sum[g] + RUNNING + 16 * i, zero);
-        }
+        $rounded
       }
       add<G, 0>(row, tile, weights[0][0], step, tile.count, sum[0]);
     }
@@ -92,11 +126,21 @@ VALUES = """
       for (int c = 0; c < $runs; c++)
         for (int piece = 0; piece < $pieces; piece++) {
           const float *even = sum + (c * $all_fields + piece) * 16, *odd = even + $pieces * 16;
-          F bias = set(::sum(load(sum + RUNNING$group_of)));
-          store_zipped(result + piece * $width + c * $lanes, load(even) + bias, load(odd) + bias, $lanes);
+          $bias
+          store_zipped(result + piece * $width + c * $lanes, load(even)$plus, load(odd)$plus, $lanes);
         }
     }
     """
+
+
+def takes(value: Stored) -> bool:
+    """Whether values are summed as whole numbers: scales of a channel leave no step that its tokens share."""
+    return value.whole and value.codec.axis == "token"
+
+
+def fixed_point(value: Stored) -> FixedPoint | None:
+    """The levels of a table as they are multiplied; None where there are none, or they stay floats."""
+    return FixedPoint(value.table, LEVEL) if value.table and takes(value) else None
 
 
 def values(where: Address, group: int) -> str:
@@ -107,15 +151,17 @@ def values(where: Address, group: int) -> str:
     most = max(1, ACCUMULATORS // (split(group) * fields))
     shared = value.codec.group or value.dim
     of = f"((AT / {value.codec.bits} + f) % {value.pieces} * {value.width} + (first + c) * {lanes}) / {shared}"
+    group_of = f" + (piece * {value.width} + c * {lanes}) / {shared} * 16" if groups > 1 else ""
     return fill(
         VALUES,
-        slots=runs * all_fields,
+        sizes=fill(SIZES if value.zeros else SIZE, slots=runs * all_fields, groups=groups),
         groups=groups,
         scales=fill(LARGEST, groups=groups) if groups > 1 else "",
-        largest="scales" if groups > 1 else "tile.value_numbers",
+        rounded=_rounded(value),
         columns=max(n for n in range(1, runs + 1) if runs % n == 0 and n <= most),
         fields=fields,
         bits=value.codec.bits,
+        codes=value.fields("x", f"AT + f * {value.codec.bits}", fixed_point(value)),
         runs=runs,
         entry=where.entry("t"),
         other=where.entry("e"),
@@ -130,8 +176,19 @@ def values(where: Address, group: int) -> str:
         all_fields=all_fields,
         pieces=value.pieces,
         width=value.width,
-        group_of=f" + (piece * {value.width} + c * {lanes}) / {shared} * 16" if groups > 1 else "",
+        bias=f"F bias = set(::sum(load(sum + RUNNING{group_of})));" if value.zeros else "",
+        plus=" + bias" if value.zeros else "",
     )
+
+
+def _rounded(value: Stored) -> str:
+    """Weights times scales of a tile as whole numbers, and what the weights add of zeros."""
+    groups = value.codec.groups(value.dim)
+    largest = "scales" if groups > 1 else "tile.value_numbers"
+    fixed = fixed_point(value)
+    if fixed is None:
+        return fill(ROUNDED, groups=groups, largest=largest)
+    return fill(ROUNDED_LEVELS, groups=groups, largest=largest, room=WEIGHTS, level=fixed.unit)
 
 
 def _lanes(value: Stored) -> int:

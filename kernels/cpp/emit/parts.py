@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from kvcompile.kernels.cpp.emit.address import LAYOUTS, TILE, Address, Paged
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored, decimal, table
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS, FixedPoint, Stored, decimal, table
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.spec import KernelSpec
 
@@ -114,14 +115,55 @@ LEVELS = """
     };
     """
 
+LOOK_UP_WHOLE = """
+    // Codes of 4 bits, from bit `at` of every sixteen, as the levels that they stand for, in fixed point
+    KV_INLINE C look_up(const int16_t* levels, C x, int at) {
+    #if defined(KV_AVX512)
+      return (C)_mm512_permutexvar_epi16((__m512i)(x >> at), read<__m512i>(levels));  // looks at the last 5 bits
+    #elif defined(KV_AVX2)
+      __m256i l = read<__m256i>(levels), last = _mm256_set1_epi16(255);  // bytes are looked up, in each half
+      __m256i low = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(l, last), l), 0x88);
+      __m256i high = _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_srli_epi16(l, 8), l), 0x88);
+      C codes = field(x, at, 4);
+      Twos<8>::V y[2] = {codes.lo, codes.hi};
+      for (int i = 0; i < 2; i++) {
+        __m256i below = _mm256_shuffle_epi8(low, (__m256i)y[i]), above = _mm256_shuffle_epi8(high, (__m256i)y[i]);
+        y[i] = (Twos<8>::V)_mm256_or_si256(_mm256_and_si256(below, last), _mm256_slli_epi16(above, 8));
+      }
+      return {y[0], y[1]};
+    #else
+      uint16_t y[32];
+      memcpy(y, &x, sizeof y);
+      for (int i = 0; i < 32; i++) y[i] = (uint16_t)levels[y[i] >> at & 15];
+      return read<C>(y);
+    #endif
+    }
+    """
 
-def helpers(spec: KernelSpec) -> str:
-    """What the scales and the tables of the spec's formats need."""
+FIXED_POINT = """
+    // Levels in steps of the largest by $most; twice, so that a fifth bit of a code changes nothing. Not a member of
+    // what reads them: such constants of one name are shared by all libraries of a process.
+    alignas(64) static const int16_t $name[32] = {
+      $levels,
+      $levels
+    };
+    """
+
+
+def helpers(spec: KernelSpec, fixed: Sequence[FixedPoint | None] = ()) -> str:
+    """What the scales and the tables of the spec's formats need.
+
+    fixed: of the keys and the values of each part, levels that are looked up as whole numbers; None: as floats.
+    """
     codecs = [c for p in spec.parts for c in (p.key, p.value)]
-    tables = {t.name: t for t in map(table, codecs) if t}
+    read = (table(c) for c, x in zip_longest(codecs, fixed) if x is None)
+    tables = {t.name: t for t in read if t}
     texts = [fill(APART)] if any(c.axis == "token" for c in codecs) else []
     texts += [fill(LOOK_UP)] if tables else []
     texts += [fill(LEVELS, name=n, levels=", ".join(map(decimal, t.levels))) for n, t in tables.items()]
+    whole = list(dict.fromkeys(filter(None, fixed)))
+    texts += [fill(LOOK_UP_WHOLE)] if whole else []
+    texts += [fill(FIXED_POINT, name=x.array, most=x.most, levels=", ".join(map(str, x.levels))) for x in whole]
     return "\n".join(texts)
 
 

@@ -8,6 +8,7 @@ lie D / pieces apart. A `slot` is the place of one such vector: slot `i * runs +
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 from kvcompile.plan.formats import Integer, Table
@@ -23,6 +24,8 @@ ELEMENTS = {
     "int2": "uint8_t",
 }
 
+CLOSEST = 1 / 64  # levels of a table that are closer than that, relative to the largest, stay floats
+
 
 def emitted(codec: Codec) -> bool:
     """Whether there is C++ for a number format: those above, and all that are but a table of 16 numbers."""
@@ -33,6 +36,29 @@ def table(codec: Codec) -> Table | None:
     """The table of 16 levels in which codes are looked up. A class that derives from `Table` may decode otherwise."""
     format = codec.format
     return format if type(format) is Table and format.bits == 4 else None
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Levels of a table as whole numbers, `most` for the largest: each is off by 1 / (2 most) of that at most."""
+
+    table: Table
+    most: int
+
+    @property
+    def array(self) -> str:
+        """What they are called in C++."""
+        return f"{self.table.name}_levels_{self.most}"
+
+    @property
+    def levels(self) -> list[int]:
+        """One for each code."""
+        return [round(level * self.most / self.table.largest) for level in self.table.levels]
+
+    @property
+    def unit(self) -> str:
+        """What 1 stands for, as a C++ float."""
+        return decimal(self.table.largest / self.most)
 
 
 def decimal(x: float) -> str:
@@ -88,8 +114,19 @@ class Stored:
 
     @property
     def whole(self) -> bool:
-        """Whether codes are whole numbers, to be multiplied as such."""
-        return isinstance(self.codec.format, Integer)
+        """Whether codes are multiplied as whole numbers: those that are, and levels of a table in fixed point.
+
+        Levels stay floats where two are so close that fixed point would not round far less off than the format does.
+        """
+        levels = self.table
+        if levels is None:
+            return isinstance(self.codec.format, Integer)
+        return min(high - low for low, high in pairwise(levels.levels)) >= CLOSEST * levels.largest
+
+    @property
+    def table(self) -> Table | None:
+        """The levels that codes stand for, if that is all that the format is."""
+        return table(self.codec)
 
     @property
     def numbers(self) -> int:
@@ -129,6 +166,10 @@ class Stored:
         if table(self.codec):
             return [f"look_up<{i * bits}>({self.codec.kind}_levels, {at}{count})" for i in range(self.pieces)]
         return [f"load_field<{i * bits}, {bits}>({at}{count})" for i in range(self.pieces)]
+
+    def fields(self, x: str, at: str, fixed: FixedPoint | None) -> str:
+        """The whole numbers (`C`) that codes from bit `at` of every sixteen stand for."""
+        return f"look_up({fixed.array}, {x}, {at})" if fixed else f"field({x}, {at}, {self.codec.bits})"
 
     def decoded(self, entry: str, run: str, numbers: str) -> list[str]:
         """The vectors of one run as floats, where scales must be applied to each channel (`groups`, `channel`).

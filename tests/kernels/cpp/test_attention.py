@@ -104,7 +104,7 @@ def check(one: KernelSpec, lengths: list[list[int]], batch: int, heads: int, **o
     assert got.dtype == made.queries.states.dtype
     assert bool(got.isfinite().all())
     codecs = [codec for p in one.parts for codec in (p.key, p.value) if codec.scaled]
-    whole = made.queries.states.shape[2] == 1 and any(c.kind.startswith("int") for c in codecs)
+    whole = made.queries.states.shape[2] == 1 and any(c.kind != "float8" for c in codecs)
     quantized = WHOLE if whole else ENCODED if codecs else 0.0
     assert error(got, expected) < max(quantized, TOLERANCE[got.dtype])
     if one.scores:
@@ -213,7 +213,16 @@ def test_column_sums_without_values(place: int) -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
-@pytest.mark.parametrize(("place", "flag"), [(6, "-march=haswell"), (11, "-march=x86-64")])
+@pytest.mark.parametrize(
+    ("place", "flag"),
+    [
+        (6, "-march=haswell"),
+        (11, "-march=x86-64"),
+        (19, "-march=haswell"),
+        (20, "-march=haswell"),
+        (20, "-march=x86-64"),
+    ],
+)
 def test_other_vectors(place: int, flag: str) -> None:
     """AVX2 and plain vector code take the same way through the same text."""
     one = SPECS[place]
@@ -239,22 +248,34 @@ def test_a_whole_prompt_over_plain_floats_is_for_sdpa() -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 256, 1056])
-def test_sums_of_the_largest_codes_fit(dim: int) -> None:
-    """All codes 255 against a query of equal channels and weights of equal entries: what 32 bits must hold."""
-    eight = Codec("int8", "token")
-    one = KernelSpec((Part("dense", eight, eight),), 1, dim, dim, 1 / dim)
-    codes = torch.full((1, 1, 192, dim), 255, dtype=torch.uint8)
-    scales = torch.tensor([1 / 255, 0.0]).half().view(1, 1, 1, 2, 1).expand(1, 1, 192, 2, 1).contiguous()
+@pytest.mark.parametrize(("kind", "numbers"), [("int8", (1 / 255, 0.0)), ("nf4", (1.0,))])
+def test_sums_of_the_largest_codes_fit(kind: str, numbers: tuple[float, ...], dim: int) -> None:
+    """Bytes of 255 against a query of equal channels and weights of equal entries: what 32 bits must hold."""
+    codec, shape = Codec(kind, "token"), (1, 1, 192, len(numbers), 1)
+    one = KernelSpec((Part("dense", codec, codec),), 1, dim, dim, 1 / dim)
+    codes = torch.full((1, 1, 192, codec.width(dim)), 255, dtype=torch.uint8)
+    codes[:, :, 96:] = 0  # logits far below the others, unless those went beyond
+    scales = torch.tensor(numbers).half().view(1, 1, 1, -1, 1).expand(shape).contiguous()
     view = layout.DenseView(codes, codes, torch.arange(192).int().view(1, 1, -1), scales, scales)
     queries = layout.Queries(torch.full((1, 1, 1, dim), 7.0), torch.tensor([[191]]))
     assert error(backend.attend(queries, view, one), reference.attend(queries, view, one)) < ENCODED
 
 
-@pytest.mark.parametrize("key", [Codec("int4", "token", 32), Codec("int4", "channel", 32), FLOAT], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (Codec("int4", "token", 32), KIVI4[1]),
+        KIVI4,
+        (FLOAT, KIVI4[1]),
+        (Codec("nf4", "token", 32), Codec("nf4", "token", 32)),
+        (Codec("nf4", "channel", 32), FLOAT),
+    ],
+    ids=lambda c: c.name,
+)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_no_number_stays_none(key: Codec, wrong: float) -> None:
+def test_what_is_no_number_stays_none(key: Codec, value: Codec, wrong: float) -> None:
     """A query that holds NaN or infinity gives NaN, and nobody's zeros; other heads keep what they had."""
-    one = spec(("ragged", key, KIVI4[1]))
+    one = spec(("ragged", key, value))
     made = case(one, [[64, 96]], 1, 2)
     sound = backend.attend(made.queries, made.view, one)
     made.queries.states[0, 1, 0, 5] = wrong
@@ -262,6 +283,16 @@ def test_what_is_no_number_stays_none(key: Codec, wrong: float) -> None:
     assert bool(got[0, 1].isnan().all())
     others = [0, 2, 3, 4, 5]
     assert torch.equal(got[0, others], sound[0, others])
+
+
+def test_an_entry_that_is_no_number_is_not_summed_as_one() -> None:
+    """Weights of one entry alone are NaN: whole numbers cannot say so, their step does."""
+    codec = Codec("nf4", "token", 32)
+    made = case(spec(("ragged", codec, codec)), [[64, 96]], 1, 2)
+    made.view.key_scales[made.view.starts[0] + 5] = float("nan")
+    got = backend.attend(made.queries, made.view, made.spec)
+    assert bool(got[0, :3].isnan().all())
+    assert bool(got[0, 3:].isfinite().all())
 
 
 def test_float64_is_refused_and_the_library_attends_instead() -> None:
