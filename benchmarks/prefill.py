@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,29 @@ SELECTING = (ops.observe, ops.compress, ops.allocate, ops.trim, ops.flush)
 
 
 class Timed(fx.Interpreter):
-    """Runs a graph and keeps the seconds of its selecting (True) and its other nodes (False)."""
+    """Runs a graph and keeps the seconds of some of its nodes (True) and of its others (False)."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, targets: tuple[Any, ...], clock: Callable[[], float]) -> None:
         super().__init__(module)
+        self.targets, self.clock = targets, clock
         self.spent: Counter[bool] = Counter()
 
     def run_node(self, n: fx.Node) -> Any:
-        start = time.perf_counter()
+        start = self.clock()
         found = super().run_node(n)
-        self.spent[n.target in SELECTING] += time.perf_counter() - start
+        self.spent[n.target in self.targets] += self.clock() - start
         return found
 
 
-def selection_share(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of selecting nodes over those of all others, in one prefill."""
+def share(
+    model: Any,
+    ids: torch.Tensor,
+    targets: tuple[Any, ...] = SELECTING,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds of some nodes over those of all others, in one prefill."""
     graph = model.kvcompile.graph
-    timed = Timed(graph)
+    timed = Timed(graph, targets, clock)
     model.kvcompile.graph = timed.run
     try:
         forward(model, ids)
@@ -73,7 +80,7 @@ def rows(compared: dict[str, Any], ids: torch.Tensor, rounds: int) -> list[dict[
             forward(compared[name], ids)
             taken[name].append(time.perf_counter() - start)
             if hasattr(compared[name], "kvcompile"):
-                shares[name].append(selection_share(compared[name], ids))
+                shares[name].append(share(compared[name], ids))
         order = [*order[1:], order[0]]
     base = min(next(iter(taken.values())))
     return [
