@@ -60,13 +60,23 @@ Record = dict[str, Any]
 
 @dataclass
 class Row:
-    """A stack at work: its plan, what prefills for it, and the model that goes on."""
+    """A stack at work: its plan, the model that runs it, and what reads prompts for it.
+
+    runs: None where the stack reads prompts in a way of its own.
+    """
 
     label: str
     overrides: list[str]
     plan: Plan
-    runs: Branching
     model: Any
+    runs: Branching | None
+
+    def cache(self, prompt: Sequence[int]) -> KVCache:
+        """What it holds after the prompt, which `runs` has read."""
+        if self.runs is not None:
+            return self.runs.branch(self.plan)
+        cache: KVCache = self.model(torch.tensor([list(prompt)]), logits_to_keep=1).past_key_values
+        return cache
 
 
 @dataclass
@@ -132,6 +142,11 @@ def measured(row: Row, cache: KVCache, token: int) -> dict[str, int]:
     return {"device": device, "host": host, "read": read}
 
 
+def readers(rows: Sequence[Row]) -> list[Branching]:
+    """What must read a prompt for these rows."""
+    return list({id(row.runs): row.runs for row in rows if row.runs is not None}.values())
+
+
 @dataclass
 class Bench:
     """Everything that is measured, on one model."""
@@ -143,25 +158,26 @@ class Bench:
 
     def needles(self, name: str, source: str, settings: Sequence[str]) -> None:
         """Every prompt of a haystack, hidden and seen, through every row that has not seen it."""
-        for number, prompt in enumerate(NeedleTask(**{**vars(self.task), "source": source}).prompts(self.tokenizer)):
-            for setting in settings:
-                left = [r for r in self.rows if len(self.book.open(r)[setting].get(name, "")) == number]
-                runs = list({id(r.runs): r.runs for r in left}.values())
+        for number, prompt in enumerate(replace(self.task, source=source).prompts(self.tokenizer)):
+            left = {s: [r for r in self.rows if len(self.book.open(r)[s].get(name, "")) == number] for s in settings}
+            runs = readers([row for rows in left.values() for row in rows])
+            for run in runs:
+                run.prefill(prompt.ids[: prompt.context])
+            for row in left.get("hidden", []):
+                self.ask(row, name, "hidden", prompt)
+            if left.get("seen"):
                 for run in runs:
-                    run.prefill(prompt.ids[: prompt.context])
-                    if setting == "seen":
-                        run.extend(prompt.ids[prompt.context : -1])
-                for row in left:
-                    self.ask(row, name, setting, prompt)
-                self.book.save()
-                print(f"{name} {setting} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
+                    run.extend(prompt.ids[prompt.context : -1])
+                for row in left["seen"]:
+                    self.ask(row, name, "seen", prompt)
+            self.book.save()
+            print(f"{name} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
 
     @torch.inference_mode()
     def ask(self, row: Row, name: str, setting: str, prompt: NeedlePrompt) -> None:
         """One answer, and whether its number is the right one."""
-        cache = row.runs.branch(row.plan)
-        record = self.book.open(row)
-        question = prompt.ids[prompt.context :] if setting == "hidden" else prompt.ids[-1:]
+        record, read = self.book.open(row), prompt.context if setting == "hidden" else len(prompt.ids) - 1
+        cache, question = row.cache(prompt.ids[:read]), prompt.ids[read:]
         if setting == "hidden":
             record["bytes"].append(measured(row, cache, question[0]))
             question = question[1:]
@@ -174,21 +190,21 @@ class Bench:
         ids = torch.tensor(self.tokenizer(" ".join(text))["input_ids"])
         for number, window in enumerate(spread(ids, self.task.tokens, tokens, windows).tolist()):
             left = [r for r in self.rows if len(self.book.open(r)["losses"].get(name, [])) == number]
-            for run in {id(r.runs): r.runs for r in left}.values():
+            for run in readers(left):
                 run.prefill(window[: self.task.tokens])
             for row in left:
-                loss = self.loss(row, window[self.task.tokens :])
+                loss = self.loss(row, window)
                 self.book.open(row)["losses"].setdefault(name, []).append(round(loss, 4))
             self.book.save()
             print(f"{name} perplexity {number + 1}/{windows}", file=sys.stderr, flush=True)
 
     @torch.inference_mode()
-    def loss(self, row: Row, ids: Sequence[int]) -> float:
-        """Mean negative log-likelihood of `ids[1:]`, in nats, read step by step."""
-        cache, total = row.runs.branch(row.plan), 0.0
-        for token, target in itertools.pairwise(ids):
+    def loss(self, row: Row, window: Sequence[int]) -> float:
+        """Mean negative log-likelihood in nats of what follows a context and one more token, read step by step."""
+        cache, rest, total = row.cache(window[: self.task.tokens]), window[self.task.tokens :], 0.0
+        for token, target in itertools.pairwise(rest):
             total -= float(step(row, cache, token).float().log_softmax(-1)[target])
-        return total / (len(ids) - 1)
+        return total / (len(rest) - 1)
 
 
 def percent(values: tuple[float, ...]) -> str:
@@ -244,10 +260,12 @@ def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
                 print(f"left out: {error}", file=sys.stderr)
     plans = {label: planner.plan(chosen, calibrated) for label, chosen in overrides.items()}
     runs = {basis: Branching(model, rotated=basis) for basis in {rotated(plan) for plan in plans.values()}}
-    return [
-        Row(label, overrides[label], plan, runs[rotated(plan)], runs[rotated(plan)].compiled(plan))
-        for label, plan in plans.items()
-    ]
+    rows = []
+    for label, plan in plans.items():
+        own = any(p.recall is not None and p.recall.prompts for p in plan.layers)
+        reader = runs[rotated(plan)]
+        rows.append(Row(label, overrides[label], plan, reader.compiled(plan), None if own else reader))
+    return rows
 
 
 def arguments() -> argparse.Namespace:
