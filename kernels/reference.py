@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.codecs import decode
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part
+
+QUERY_BLOCK = 256
 
 
 def row(
@@ -112,3 +116,12 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
                 if sums is not None:
                     sums[b * (heads // spec.group) + h, : keys.shape[0]] += weights[real].sum(0).to(sums.dtype)
     return out
+
+
+def column_sums(queries: Queries, view: View, spec: KernelSpec, sums: Tensor) -> None:
+    """Add to `sums [R, longest row]` what each entry receives from `queries`, as `attend` does, a few at a time."""
+    for start in range(0, queries.states.shape[2], QUERY_BLOCK):
+        some = slice(start, start + QUERY_BLOCK)
+        valid = None if queries.valid is None else queries.valid[:, some]
+        new = replace(queries, states=queries.states[:, :, some], positions=queries.positions[:, some], valid=valid)
+        attend(new, view, spec, sums)

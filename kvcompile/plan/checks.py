@@ -25,6 +25,8 @@ def check(plan: Plan) -> None:
             _check_selection(plan, p, p.selection)
         if p.recall is not None:
             _check_recall(p, p.recall)
+            if p.recall.far == "constant":
+                _check_far(plan, p, p.recall)
         if p.storage != PLAIN:
             _check_storage(p)
 
@@ -121,6 +123,31 @@ def _check_recall(p: LayerPlan, recall: Recall) -> None:
             f"{s.policy!r}, {recall.policy!r} and {p.storage.policy!r} in one stack",
             "drop one, or take a recall that leaves tokens where they are (quest)",
         )
+
+
+def _check_far(plan: Plan, p: LayerPlan, recall: Recall) -> None:
+    """Of a recall at a constant distance: positions of all layers move alike, and keys can be turned."""
+    where, fix = f"{recall.policy}: layer {p.index}", f"stack.{recall.policy}.far=original"
+    if p.storage.quantized or p.storage.rotated:
+        raise KvcompileError(
+            f"{where}: keys are turned to one distance, and must be stored plain for that",
+            p.storage.text("the model's dtype"),
+            fix,
+        )
+    for other in plan.owners:
+        if other.selection is not None:
+            raise KvcompileError(
+                f"{where}: tokens at one distance are all there, so that positions of all layers move alike",
+                f"{other.selection.policy!r}, which drops some in layer {other.index}",
+                fix,
+            )
+        if other.rotates and other.recall != recall:
+            kind = f"attends to a sliding window of {other.sliding_window}" if other.sliding_window else "reads all"
+            raise KvcompileError(
+                f"{where}: far tokens are at one distance in every layer, or in none",
+                f"layer {other.index}, which {kind}",
+                fix if other.sliding_window else f"stack.{recall.policy}.skip_layers=[], or {fix}",
+            )
 
 
 def _check_latent(p: LayerPlan, latent: Latent) -> None:

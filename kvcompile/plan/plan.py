@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import checks
-from kvcompile.plan.recall import GROUP_BYTES, Recall
+from kvcompile.plan.recall import GROUP_BYTES, RECEIVED_BYTES, Recall
 from kvcompile.plan.selection import Selection
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.plan.structure import Fold, Heads, Latent
@@ -240,6 +240,8 @@ class Plan:
         unread = covered - p.recall.tokens(tokens + 1, covered, p.storage.block)
         numbers = p.key_dim * (2 if p.recall.grouping.form == "bounds" else 1)
         index = groups * (numbers * DTYPE_BYTES[self.dtype] + GROUP_BYTES)
+        if p.recall.grouping.receives:
+            index += RECEIVED_BYTES * max(0, length - p.recall.first(p.storage.block) - covered)
         return index, index + p.nbytes(length, self.dtype) - p.encoded_bytes(unread, self.dtype) + new
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 Form = Literal["vector", "bounds"]
 Agreement = Literal["mean", "max"]
 Choosing = Literal["own", "shared"]
+Far = Literal["original", "constant"]
 GROUP_BYTES = 8  # where a group begins and how many entries it has, int32 each
+RECEIVED_BYTES = 4  # float32, of an entry behind the groups
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,14 @@ class Entries:
     """What a grouping sees of the entries that it divides, of rows with equally many: `keys [R, n, D]`, as cached.
 
     unit: sizes of groups must be multiples of it (tokens that share scales). movable: entries may change places.
+    received: `[R, n]` float32, the attention that each entry has received since it came, summed over queries and query
+    heads; None unless the grouping `receives`.
     """
 
     keys: Tensor
     unit: int = 1
     movable: bool = True
+    received: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Grouping:
 
     form: ClassVar[Form] = "vector"
     reorders: ClassVar[bool] = False  # whether entries change places, where they may
+    receives: ClassVar[bool] = False  # whether it looks at the attention that entries have received
 
     @property
     def block(self) -> int:
@@ -86,7 +92,9 @@ class Recall:
     a row, always read and in no group. recent: newest entries that stay out of groups. every: decoded tokens beyond
     these that make new groups together. agree: how the query heads of a KV head (and the queries of a chunk, by their
     mean) agree on a group. heads: each KV head has its `own` choice, or one is `shared` by all, by the sum of what they
-    score. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice.
+    score. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice. far: entries of
+    groups are met at their `original` distance, or all at a `constant` one: their keys are turned to position 0, and
+    those behind them lie right after the sinks.
     """
 
     policy: str
@@ -99,6 +107,7 @@ class Recall:
     heads: Choosing = "own"
     reuse: int = 1
     prompts: bool = False
+    far: Far = "original"
 
     def step(self, unit: int) -> int:
         """Entries are grouped in multiples of so many."""

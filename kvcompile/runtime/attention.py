@@ -47,7 +47,8 @@ class Expansion:
         these receive.
         """
         count = absorbed.shape[2]
-        library = step.cache.backend.library_prompts and step.valid is None and not kv.sums_wanted(absorbed, step)
+        summed = kv.receives or kv.sums_wanted(absorbed, step)
+        library = step.cache.backend.library_prompts and step.valid is None and not summed
         view = kv.held.view() if library and count > 1 and chosen is None else None
         if isinstance(view, DenseView) and view.keys.shape[2] == count:
             out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts), sinks)

@@ -58,7 +58,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """Keys and values of a compiled model: what its forward returns and takes as `past_key_values`.
 
     `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
-    `shift [B]` is how far rotary positions lie behind true ones (compact positions only).
+    `shift [B]` is how far rotary positions lie behind true ones (compact positions, and recall at a constant distance).
     Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room; where the plan
     offloads, `resident()` what is on the compute device of that, and `in_host_memory()` what lies beside it.
 
@@ -205,8 +205,10 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
-        s = self.plan.layers[self.plan.layers[index].owner].selection
+        owner = self.plan.layers[self.plan.layers[index].owner]
+        s = owner.selection
         summed = s is not None and s.score.needs.reduce == "sum" and s.schedule.decode_every > 0
+        summed = summed or (owner.recall is not None and owner.recall.grouping.receives)
         return [self.spec(index, p, summed and self.scores(index, p, getattr(torch, self.plan.dtype))) for p in parts]
 
     def count_read(self, index: int, nbytes: int) -> None:

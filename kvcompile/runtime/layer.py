@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import Queries, View, view_bytes
+from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.recall.choice import Recalled, mean_query
 from kvcompile.recall.index import Index
 from kvcompile.runtime.history import QueryHistory
+from kvcompile.runtime.positions import level, move_up
 from kvcompile.stores import factory
-from kvcompile.stores.base import Chosen, Store
+from kvcompile.stores.base import Chosen, Store, Stretches, tabled
 from kvcompile.stores.host import HostTransfer, shown
 
 if TYPE_CHECKING:
@@ -127,23 +131,63 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
                 "attention to chosen entries",
                 "use a score that looks at keys or queries itself, or attend to all entries",
             )
-        store, cache, sums = self.held, step.cache, self._sums(queries, step)
-        spec = cache.spec(layer, store.parts if chosen is None else store.chosen_parts, sums is not None)
+        store, cache = self.held, step.cache
+        parts = store.parts if chosen is None else store.chosen_parts
+        ends = store.lengths if chosen is None else tabled(chosen, store.device).lengths
+        sums = self._sums(queries, step, parts, ends)
+        spec = cache.spec(layer, parts, sums is not None)
         attend = cache.attention(spec, queries.dtype, self._learns(queries))
-        view = self._near(store.view(chosen))
+        new, view = Queries(queries, step.positions, step.valid, sinks), self._near(store.view(chosen))
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
-        return attend(Queries(queries, step.positions, step.valid, sinks), view, spec, sums)
+        out = attend(new, view, spec, sums)
+        if self.receives:
+            self._receive(new, view, spec, ends, sums, step)
+        return out
+
+    @property
+    def receives(self) -> bool:
+        """Whether what stands for a group depends on the attention that its entries have received."""
+        return self.plan.recall is not None and self.plan.recall.grouping.receives
+
+    @property
+    def groups(self) -> Index:
+        """The groups of the entries held, of which there may be none yet. Raises where the plan has no recall."""
+        if self.index is None:
+            if self.plan.recall is None:
+                raise RuntimeError(f"layer {self.plan.index} recalls nothing")
+            self.index = Index(self.plan.recall, self.plan.storage, self.held.batch * self.held.heads)
+        return self.index
+
+    @torch.no_grad()
+    def _receive(
+        self, queries: Queries, view: View, spec: KernelSpec, ends: list[int], sums: Tensor | None, step: Step
+    ) -> None:
+        """Let the groups to come know what entries receive from the new queries: what the kernel has added up, if so.
+
+        ends: entries of each row in the view.
+        """
+        if sums is None:
+            sums = torch.zeros(len(ends), max(ends), dtype=torch.float32, device=queries.states.device)
+            reference.column_sums(queries, view, replace(spec, scores=True), sums)
+        elif self.sums_wanted(queries.states, step):
+            self._selection_sums(step).add_(sums)
+        self.groups.receive(sums, ends, self.held.lengths)
+        step.cache.summed()
 
     def group_new(self, step: Step) -> None:
         """Put entries that are no longer among the newest into groups: at the end of a prompt, then now and then."""
         recall, s = self.plan.recall, self.plan.selection
         if recall is None or (s is not None and step.prefill and not step.last):
             return
-        store = self.held
-        if self.index is None:
-            self.index = Index(recall, self.plan.storage, store.batch * store.heads)
-        if self.index.extend(store, 1 if step.prefill else recall.every, step.positions.device):
+        store, index, device = self.held, self.groups, step.positions.device
+        due = index.due(store.lengths, 1 if step.prefill else recall.every)
+        if due:
+            if recall.far == "constant":
+                move_up(step, self, due)
+            index.extend(store, due, device)
+            if recall.far == "constant":
+                step.cache.shift = torch.tensor(index.covered[:: store.heads], dtype=torch.int64, device=device)
             self.recalled.clear()
             self._changed()
             self._rehome()
@@ -157,7 +201,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         spans = {r: slice(first, first + n) for r, n in enumerate(self.index.covered) if n}
         if self.index.recall.grouping.reorders:
             self.held.reorder({r: (first, rows[r][2][span].argsort()) for r, span in spans.items()})
-        self.index = None
+        self.index.dissolve()
         self.recalled.clear()
 
     def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
@@ -172,6 +216,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         lengths = store.lengths
         if past is None or step.prefill or step.tick >= past.tick + recall.reuse:
             wanted = index.wanted(step.cache.seen, store.heads)
+            if recall.far == "constant" and queries.shape[2] > 1:
+                queries = level(queries, step, layer)
             rows = torch.unflatten(mean_query(queries, step.valid), 1, (store.heads, -1)).flatten(0, 1)
             together = store.heads if recall.heads == "shared" else 1
             entries = step.cache.backend.choose(rows, index.table, wanted, lengths, recall.agree, together)
@@ -191,14 +237,23 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             return False
         return step.cache.scores(self.plan.index, self.held.parts, queries.dtype)
 
-    def _sums(self, queries: Tensor, step: Step) -> Tensor | None:
-        """Where the kernel adds up what entries receive from the queries, `[R, n]`; None where that is not wanted."""
-        if not self.sums_wanted(queries, step):
-            return None
+    def _sums(self, queries: Tensor, step: Step, parts: tuple[Part, ...], ends: list[int]) -> Tensor | None:
+        """Where the kernel adds up what entries receive from the queries, `[R, n]`; None where that is not wanted.
+
+        ends: entries of each row that it sees, lying in these `parts`.
+        """
+        if self.receives:
+            if self._learns(queries) or not step.cache.scores(self.plan.index, parts, queries.dtype):
+                return None
+            return torch.zeros(len(ends), max(ends), dtype=torch.float32, device=queries.device)
+        return self._selection_sums(step) if self.sums_wanted(queries, step) else None
+
+    def _selection_sums(self, step: Step) -> Tensor:
+        """What the selection has seen entries receive, `[R, n]`, to be added to."""
         if self.plan.selection is not None and self.plan.selection.score.needs.carries:
             step.cache.summed()
         store = self.held
-        return self.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, queries.device)
+        return self.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, store.device)
 
     def _learns(self, queries: Tensor) -> bool:
         """Whether gradients of attention are wanted, with respect to these queries or to what is held."""
@@ -210,11 +265,12 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
             self._changed()
-            self.index = None
+            if self.index is not None:
+                self.index.keep(indices)
             self.store = store.keep(indices, headroom, self.compactor)
 
-    def rewrite(self, keys: list[Tensor]) -> None:
-        """Replace the keys of every row by `keys[row] [n, D]`; they must not be encoded."""
+    def rewrite(self, keys: Stretches) -> None:
+        """Replace the keys of a stretch of some rows; they must not be encoded."""
         self._changed()
         self.held.rewrite(keys)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from kvcompile.runtime.cache import Rotary, Step
-from kvcompile.runtime.layer import LayerCache
+if TYPE_CHECKING:
+    from kvcompile.runtime.cache import Rotary, Step
+    from kvcompile.runtime.layer import LayerCache
 
 
 def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
@@ -25,32 +28,79 @@ def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) 
     Between two evictions entry j of a row sits at rotary position j, so entry `indices[i]` turns by `i - indices[i]`.
     """
     cache = step.cache
-    kv.rewrite(
-        [
-            turn(
-                keys,
-                index_row,
-                torch.arange(index_row.numel(), device=keys.device, dtype=torch.int64),
-                cache.rotaries[index],
-            )
-            for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
-        ]
-    )
+    turned_keys = [
+        turn(
+            keys,
+            index_row,
+            torch.arange(index_row.numel(), device=keys.device, dtype=torch.int64),
+            cache.rotaries[index],
+        )
+        for (keys, _, _), index_row in zip(kv.held.rows(), indices, strict=True)
+    ]
+    kv.rewrite({row: (0, keys) for row, keys in enumerate(turned_keys)})
     per_sequence = kv.held.lengths[:: kv.held.heads]
     shift = [seen - n for seen, n in zip(cache.seen, per_sequence, strict=True)]
     cache.shift = torch.tensor(shift, device=indices[0].device, dtype=torch.int64)
 
 
-def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
-    """Rotated keys `[n, D]` moved from positions `old [n]` to `new [n]`, angles in float32.
+def move_up(step: Step, kv: LayerCache, due: dict[int, list[int]]) -> None:
+    """Turn the keys of entries that go into groups to rotary position 0, and those behind them up to the sinks.
 
-    k' = k cos(d) + rotate_half(k) sin(d), d = (new - old) theta; an amplitude in the rotary table cancels.
+    Every entry of a group then lies at one distance from a query, however far away it is, and rotary positions lie as
+    far behind true ones as a sequence has entries in groups. InfLLM, arXiv 2402.04617, section 3.2: "all tokens beyond
+    the window at the same distance".
+
+    due: rows of which the next entries go into groups, by how many these are; all rows of a sequence are alike.
     """
+    store, index, rotary = kv.held, kv.groups, step.cache.rotaries[kv.plan.index]
+    device, heads, lengths = step.positions.device, store.heads, store.lengths
+    stretches: dict[int, tuple[int, Tensor]] = {}
+    for count, rows in due.items():
+        for row in rows:
+            begin, end = index.first + index.covered[row], lengths[row]
+            # the heads of a sequence and the layers of a model turn alike
+            key = ("move up", rotary, row // heads)
+            if key not in step.shared:
+                old = torch.arange(index.first, index.first + end - begin, dtype=torch.int64, device=device)
+                new = torch.cat((torch.zeros_like(old[:count]), old[count:] - count))
+                step.shared[key] = torch.stack(angle(old, new, rotary))
+            keys = store.stretch(row, begin, end).to(device)
+            stretches[row] = begin, turned(keys, *step.shared[key]).to(store.device)
+    kv.rewrite(stretches)
+
+
+def level(queries: Tensor, step: Step, layer: int) -> Tensor:
+    """Queries `[B, H_q, Q, D]` turned to the rotary position of the newest one of their sequence.
+
+    Their mean is then one of what they look for, not of the angles at which they stand.
+    """
+    rotary, key = step.cache.rotaries[layer], ("level", step.cache.rotaries[layer])
+    if key not in step.shared:
+        old = step.positions if step.shift is None else step.positions - step.shift.unsqueeze(1)
+        new = old.amax(1, keepdim=True).expand_as(old)
+        step.shared[key] = torch.stack([torch.stack(angle(*of, rotary)) for of in zip(old, new, strict=True)], 1)
+    cos, sin = step.shared[key]
+    return turned(queries, cos.unsqueeze(1), sin.unsqueeze(1))
+
+
+def turn(keys: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
+    """Rotated keys `[..., n, D]` moved from positions `old [n]` to `new [n]`, angles in float32.
+
+    k' = k cos(d) + rotate_half(k) sin(d), d = (new - old) theta.
+    """
+    return turned(keys, *angle(old, new, rotary))
+
+
+def angle(old: Tensor, new: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """cos and sin `[n, D_rot]` of (new - old) theta, float32; an amplitude in the rotary table cancels."""
     (cos_o, sin_o), (cos_n, sin_n) = ((x.float() for x in rotary(p)) for p in (old, new))
     amplitude = cos_o.square() + sin_o.square()
-    cos = (cos_n * cos_o + sin_n * sin_o) / amplitude
-    sin = (sin_n * cos_o - cos_n * sin_o) / amplitude
+    return (cos_n * cos_o + sin_n * sin_o) / amplitude, (sin_n * cos_o - cos_n * sin_o) / amplitude
+
+
+def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated keys `[..., n, D]`, turned by `cos, sin [..., n, D_rot]`."""
     width = cos.shape[-1]
-    first, second = keys[:, :width].float().chunk(2, -1)
-    turned = keys[:, :width].float() * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned.to(keys.dtype), keys[:, width:]), -1)
+    first, second = keys[..., :width].float().chunk(2, -1)
+    moved = keys[..., :width].float() * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((moved.to(keys.dtype), keys[..., width:]), -1)

@@ -20,6 +20,7 @@ POSITION_TYPE = torch.int32
 
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
 Chosen = Tensor | list[Tensor] | EntryTable  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
+Stretches = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and keys for its entries, `[n, D]`
 Orders = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and the order its entries get, `[n]` int64
 Move = Callable[[Tensor], Tensor]
 
@@ -101,8 +102,8 @@ class Store(Protocol):
         """Encode what is older than the residual; whether anything was. `release`: give the room of a prefill back."""
         ...
 
-    def rewrite(self, keys: list[Tensor]) -> None:
-        """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where they are encoded."""
+    def rewrite(self, keys: Stretches) -> None:
+        """Replace the keys of a stretch of some rows, in place. Raises KvcompileError where any are encoded."""
         ...
 
     def stretch(self, row: int, start: int, stop: int) -> Tensor:
@@ -197,10 +198,11 @@ class Plain(ABC):
                 stretch = x[start : start + order.numel()]
                 stretch.copy_(stretch[order])
 
-    def rewrite(self, keys: list[Tensor]) -> None:
-        """Replace the keys of every row by `keys[row] [n, D]`."""
-        for (old, _, _), new in zip(self.rows(), keys, strict=True):
-            old.copy_(new)
+    def rewrite(self, keys: Stretches) -> None:
+        """Replace the keys of a stretch of some rows, in place."""
+        rows = self.rows()
+        for row, (start, new) in keys.items():
+            rows[row][0][start : start + len(new)] = new
 
 
 def overlap(keys: Tensor, values: Tensor) -> bool:

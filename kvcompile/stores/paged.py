@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.compact import Arrays, Compactor, compact
+from kvcompile.kernels.compact import Arrays, Compactor, compact, placed
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part, plain
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, scattered, tabled
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, Stretches, scattered, tabled
 from kvcompile.stores.pages import Paged, PagedRows, alone, ranges
 
 
@@ -154,10 +154,14 @@ class PagedStore(Paged, Plain):
         pages.write(pages.slots(rows, new), pages.read(pages.slots(rows, old)))
 
     @alone
-    def rewrite(self, keys: list[Tensor]) -> None:
-        """Replace the keys of every row by `keys[row] [n, D]`."""
-        self.pages.open([0] * len(keys))
-        self.pages.write(self.pages.all_slots(), {"keys": torch.cat(keys)})
+    def rewrite(self, keys: Stretches) -> None:
+        """Replace the keys of a stretch of some rows, in place; pages that others share are copied first."""
+        pages = self.pages
+        pages.open([keys[r][0] if r in keys else n for r, n in enumerate(self.lengths)])
+        starts, new = zip(*keys.values(), strict=True)
+        of, entries = placed([len(x) for x in new], list(starts), self.device)
+        rows = torch.tensor(list(keys), dtype=torch.int64, device=self.device)[of]
+        pages.write(pages.slots(rows, entries), {"keys": torch.cat(new)})
 
     @alone
     def drop_last(self, count: int) -> None:

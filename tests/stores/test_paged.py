@@ -200,7 +200,7 @@ def test_allocated_is_what_the_tensors_keep_alive() -> None:
 def test_rewritten_keys_are_nobody_elses() -> None:
     one = filled(1, 40)
     other, before = one.fork(), copied(one.rows())
-    one.rewrite([-k for k, _, _ in before])
+    one.rewrite({r: (0, -k) for r, (k, _, _) in enumerate(before)})
     same(other, before)
     same(one, [(-k, v, p) for k, v, p in before])
 

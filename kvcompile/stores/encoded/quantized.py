@@ -15,7 +15,7 @@ from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
-from kvcompile.stores.base import Chosen, Move, Orders, Row
+from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches
 from kvcompile.stores.dense import DenseStore, of_rows
 from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.encoded.paged import PagedCodes
@@ -178,8 +178,8 @@ class QuantizedStore:
         self.residual = of_rows(rows, self.batch, self.heads, headroom)
         return self
 
-    def rewrite(self, keys: list[Tensor]) -> None:
-        """Replace the keys of every row by `keys[row] [n, D]`. Raises KvcompileError where some are encoded."""
+    def rewrite(self, keys: Stretches) -> None:
+        """Replace the keys of a stretch of some rows, in place. Raises KvcompileError where some are encoded."""
         if self.codes is not None:
             raise KvcompileError(
                 "only keys that are not encoded can be rewritten",
