@@ -35,6 +35,11 @@ def shipped(name: str) -> Config:
     return compose([f"recipe={name}"])
 
 
+def recalls(name: str) -> bool:
+    """Whether a recipe reads less than it holds."""
+    return any(p.recall is not None for p in compiler.plan_config(shipped(name)).plan.layers)
+
+
 def quick(name: str) -> list[str]:
     """Overrides that make a recipe's calibration and healing short."""
     config = shipped(name)
@@ -70,7 +75,9 @@ def test_plan_only(name: str) -> None:
     assert f"{name}-llama: llama" in out.getvalue()
     held, uncompressed = plan_table.cache_bytes(plan, 1, 2048)
     read = sum(row.read for row in plan.bytes(1, 2048))
-    assert min(held, read) < uncompressed or name == "corm"  # a threshold promises nothing
+    assert min(held, read) < uncompressed or name in ("corm", "infllm")  # a threshold, a window: promise nothing here
+    far = plan.bytes(1, 16384)
+    assert not recalls(name) or sum(row.read for row in far) < sum(row.dense_read for row in far) / 2
 
 
 @every
@@ -84,8 +91,8 @@ def test_compiles_a_tiny_model_and_generates_in_less_memory(name: str) -> None:
     rows = model.kvcompile.plan.bytes(2, TOKENS + NEW - 1)
     assert (out.past_key_values.evictions.events > 0) == bool(model.kvcompile.plan.selected)
     uncompressed = sum(r.dense_bytes for r in rows)
-    if any(p.recall for p in model.kvcompile.plan.layers):  # which keeps everything
-        assert sum(r.read for r in rows) < uncompressed
+    if recalls(name):
+        assert out.past_key_values.nbytes() <= uncompressed
     elif name != "corm":  # random weights: every token is important to some of its 256 queries
         assert out.past_key_values.nbytes() < uncompressed
     config = from_recipe(model.kvcompile.recipe)

@@ -240,9 +240,9 @@ class Plan:
         unread = covered - p.recall.tokens(tokens + 1, covered, p.storage.block)
         numbers = p.key_dim * (2 if p.recall.grouping.form == "bounds" else 1)
         index = groups * (numbers * DTYPE_BYTES[self.dtype] + GROUP_BYTES)
-        if p.recall.grouping.receives:
-            index += RECEIVED_BYTES * max(0, length - p.recall.first(p.storage.block) - covered)
-        return index, index + p.nbytes(length, self.dtype) - p.encoded_bytes(unread, self.dtype) + new
+        first, each = p.recall.first(p.storage.block), RECEIVED_BYTES if p.recall.grouping.receives else 0
+        received, then = (each * max(0, n - first - covered) for n in (length, length + 1))
+        return index + received, index + then + p.nbytes(length, self.dtype) - p.encoded_bytes(unread, self.dtype) + new
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict of the whole plan, for reading and comparing; scores and allocations by class name and fields."""

@@ -143,11 +143,14 @@ class Index:
 
     def nbytes(self) -> int:
         """Bytes of what stands for the groups, of where they lie, and of what was received; not of room behind it."""
-        received = 0 if self.received is None else self.received.nbytes()
+        return self.table_bytes() + (0 if self.received is None else self.received.nbytes())
+
+    def table_bytes(self) -> int:
+        """Bytes of what a choice reads: what stands for the groups, and where they lie."""
         if self.table is None:
-            return received
+            return 0
         per_group = self.table.representatives[0, 0].numel() * self.table.representatives.element_size() + 8
-        return received + sum(self.counts) * per_group
+        return sum(self.counts) * per_group
 
     def allocated(self) -> int:
         """Bytes of everything allocated: also of the room behind the groups."""

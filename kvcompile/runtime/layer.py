@@ -143,6 +143,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         out = attend(new, view, spec, sums)
         if self.receives:
             self._receive(new, view, spec, ends, sums, step)
+            cache.count_read(layer, self.groups.nbytes() - self.groups.table_bytes())
         return out
 
     @property
@@ -222,7 +223,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             together = store.heads if recall.heads == "shared" else 1
             entries = step.cache.backend.choose(rows, index.table, wanted, lengths, recall.agree, together)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
-            step.cache.count_read(layer, index.nbytes())
+            step.cache.count_read(layer, index.table_bytes())
         return past.extended(lengths)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
