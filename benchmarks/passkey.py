@@ -4,9 +4,9 @@ r"""A pass key in a text longer than the model was trained on: what infllm finds
 
 The default model was trained to 8,192 positions. A number stands in a text of a few plain sentences said over and over;
 the prompt asks for it at its end, and an answer is right where it begins with that number. Rows: the uncompressed model
-(up to its trained length), infllm with all far tokens at one distance and at their own, and streaming with compact
-positions, which sees the same window and nothing else. Seconds: of a prompt and its answer. Positions: the largest
-rotary position of any query. Read: bytes of keys, values and index that the last decode step read.
+(up to its trained length), the recipe infllm, the same with far tokens at their own distances or with blocks of 128,
+and streaming with compact positions, which holds as many tokens as infllm reads. Seconds: of a prompt and its answer.
+Positions: the largest rotary position of any query. Read: bytes of keys, values and index in the last decode step.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ NOISE = "The river is wide. The bread is warm. The road goes on. Snow falls in t
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 INTRO = "There is one important thing hidden in a lot of text that does not matter. Find it and remember it. "
 QUESTION = "What is the pass key? The pass key is"
-WINDOW = ["infllm.sinks=64", "infllm.recent=1024", "infllm.budget=1024"]
 ROWS: dict[str, list[str]] = {
     "dense": [],
-    "infllm": ["policy=infllm", *WINDOW],
-    "infllm, own distances": ["policy=infllm", *WINDOW, "infllm.far=original"],
-    "streaming": ["policy=streaming", "streaming.sinks=64", "streaming.budget=1088", "streaming.positions=compact"],
+    "infllm": ["recipe=infllm"],
+    "infllm, own distances": ["recipe=infllm", "stack.infllm.far=original"],
+    "infllm, blocks of 128": ["recipe=infllm", "stack.infllm.block=128", "stack.infllm.every=128"],
+    "streaming": [
+        "recipe=streaming",
+        *(f"stack.streaming.{x}" for x in ("sinks=64", "budget=2112", "positions=compact")),
+    ],
 }
 
 
@@ -94,8 +97,7 @@ def main() -> None:
         for label in args.rows:
             if label == "dense" and tokens > TRAINED:
                 continue
-            overrides = [x if x.startswith("policy") else f"stack.{x}" for x in ROWS[label]]
-            config = compose([*overrides, f"prefill_chunk={args.chunk}"])
+            config = compose([*ROWS[label], f"prefill_chunk={args.chunk}"])
             stack = plan_config(config, model.config)
             run = compile_plan(shared(model), stack.plan) if ROWS[label] else model
             for depth in args.depths:

@@ -58,7 +58,8 @@ class InfLLM(RecallPolicy):
     block: tokens a block. strongest: keys of a block that stand for it. heads: `shared`, one choice for all KV heads of
     a layer, as in the paper, or `own`, one for each. far: `constant`, as in the paper: all that has left the window is
     met at one distance, so that no position passes sinks, window, chunk and a block; `original`: where it stands.
-    Prompts are to be read in chunks (`prefill_chunk=512` in the paper): each looks up blocks of those before it.
+    Prompts are to be read in chunks (`prefill_chunk=512` in the paper): each looks up blocks by the mean of its
+    queries, the last one by that of the last token, which the paper's code reads alone.
     """
 
     name: ClassVar[str] = "infllm"

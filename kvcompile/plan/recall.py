@@ -90,11 +90,11 @@ class Recall:
 
     policy: who said so, for messages. budget: entries of groups that a KV head reads at a step. sinks: first entries of
     a row, always read and in no group. recent: newest entries that stay out of groups. every: decoded tokens beyond
-    these that make new groups together. agree: how the query heads of a KV head (and the queries of a chunk, by their
-    mean) agree on a group. heads: each KV head has its `own` choice, or one is `shared` by all, by the sum of what they
-    score. reuse: steps that a choice stands for. prompts: also later chunks of a prompt read a choice. far: entries of
-    groups are met at their `original` distance, or all at a `constant` one: their keys are turned to position 0, and
-    those behind them lie right after the sinks.
+    these that make new groups together. agree: how the query heads of a KV head agree on a group; queries of a chunk
+    ask together, by their mean, and of a prompt's last chunk by the last one. heads: each KV head has its `own` choice,
+    or one is `shared` by all, by the sum of what they score. reuse: steps that a choice stands for. prompts: also later
+    chunks of a prompt read a choice. far: entries of groups are met at their `original` distance, or all at a
+    `constant` one: their keys are turned to position 0, and those behind them lie right after the sinks.
     """
 
     policy: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvcompile.kernels.choose import ChooseSpec, EntryTable
@@ -36,11 +37,21 @@ def chooser(plan: Plan, layer: int) -> ChooseSpec | None:
     return ChooseSpec(recall.grouping.form, recall.agree, reader.group, reader.key_dim, plan.dtype, together)
 
 
-def mean_query(queries: Tensor, valid: Tensor | None) -> Tensor:
-    """The mean of the real queries of `[B, H_q, Q, D]`, `[B, H_q, D]`."""
+def asked(queries: Tensor, valid: Tensor | None, ended: list[bool]) -> Tensor:
+    """What the new queries `[B, H_q, Q, D]` of each sequence ask for together, `[B, H_q, D]`.
+
+    Their mean; the newest alone where the prompt `ended[b]` with it, as what follows is said by that one.
+    valid: which of them are real, `[B, Q]`; None: all.
+    """
     if queries.shape[2] == 1:
         return queries[:, :, 0]
     if valid is None:
-        return queries.mean(2)
-    real = valid[:, None, :, None].to(queries.dtype)
-    return (queries * real).sum(2) / real.sum(2).clamp(min=1)
+        mean, newest = queries.mean(2), queries[:, :, -1]
+    else:
+        real = valid[:, None, :, None].to(queries.dtype)
+        mean = (queries * real).sum(2) / real.sum(2).clamp(min=1)
+        order = torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device)
+        last = (order * valid).amax(1)
+        newest = queries.take_along_dim(last[:, None, None, None], 2)[:, :, 0]
+    alone = torch.tensor(ended, dtype=torch.bool, device=queries.device)
+    return newest.where(alone[:, None, None], mean)

@@ -39,6 +39,11 @@ class Step:
     coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
     shared: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
 
+    @property
+    def ended(self) -> list[bool]:
+        """Whether no token of a sequence's prompt is to come."""
+        return [self.last] * len(self.cache.seen) if self.coming is None else [n == 0 for n in self.coming]
+
     def due(self, decode_every: int, between_chunks: bool = True) -> bool:
         """Whether a schedule asks for a selection at the end of this pass."""
         if self.prefill:

@@ -19,7 +19,7 @@ from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import Queries, View, view_bytes
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.recall.choice import Recalled, mean_query
+from kvcompile.recall.choice import Recalled, asked
 from kvcompile.recall.index import Index
 from kvcompile.runtime.history import QueryHistory
 from kvcompile.runtime.positions import level, move_up
@@ -208,7 +208,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
         """The entries that the queries `[B, H_q, Q, D]` of layer `layer` read; None: all of them.
 
-        Queries of a chunk choose together, by their mean.
+        Queries of a chunk choose together.
         """
         recall, index = self.plan.recall, self.index
         if recall is None or index is None or index.table is None or not self._chooses(step):
@@ -219,7 +219,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             wanted = index.wanted(step.cache.seen, store.heads)
             if recall.far == "constant" and queries.shape[2] > 1:
                 queries = level(queries, step, layer)
-            rows = torch.unflatten(mean_query(queries, step.valid), 1, (store.heads, -1)).flatten(0, 1)
+            query = asked(queries, step.valid, step.ended)
+            rows = torch.unflatten(query, 1, (store.heads, -1)).flatten(0, 1)
             together = store.heads if recall.heads == "shared" else 1
             entries = step.cache.backend.choose(rows, index.table, wanted, lengths, recall.agree, together)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)

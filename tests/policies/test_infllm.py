@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract_table import compiled, dense, off, plan_of
+from literal_infllm import Literal
 from tiny import tiny_ids
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recall"))
-
-from literal import Literal
 
 from kvcompile.artifact import artifact
 from kvcompile.compiler import assemble, compile_plan
@@ -53,6 +49,11 @@ def read(model: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Any]:
     return torch.cat(logits, 1), cache
 
 
+def prompt_of(literal: Literal, ids: Tensor) -> list[Tensor]:
+    """Logits of a prompt `[n]`, chunk by chunk."""
+    return [literal.read(ids[i : i + CHUNK], True, i + CHUNK >= len(ids)) for i in range(0, len(ids), CHUNK)]
+
+
 @pytest.mark.parametrize("kernels", BACKENDS)
 @everywhere
 def test_is_infllm_word_for_word(far: Any, heads: Any, kernels: str) -> None:
@@ -60,8 +61,7 @@ def test_is_infllm_word_for_word(far: Any, heads: Any, kernels: str) -> None:
     ids = tiny_ids(1, TOKENS + NEW)
     policy = InfLLM(**FIELDS, far=far, heads=heads)
     literal = Literal(dense(), policy)
-    chunks = [ids[0, i : min(i + CHUNK, TOKENS)] for i in range(0, TOKENS, CHUNK)]
-    expected = [literal.read(chunk, True) for chunk in chunks]
+    expected = prompt_of(literal, ids[0, :TOKENS])
     expected += [literal.read(ids[0, t : t + 1], False) for t in range(TOKENS, TOKENS + NEW)]
     logits, cache = read(model_of(far=far, heads=heads, kernels=kernels), ids, TOKENS)
     assert off(logits[0], torch.cat(expected).float()) < 1e-5
@@ -73,7 +73,7 @@ def test_is_infllm_word_for_word(far: Any, heads: Any, kernels: str) -> None:
         behind = of.received[:, layer.index.first + layer.index.covered[0] :].float()
         sums = layer.index.received.sums[:, : behind.shape[1]]
         torch.testing.assert_close(sums, behind, atol=1e-4, rtol=1e-4)
-        assert list(layer.recalled[layer.plan.index].entries)[0].tolist() == of.chosen[-1]
+        assert next(iter(layer.recalled[layer.plan.index].entries)).tolist() == of.chosen[-1]
     furthest = FIELDS["sinks"] + FIELDS["recent"] + FIELDS["block"] + max(CHUNK, FIELDS["every"])
     assert (literal.furthest < furthest) == (far == "constant")
     shift = 0 if cache.shift is None else int(cache.shift[0])
@@ -134,7 +134,7 @@ def test_a_padded_batch_is_its_sequences_alone(far: Any, heads: Any) -> None:
 
 
 def test_a_thousand_tokens_lose_nothing() -> None:
-    """Every position is there once, in the sinks, in a block or behind; the newest key has its place after the sinks."""
+    """Every position is there once, in the sinks, in a block or behind; keys behind it follow the sinks."""
     ids = tiny_ids(1, 1040)
     model = model_of(far="constant", heads="shared", recent=32)
     with torch.no_grad():
@@ -186,9 +186,7 @@ def test_forks_and_beams_go_their_own_way(far: Any, beside: str) -> None:
             model(ids[:, t : t + 1], past_key_values=fork)
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0]))
-        logits = [
-            model(ids.flip(0)[:, t : t + 1], past_key_values=cache).logits for t in range(TOKENS, TOKENS + NEW)
-        ]
+        logits = [model(ids.flip(0)[:, t : t + 1], past_key_values=cache).logits for t in range(TOKENS, TOKENS + NEW)]
     assert off(torch.cat(logits, 1).flip(0), expected[:, TOKENS:]) < 1e-5
 
 
@@ -197,9 +195,7 @@ def test_a_second_prompt_goes_on(far: Any) -> None:
     """In chunks of its own, the first of which finds the blocks of the first prompt."""
     ids, model = tiny_ids(1, TOKENS + NEW), model_of(far=far, heads="shared")
     literal = Literal(dense(), InfLLM(**FIELDS, far=far, heads="shared"))
-    expected = []
-    for first, stop in ((0, TOKENS), (TOKENS, TOKENS + NEW)):
-        expected += [literal.read(ids[0, i : min(i + CHUNK, stop)], True) for i in range(first, stop, CHUNK)]
+    expected = prompt_of(literal, ids[0, :TOKENS]) + prompt_of(literal, ids[0, TOKENS:])
     with torch.no_grad():
         out = model(ids[:, :TOKENS])
         again = model(ids[:, TOKENS:], past_key_values=out.past_key_values)

@@ -21,7 +21,7 @@ def turned(x: Tensor, at: Tensor, inv_freq: Tensor) -> Tensor:
 
 @dataclass
 class Layer:
-    """Unrotated keys and values of every token `[H, n, D]`, what it received `[H, n]`, and representatives of blocks."""
+    """Unrotated keys and values of every token `[H, n, D]`, what it received `[H, n]`, and what stands for blocks."""
 
     keys: Tensor
     values: Tensor
@@ -45,8 +45,9 @@ class Literal:
         self.furthest = 0.0
 
     @torch.no_grad()
-    def read(self, ids: Tensor, prompt: bool) -> Tensor:
-        """Logits `[n, vocabulary]` of the next tokens `ids [n]`, read together."""
+    def read(self, ids: Tensor, prompt: bool, last: bool = True) -> Tensor:
+        """Logits `[n, vocabulary]` of the next tokens `ids [n]`, read together; the last chunk asks by its last one."""
+        self.last = last
         base = self.model.model
         x = base.embed_tokens(ids)
         for layer, of in zip(base.layers, self.layers, strict=True):
@@ -78,7 +79,8 @@ class Literal:
         self.furthest = max(self.furthest, float(at[-1]))
         constant = self.policy.far == "constant"
         level = turned(queries, at[-1:].expand(n), self.inv_freq) if constant else asks
-        wanted = self.wanted(of, level.mean(1).view(self.heads, self.group, self.dim), total)
+        query = level[:, -1] if self.last else level.mean(1)
+        wanted = self.wanted(of, query.view(self.heads, self.group, self.dim), total)
         out = torch.zeros(n, self.heads * self.group, self.dim, dtype=torch.float64)
         for h in range(self.heads):
             for q in range(h * self.group, (h + 1) * self.group):
