@@ -55,15 +55,34 @@ class GroupTable:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where entries lie: entry j of row r at slot `rows[r] + j`, or in pages at `rows[r, j // page] * page + j % page`.
+
+    rows: `[R]` int64, or the table of pages `[R, longest row in pages]` int32.
+    """
+
+    rows: Tensor
+    page: int = 0
+
+    def slots(self, entries: Tensor) -> Tensor:
+        """Where `entries [R, n]` (int32) of the rows lie, `[R, n]` int32."""
+        if not self.page:
+            return entries + self.rows.int().unsqueeze(1)
+        return self.rows.gather(1, (entries // self.page).long()) * self.page + entries % self.page
+
+
+@dataclass(frozen=True)
 class EntryTable:
     """Some entries of each row, ascending: those of row r are `entries[r, : lengths[r]]`.
 
     entries: `[R, longest]` int32, 0 past a row's end. counts: the lengths as a tensor `[R]`, int64, on the same device.
+    slots: where they lie just now, `[R, longest]` int32, where that is known; past a row's end whatever is no harm.
     """
 
     entries: Tensor
     lengths: list[int]
     counts: Tensor
+    slots: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor | list[Tensor], device: torch.device) -> EntryTable:
@@ -82,7 +101,7 @@ class EntryTable:
         return (row[:n] for row, n in zip(self.entries.long(), self.lengths, strict=True))
 
     def extended(self, starts: list[int], stops: list[int]) -> EntryTable:
-        """With the entries `starts[r] : stops[r]` behind those of row r."""
+        """With the entries `starts[r] : stops[r]` behind those of row r; where they lie may have changed."""
         added = [stop - start for start, stop in zip(starts, stops, strict=True)]
         lengths = [n + more for n, more in zip(self.lengths, added, strict=True)]
         rows, steps = placed(added, None, self.entries.device)
@@ -104,6 +123,7 @@ class Chooser(Protocol):
         lengths: list[int],
         agree: Agreement,
         together: int = 1,
+        places: Places | None = None,
     ) -> EntryTable:
         """The entries that each row reads."""
         ...
@@ -158,6 +178,7 @@ def choose(
     lengths: list[int],
     agree: Agreement,
     together: int = 1,
+    places: Places | None = None,
 ) -> EntryTable:
     """The entries that each row reads: those before its groups, the best `wanted[r]` of them, those after.
 
@@ -169,13 +190,16 @@ def choose(
         agree: how the queries of a row agree on a group, by the `mean` or the `max` of what they score.
         together: so many consecutive rows choose alike, by the sum of their scores; `starts`, `sizes` and `wanted` of
             these rows must be alike too.
+        places: where the rows lie, so that the table says it of the entries; None: it does not.
     """
     numbers = torch.tensor([wanted, lengths, table.ends], dtype=torch.int64, device=queries.device)
     took = taken(scores(queries, table, agree, together), table.sizes, numbers[0])
-    return listed(table, took, numbers, chosen_lengths(table, wanted, lengths))
+    return listed(table, took, numbers, chosen_lengths(table, wanted, lengths), places)
 
 
-def listed(table: GroupTable, took: Tensor, numbers: Tensor, totals: list[int]) -> EntryTable:
+def listed(
+    table: GroupTable, took: Tensor, numbers: Tensor, totals: list[int], places: Places | None = None
+) -> EntryTable:
     """What is read of each row, one entry after the other.
 
     Args:
@@ -183,6 +207,7 @@ def listed(table: GroupTable, took: Tensor, numbers: Tensor, totals: list[int]) 
         took: entries taken of each, `[R, G]` int64.
         numbers: entries wanted of all groups, the length of each row, and where its groups end, `[3, R]` int64.
         totals: how many entries each row reads.
+        places: where the rows lie.
     """
     length, end = numbers[1:, :, None]
     first = length.clamp(max=table.first)
@@ -193,5 +218,5 @@ def listed(table: GroupTable, took: Tensor, numbers: Tensor, totals: list[int]) 
     stretch = torch.searchsorted(stops, place, right=True)
     there = stretch < stops.shape[1]
     stretch = stretch.clamp(max=stops.shape[1] - 1)
-    entries = begins.gather(1, stretch) + place - (stops - counts).gather(1, stretch)
-    return EntryTable(entries.where(there, 0).int(), totals, stops[:, -1].contiguous())
+    entries = (begins.gather(1, stretch) + place - (stops - counts).gather(1, stretch)).where(there, 0).int()
+    return EntryTable(entries, totals, stops[:, -1].contiguous(), None if places is None else places.slots(entries))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.kernels import choose as reference
-from kvcompile.kernels.choose import ChooseSpec, EntryTable, GroupTable, chosen_lengths, spec_of
+from kvcompile.kernels.choose import ChooseSpec, EntryTable, GroupTable, Places, chosen_lengths, spec_of
 from kvcompile.kernels.cpp import build, simd
 from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
 from kvcompile.kernels.cpp.emit.text import fill
@@ -51,7 +51,11 @@ SOURCE = """
     struct Call {
       const Number *queries, *representatives;  // [rows, G, D], [rows, room, GROUP]
       const int32_t *starts, *sizes;  // [rows, room]: a size of 0 is no group
-      int32_t* entries;               // [rows, longest]
+      int32_t *entries, *slots;       // [rows, longest]: what is read, and where it lies; slots may be null
+      int64_t* counts;                // [rows]
+      const int64_t* begins;          // [rows]: the slot of the first entry of each
+      const int32_t* table;           // [rows, pages], in place of them where rows lie in pages of `page`
+      int64_t pages, page;
       int64_t rows, room, longest;
       int64_t first;                  // entries of a row before its groups
       int64_t threads;
@@ -142,9 +146,23 @@ SOURCE = """
       return (int32_t)low;
     }
 
-    KV_INLINE int32_t* run(int32_t* to, int64_t from, int64_t count) {
+    KV_INLINE void ascend(int32_t* to, int64_t from, int64_t count) {
       for (int64_t i = 0; i < count; i++) to[i] = (int32_t)(from + i);
-      return to + most(count, 0);
+    }
+
+    // Entries [from, from + count) of a row become those from number `at` on of what it reads; what comes after them.
+    KV_INLINE int64_t list(const Call& c, int64_t row, int64_t at, int64_t from, int64_t count) {
+      if (count <= 0) return at;
+      ascend(c.entries + row * c.longest + at, from, count);
+      if (!c.slots) return at + count;
+      int32_t* to = c.slots + row * c.longest + at;
+      if (!c.table) ascend(to, c.begins[row] + from, count);
+      for (int64_t done = 0, part; c.table && done < count; done += part) {
+        int64_t entry = from + done, skip = entry % c.page;
+        part = least(count - done, c.page - skip);
+        ascend(to + done, c.table[row * c.pages + entry / c.page] * c.page + skip, part);
+      }
+      return at + count;
     }
 
     // What a row reads, by the keys of its groups.
@@ -153,16 +171,18 @@ SOURCE = """
       int64_t left = c.numbers[row], length = c.numbers[c.rows + row], end = c.numbers[2 * c.rows + row];
       int32_t cut = left > 0 ? threshold(keys, sizes, count, left) : INT32_MAX;
       for (int64_t g = 0; g < count; g++) left -= keys[g] > cut ? sizes[g] : 0;
-      int32_t *to = c.entries + row * c.longest, *stop = to + c.longest;
-      to = run(to, 0, least(c.first, length));
+      int64_t at = list(c, row, 0, 0, least(c.first, length));
       for (int64_t g = 0; g < count; g++) {
         if (keys[g] < cut) continue;
         int64_t taken = sizes[g];
         if (keys[g] == cut) taken = most(0, least(taken, left)), left -= taken;
-        to = run(to, starts[g], taken);
+        at = list(c, row, at, starts[g], taken);
       }
-      to = run(to, end, length - end);
-      while (to < stop) *to++ = 0;
+      c.counts[row] = at = list(c, row, at, end, length - end);
+      for (; at < c.longest; at++) {
+        c.entries[row * c.longest + at] = 0;
+        if (c.slots) c.slots[row * c.longest + at] = 0;
+      }
     }
 
     extern "C" void choose(const Call* call) {
@@ -246,27 +266,40 @@ def choose(
     lengths: list[int],
     agree: Agreement,
     together: int = 1,
+    places: Places | None = None,
 ) -> EntryTable:
     """Same contract as `kernels.choose.choose`, for queries on the CPU.
 
     Raises KvcompileError where queries and representatives are not of one dtype.
     """
     if queries.dtype not in TYPES:
-        return reference.choose(queries, table, wanted, lengths, agree, together)
+        return reference.choose(queries, table, wanted, lengths, agree, together, places)
     queries = queries.contiguous()
     rows, group, dim = queries.shape
     room, parts = table.sizes.shape[1], table.representatives.shape[2:-1]
     totals = chosen_lengths(table, wanted, lengths)
     entries = torch.empty(rows, max(totals), dtype=torch.int32, device=queries.device)
+    slots = None if places is None else torch.empty_like(entries)
+    counts = torch.empty(rows, dtype=torch.int64, device=queries.device)
     shape = (rows, room)
     numbers = [address("queries", queries, queries.dtype, (rows, group, dim))]
     numbers.append(address("representatives", table.representatives, queries.dtype, (*shape, *parts, dim)))
     numbers += [address(name, getattr(table, name), torch.int32, shape) for name in ("starts", "sizes")]
     threads = torch.get_num_threads() if table.representatives.numel() > SMALL else 1
-    numbers += [address("entries", entries, torch.int32, entries.shape), rows, room, entries.shape[1], table.first]
-    numbers += [threads, *wanted, *lengths, *table.ends]
+    numbers += [entries.data_ptr(), 0 if slots is None else slots.data_ptr(), counts.data_ptr(), *_where(places, rows)]
+    numbers += [rows, room, entries.shape[1], table.first, threads, *wanted, *lengths, *table.ends]
     _kernel(spec_of(queries, table, agree, together))(Struct(f"{len(numbers)}q").pack(*numbers))
-    return EntryTable(entries, totals, torch.tensor(totals, dtype=torch.int64, device=queries.device))
+    return EntryTable(entries, totals, counts, slots)
+
+
+def _where(places: Places | None, rows: int) -> list[int]:
+    """The addresses of begins and table, its width, and the entries of a page."""
+    if places is None:
+        return [0, 0, 0, 0]
+    where = places.rows
+    if places.page:
+        return [0, address("table", where, torch.int32, (rows, where.shape[-1]), (1,)), where.stride(0), places.page]
+    return [address("begins", where, torch.int64, (rows,)), 0, 0, 0]
 
 
 @lru_cache(maxsize=256)

@@ -220,9 +220,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if recall.far == "constant" and queries.shape[2] > 1:
                 queries = level(queries, step, layer)
             query = asked(queries, step.valid, step.ended)
-            rows = torch.unflatten(query, 1, (store.heads, -1)).flatten(0, 1)
+            rows = query.reshape(len(wanted), -1, query.shape[-1])
             together = store.heads if recall.heads == "shared" else 1
-            entries = step.cache.backend.choose(rows, index.table, wanted, lengths, recall.agree, together)
+            groups = rows, index.table, wanted, lengths
+            entries = step.cache.backend.choose(*groups, recall.agree, together, store.places)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
             step.cache.count_read(layer, index.table_bytes())
         return past.extended(lengths)

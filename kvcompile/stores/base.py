@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.choose import EntryTable
+from kvcompile.kernels.choose import EntryTable, Places
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import PagedView, View
 from kvcompile.kernels.spec import Part
@@ -60,6 +60,11 @@ class Store(Protocol):
     @property
     def chosen_parts(self) -> tuple[Part, ...]:
         """How a kernel must read `view(chosen)`."""
+        ...
+
+    @property
+    def places(self) -> Places | None:
+        """Where its rows lie; None: not in one memory."""
         ...
 
     @property
@@ -210,9 +215,10 @@ def overlap(keys: Tensor, values: Tensor) -> bool:
     return keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
-def tabled(chosen: Chosen, device: torch.device) -> EntryTable:
-    """What is chosen, as a table."""
-    return chosen if isinstance(chosen, EntryTable) else EntryTable.of(chosen, device)
+def tabled(chosen: Chosen, places: Places) -> tuple[EntryTable, Tensor]:
+    """What is chosen, as a table, and where it lies."""
+    table = chosen if isinstance(chosen, EntryTable) else EntryTable.of(chosen, places.rows.device)
+    return table, places.slots(table.entries) if table.slots is None else table.slots
 
 
 def scattered(
@@ -241,4 +247,4 @@ def scattered(
                 "choose the other entries of these blocks too",
             )
         slots = pages
-    return PagedView(*arrays, slots.int().contiguous(), lengths, len(lengths) // heads, heads, page, counts, *scales)
+    return PagedView(*arrays, slots.contiguous(), lengths, len(lengths) // heads, heads, page, counts, *scales)

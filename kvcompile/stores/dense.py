@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import DenseView, PagedView
 from kvcompile.kernels.spec import Part, plain
@@ -28,6 +29,7 @@ class DenseStore(Plain):
     ) -> None:
         self.keys, self.positions, self.length, self.latent = keys, positions, length, latent
         self._values = values if latent is None else None
+        self._places: Places | None = None
 
     @classmethod
     def empty(cls, keys: Tensor, values: Tensor, room: int, latent: int | None = None) -> DenseStore:
@@ -99,6 +101,7 @@ class DenseStore(Plain):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put changed tensors in place of all that are held."""
+        self._places = None
         self.keys, self.positions = change(self.keys), change(self.positions)
         self._values = None if self._values is None else change(self._values)
 
@@ -111,10 +114,17 @@ class DenseStore(Plain):
             n = self.length
             return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
         self._own_positions()
-        table = tabled(chosen, self.device)
-        rows = torch.arange(len(table), dtype=torch.int32, device=self.device).unsqueeze(1)
+        table, slots = tabled(chosen, self.places)
         keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
-        return scattered((keys, values, positions), table.entries + rows * self.keys.shape[2], table, self.heads)
+        return scattered((keys, values, positions), slots, table, self.heads)
+
+    @property
+    def places(self) -> Places:
+        """Where its rows begin."""
+        if self._places is None:
+            rows, room = self.batch * self.heads, self.keys.shape[2]
+            self._places = Places(torch.arange(rows, dtype=torch.int64, device=self.device) * room)
+        return self._places
 
     def _own_positions(self) -> None:
         self.positions = self.positions.expand(-1, self.heads, -1).contiguous()

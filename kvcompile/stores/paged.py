@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.compact import Arrays, Compactor, compact, placed
 from kvcompile.kernels.layout import PagedView
 from kvcompile.kernels.spec import Part, plain
@@ -90,8 +91,8 @@ class PagedStore(Paged, Plain):
         """What a kernel reads: all entries, or those `chosen`."""
         pages = self.pages
         if chosen is not None:
-            table = tabled(chosen, self.device)
-            return scattered((self.keys, self.values, self.positions), pages.places(table), table, self.heads)
+            table, slots = tabled(chosen, pages.places)
+            return scattered((self.keys, self.values, self.positions), slots, table, self.heads)
         return PagedView(
             self.keys,
             self.values,
@@ -103,6 +104,11 @@ class PagedStore(Paged, Plain):
             pages.pool.page,
             pages.counts,
         )
+
+    @property
+    def places(self) -> Places:
+        """The table of its pages."""
+        return self.pages.places
 
     @property
     def parts(self) -> tuple[Part, ...]:

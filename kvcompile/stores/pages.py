@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.choose import EntryTable
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.compact import Arrays, Compactor, compact, placed
 from kvcompile.stores.pool import HOST, PagePool, PageTable
 
@@ -65,11 +65,10 @@ class PagedRows:
         rows, entries = ranges(torch.zeros_like(counts), counts)
         return self.slots(rows + chosen.start, entries)
 
-    def places(self, chosen: EntryTable) -> Tensor:
-        """Where chosen entries lie, `[R, longest]` int32."""
-        page = self.pool.page
-        pages = self.table.device.gather(1, (chosen.entries // page).long())
-        return pages * page + chosen.entries % page
+    @property
+    def places(self) -> Places:
+        """The table of pages."""
+        return Places(self.table.device, self.pool.page)
 
     def step(self, headroom: int) -> Tensor:
         """Room for one more entry in every row: its slots `[R]`. The rows count as longer now."""

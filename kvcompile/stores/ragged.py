@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView, RaggedView
 from kvcompile.kernels.spec import Part, plain
@@ -124,9 +125,8 @@ class RaggedStore(Plain):
     def view(self, chosen: Chosen | None = None) -> RaggedView | PagedView:
         """What a kernel reads: all entries, or those `chosen`."""
         if chosen is not None:
-            table = tabled(chosen, self.device)
-            arrays = self.keys, self.values, self.positions
-            return scattered(arrays, table.entries + self._begins.int().unsqueeze(1), table, self.heads)
+            table, slots = tabled(chosen, self.places)
+            return scattered((self.keys, self.values, self.positions), slots, table, self.heads)
         return RaggedView(
             self.keys,
             self.values,
@@ -138,6 +138,11 @@ class RaggedStore(Plain):
             self._begins,
             self._ends,
         )
+
+    @property
+    def places(self) -> Places:
+        """Where its rows begin."""
+        return Places(self._begins)
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.choose import Chooser, ChooseSpec, EntryTable, GroupTable, spec_of
+from kvcompile.kernels.choose import Chooser, ChooseSpec, EntryTable, GroupTable, Places, spec_of
 
 SPECS = [
     ChooseSpec(form, agree, group, dim, dtype, together)
@@ -34,11 +34,19 @@ class Case:
     wanted: list[int]
     lengths: list[int]
     spec: ChooseSpec
+    places: Places | None
 
     def by(self, choose: Chooser) -> EntryTable:
         """What a chooser says."""
         spec = self.spec
-        return choose(self.queries, self.table, self.wanted, self.lengths, spec.agree, spec.together)
+        groups = self.queries, self.table, self.wanted, self.lengths
+        return choose(*groups, spec.agree, spec.together, self.places)
+
+    def slot(self, row: int, entry: int) -> int:
+        """Where an entry lies."""
+        assert self.places is not None
+        rows, page = self.places.rows.tolist(), self.places.page
+        return rows[row][entry // page] * page + entry % page if page else rows[row] + entry
 
     def scores(self, row: int) -> list[float]:
         """What the queries of a row (and of those it chooses with) want of each group, in float64."""
@@ -94,9 +102,22 @@ def case(spec: ChooseSpec, seed: int, most: int = 40, whole: bool = True) -> Cas
     starts = first + sizes.cumsum(1, dtype=torch.int32) - sizes
     starts[sizes == 0] = -(2**30)
     table = GroupTable(representatives, starts, sizes, ends, first)
-    found = Case(numbers(rows, spec.group, spec.head_dim), table, wanted, lengths, spec)
+    queries = numbers(rows, spec.group, spec.head_dim)
+    found = Case(queries, table, wanted, lengths, spec, places(seed, lengths))
     assert spec_of(found.queries, table, spec.agree, spec.together) == spec
     return found
+
+
+def places(seed: int, lengths: list[int]) -> Places | None:
+    """Nowhere known, rows that begin somewhere, or pages of three in no order."""
+    made = torch.Generator().manual_seed(seed)
+    if seed % 3 == 0:
+        return None
+    if seed % 3 == 1:
+        return Places(torch.randint(0, 10**6, (len(lengths),), generator=made))
+    pages = -(-max(lengths) // 3)
+    table = torch.randperm(len(lengths) * (pages + 1), generator=made).view(len(lengths), -1)
+    return Places(table.int()[:, :pages], 3)
 
 
 def check(choose: Chooser, one: Case) -> None:
@@ -109,6 +130,11 @@ def check(choose: Chooser, one: Case) -> None:
     assert found.entries.shape == (len(expected), max(found.lengths))
     past = torch.arange(found.entries.shape[1]) >= found.counts.unsqueeze(1)
     assert not found.entries[past].any()
+    assert (found.slots is None) == (one.places is None)
+    if found.slots is not None:
+        slots = [row[:n] for row, n in zip(found.slots.tolist(), found.lengths, strict=True)]
+        assert slots == [[one.slot(r, e) for e in row] for r, row in enumerate(expected)]
+        assert found.slots.dtype == torch.int32
 
 
 def check_near(choose: Chooser, one: Case, within: float) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, decode, encode
 from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import PagedView, RaggedView, Segment
@@ -192,9 +193,8 @@ class RaggedCodes:
         """What a kernel reads: all entries, or those `chosen`."""
         c = self.codes
         if chosen is not None:
-            table = tabled(chosen, self._begins.device)
+            table, slots = tabled(chosen, Places(self._begins))
             arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
-            slots = table.entries + self._begins.int().unsqueeze(1)
             return scattered(arrays, slots, table, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
@@ -133,6 +134,11 @@ class QuantizedStore:
         if self.codes is None:
             return self.residual.chosen_parts
         return replace(self.codes.part, layout="paged", page=self.format.block), *self.residual.chosen_parts
+
+    @property
+    def places(self) -> Places | None:
+        """Where its rows lie while nothing is encoded."""
+        return self.residual.places if self.codes is None else None
 
     @property
     def pools(self) -> list[PagePool]:

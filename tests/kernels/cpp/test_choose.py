@@ -73,7 +73,12 @@ def wrong(one: Case) -> dict[str, Case]:
         "starts of another dtype": replace(table, starts=table.starts.long()),
         "sizes that lie apart": replace(table, sizes=table.sizes.T.contiguous().T),
     }
-    return {name: replace(one, table=changed) for name, changed in tables.items()}
+    ragged, paged = case(SPECS[0], 1), case(SPECS[0], 2)
+    others = {
+        "begins of another dtype": replace(ragged, places=replace(ragged.places, rows=ragged.places.rows.int())),
+        "pages of fewer rows": replace(paged, places=replace(paged.places, rows=paged.places.rows[1:])),
+    }
+    return {name: replace(one, table=changed) for name, changed in tables.items()} | others
 
 
 @pytest.mark.parametrize("name", wrong(case(SPECS[0], 0)))
