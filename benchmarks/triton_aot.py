@@ -5,7 +5,8 @@
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
 (group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many; and where
 a score averages the attention of the last queries of a prompt, what adds that up (`window`). Then what moves the
-entries that a selection keeps, by bytes of an entry (and tokens that share it).
+entries that a selection keeps, by bytes of an entry (and tokens that share it), and what scores the groups that a
+step may recall.
 `--sample`: a few of them, for the tests. What was compiled once comes from Triton's own cache. Exits with 1 where a
 kernel spills for an unknown reason, or takes more shared memory than the target has. Nothing is run.
 """
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
+from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.plan.plan import Plan
@@ -156,20 +159,57 @@ def moved(job: tuple[CompactSpec, str]) -> tuple[int, int, int]:
     return made.registers, made.spilled, made.shared
 
 
-def table_of_moves(
-    jobs: list[tuple[CompactSpec, str]], results: list[tuple[int, int, int]], recipes: dict[CompactSpec, list[str]]
+def choosers() -> dict[ChooseSpec, list[str]]:
+    """What scores groups that a step may recall, and the recipes that lead to it; both forms whether or not one does."""
+    from kvcompile.recall.choice import chooser
+
+    specs: dict[ChooseSpec, list[str]] = {
+        ChooseSpec(form, agree, group, dim, dtype): []
+        for form, agree in (("vector", "mean"), ("bounds", "mean"), ("bounds", "max"))
+        for group, dim, dtype in ((4, 128, "float16"), (3, 64, "float32"))
+    }
+    for _, recipe, plan in plans():
+        for p in plan.layers:
+            if (one := chooser(plan, p.index)) is not None:
+                names = specs.setdefault(one, [])
+                names += [recipe] * (recipe not in names)
+    return specs
+
+
+def sample_of_choosers() -> list[tuple[ChooseSpec, str]]:
+    """A scoring kernel for each target."""
+    ways = (("vector", "mean", 128), ("bounds", "mean", 80), ("bounds", "max", 128))
+    return [
+        (ChooseSpec(form, agree, 4, dim, "float16"), target)
+        for (form, agree, dim), target in zip(ways, TARGETS, strict=True)
+    ]
+
+
+def scored(job: tuple[ChooseSpec, str]) -> tuple[int, int, int]:
+    """Registers, spilled bytes, shared bytes of a scoring kernel."""
+    from kvcompile.kernels.triton.aot import compile_choose
+
+    result = compile_choose(*job)
+    return result.registers, result.spilled, result.shared
+
+
+def table_beside(
+    kind: str,
+    jobs: Sequence[tuple[CompactSpec | ChooseSpec, str]],
+    results: list[tuple[int, int, int]],
+    recipes: Mapping[Any, list[str]],
 ) -> tuple[str, list[str]]:
-    """Markdown, and what is wrong."""
-    cells: dict[CompactSpec, dict[str, str]] = {}
+    """Markdown of kernels beside attention, and what is wrong."""
+    cells: dict[CompactSpec | ChooseSpec, dict[str, str]] = {}
     wrong = []
     for (one, target), (registers, spilled, shared) in zip(jobs, results, strict=True):
         cells.setdefault(one, {})[target] = cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
         if spilled:
-            wrong.append(f"compaction {one.name} on {target}: {cell} ({UNEXPLAINED})")
+            wrong.append(f"{kind} {one.name} on {target}: {cell} ({UNEXPLAINED})")
     rows = [
         [one.name, *(row.get(t, "") for t in TARGETS), ", ".join(recipes.get(one, []))] for one, row in cells.items()
     ]
-    return tabulate(rows, ["compaction", *TARGETS, "recipes"], tablefmt="github", disable_numparse=True), wrong
+    return tabulate(rows, [kind, *TARGETS, "recipes"], tablefmt="github", disable_numparse=True), wrong
 
 
 def compiled(job: Job) -> list[tuple[str, int, int, int]]:
@@ -230,12 +270,18 @@ def main() -> int:
     args = parser.parse_args()
     jobs = sample() if args.sample else jobs_of_all()
     recipes = {} if args.sample else compactions()
+    choosing = {} if args.sample else choosers()
     moves = sample_of_moves() if args.sample else [(one, t) for one in recipes for t in TARGETS]
+    choices = sample_of_choosers() if args.sample else [(one, t) for one in choosing for t in TARGETS]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         results, moving = list(pool.map(compiled, jobs)), list(pool.map(moved, moves))
+        scoring = list(pool.map(scored, choices))
     text, wrong = table(jobs, results)
-    text_of_moves, more = table_of_moves(moves, moving, recipes)
-    wrong += more
+    beside = [
+        table_beside("compaction", moves, moving, recipes),
+        table_beside("scores of groups", choices, scoring, choosing),
+    ]
+    wrong += [line for _, lines in beside for line in lines]
     import triton
 
     title = "# Generated Triton kernels, compiled ahead of time"
@@ -243,11 +289,12 @@ def main() -> int:
         f"`python {' '.join(sys.argv)}`, triton {triton.__version__}.",
         "Registers a thread / bytes spilled a thread / shared memory a program. Default cuts;",
         "nothing was run, so nothing here says how fast a kernel is.",
-        f"{len(wrong)} of {sum(map(len, results)) + len(moving)} kernels spill or take too much shared memory.",
+        f"{len(wrong)} of {sum(map(len, results)) + len(moving) + len(scoring)} kernels spill or take too much shared memory.",
     ]
     reasons = "\n".join(f"- {w}" for w in wrong)
     shown = [] if args.sample else ["## The recipes that lead to them", reached()]
-    page = "\n\n".join(x for x in (title, "\n".join(notes), text, text_of_moves, reasons, *shown) if x) + "\n"
+    tables = (text, *(one for one, _ in beside))
+    page = "\n\n".join(x for x in (title, "\n".join(notes), *tables, reasons, *shown) if x) + "\n"
     print(page)
     if args.out:
         Path(args.out).write_text(page, "utf-8")

@@ -134,13 +134,14 @@ SOURCE = """
       return sum;
     }
 
-    // The largest key such that the groups that have it or a larger one hold all that is wanted.
+    // A key such that the groups that have a larger one hold less than what is wanted, those that have it too enough.
     KV_INLINE int32_t threshold(const int32_t* keys, const int32_t* sizes, int64_t count, int64_t wanted) {
       int64_t low = INT32_MAX, high = INT32_MIN;
       for (int64_t g = 0; g < count; g++) low = least(low, keys[g]), high = most(high, keys[g]);
       for (high++; high - low > 1;) {
-        int64_t middle = low + (high - low) / 2;
-        if (held(keys, sizes, count, (int32_t)middle) >= wanted) low = middle;
+        int64_t middle = low + (high - low) / 2, sum = held(keys, sizes, count, (int32_t)middle);
+        if (sum == wanted) return (int32_t)middle;  // nothing is cut
+        if (sum > wanted) low = middle;
         else high = middle;
       }
       return (int32_t)low;

@@ -18,9 +18,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
 from kvcompile.kernels.spec import KernelSpec
-from kvcompile.kernels.triton.compact import CHOICE, compaction
+from kvcompile.kernels.triton.entries import choose, compact
 from kvcompile.kernels.triton.forms import Form, power_of_two
 from kvcompile.kernels.triton.launch import kernels
 from kvcompile.kernels.triton.parts import Argument
@@ -82,8 +83,14 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 def compile_compact(spec: CompactSpec, target: str) -> Compiled:
     """The compaction kernel of a spec."""
-    generated, module = compaction(spec)
-    return compile_kernel(module.compact, generated.arguments, {}, "float16", target, CHOICE)
+    generated, module = compact.compaction(spec)
+    return compile_kernel(module.compact, generated.arguments, {}, "float16", target, compact.CHOICE)
+
+
+def compile_choose(spec: ChooseSpec, target: str) -> Compiled:
+    """The kernel that scores the groups of a spec."""
+    generated, module = choose.scoring(spec)
+    return compile_kernel(module.score, generated.arguments, {}, spec.dtype, target, choose.CHOICE)
 
 
 def compile_spec(

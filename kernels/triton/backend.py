@@ -16,14 +16,18 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels import compact as reference
 from kvcompile.kernels import sdpa
 from kvcompile.kernels.backend import Backend, Sources
+from kvcompile.kernels.choose import ChooseSpec, EntryTable, GroupTable, Places
+from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.pointers import opaque
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
-from kvcompile.kernels.triton.compact import Compaction
 from kvcompile.kernels.triton.emit import Kernels
+from kvcompile.kernels.triton.entries.choose import Scoring
+from kvcompile.kernels.triton.entries.compact import Compaction
 from kvcompile.kernels.triton.forms import KINDS
+from kvcompile.plan.recall import Agreement
 
 QUERY_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPLIT = (("", 1), ("-split", 2))  # ends of names of kernels whose rows one program reads, or several
@@ -85,9 +89,28 @@ def compact(source: Arrays, target: Arrays, kept: Tensor, counts: list[int], fir
     ready(kept.device.type)
     if source.learns or target.learns:
         return reference.compact(source, target, kept, counts, first)
-    from kvcompile.kernels.triton import compact as generated
+    from kvcompile.kernels.triton.entries import compact as generated
 
     generated.compact(source, target, kept, counts, first)
+
+
+@opaque
+def choose(
+    queries: Tensor,
+    table: GroupTable,
+    wanted: list[int],
+    lengths: list[int],
+    agree: Agreement,
+    together: int = 1,
+    places: Places | None = None,
+) -> EntryTable:
+    """Same contract as `kernels.choose.choose`. Raises KvcompileError where there is no GPU or interpreter."""
+    ready(queries.device.type)
+    if queries.dtype not in QUERY_TYPES:
+        return choose_by_torch(queries, table, wanted, lengths, agree, together, places)
+    from kvcompile.kernels.triton.entries import choose as generated
+
+    return generated.choose(queries, table, wanted, lengths, agree, together, places)
 
 
 def written(spec: KernelSpec) -> str:
@@ -157,6 +180,10 @@ class TritonSources(Sources):
         """Of any spec."""
         return {f"compact-{spec.name}.py": Compaction(spec).text}
 
+    def choose(self, spec: ChooseSpec) -> dict[str, str]:
+        """What scores the groups, for queries of the dtypes that there are kernels for."""
+        return {f"{spec.name}.py": Scoring(spec).text} if getattr(torch, spec.dtype) in QUERY_TYPES else {}
+
 
 TRITON = Backend(
     "triton",
@@ -166,5 +193,6 @@ TRITON = Backend(
     library_prompts=True,
     column_sums=column_sums,
     compact=compact,
+    choose=choose,
     sources=TritonSources(),
 )

@@ -59,7 +59,7 @@ def test_it_is_encoded_and_decoded_by_its_own_functions() -> None:
 
 def test_the_encoder_of_triton_refuses_it_too() -> None:
     pytest.importorskip("triton")
-    from kvcompile.kernels.triton.encode import Encoder
+    from kvcompile.kernels.triton.entries.encode import Encoder
 
     with pytest.raises(KvcompileError, match="got odd4t"):
         Encoder(ODD, 64)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
+from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.codecs import encode
 from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.dispatch import TRITON, choose
@@ -21,13 +22,16 @@ from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, tuning
 from kvcompile.kernels.triton import fragments as f
-from kvcompile.kernels.triton.encode import append
+from kvcompile.kernels.triton.entries.encode import append
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
 from kvcompile.plan.storage import Codec
 from kvcompile.runtime.layer import LayerCache
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
+from choices import SPECS, check_near  # noqa: E402
+from choices import case as choosing  # noqa: E402
+from choices import check as check_choice  # noqa: E402
 from choosing import STORES, choice, filled, gathered, within  # noqa: E402
 from misread import DIM, FLAT, HELD, TABLE, WRONG  # noqa: E402
 from moves import FEW, check  # noqa: E402
@@ -389,6 +393,22 @@ def test_no_kernel_is_launched_on_what_it_would_misread(name: str, many: bool) -
     spec = KernelSpec((part,), 2, DIM, DIM, 0.25, scores=True, sink=True)
     with pytest.raises(KvcompileError, match="a kernel reads"):
         backend.attend(asked, view, spec, sums)
+
+
+@pytest.mark.parametrize("one", SPECS, ids=lambda spec: spec.name)
+def test_the_best_groups_are_chosen(one: ChooseSpec) -> None:
+    """By scores of the generated kernel; what lies in the room behind the groups of a row is NaN."""
+    for seed in range(6):
+        check_choice(backend.choose, choosing(one, seed))
+    check_near(backend.choose, choosing(one, 1, most=100, whole=False), 1e-4)
+
+
+def test_nothing_is_scored_that_would_be_misread() -> None:
+    one = choosing(SPECS[0], 0)
+    x = one.table.representatives
+    for wrong in (x.half(), x[..., :-1].contiguous(), x[1:], x.transpose(0, 1).contiguous().transpose(0, 1)):
+        with pytest.raises(KvcompileError, match="a kernel reads"):
+            replace(one, table=replace(one.table, representatives=wrong)).by(TRITON.choose)
 
 
 def test_no_compaction_is_launched_on_what_it_would_misread() -> None:
