@@ -7,8 +7,9 @@ Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4,
 a score averages the attention of the last queries of a prompt, what adds that up (`window`). Then what moves the
 entries that a selection keeps, by bytes of an entry (and tokens that share it), and what scores the groups that a
 step may recall.
-`--sample`: a few of them, for the tests. What was compiled once comes from Triton's own cache. Exits with 1 where a
-kernel spills for an unknown reason, or takes more shared memory than the target has. Nothing is run.
+`--sample`: a few of them, for the tests. `--recall`: only attention to what a step chooses, and what scores groups.
+What was compiled once comes from Triton's own cache. Exits with 1 where a kernel spills for an unknown reason, or takes
+more shared memory than the target has. Nothing is run.
 """
 
 from __future__ import annotations
@@ -101,6 +102,17 @@ def of_recipes(window: bool = False) -> dict[tuple[KernelSpec, str], list[str]]:
     return found
 
 
+def of_recalls() -> list[Job]:
+    """Attention to what a step of the recipes chooses, one new token a sequence, for every target."""
+    from kvcompile.runtime.cache import KVCache
+
+    specs: dict[tuple[KernelSpec, str], None] = {}
+    for dtype, _, plan in plans():
+        cache = KVCache(plan)
+        specs |= {(one, dtype): None for p in plan.layers for one in cache.recalling(p.index)}
+    return [(one, dtype, "one", target) for one, dtype in specs for target in TARGETS]
+
+
 def every() -> list[tuple[KernelSpec, str]]:
     """Specs of the recipes, then other formats, layouts, head dims and features; with the dtypes of their queries."""
     found = list(of_recipes())
@@ -160,7 +172,7 @@ def moved(job: tuple[CompactSpec, str]) -> tuple[int, int, int]:
 
 
 def choosers() -> dict[ChooseSpec, list[str]]:
-    """What scores groups that a step may recall, and the recipes that lead to it; both forms whether or not one does."""
+    """What scores groups that a step may recall, and the recipes that lead to it; both forms in any case."""
     from kvcompile.recall.choice import chooser
 
     specs: dict[ChooseSpec, list[str]] = {
@@ -209,7 +221,8 @@ def table_beside(
     rows = [
         [one.name, *(row.get(t, "") for t in TARGETS), ", ".join(recipes.get(one, []))] for one, row in cells.items()
     ]
-    return tabulate(rows, [kind, *TARGETS, "recipes"], tablefmt="github", disable_numparse=True), wrong
+    head = [kind, *TARGETS, "recipes"]
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True) if rows else "", wrong
 
 
 def compiled(job: Job) -> list[tuple[str, int, int, int]]:
@@ -265,11 +278,12 @@ def main() -> int:
     """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true")
+    parser.add_argument("--recall", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out")
     args = parser.parse_args()
-    jobs = sample() if args.sample else jobs_of_all()
-    recipes = {} if args.sample else compactions()
+    jobs = sample() if args.sample else of_recalls() if args.recall else jobs_of_all()
+    recipes = {} if args.sample or args.recall else compactions()
     choosing = {} if args.sample else choosers()
     moves = sample_of_moves() if args.sample else [(one, t) for one in recipes for t in TARGETS]
     choices = sample_of_choosers() if args.sample else [(one, t) for one in choosing for t in TARGETS]
@@ -282,6 +296,7 @@ def main() -> int:
         table_beside("scores of groups", choices, scoring, choosing),
     ]
     wrong += [line for _, lines in beside for line in lines]
+    total = sum(map(len, results)) + len(moving) + len(scoring)
     import triton
 
     title = "# Generated Triton kernels, compiled ahead of time"
@@ -289,10 +304,10 @@ def main() -> int:
         f"`python {' '.join(sys.argv)}`, triton {triton.__version__}.",
         "Registers a thread / bytes spilled a thread / shared memory a program. Default cuts;",
         "nothing was run, so nothing here says how fast a kernel is.",
-        f"{len(wrong)} of {sum(map(len, results)) + len(moving) + len(scoring)} kernels spill or take too much shared memory.",
+        f"{len(wrong)} of {total} kernels spill or take too much shared memory.",
     ]
     reasons = "\n".join(f"- {w}" for w in wrong)
-    shown = [] if args.sample else ["## The recipes that lead to them", reached()]
+    shown = [] if args.sample or args.recall else ["## The recipes that lead to them", reached()]
     tables = (text, *(one for one, _ in beside))
     page = "\n\n".join(x for x in (title, "\n".join(notes), *tables, reasons, *shown) if x) + "\n"
     print(page)
