@@ -70,6 +70,10 @@ class Places:
             return entries + self.rows.int().unsqueeze(1)
         return self.rows.gather(1, (entries // self.page).long()) * self.page + entries % self.page
 
+    def of(self, table: EntryTable) -> Tensor:
+        """Where the entries of a table lie, `[R, longest]` int32."""
+        return self.slots(table.entries) if table.slots is None else table.slots
+
 
 @dataclass(frozen=True)
 class EntryTable:

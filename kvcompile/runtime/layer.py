@@ -223,7 +223,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             rows = query.reshape(len(wanted), -1, query.shape[-1])
             together = store.heads if recall.heads == "shared" else 1
             groups = rows, index.table, wanted, lengths
-            entries = step.cache.backend.choose(*groups, recall.agree, together, store.places)
+            places = store.places if store.device == rows.device else None
+            entries = step.cache.backend.choose(*groups, recall.agree, together, places)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
             step.cache.count_read(layer, index.table_bytes())
         return past.extended(lengths)

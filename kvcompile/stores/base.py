@@ -215,10 +215,13 @@ def overlap(keys: Tensor, values: Tensor) -> bool:
     return keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
 
 
-def tabled(chosen: Chosen, places: Places) -> tuple[EntryTable, Tensor]:
-    """What is chosen, as a table, and where it lies."""
-    table = chosen if isinstance(chosen, EntryTable) else EntryTable.of(chosen, places.rows.device)
-    return table, places.slots(table.entries) if table.slots is None else table.slots
+def tabled(chosen: Chosen, device: torch.device) -> EntryTable:
+    """What is chosen, as a table on a device."""
+    if not isinstance(chosen, EntryTable):
+        return EntryTable.of(chosen, device)
+    if chosen.entries.device == device:
+        return chosen
+    return EntryTable(chosen.entries.to(device), chosen.lengths, chosen.counts.to(device))
 
 
 def scattered(

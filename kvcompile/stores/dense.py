@@ -114,9 +114,9 @@ class DenseStore(Plain):
             n = self.length
             return DenseView(self.keys[:, :, :n], self.values[:, :, :n], self.positions[:, :, :n])
         self._own_positions()
-        table, slots = tabled(chosen, self.places)
+        table = tabled(chosen, self.device)
         keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
-        return scattered((keys, values, positions), slots, table, self.heads)
+        return scattered((keys, values, positions), self.places.of(table), table, self.heads)
 
     @property
     def places(self) -> Places:

@@ -91,8 +91,8 @@ class PagedStore(Paged, Plain):
         """What a kernel reads: all entries, or those `chosen`."""
         pages = self.pages
         if chosen is not None:
-            table, slots = tabled(chosen, pages.places)
-            return scattered((self.keys, self.values, self.positions), slots, table, self.heads)
+            table = tabled(chosen, self.device)
+            return scattered((self.keys, self.values, self.positions), pages.places.of(table), table, self.heads)
         return PagedView(
             self.keys,
             self.values,

@@ -125,8 +125,8 @@ class RaggedStore(Plain):
     def view(self, chosen: Chosen | None = None) -> RaggedView | PagedView:
         """What a kernel reads: all entries, or those `chosen`."""
         if chosen is not None:
-            table, slots = tabled(chosen, self.places)
-            return scattered((self.keys, self.values, self.positions), slots, table, self.heads)
+            table = tabled(chosen, self.device)
+            return scattered((self.keys, self.values, self.positions), self.places.of(table), table, self.heads)
         return RaggedView(
             self.keys,
             self.values,

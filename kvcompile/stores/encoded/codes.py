@@ -193,8 +193,9 @@ class RaggedCodes:
         """What a kernel reads: all entries, or those `chosen`."""
         c = self.codes
         if chosen is not None:
-            table, slots = tabled(chosen, Places(self._begins))
+            table = tabled(chosen, self._begins.device)
             arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
+            slots = Places(self._begins).of(table)
             return scattered(arrays, slots, table, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,

@@ -36,10 +36,10 @@ class PagedCodes(Paged):
         """What a kernel reads: all entries, or those `chosen`."""
         pages, buffers = self.pages, self.pages.pool.buffers
         if chosen is not None:
-            table, slots = tabled(chosen, pages.places)
+            table = tabled(chosen, pages.where)
             arrays = buffers["keys"], buffers["values"], buffers["positions"]
             scales = buffers.get("key_scales"), buffers.get("value_scales")
-            return scattered(arrays, slots, table, self.heads, self.format.block, scales)
+            return scattered(arrays, pages.places.of(table), table, self.heads, self.format.block, scales)
         return PagedView(
             buffers["keys"],
             buffers["values"],
