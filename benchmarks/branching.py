@@ -107,6 +107,7 @@ class Branching:
         for layer in branch.layers:
             layer.group_new(step)
             layer.flush(branch.headroom, release=True)
+            layer.to_host()
         return branch
 
     def decode(self, cache: KVCache, count: int) -> list[int]:

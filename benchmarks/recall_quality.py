@@ -15,7 +15,8 @@ seen: text and question are one prompt but for its last token, which is the firs
 Every token of an answer is so predicted by a step over the stack's own cache, run by the stack's own graph. Perplexity:
 of tokens that follow a context of the same length, step by step. Bytes are measured on the live caches, at the first
 step of a hidden question: held on the device (index included), held in host memory, read by the step; shares are of the
-uncompressed cache in the same dtype. The results go to OUT.json as they come: the same command goes on where it ended.
+uncompressed cache in the same dtype. The results of a text go to OUT-TEXT.json as they come: the same command goes on
+where it ended, and two that differ in `--texts` alone may run side by side; the table is of what both have written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,27 @@ class Row:
 
 @dataclass
 class Book:
-    """What has been measured, by row: written down after each prompt, and read again by the next run."""
+    """What has been measured on one text, by row: written down after each prompt, and read again by the next run."""
 
     path: Path
-    rows: dict[str, Record] = field(default_factory=dict)
+    rows: dict[str, Record]
 
-    def open(self, row: Row) -> Record:
+    @classmethod
+    def at(cls, path: Path) -> Book:
+        """What the file holds, if there is one."""
+        return cls(path, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+
+    def of(self, row: Row) -> Record:
         """The record of a row. Raises KvcompileError where it was measured with other settings."""
-        record = self.rows.setdefault(
-            row.label, {"stack": " ".join(row.overrides), "hidden": {}, "seen": {}, "losses": {}, "bytes": []}
-        )
-        if record["stack"] != " ".join(row.overrides):
+        stack = " ".join(row.overrides)
+        record = self.rows.setdefault(row.label, {"stack": stack, "hidden": "", "seen": "", "losses": [], "bytes": []})
+        if record["stack"] != stack:
             raise KvcompileError(f"{row.label}: one file, one setting", record["stack"], "another --out")
         return record
 
     def save(self) -> None:
         """Write it down."""
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
 
 def detokenized(text: str) -> str:
@@ -149,54 +154,52 @@ def readers(rows: Sequence[Row]) -> list[Branching]:
 
 @dataclass
 class Bench:
-    """Everything that is measured, on one model."""
+    """Everything that is measured of the rows, on one text."""
 
     tokenizer: Any
     rows: list[Row]
-    book: Book
     task: NeedleTask
+    book: Book
 
-    def needles(self, name: str, source: str, settings: Sequence[str]) -> None:
-        """Every prompt of a haystack, hidden and seen, through every row that has not seen it."""
-        for number, prompt in enumerate(replace(self.task, source=source).prompts(self.tokenizer)):
-            left = {s: [r for r in self.rows if len(self.book.open(r)[s].get(name, "")) == number] for s in settings}
+    def needles(self, settings: Sequence[str]) -> None:
+        """Every prompt, hidden and seen, through every row that has not seen it."""
+        for number, prompt in enumerate(self.task.prompts(self.tokenizer)):
+            left = {s: [r for r in self.rows if len(self.book.of(r)[s]) == number] for s in settings}
             runs = readers([row for rows in left.values() for row in rows])
             for run in runs:
                 run.prefill(prompt.ids[: prompt.context])
             for row in left.get("hidden", []):
-                self.ask(row, name, "hidden", prompt)
+                self.ask(row, "hidden", prompt)
             if left.get("seen"):
                 for run in runs:
                     run.extend(prompt.ids[prompt.context : -1])
                 for row in left["seen"]:
-                    self.ask(row, name, "seen", prompt)
+                    self.ask(row, "seen", prompt)
             self.book.save()
-            print(f"{name} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
+            print(f"{self.book.path.stem} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
 
     @torch.inference_mode()
-    def ask(self, row: Row, name: str, setting: str, prompt: NeedlePrompt) -> None:
+    def ask(self, row: Row, setting: str, prompt: NeedlePrompt) -> None:
         """One answer, and whether its number is the right one."""
-        record, read = self.book.open(row), prompt.context if setting == "hidden" else len(prompt.ids) - 1
+        record, read = self.book.of(row), prompt.context if setting == "hidden" else len(prompt.ids) - 1
         cache, question = row.cache(prompt.ids[:read]), prompt.ids[read:]
         if setting == "hidden":
             record["bytes"].append(measured(row, cache, question[0]))
             question = question[1:]
         text = self.tokenizer.decode(said(row, cache, question, self.task.max_new_tokens))
-        right = prompt.answer in re.findall(r"\d+", text)
-        record[setting][name] = record[setting].get(name, "") + str(int(right))
+        record[setting] += str(int(prompt.answer in re.findall(r"\d+", text)))
 
-    def perplexity(self, name: str, text: list[str], windows: int, tokens: int) -> None:
+    def perplexity(self, text: list[str], windows: int, tokens: int) -> None:
         """Mean loss of each window through every row that has not read it."""
         ids = torch.tensor(self.tokenizer(" ".join(text))["input_ids"])
         for number, window in enumerate(spread(ids, self.task.tokens, tokens, windows).tolist()):
-            left = [r for r in self.rows if len(self.book.open(r)["losses"].get(name, [])) == number]
+            left = [r for r in self.rows if len(self.book.of(r)["losses"]) == number]
             for run in readers(left):
                 run.prefill(window[: self.task.tokens])
             for row in left:
-                loss = self.loss(row, window)
-                self.book.open(row)["losses"].setdefault(name, []).append(round(loss, 4))
+                self.book.of(row)["losses"].append(round(self.loss(row, window), 4))
             self.book.save()
-            print(f"{name} perplexity {number + 1}/{windows}", file=sys.stderr, flush=True)
+            print(f"{self.book.path.stem} perplexity {number + 1}/{windows}", file=sys.stderr, flush=True)
 
     @torch.inference_mode()
     def loss(self, row: Row, window: Sequence[int]) -> float:
@@ -207,44 +210,44 @@ class Bench:
         return total / (len(rest) - 1)
 
 
-def percent(values: tuple[float, ...]) -> str:
-    """A share of answers and its interval."""
-    share, low, high = (100 * v for v in values)
-    return f"{share:.0f} ({low:.0f}-{high:.0f})"
+def answers(marks: str) -> str:
+    """Share of right answers, and Wilson's interval."""
+    right, count = marks.count("1"), len(marks)
+    low, high = wilson(right, count)
+    return f"{100 * right / count:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def answers(record: Record, setting: str) -> str:
-    """Share of right answers in all haystacks, and Wilson's interval."""
-    marks = "".join(record[setting].values())
-    right = marks.count("1")
-    return percent((right / len(marks), *wilson(right, len(marks)))) if marks else ""
-
-
-def cells(record: Record, dense: Record) -> Record:
-    """One line of the table."""
+def cells(records: dict[str, Record], dense: dict[str, Record]) -> Record:
+    """One line of the table, out of the records of a row and of the uncompressed model by text."""
     line: Record = {}
-    for name, marks in record["hidden"].items():
-        line[f"hidden, {name} %"] = f"{100 * marks.count('1') / len(marks):.0f}"
-    line["hidden % (95 %)"], line["seen % (95 %)"] = answers(record, "hidden"), answers(record, "seen")
-    for name, losses in record["losses"].items():
-        line[f"perplexity, {name}"] = f"{math.exp(sum(losses) / len(losses)):.2f}"
-    pairs = [(a, b) for name, of in record["losses"].items() for a, b in zip(of, dense["losses"][name], strict=False)]
+    for setting in ("hidden", "seen"):
+        marks = {name: record[setting] for name, record in records.items() if record[setting]}
+        line |= {f"{setting}, {name} %": f"{100 * m.count('1') / len(m):.0f}" for name, m in marks.items()}
+        if marks:
+            line[f"{setting} % (95 %)"] = answers("".join(marks.values()))
+    pairs = []
+    for name, record in records.items():
+        if record["losses"]:
+            line[f"perplexity, {name}"] = f"{math.exp(sum(record['losses']) / len(record['losses'])):.2f}"
+            pairs += list(zip(record["losses"], dense[name]["losses"], strict=False))
     if pairs:
         line["x dense (95 %)"] = "{:.3f} ({:.3f}-{:.3f})".format(*ratio(*zip(*pairs, strict=True)))
-    count = min(len(record["bytes"]), len(dense["bytes"]))
-    for name, of in (("device", "device"), ("host", "device"), ("read", "read")):
-        share = sum(b[name] for b in record["bytes"][:count]) / max(1, sum(b[of] for b in dense["bytes"][:count]))
-        line[f"{name} %"] = f"{100 * share:.2f}"
+    both = [pair for name, r in records.items() for pair in zip(r["bytes"], dense[name]["bytes"], strict=False)]
+    for kind, of in (("device", "device"), ("host", "device"), ("read", "read")):
+        share = sum(mine[kind] for mine, _ in both) / max(1, sum(whole[of] for _, whole in both))
+        line[f"{kind} %"] = f"{100 * share:.2f}"
     return line
 
 
-def table(rows: dict[str, Record]) -> str:
+def table(labels: Sequence[str], books: dict[str, Book]) -> str:
     """All rows as Markdown, uncompressed first, with their stacks below."""
-    lines = [{"row": label, **cells(record, rows[DENSE])} for label, record in rows.items()]
+    rows = {label: {name: book.rows[label] for name, book in books.items() if label in book.rows} for label in labels}
+    lines = [{"row": label, **cells(records, rows[DENSE])} for label, records in rows.items()]
     keys = list(dict.fromkeys(key for line in lines for key in line))
     body = [[line.get(key, "") for key in keys] for line in lines]
-    text = tabulate(body, keys, tablefmt="github", disable_numparse=True)
-    return text + "\n\n" + "\n".join(f"- {label}: `{r['stack'] or 'as it is'}`" for label, r in rows.items()) + "\n"
+    known = {label: next(iter(records.values()))["stack"] for label, records in rows.items() if records}
+    below = "\n".join(f"- {label}: `{stack or 'as it is'}`" for label, stack in known.items())
+    return f"{tabulate(body, keys, tablefmt='github', disable_numparse=True)}\n\n{below}\n"
 
 
 def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
@@ -252,13 +255,14 @@ def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
     planner, calibrated = Planner(model.config, args.dtype, args.tokens), Remembering(model, tokenizer)
     lines = Path(args.stacks).read_text(encoding="utf-8").splitlines()
     overrides: dict[str, list[str]] = {DENSE: []}
+    plans = {DENSE: planner.plan([], calibrated)}
     for stack in stacks(lines, [Fraction(share) for share in args.shares]):
         if any(part in stack.label for part in args.rows):
             try:
                 overrides[stack.label] = planner.fitted(stack)
+                plans[stack.label] = planner.plan(overrides[stack.label], calibrated)
             except KvcompileError as error:
                 print(f"left out: {error}", file=sys.stderr)
-    plans = {label: planner.plan(chosen, calibrated) for label, chosen in overrides.items()}
     runs = {basis: Branching(model, rotated=basis) for basis in {rotated(plan) for plan in plans.values()}}
     rows = []
     for label, plan in plans.items():
@@ -280,9 +284,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--half", choices=["a", "b"], default="b")
     parser.add_argument("--wikitext", default=os.environ.get(WIKITEXT), help="WikiText-2's test text")
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--form", default="magic")
+    parser.add_argument("--texts", nargs="+", choices=["python", "wikitext"], help="those that this run measures")
     parser.add_argument("--settings", nargs="+", default=["hidden", "seen"])
     parser.add_argument("--windows", type=int, default=8, help="of perplexity, in each text")
     parser.add_argument("--scored", type=int, default=24, help="tokens of a window")
@@ -297,23 +302,30 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load(replace(compose(args.model).model, dtype=args.dtype, device="cpu"))
     task = NeedleTask(tokens=args.tokens, samples=args.samples, form=args.form, seed="ab".index(args.half))
-    path = Path(args.out + ".json")
-    book = Book(path, json.loads(path.read_text()) if path.exists() else {})
-    bench = Bench(tokenizer, rows_of(args, model, tokenizer), book, task)
+    rows, texts = rows_of(args, model, tokenizer), haystacks(args.wikitext, args.half)
+    books = {name: Book.at(Path(f"{args.out}-{name}.json")) for name in texts}
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in haystacks(args.wikitext, args.half).items():
+        for name in args.texts or texts:
             source = Path(folder, name)
-            source.write_text("\n\n".join(text), encoding="utf-8")
-            bench.needles(name, str(source), args.settings)
+            source.write_text("\n\n".join(texts[name]), encoding="utf-8")
+            bench = Bench(tokenizer, rows, replace(task, source=str(source)), books[name])
+            bench.needles(args.settings)
             if args.windows:
-                bench.perplexity(name, text, args.windows, args.scored)
+                bench.perplexity(texts[name], args.windows, args.scored)
+    books = {name: Book.at(book.path) for name, book in books.items()}  # another process may have written one
     head = f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
-    head += (
-        f"{args.dtype}, {args.tokens} tokens, {args.samples} prompts a cell\n\n    python {shlex.join(sys.argv)}\n\n"
-    )
-    text = head + table({row.label: book.rows[row.label] for row in bench.rows})
+    head += f"{args.dtype}, {args.tokens} tokens, {args.samples} prompts a cell\n\n    {command()}\n\n"
+    text = head + table([row.label for row in rows], books)
     Path(args.out + ".md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def command() -> str:
+    """The command line, the folder of the text left out."""
+    words = list(sys.argv)
+    if "--wikitext" in words:
+        words[words.index("--wikitext") + 1] = "FILE"
+    return f"python {shlex.join(words)}"
 
 
 if __name__ == "__main__":

@@ -92,13 +92,17 @@ def steps(model: Any, cache: Any, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "stack", ["quest", "quest,kivi", "adakv", "kivi", "h2o"], ids=lambda stack: stack.replace(",", "+")
+    "stack", ["quest", "quest,kivi", "clusterkv", "adakv", "h2o,offload"], ids=lambda stack: stack.replace(",", "+")
 )
 def test_a_branch_goes_on_as_the_stack_itself_does(stack: str) -> None:
     ids = tiny_ids(1, 80, seed=11)[0].tolist()
-    small = ["stack.quest.page=4", "stack.quest.sinks=2", "stack.quest.recent=8", "stack.quest.budget=16"]
-    small = [*small, "stack.quest.skip_layers=[]"] if "quest" in stack else []
-    config = compose([f"policy=[{stack}]", *small, *(["stack.kivi.residual=32"] if "kivi" in stack else [])])
+    sizes = {
+        "quest": ["page=4", "sinks=2", "recent=8", "budget=16", "skip_layers=[]"],
+        "clusterkv": ["tokens_per_cluster=4", "sinks=2", "recent=8", "budget=16", "skip_layers=[]"],
+        "kivi": ["residual=32"],
+    }
+    small = [f"stack.{name}.{size}" for name in stack.split(",") for size in sizes.get(name, [])]
+    config = compose([f"policy=[{stack}]", *small])
     plan = plan_of(dense().config, "float32", config, config.policies())
     runs = branching(dense())
     runs.prefill(ids[:40])
@@ -106,6 +110,7 @@ def test_a_branch_goes_on_as_the_stack_itself_does(stack: str) -> None:
     cache, model = runs.branch(plan), runs.compiled(plan)
     with torch.no_grad():
         expected = compile_plan(shared(dense()), plan)(torch.tensor([ids[:60]])).past_key_values
+    assert [layer.host_bytes_held() for layer in cache.layers] == [x.host_bytes_held() for x in expected.layers]
     assert torch.allclose(steps(model, cache, ids[60:]), steps(model, expected, ids[60:]), atol=1e-5)
     assert runs.cache.nbytes() == runs.branch(runs.identity).nbytes()  # as it was
 
