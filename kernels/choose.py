@@ -115,6 +115,23 @@ class EntryTable:
         entries[rows, self.counts[rows] + steps] = (begins[rows] + steps).int()
         return EntryTable(entries, lengths, self.counts + torch.tensor(added, dtype=torch.int64, device=entries.device))
 
+    def split(self, ends: list[int]) -> tuple[EntryTable, EntryTable]:
+        """The entries of each row before `ends[r]`, and those from there on, counted from there."""
+        entries, place = (
+            self.entries,
+            torch.arange(self.entries.shape[1], dtype=torch.int64, device=self.entries.device),
+        )
+        border = torch.tensor(ends, dtype=torch.int32, device=entries.device).unsqueeze(1)
+        before = (entries < border) & (place < self.counts.unsqueeze(1))
+        counts = before.sum(1)
+        inside = counts.tolist()
+        behind = [n - old for n, old in zip(self.lengths, inside, strict=True)]
+        old = entries.where(before, 0)[:, : max(inside)]
+        rest = place[: max(behind)] + counts.unsqueeze(1)
+        new = entries.gather(1, rest.clamp(max=entries.shape[1] - 1)) - border
+        new = new.where(rest < self.counts.unsqueeze(1), 0)
+        return EntryTable(old, inside, counts), EntryTable(new, behind, self.counts - counts)
+
 
 class Chooser(Protocol):
     """A way to choose: the contract of `choose`."""

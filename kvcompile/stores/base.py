@@ -226,28 +226,32 @@ def tabled(chosen: Chosen, device: torch.device) -> EntryTable:
 
 def scattered(
     arrays: tuple[Tensor, Tensor, Tensor],
-    slots: Tensor,
+    places: Places,
     chosen: EntryTable,
     heads: int,
     page: int = 1,
     scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> PagedView:
-    """Chosen entries of flat keys, values and positions, which lie at `slots [R, longest]`, as pages of `page`.
+    """Chosen entries of flat keys, values and positions, whose rows lie at `places`, as pages of `page`.
 
     Raises KvcompileError where tokens share scales (`page` of them) and some of them are chosen without the others.
     """
     lengths, counts = chosen.lengths, chosen.counts
-    if page > 1:
-        blocks = [n // page for n in lengths]
-        steps = torch.arange(page, device=slots.device, dtype=torch.int64)
-        pages = slots[:, ::page][:, : max(blocks)] // page
-        whole = torch.unflatten(slots[:, : max(blocks) * page], 1, (-1, page)) == pages.unsqueeze(-1) * page + steps
-        past = torch.arange(max(blocks), device=slots.device, dtype=torch.int64) >= (counts // page).unsqueeze(-1)
-        if any(n % page for n in lengths) or not bool((whole.all(-1) | past).all()):
-            raise KvcompileError(
-                f"{page} tokens share scales: of encoded entries only whole blocks of {page} can be chosen",
-                f"{sum(lengths)} entries that are not",
-                "choose the other entries of these blocks too",
-            )
-        slots = pages
+    slots = places.of(chosen) if page == 1 else places.slots(_blocks(chosen, page)) // page
     return PagedView(*arrays, slots.contiguous(), lengths, len(lengths) // heads, heads, page, counts, *scales)
+
+
+def _blocks(chosen: EntryTable, page: int) -> Tensor:
+    """The first entry of each of the whole blocks that are chosen, `[R, blocks]`."""
+    lengths, counts = chosen.lengths, chosen.counts
+    most = max(lengths) // page
+    first, last = (chosen.entries[:, i::page][:, :most] for i in (0, page - 1))
+    past = torch.arange(most, dtype=torch.int64, device=first.device) >= (counts // page).unsqueeze(1)
+    whole = (first % page == 0) & (last - first == page - 1)  # entries ascend: those between are the block's
+    if any(n % page for n in lengths) or not bool((whole | past).all()):
+        raise KvcompileError(
+            f"{page} tokens share scales: of encoded entries only whole blocks of {page} can be chosen",
+            f"{sum(lengths)} entries that are not",
+            "choose the other entries of these blocks too",
+        )
+    return first

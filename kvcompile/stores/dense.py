@@ -116,7 +116,7 @@ class DenseStore(Plain):
         self._own_positions()
         table = tabled(chosen, self.device)
         keys, values, positions = (torch.flatten(x, 0, 2) for x in (self.keys, self.values, self.positions))
-        return scattered((keys, values, positions), self.places.of(table), table, self.heads)
+        return scattered((keys, values, positions), self.places, table, self.heads)
 
     @property
     def places(self) -> Places:

@@ -92,7 +92,7 @@ class PagedStore(Paged, Plain):
         pages = self.pages
         if chosen is not None:
             table = tabled(chosen, self.device)
-            return scattered((self.keys, self.values, self.positions), pages.places.of(table), table, self.heads)
+            return scattered((self.keys, self.values, self.positions), pages.places, table, self.heads)
         return PagedView(
             self.keys,
             self.values,

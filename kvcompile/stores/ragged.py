@@ -126,7 +126,7 @@ class RaggedStore(Plain):
         """What a kernel reads: all entries, or those `chosen`."""
         if chosen is not None:
             table = tabled(chosen, self.device)
-            return scattered((self.keys, self.values, self.positions), self.places.of(table), table, self.heads)
+            return scattered((self.keys, self.values, self.positions), self.places, table, self.heads)
         return RaggedView(
             self.keys,
             self.values,

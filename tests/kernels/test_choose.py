@@ -33,6 +33,15 @@ def test_rows_and_tables_are_one_choice() -> None:
     assert [row.tolist() for row in whole] == [[1, 3], [0, 2]]
 
 
+def test_a_table_is_split_where_its_rows_change_memory() -> None:
+    rows = [torch.tensor([1, 3, 8, 9]), torch.tensor([0, 2]), torch.tensor([7])]
+    old, new = EntryTable.of(rows, torch.device("cpu")).split([8, 4, 3])
+    assert old.entries.tolist() == [[1, 3], [0, 2], [0, 0]]
+    assert new.entries.tolist() == [[0, 1], [0, 0], [4, 0]]
+    assert (old.lengths, new.lengths) == ([2, 2, 0], [2, 0, 1])
+    assert (old.counts.tolist(), new.counts.tolist()) == ([2, 2, 0], [2, 0, 1])
+
+
 def test_what_comes_later_is_added_behind_each_row() -> None:
     table = EntryTable.of([torch.tensor([1, 3]), torch.tensor([0, 2, 5])], torch.device("cpu"))
     longer = table.extended([7, 6], [10, 7])

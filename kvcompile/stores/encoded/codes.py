@@ -195,8 +195,7 @@ class RaggedCodes:
         if chosen is not None:
             table = tabled(chosen, self._begins.device)
             arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
-            slots = Places(self._begins).of(table)
-            return scattered(arrays, slots, table, self.heads, self.format.block, scales)
+            return scattered(arrays, Places(self._begins), table, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,
             c.values,

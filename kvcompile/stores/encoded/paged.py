@@ -39,7 +39,7 @@ class PagedCodes(Paged):
             table = tabled(chosen, pages.where)
             arrays = buffers["keys"], buffers["values"], buffers["positions"]
             scales = buffers.get("key_scales"), buffers.get("value_scales")
-            return scattered(arrays, pages.places.of(table), table, self.heads, self.format.block, scales)
+            return scattered(arrays, pages.places, table, self.heads, self.format.block, scales)
         return PagedView(
             buffers["keys"],
             buffers["values"],

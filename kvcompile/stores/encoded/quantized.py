@@ -16,7 +16,7 @@ from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
-from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches
+from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches, tabled
 from kvcompile.stores.dense import DenseStore, of_rows
 from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.encoded.paged import PagedCodes
@@ -117,10 +117,7 @@ class QuantizedStore:
             return self.residual.view(chosen)
         if chosen is None:
             return MixedView((self.codes.segment(), self.residual.view()))
-        rows = list(chosen)
-        inside = torch.stack([(row < n).sum() for row, n in zip(rows, self.encoded, strict=True)]).tolist()
-        old = [row[:n] for row, n in zip(rows, inside, strict=True)]
-        new = [row[n:] - start for row, n, start in zip(rows, inside, self.encoded, strict=True)]
+        old, new = tabled(chosen, self.device).split(self.encoded)
         return MixedView((self.codes.segment(old), self.residual.view(new)))
 
     @property
