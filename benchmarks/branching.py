@@ -26,6 +26,7 @@ from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.stores.encoded.quantized import QuantizedStore
+from kvcompile.stores.encoded.tiered import TieredStore
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Branching:
             mine.history = copy.copy(theirs.history)
             mine.history.segments = [copy.copy(s) for s in theirs.history.segments]
             if mine.plan.storage.quantized:
-                mine.store = QuantizedStore(mine.plan.storage, mine.store)
+                kind = QuantizedStore if mine.plan.storage.low is None else TieredStore
+                mine.store = kind(mine.plan.storage, mine.store)
         step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
         scores = {p.index: eviction.score_remembered(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]

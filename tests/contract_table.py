@@ -16,6 +16,7 @@ from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.stack import apply_stack, build_stack
+from kvcompile.stores.factory import low as low_of
 
 LAYERS, HEADS, DIM = 4, 2, 16  # of the tiny models (KV heads)
 SINKS = 2
@@ -33,9 +34,10 @@ class Row:
     layers; `threshold`: there is no budget. whole: `(layer, head)` rows that keep everything beside the budget.
     recent: newest tokens that must stay (below 1: share of the budget). finds: what the needle oracle plants (None:
     the policy looks at nothing). everything: fields that keep all of a short prompt, besides a large budget.
-    stored: policies that store what is kept, after the others. error: how far stored keys and values may be from true
-    ones (none is larger than 10; half a step of 8 bits over that is 0.04). logits: how far logits may be from the
-    uncompressed model's, as root mean square over theirs, where everything is kept.
+    stored: policies that store what is kept, after the others; tiered: this one does itself, in two tiers.
+    error: how far stored keys and values may be from true ones (none is larger than 10; half a step of 8 bits over that
+    is 0.04). logits: how far logits may be from the uncompressed model's, as root mean square over theirs, where
+    everything is kept.
     """
 
     stack: Options
@@ -45,6 +47,7 @@ class Row:
     finds: Literal["attended", "different", "short"] | None = "attended"
     everything: dict[str, Any] = field(default_factory=dict)
     stored: Options = field(default_factory=dict)
+    tiered: bool = False
     error: float = 1e-5
     logits: float = 1e-5
 
@@ -63,9 +66,14 @@ class Row:
         }
 
     @property
+    def encoded(self) -> bool:
+        """Whether what is kept is held in another number format than the model's."""
+        return self.tiered or bool(self.stored)
+
+    @property
     def rooms(self) -> int:
         """Places that keep room for the next tokens: codes have their own."""
-        return 2 if self.stored else 1
+        return 2 if self.encoded else 1
 
     def promised(self, budget: int, tokens: int) -> int:
         """Tokens that all rows of a tiny model together keep of `tokens`."""
@@ -79,6 +87,7 @@ class Row:
 LEAST = 16  # the smallest budget that the options below allow
 SNAPKV = {"window": 8, "kernel": 3}
 RETRIEVING = ((0, 1), (2, 0), (2, 1))
+BITS8 = {"high": [8, 8], "low": [8, 8]}
 KIVI8: Options = {"kivi": {"bits": 8, "group": 4, "residual": 8}}
 
 # storage policies alone, with fields that suit 60 tokens, and how far logits may be off as above. Numbers by bits: a
@@ -151,6 +160,43 @@ TABLE: dict[str, Row] = {
         {"snapkv": SNAPKV, "zigzag": {"window": 8}}, split="model", recent=8, stored={"offload": {}}
     ),
     "h2o, paged, offload": Row({"h2o": {}}, recent=0.5, stored={"paged": {}, "offload": {"keep": 1}}),
+    # a tiny model spreads its attention: much of it lies between these thresholds. Half a step of 2 bits is 3.4
+    "leankv": Row(
+        {"leankv": {"alpha_high": 1.0, "alpha_low": 0.5, "recent": 8}},
+        split="threshold",
+        recent=8,
+        everything={"alpha_high": 0.0, "alpha_low": 0.0},
+        tiered=True,
+        error=3.4,
+        logits=0.3,
+    ),
+    "leankv by expected attention": Row(
+        {"leankv": {**BITS8, "score": "expected_attention", "alpha_low": 0.5, "recent": 8}},
+        split="threshold",
+        recent=8,
+        everything={"alpha_low": 0.0},
+        tiered=True,
+        error=0.05,
+        logits=0.02,
+    ),
+    "tiers": Row({"tiers": {**BITS8, "recent": 4}}, recent=4, finds="attended", tiered=True, error=0.05, logits=0.02),
+    "tiers over snapkv and adakv": Row(
+        {"snapkv": SNAPKV, "adakv": {}, "tiers": {**BITS8, "recent": 8, "share": 0.5}},
+        split="layer",
+        recent=8,
+        tiered=True,
+        error=0.05,
+        logits=0.02,
+    ),
+    "tiers by threshold": Row(
+        {"tiers": {**BITS8, "alpha_high": 1.3, "alpha_low": 1.0, "recent": 8}},
+        split="threshold",
+        recent=8,
+        everything={"alpha_low": 0.0},
+        tiered=True,
+        error=0.05,
+        logits=0.02,
+    ),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }
 
@@ -197,8 +243,8 @@ def off(got: Tensor, expected: Tensor) -> float:
 def stored_bytes(cache: Any) -> list[int]:
     """What each layer must hold by its plan, from how many entries each row has."""
     return [
-        sum(p.storage.nbytes(n, DIM, "float32") for n in lengths)
-        for p, lengths in zip(cache.plan.layers, cache.lengths(), strict=True)
+        sum(p.nbytes(n, "float32", low) for n, low in zip(layer.held.lengths, low_of(layer.held), strict=True))
+        for p, layer in zip(cache.plan.layers, cache.layers, strict=True)
     ]
 
 

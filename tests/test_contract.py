@@ -49,7 +49,7 @@ def everywhere(*architectures: str) -> Any:
     pairs = [(name, a) for name in TABLE for a in ("llama", *architectures)]
     slides = [(name, a) for name, a in pairs if a in ("gemma2", "mistral")]
     refused = [
-        (name, a) for name, a in slides if name == "streaming, compact" or (TABLE[name].stored and a == "mistral")
+        (name, a) for name, a in slides if name == "streaming, compact" or (TABLE[name].encoded and a == "mistral")
     ]
     allowed = [pair for pair in pairs if pair not in refused]
     return pytest.mark.parametrize(("name", "architecture"), allowed)
@@ -90,7 +90,7 @@ def test_a_budget_that_holds_the_prompt_is_dense(name: str, architecture: str) -
     got, cache = steps(compiled(row.fields(budget, **row.everything), architecture), ids, TOKENS)
     expected, _ = steps(dense(architecture), ids, TOKENS)
     assert off(got, expected) < row.logits
-    if not row.stored:  # a prompt whose kernel sums up scores too adds in another order than SDPA
+    if not row.encoded:  # a prompt whose kernel sums up scores too adds in another order than SDPA
         torch.testing.assert_close(got, expected, atol=3e-5, rtol=1e-5)
     for p, lengths in zip(cache.plan.layers, cache.lengths(), strict=True):
         assert min(lengths) >= p.span(TOKENS + 8)
@@ -123,7 +123,7 @@ def test_measured_bytes_are_the_planned_ones(name: str, architecture: str, budge
     model = compiled(TABLE[name].fields(budget), architecture)
     rows, total = prove(model, tiny_ids(1, TOKENS))  # raises where they differ
     assert [r.bytes for r in rows] == [
-        sum(p.storage.nbytes(n, DIM, "float32") for n in r.kept)
+        sum(p.nbytes(n, "float32", low) for n, low in zip(r.kept, r.low, strict=True))
         for r, p in zip(rows, model.kvcompile.plan.layers, strict=True)
     ]
     dynamic = [r for r in rows if r.planned is None]
@@ -140,7 +140,7 @@ def test_memory_is_given_back(name: str, row: Row) -> None:
     entries = sum(totals(cache)) + row.rooms * LAYERS * HEADS * cache.headroom
     assert alive == cache.allocated() <= entries * (PER_TOKEN + 4)
     assert cache.nbytes() == sum(stored_bytes(cache))
-    if row.split != "threshold" and not row.stored:
+    if row.split != "threshold" and not row.encoded:
         assert alive <= (row.promised(budget, tokens) + LAYERS * HEADS * cache.headroom) * (PER_TOKEN + 4)
         assert cache.nbytes() == row.promised(budget, tokens) * PER_TOKEN
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvcompile.kernels.compact import Arrays, CompactSpec
@@ -17,6 +19,10 @@ def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
     """What moves into pages, when a selection or a window drops entries, and when old ones are encoded."""
     storage, drops = layer.storage, layer.selection is not None or bool(layer.sliding_window)
     pages = f"paged{storage.page}"
+    if storage.low is not None:
+        codecs = (storage.codecs(dtype), storage.low)
+        tiers = (replace(layer, storage=replace(storage, key=key, value=value)) for key, value in codecs)
+        return [CompactSpec("ragged", "ragged", _entries(tier, dtype)[1]) for tier in tiers]
     plain, quantized = _entries(layer, dtype)
     gathered = [CompactSpec(*way, plain) for way in GATHERED]
     if not storage.quantized and storage.page:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from kvcompile.errors import BUG, KvcompileError
 from kvcompile.evaluation import proof
 from kvcompile.plan.plan import LayerBytes, Plan
 from kvcompile.runtime.cache import KVCache
+from kvcompile.stores.factory import low
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class LayerRow:
     owner: the layer whose cache it reads, None where it has its own.
     index_bytes: of what stands for groups of tokens, on the device beside `bytes`. read: what the next decode step
     read, index included; dense_read: what it would of the uncompressed layer. recalls: each step chooses what it reads.
+    low: of the tokens kept by each KV head, those in the low tier; planned_low: as the plan says, None where the input
+    decides.
     """
 
     layer: int
@@ -45,6 +48,8 @@ class LayerRow:
     planned_read: int = 0
     dense_read: int = 0
     recalls: bool = False
+    low: list[int] = field(default_factory=list)
+    planned_low: list[int] | None = None
 
 
 def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
@@ -60,6 +65,8 @@ def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
             _equal(f"{where} must have a plan for its KV heads", len(row.planned), row.kv_heads)
             for head, (kept, planned) in enumerate(zip(row.kept, row.planned, strict=True)):
                 _equal(f"{where}, head {head} must hold the planned tokens", kept, planned)
+        for head, (low, planned) in enumerate(zip(row.low, row.planned_low or row.low, strict=True)):
+            _equal(f"{where}, head {head} must hold the planned tokens in the low tier", low, planned)
         _equal(f"{where} must hold the planned bytes", row.bytes, row.planned_bytes)
         away = row.bytes if row.offloaded else 0
         _equal(f"{where} must hold in host memory the bytes that are offloaded", row.host_bytes, away)
@@ -83,12 +90,15 @@ def _equal(rule: str, measured: int, planned: int) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What one layer of a live cache holds: tokens by KV head, bytes, those in host memory, bytes of its index."""
+    """What one layer of a live cache holds: tokens by KV head, bytes, those in host memory, bytes of its index; of the
+    tokens, those in the low tier.
+    """
 
     kept: list[int]
     bytes: int
     host: int
     index: int
+    low: list[int]
 
 
 def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
@@ -117,9 +127,10 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
 def _held(cache: KVCache, index: int) -> Held:
     layer = cache.layers[index]
     if layer.store is None:
-        return Held([0] * cache.plan.layers[index].kv_heads, 0, 0, 0)
+        none = [0] * cache.plan.layers[index].kv_heads
+        return Held(none, 0, 0, 0, none)
     groups = layer.index.nbytes() if layer.index is not None else 0
-    return Held(list(layer.store.lengths), layer.store.nbytes(), layer.host_bytes_held(), groups)
+    return Held(list(layer.store.lengths), layer.store.nbytes(), layer.host_bytes_held(), groups, low(layer.store))
 
 
 def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: int) -> LayerRow:
@@ -127,9 +138,10 @@ def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: 
     p = plan.layers[expected.index]
     owner, layer = plan.layers[p.owner], held[p.index]
     planned = expected.bytes, expected.index_bytes, expected.read
-    if plan.kept(owner.index, tokens) is None:
-        index, reading = plan.reading(owner, held[owner.index].kept, tokens)
-        planned = sum(p.nbytes(n, plan.dtype) for n in layer.kept), index if owner is p else 0, reading
+    if plan.kept(owner.index, tokens) is None or expected.low is None:
+        index, reading = plan.reading(owner, held[owner.index].kept, tokens, held[owner.index].low)
+        nbytes = sum(p.nbytes(n, plan.dtype, low) for n, low in zip(layer.kept, layer.low, strict=True))
+        planned = nbytes, index if owner is p else 0, reading
     return LayerRow(
         layer=p.index,
         kv_heads=p.kv_heads,
@@ -148,4 +160,6 @@ def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: 
         planned_read=planned[2],
         dense_read=expected.dense_read,
         recalls=owner.recall is not None,
+        low=layer.low,
+        planned_low=None if expected.low is None else list(expected.low),
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.recall import Recall
-from kvcompile.plan.selection import Selection
+from kvcompile.plan.selection import Selection, Tiers
 from kvcompile.plan.storage import PLAIN, Codec
 from kvcompile.plan.structure import Latent
 
@@ -29,6 +29,7 @@ def check(plan: Plan) -> None:
                 _check_far(plan, p, p.recall)
         if p.storage != PLAIN:
             _check_storage(p)
+        _check_tiers(p)
 
 
 def _check_heads(p: LayerPlan) -> None:
@@ -208,6 +209,54 @@ def _check_storage(p: LayerPlan) -> None:
     for codec in (s.key, s.value):
         if codec is not None:
             _check_codec(where, codec, p.head_dim)
+
+
+def _check_tiers(p: LayerPlan) -> None:
+    """Tiers are chosen by a selection and lie, token by token, in one stretch of memory a row."""
+    low, tiers = p.storage.low, p.selection.tiers if p.selection is not None else None
+    if p.owner != p.index or (low is None and tiers is None):
+        return
+    where = f"{p.storage.policy or 'tiers'}: layer {p.index}"
+    if low is None or tiers is None or not p.storage.quantized:
+        raise KvcompileError(
+            f"{where}: two tiers need a selection that says which entries are high, and number formats for both",
+            f"{'no ' if tiers is None else ''}selection of tiers, {'one format' if low is None else 'two formats'}",
+        )
+    codecs = (*p.storage.codecs("float32"), *low)
+    if any(codec.axis != "token" for codec in codecs) or p.storage.residual:
+        raise KvcompileError(
+            f"{where}: entries change their tier one by one, so that each has its own scales, and none is residual",
+            f"{', '.join(codec.name for codec in codecs)}, residual {p.storage.residual}",
+        )
+    if p.storage.page:
+        raise KvcompileError(
+            f"{where}: the entries of a tier lie in one stretch of memory", f"pages of {p.storage.page}", "drop paged"
+        )
+    if p.recall is not None:
+        raise KvcompileError(
+            f"{where}: recall chooses among entries in the order of their positions, which tiers do not keep",
+            f"{p.recall.policy!r} beside it",
+            "drop one",
+        )
+    if p.selection is not None and p.selection.demotes:
+        _check_demotion(where, p.selection, tiers)
+    for codec in low:
+        _check_codec(where, codec, p.head_dim)
+
+
+def _check_demotion(where: str, s: Selection, tiers: Tiers) -> None:
+    queries = s.uncertainty.needs.queries if s.uncertainty else 0
+    if tiers.alpha is None or not isinstance(s.recent, int) or not queries or s.recent > queries:
+        raise KvcompileError(
+            f"{where}: decoded tokens change the tiers by a threshold of the attention received, which is counted from "
+            "as many queries as tokens always stay high, or more",
+            f"alpha {tiers.alpha}, {s.recent} recent tokens, attention of {queries} queries",
+        )
+    if s.schedule.decode_every:
+        raise KvcompileError(
+            f"{where}: decoded tokens change the tiers one by one, or the selection is applied again every few",
+            f"decode_every={s.schedule.decode_every}",
+        )
 
 
 def _check_codec(where: str, codec: Codec, dim: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -66,11 +67,18 @@ class LayerPlan:
         """Numbers that attention sums: a value, or the latent without its positions."""
         return self.latent.rank if self.latent else self.head_dim
 
-    def nbytes(self, tokens: int, dtype: str) -> int:
-        """Bytes of `tokens` tokens of one KV head after a flushed pass."""
+    def nbytes(self, tokens: int, dtype: str, low: int = 0) -> int:
+        """Bytes of `tokens` tokens of one KV head after a flushed pass, `low` of them in the low tier."""
         if self.latent:
             return tokens * self.latent.width * DTYPE_BYTES[dtype]
-        return self.storage.nbytes(tokens, self.head_dim, dtype)
+        return self.storage.nbytes(tokens, self.head_dim, dtype, low)
+
+    def low(self, kept: int, tokens: int) -> int | None:
+        """How many of the `kept` tokens of a head are in the low tier after `tokens`; None: it depends on the input."""
+        if self.selection is None or self.selection.tiers is None:
+            return 0
+        high = self.selection.tiers.high(kept, self.selection.resolve(self.span(tokens))[1])
+        return None if high is None else kept - high
 
     def encoded_bytes(self, tokens: int, dtype: str) -> int:
         """Bytes of `tokens` tokens of one KV head that are older than the residual."""
@@ -87,7 +95,8 @@ class LayerPlan:
 class LayerBytes:
     """What one layer will hold for one sequence: tokens per KV head (None: only the total is known ahead) and bytes.
 
-    Where only the total is known and tokens are stored in blocks, `bytes` is that of heads which share it evenly.
+    Where only the total is known and tokens are stored in blocks, `bytes` is that of heads which share it evenly. Where
+    the input says how many are in the low tier, it is the most: that of none.
     """
 
     index: int
@@ -99,6 +108,7 @@ class LayerBytes:
     index_bytes: int = 0  # of what stands for groups of tokens, beside `bytes`; always on the device
     read: int = 0  # bytes that the next decode step reads here, those of the index included
     dense_read: int = 0  # bytes that it reads in the uncompressed layer
+    low: tuple[int, ...] | None = None  # of `kept`, those in the low tier; None: known of the input alone
 
 
 @dataclass(frozen=True)
@@ -217,24 +227,31 @@ class Plan:
             else:
                 total = full * p.kv_heads
             shares = kept or split_evenly(total, p.kv_heads)
-            nbytes = batch * sum(p.nbytes(n, self.dtype) for n in shares)
-            index, read = (batch * n for n in self.reading(p, shares, tokens))
+            lows = [p.low(n, tokens) for n in shares]
+            by_row = list(zip(shares, (low or 0 for low in lows), strict=True))
+            nbytes = batch * sum(p.nbytes(n, self.dtype, low) for n, low in by_row)
+            index, read = (batch * n for n in self.reading(p, shares, tokens, [low for _, low in by_row]))
             host = nbytes if p.storage.offload else 0
-            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read, dense_read))
+            low = None if kept is None or None in lows else tuple(n or 0 for n in lows)
+            rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read, dense_read, low))
         return rows
 
-    def reading(self, p: LayerPlan, lengths: Iterable[int], tokens: int) -> tuple[int, int]:
+    def reading(
+        self, p: LayerPlan, lengths: Iterable[int], tokens: int, low: Iterable[int] | None = None
+    ) -> tuple[int, int]:
         """(bytes of the index, bytes that the next step reads) of rows of `lengths` after a prompt of `tokens`.
 
-        A step reads the token that it adds too, in the model's dtype.
+        low: how many of each row are in the low tier (None: none). A step reads the token that it adds too, in the
+        model's dtype.
         """
-        rows = [self._reading(p, length, tokens) for length in lengths]
+        every = itertools.repeat(0) if low is None else low
+        rows = [self._reading(p, length, tokens, under) for length, under in zip(lengths, every, strict=False)]
         return sum(index for index, _ in rows), sum(read for _, read in rows)
 
-    def _reading(self, p: LayerPlan, length: int, tokens: int) -> tuple[int, int]:
+    def _reading(self, p: LayerPlan, length: int, tokens: int, low: int) -> tuple[int, int]:
         new = p.nbytes(1, self.dtype) if p.latent else 2 * p.head_dim * DTYPE_BYTES[self.dtype]
         if p.recall is None:
-            return 0, p.nbytes(length, self.dtype) + new
+            return 0, p.nbytes(length, self.dtype, low) + new
         chunk = length if p.selection else self.prefill_chunk or tokens
         covered, groups = p.recall.grouped(length, chunk, p.storage)
         unread = covered - p.recall.tokens(tokens + 1, covered, p.storage.block)

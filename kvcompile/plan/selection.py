@@ -174,12 +174,35 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Tiers:
+    """Which of the entries that stay are held in high precision; the others go to the low tier (`Storage.low`).
+
+    share: of the entries that a head keeps, the part with the highest scores is high; those that always stay in any
+    case. alpha: in its place, entries whose score is alpha / (tokens seen) or more; how many depends on the input.
+    prune: where given, every decoded token may push one entry down: the weakest by the mean attention it has received,
+    which `Selection.uncertainty` begins, goes to the low tier below alpha / (tokens seen), and out below prune /
+    (tokens seen). None: entries change their tier when the selection is applied.
+    """
+
+    share: float = 1.0
+    alpha: float | None = None
+    prune: float | None = None
+
+    def high(self, kept: int, floor: int) -> int | None:
+        """How many of the `kept` entries of a head are high, `floor` of which always stay; None: by the input."""
+        if self.alpha is not None:
+            return None
+        return min(kept, max(floor, int(self.share * kept + 1e-6)))
+
+
+@dataclass(frozen=True)
 class Selection:
     """Everything static about which tokens a layer keeps.
 
     `budget` None means a threshold decides: the allocation then sees budget = row length.
     `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget;
     `recent` below 1 is a fraction of the budget (see `protected`).
+    `tiers`: what stays is held in two precisions.
     `uncertainty` is a second score whose values reach the allocation as `LayerScores.mass`.
     """
 
@@ -192,6 +215,12 @@ class Selection:
     recent: int | float = 0
     uncertainty: Score | None = None
     positions: Literal["original", "compact"] = "original"
+    tiers: Tiers | None = None
+
+    @property
+    def demotes(self) -> bool:
+        """Whether every decoded token may push an entry into the low tier, or out."""
+        return self.tiers is not None and self.tiers.prune is not None
 
     @property
     def averages(self) -> bool:
@@ -218,5 +247,8 @@ class Selection:
         return self.protected(self.budget.of(tokens) if self.budget else tokens)
 
     def spares(self, tokens: int) -> bool:
-        """Whether the budget holds all of `tokens` seen, so that nothing is scored; a threshold may drop any."""
-        return self.budget is not None and self.resolve(tokens)[0] >= tokens
+        """Whether the budget holds all of `tokens` seen in one precision, so that nothing is scored.
+
+        A threshold may drop any, and tiers want to know which are high.
+        """
+        return self.budget is not None and self.tiers is None and self.resolve(tokens)[0] >= tokens

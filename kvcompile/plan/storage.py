@@ -78,6 +78,8 @@ class Storage:
     `residual` newest tokens of each row stay in the model's dtype; older ones are encoded in blocks (see `block`).
     `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis.
     `offload`: the store lies in host memory between its uses. `policy`: who chose the codecs, for messages.
+    `low`: codecs (key, value) of a second, lower tier, for the entries that the layer's selection puts there (see
+    `Selection.tiers`); `key` and `value` are then those of the high tier, which new tokens enter.
     """
 
     key: Codec | None = None
@@ -87,6 +89,7 @@ class Storage:
     rotated: bool = False
     offload: bool = False
     policy: str = ""
+    low: tuple[Codec, Codec] | None = None
 
     @property
     def quantized(self) -> bool:
@@ -109,10 +112,14 @@ class Storage:
         """(key, value) as encoded tokens are held, where the model's dtype is `dtype`."""
         return self.key or Codec(dtype), self.value or Codec(dtype)
 
-    def nbytes(self, tokens: int, dim: int, dtype: str) -> int:
-        """Bytes of keys and values of a row of `tokens` after a flushed pass: codes, scales, residual."""
+    def nbytes(self, tokens: int, dim: int, dtype: str, low: int = 0) -> int:
+        """Bytes of keys and values of a row of `tokens` after a flushed pass: codes, scales, residual.
+
+        low: how many of them are in the low tier.
+        """
         old, plain = self.encoded(tokens), Codec(dtype)
-        quantized = sum(codec.nbytes(old, dim) for codec in self.codecs(dtype))
+        quantized = sum(codec.nbytes(old - low, dim) for codec in self.codecs(dtype))
+        quantized += sum(codec.nbytes(low, dim) for codec in self.low or ())
         return quantized + 2 * plain.nbytes(tokens - old, dim)
 
     def text(self, dtype: str) -> str:
@@ -120,9 +127,12 @@ class Storage:
         basis, place = " rotated" if self.rotated else "", ", offloaded" if self.offload else ""
         if not self.quantized:
             return dtype + basis + place
-        key, value = (codec.name for codec in self.codecs(dtype))
-        kinds = key if key == value else f"K {key}, V {value}"
+        kinds = " or ".join(_kinds(*codecs) for codecs in (self.codecs(dtype), self.low) if codecs)
         return f"{kinds}{basis}" + (f", newest {self.residual} {dtype}" if self.residual else "") + place
+
+
+def _kinds(key: Codec, value: Codec) -> str:
+    return key.name if key == value else f"K {key.name}, V {value.name}"
 
 
 PLAIN = Storage()

@@ -213,6 +213,8 @@ def _layer(row: LayerRow) -> Row:
     heads, tokens = str(row.kv_heads), " ".join(map(str, row.kept))
     if row.owner is not None:
         heads, tokens = "", f"reads layer {row.owner}"
+    elif any(row.low):
+        tokens = " ".join(f"{n} ({low} low)" for n, low in zip(row.kept, row.low, strict=True))
     elif len(row.kept) > 1 and len(set(row.kept)) == 1:
         tokens = f"{row.kept[0]} each"
     sizes = _sizes(row.bytes, row.planned_bytes, row.dense_bytes)

@@ -214,7 +214,8 @@ class KVCache(Cache):  # type: ignore[misc]
         s = owner.selection
         summed = s is not None and s.score.needs.reduce == "sum" and s.schedule.decode_every > 0
         summed = summed or (owner.recall is not None and owner.recall.grouping.receives)
-        return [self.spec(index, p, summed and self.scores(index, p, getattr(torch, self.plan.dtype))) for p in parts]
+        demotes, dtype = s is not None and s.demotes, getattr(torch, self.plan.dtype)
+        return [self.spec(index, p, demotes or (summed and self.scores(index, p, dtype))) for p in parts]
 
     def count_read(self, index: int, nbytes: int) -> None:
         """Count what layer `index` reads, where somebody asks (`reads`)."""

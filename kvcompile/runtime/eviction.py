@@ -13,13 +13,16 @@ from torch import Tensor
 
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.plan.selection import LayerScores, Score, Selection
+from kvcompile.plan.selection import LayerScores, Score, Selection, Tiers
 from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import _close_ranks, _rotation
-from kvcompile.runtime.selection import candidates, highest, protect, split
+from kvcompile.runtime.selection import candidates, demoted, high_counts, highest, protect, split
+from kvcompile.stores.encoded.tier import Demotion, Received
+from kvcompile.stores.encoded.tiered import HIGH, LOW
+from kvcompile.stores.factory import in_order, tiered
 
 SequenceScores = list["LayerScores | None"] | None
 """One entry per sequence (None: it keeps everything); None as a whole where no selection is due."""
@@ -73,8 +76,8 @@ def observe(
     scores = [_score_sequence(layer, b) if this else None for b, this in enumerate(concerned)] if due else None
     if not needs.carries:
         kv.history.column_sums = None
-    if step.last and step.prefill and not s.schedule.decode_every:
-        kv.history.forget()
+    if (step.last and step.prefill and not s.schedule.decode_every) or (due and s.demotes):
+        kv.history.forget()  # where attention is counted, each query counts once
     return scores
 
 
@@ -152,7 +155,7 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     kv, cache = layer.kv, layer.step.cache
     store, newest = kv.held, kv.history.newest(window)
     add = cache.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
-    if newest is None or add is None:
+    if newest is None or add is None or not in_order(store):
         return None
     spec = cache.window_spec(layer.plan.index, store.parts)
     sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
@@ -203,14 +206,39 @@ def _score_sequence(layer: _Layer, b: int) -> LayerScores | None:
     (budget, floor), (sinks, recent) = s.resolve(span), s.always(span)
     seen = _observation(layer, b, s.score)
     among = candidates(seen.positions, tokens, plan.sliding_window)
-    scores = protect(s.score.score(seen).float(), seen.positions, among, tokens, sinks, recent)
-    mass = None
+    raw, mass = s.score.score(seen).float(), None
     if s.uncertainty:
         queries, query_positions = _queries(layer, b, s.uncertainty, seen.keys, seen.positions)
         window_attention = _window_attention(layer, b, s.uncertainty, seen.keys.shape[1])
         seen = replace(seen, queries=queries, query_positions=query_positions, window_attention=window_attention)
         mass = s.uncertainty.score(seen).float()
+        if s.demotes:
+            mass = _received(layer, b, seen, mass)
+            raw = mass if s.score == s.uncertainty else raw
+    scores = protect(raw, seen.positions, among, tokens, sinks, recent)
     return LayerScores(scores, mass, among.sum(1), budget, floor, newest=tokens - 1)
+
+
+def _received(layer: _Layer, b: int, seen: Observation, mean: Tensor) -> Tensor:
+    """Let the layer count on from the `mean [H_kv, n]` attention of the queries that are `seen`; the mean of all.
+
+    A pass of fewer queries than the score wants to see adds to what was counted before, any other begins anew.
+    """
+    store, s = tiered(layer.kv.held), layer.selection
+    rows = range(b * store.heads, (b + 1) * store.heads)
+    since = seen.positions.clamp(min=int(seen.query_positions[0])).float()
+    sums = mean * (seen.tokens - since)
+    before = [store.received(r) for r in rows]
+    wanted = s.uncertainty.needs.queries if s.uncertainty else None
+    counts = []
+    for h, (known, n) in enumerate(zip(before, seen.lengths.tolist(), strict=True)):
+        if known is not None and wanted is not None and seen.query_positions.numel() < wanted:
+            sums[h, :n] += known.sums
+            since[h, :n] = known.since
+        always = seen.positions[h, :n] < s.sinks
+        counts.append(Received(sums[h, :n].masked_fill(always, float("inf")), since[h, :n]))
+    layer.kv.history.received[b] = counts
+    return sums / (seen.tokens - since)
 
 
 def compress(step: Step, scores: dict[int, SequenceScores]) -> None:
@@ -218,19 +246,84 @@ def compress(step: Step, scores: dict[int, SequenceScores]) -> None:
     if all(of_layer is None for of_layer in scores.values()):
         for i in scores:
             trim(step.cache.layers[i], step, step.cache.plan.layers[i])
+            demote(step.cache.layers[i], step)
         return
     indices: dict[int, list[Tensor]] = {i: [] for i in scores}
+    high: dict[int, list[Tensor]] = {i: [] for i in scores}
     for b in range(len(step.cache.seen)):
         scored = {i: row for i, rows in scores.items() if rows is not None and (row := rows[b]) is not None}
         counts = _counts(step, scored, step.coming[b] if step.coming else 0)
         for i in scores:
-            if i in scored:
-                indices[i] += highest(scored[i].scores, counts[i])
-            else:
+            if i not in scored:
                 indices[i] += _all(step.cache.layers[i], b, step.cache.seen[b])
+                high[i] += indices[i][-step.cache.layers[i].held.heads :]
+                continue
+            indices[i] += highest(scored[i].scores, counts[i])
+            tiers = _tiers(step, i)
+            if tiers is not None:
+                high[i] += highest(scored[i].scores, high_counts(tiers, scored[i], counts[i]))
     for i, of_layer in scores.items():
-        if of_layer is not None:
+        if of_layer is not None and _tiers(step, i) is not None:
+            _divide(step, i, indices[i], high[i])
+        elif of_layer is not None:
             _keep(step, i, indices[i])
+
+
+def _tiers(step: Step, index: int) -> Tiers | None:
+    selection = step.cache.plan.layers[index].selection
+    return None if selection is None else selection.tiers
+
+
+def _divide(step: Step, index: int, indices: list[Tensor], high: list[Tensor]) -> None:
+    """Keep only the entries `indices[row]`, of which `high[row]` are held in high precision, if they still are."""
+    kv: LayerCache = step.cache.layers[index]
+    step.cache.evictions.events += 1
+    dropped = sum(kv.held.lengths) - sum(i.numel() for i in indices)
+    heads, longest = kv.held.heads, max(kv.held.lengths)
+    low = [stay[~torch.isin(stay, best)] for stay, best in zip(indices, high, strict=True)]
+    every = range(kv.held.batch)
+    received = [row for b in every for row in kv.history.received.get(b, [None] * heads)]
+    kv.history.received = {}
+    with kv.at_hand() as store:
+        kv.changed()
+        tiered(store).divide(high, low, received, step.cache.headroom, kv.compactor)
+    step.cache.encoded()
+    if dropped:
+        step.cache.evicted(index, dropped)
+        kv.history.keep(indices, heads, longest)
+
+
+def demote(kv: LayerCache, step: Step) -> None:
+    """After a decoded token: it enters the high tier of each row, and the weakest entry leaves it where it is too weak.
+
+    See `kvcompile.runtime.selection.demoted`. All rows go together; what they hold is counted on from the attention
+    that the kernel of this pass has added up, mean over the query heads of a KV head.
+    """
+    s, sums = kv.plan.selection, kv.history.column_sums
+    if step.prefill or s is None or s.tiers is None or s.tiers.alpha is None or s.tiers.prune is None or sums is None:
+        return
+    kv.history.column_sums = None
+    store = tiered(kv.held)
+    tokens = _tokens(step, store.heads, store.device)
+    received = sums[:, :, : max(store.lengths)].flatten(0, 1).detach() / step.cache.group(kv.plan.index)
+    newest = store.weigh(received)
+    tiers = store.divided()
+    (u, high), (v, low) = tiers[HIGH].weakest(tokens, int(s.recent)), tiers[LOW].weakest(tokens)
+    rule = Demotion(high, low, *demoted(u, v, s.tiers.alpha / tokens, s.tiers.prune / tokens))
+    newest = newest.masked_fill(tokens <= s.sinks, float("inf"))
+    step.cache.encoded()
+    kv.changed()
+    dropped = store.demote(newest, rule, step.cache.headroom, kv.compactor)
+    if dropped:
+        step.cache.evicted(kv.plan.index, dropped)
+
+
+def _tokens(step: Step, heads: int, device: torch.device) -> Tensor:
+    """Tokens seen by the sequence of each row, float32 `[R]`."""
+    if heads not in step.shared:
+        seen = torch.tensor(step.cache.seen, device=device, dtype=torch.float32)
+        step.shared[heads] = seen.repeat_interleave(heads)
+    return step.shared[heads]
 
 
 def _counts(step: Step, scored: dict[int, LayerScores], coming: int) -> dict[int, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompile.runtime.observation import Moments
 from kvcompile.runtime.selection import EXCLUDED_FROM_MOMENTS, in_moments, moments
+from kvcompile.stores.encoded.tier import Received
 
 
 @dataclass
@@ -51,6 +52,7 @@ class QueryHistory:
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last selection
     sums: list[Sums] | None = None  # per sequence
     sinks: Tensor | None = None  # [H_q] logits of the query heads, where attention has sinks
+    received: dict[int, list[Received]] = field(default_factory=dict)  # by sequence, of each row, for its new tiers
     column_sums: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
 
     def remember(

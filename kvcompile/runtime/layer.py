@@ -190,7 +190,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if recall.far == "constant":
                 step.cache.shift = torch.tensor(index.covered[:: store.heads], dtype=torch.int64, device=device)
             self.recalled.clear()
-            self._changed()
+            self.changed()
             self._rehome()
             step.cache.grouped()
 
@@ -232,7 +232,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
         """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
         s = self.plan.selection
-        if s is None or not (step.prefill or s.schedule.decode_every):
+        if s is not None and s.demotes and not step.prefill:
+            return True
+        if s is None or not (step.prefill or s.schedule.decode_every) or not factory.in_order(self.held):
             return False
         needs, single = s.score.needs, queries.shape[2] == 1 and step.valid is None and not step.prefill
         if needs.reduce != "sum" or self._learns(queries):
@@ -254,7 +256,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def _selection_sums(self, step: Step) -> Tensor:
         """What the selection has seen entries receive, `[R, n]`, to be added to."""
-        if self.plan.selection is not None and self.plan.selection.score.needs.carries:
+        s = self.plan.selection
+        if s is not None and (s.score.needs.carries or s.demotes):
             step.cache.summed()
         store = self.held
         return self.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, store.device)
@@ -265,25 +268,25 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def keep(self, indices: list[Tensor], headroom: int) -> None:
         """Keep only the entries `indices[row]` (ascending) of each row; the rest is freed."""
-        with self._at_hand() as store:
+        with self.at_hand() as store:
             if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
-            self._changed()
+            self.changed()
             if self.index is not None:
                 self.index.keep(indices)
             self.store = store.keep(indices, headroom, self.compactor)
 
     def rewrite(self, keys: Stretches) -> None:
         """Replace the keys of a stretch of some rows; they must not be encoded."""
-        self._changed()
+        self.changed()
         self.held.rewrite(keys)
 
     def flush(self, headroom: int, release: bool) -> bool:
         """Encode what is older than the residual (see `QuantizedStore.flush`); whether anything was."""
-        with self._at_hand() as store:
+        with self.at_hand() as store:
             flushed = store.flush(headroom, release, self.compactor)
             if flushed:
-                self._changed()
+                self.changed()
         return flushed
 
     def prefetch(self, step: Step) -> None:
@@ -343,7 +346,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.store = self.transfer.rehome(self.store)
 
     @contextmanager
-    def _at_hand(self) -> Iterator[Store]:
+    def at_hand(self) -> Iterator[Store]:
         """The store on the device, and back where it was afterwards."""
         on_host = self.transfer is not None and self.transfer.on_host
         self.fetch()
@@ -351,7 +354,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if on_host:
             self.to_host()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """The store is about to be changed in other ways than by new tokens."""
         if self.transfer is not None:
             self.transfer.changed = True
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.plan.selection import Allocation, LayerScores
+from kvcompile.plan.selection import Allocation, LayerScores, Tiers
 from kvcompile.runtime.observation import Moments
 
 INFINITY = float("inf")
@@ -40,6 +40,26 @@ def split(allocation: Allocation, layers: Sequence[LayerScores]) -> list[Tensor]
     """Entries that every head keeps, int64 `[H_kv]` for each layer: its share of the budget, if it has as many."""
     counts = allocation.allot(layers)
     return [count.minimum(layer.lengths) for count, layer in zip(counts, layers, strict=True)]
+
+
+def high_counts(tiers: Tiers, layer: LayerScores, counts: Tensor) -> Tensor:
+    """Of the `counts [H_kv]` entries that each head keeps, how many are held in high precision."""
+    if tiers.alpha is not None:
+        return (layer.scores >= tiers.alpha / (layer.newest + 1)).sum(1).minimum(counts)
+    return (tiers.share * counts + 1e-6).long().clamp(min=int(layer.floor)).minimum(counts)
+
+
+def demoted(high: Tensor, low: Tensor, below: Tensor, prune: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What becomes of the weakest high entry of each row when a token comes, all `[R]`: (drops, replaces, lowers).
+
+    high, low: mean attention of the weakest entry of either tier; below, prune: less than which an entry is low, or
+    goes. (1) drops: u < prune and u < v; else (2) replaces: u < below and v < prune, u takes the place of v; else
+    (3) lowers: u < below. Source: DiffKV, arXiv 2412.03131, and its code.
+    """
+    weak = high < below
+    drops = (high < prune) & (high < low)
+    replaces = weak & (low < prune) & ~drops
+    return drops, replaces, weak & ~drops & ~replaces
 
 
 def highest(scores: Tensor, counts: Tensor) -> list[Tensor]:

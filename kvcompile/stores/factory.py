@@ -10,6 +10,7 @@ from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.stores.base import Store
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.encoded.quantized import QuantizedStore
+from kvcompile.stores.encoded.tiered import TieredStore
 from kvcompile.stores.paged import PagedStore
 from kvcompile.stores.ragged import RaggedStore
 
@@ -32,11 +33,30 @@ def opened(
         encoder: what turns older tokens into codes.
         layer: whose store it is, for messages.
     """
+    if storage.low is not None:
+        return TieredStore(storage, contiguous(keys, values, valid, headroom, latent), encoder, layer)
     if storage.quantized:
         return QuantizedStore(storage, contiguous(keys, values, valid, headroom, latent), encoder, layer)
     if storage.page:
         return PagedStore.empty(keys, values, storage.page, latent)
     return contiguous(keys, values, valid, headroom, latent)
+
+
+def tiered(store: Store) -> TieredStore:
+    """A store that holds two tiers. Raises RuntimeError for one that holds one precision."""
+    if not isinstance(store, TieredStore):
+        raise RuntimeError("this store holds one precision")
+    return store
+
+
+def low(store: Store) -> list[int]:
+    """Of the tokens that each row of a store holds, those in the low tier."""
+    return store.low if isinstance(store, TieredStore) else [0] * len(store.lengths)
+
+
+def in_order(store: Store) -> bool:
+    """Whether kernels see the entries of a row in the order of their positions."""
+    return not isinstance(store, TieredStore) or store.in_order
 
 
 def contiguous(
@@ -54,6 +74,8 @@ def expected_parts(storage: Storage, layout: str, dtype: str) -> tuple[Part, ...
     """How rows of a layer lie once they are longer than the residual, where the residual is `layout`."""
     if not storage.quantized:
         return plain("paged", dtype, storage.page) if storage.page else plain(layout, dtype)
+    if storage.low is not None:
+        return (Part("ragged", *storage.low), Part("ragged", *storage.codecs(dtype)), *plain(layout, dtype))
     codes = Part("paged" if storage.page else "ragged", *storage.codecs(dtype), storage.page)
     return (codes, *plain(layout, dtype))
 

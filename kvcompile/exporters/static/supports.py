@@ -33,6 +33,10 @@ def _refuse_storage(p: LayerPlan) -> None:
         raise KvcompileError(f"layer {p.index} must hold contiguous rows", f"pages of {s.page}", "drop paged")
     if s.offload:
         raise KvcompileError(f"layer {p.index} must stay on one device", "offloaded", "drop offload")
+    if s.low is not None:
+        raise KvcompileError(
+            f"layer {p.index} must hold its tokens in one precision", f"{s.policy!r}", f"drop {s.policy}"
+        )
     if s.quantized and every and p.selection:
         raise KvcompileError(
             f"layer {p.index}: encoded tokens are not dropped while decoding",
