@@ -13,7 +13,7 @@ from kvcompile.errors import BUG, KvcompileError
 from kvcompile.evaluation import proof
 from kvcompile.plan.plan import LayerBytes, Plan
 from kvcompile.runtime.cache import KVCache
-from kvcompile.stores.factory import low
+from kvcompile.stores import factory
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ def _held(cache: KVCache, index: int) -> Held:
         none = [0] * cache.plan.layers[index].kv_heads
         return Held(none, 0, 0, 0, none)
     groups = layer.index.nbytes() if layer.index is not None else 0
-    return Held(list(layer.store.lengths), layer.store.nbytes(), layer.host_bytes_held(), groups, low(layer.store))
+    return Held(
+        list(layer.store.lengths), layer.store.nbytes(), layer.host_bytes_held(), groups, factory.low(layer.store)
+    )
 
 
 def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: int) -> LayerRow:
