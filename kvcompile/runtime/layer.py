@@ -256,8 +256,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def _selection_sums(self, step: Step) -> Tensor:
         """What the selection has seen entries receive, `[R, n]`, to be added to."""
-        s = self.plan.selection
-        if s is not None and (s.score.needs.carries or s.demotes):
+        if self.plan.selection is not None and self.plan.selection.score.needs.carries:
             step.cache.summed()
         store = self.held
         return self.history.receive(store.batch, store.heads, max(store.lengths), step.cache.headroom, store.device)

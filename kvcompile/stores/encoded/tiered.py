@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
@@ -289,6 +290,11 @@ class TieredStore:
         """How a kernel must read chosen entries: as pages of one."""
         tiers = (replace(tier.part, layout="paged", page=1) for tier in self.tiers or ())
         return (*tiers, *self.newest.chosen_parts)
+
+    @property
+    def places(self) -> Places | None:
+        """Where its rows lie while nothing is in a tier."""
+        return self.newest.places if self.tiers is None else None
 
     @property
     def pools(self) -> list[PagePool]:
