@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from kvcompile.kernels import reference
+from kvcompile.kernels.layout import Queries, View
+from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.recall import RECEIVED_BYTES
 
 ROOM = 64  # entries of room behind those of the longest row
@@ -67,3 +72,10 @@ class Received:
         self.counts = counts
         if max(counts) > self.sums.shape[1]:
             self.sums = torch.nn.functional.pad(self.sums, (0, max(counts) + ROOM - self.sums.shape[1]))
+
+
+def column_sums(queries: Queries, view: View, spec: KernelSpec, lengths: list[int]) -> Tensor:
+    """What the `lengths[r]` entries of each row of a view receive, `[R, longest]`, float32: where no kernel does."""
+    sums = torch.zeros(len(lengths), max(lengths), dtype=torch.float32, device=queries.states.device)
+    reference.column_sums(queries, view, replace(spec, scores=True), sums)
+    return sums

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels import reference
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import Queries, View, view_bytes
@@ -21,6 +19,7 @@ from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.recall.choice import Recalled, asked
 from kvcompile.recall.index import Index
+from kvcompile.recall.received import column_sums
 from kvcompile.runtime.history import QueryHistory
 from kvcompile.runtime.positions import level, move_up
 from kvcompile.stores import factory
@@ -169,8 +168,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         ends: entries of each row in the view.
         """
         if sums is None:
-            sums = torch.zeros(len(ends), max(ends), dtype=torch.float32, device=queries.states.device)
-            reference.column_sums(queries, view, replace(spec, scores=True), sums)
+            sums = column_sums(queries, view, spec, ends)
         elif self.sums_wanted(queries.states, step):
             self._selection_sums(step).add_(sums)
         self.groups.receive(sums, ends, self.held.lengths)
@@ -181,14 +179,12 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         recall, s = self.plan.recall, self.plan.selection
         if recall is None or (s is not None and step.prefill and not step.last):
             return
-        store, index, device = self.held, self.groups, step.positions.device
+        store, index = self.held, self.groups
         due = index.due(store.lengths, 1 if step.prefill else recall.every)
         if due:
             if recall.far == "constant":
                 move_up(step, self, due)
-            index.extend(store, due, device)
-            if recall.far == "constant":
-                step.cache.shift = torch.tensor(index.covered[:: store.heads], dtype=torch.int64, device=device)
+            index.extend(store, due, step.positions.device)
             self.recalled.clear()
             self.changed()
             self._rehome()

@@ -53,7 +53,7 @@ def move_up(step: Step, kv: LayerCache, due: dict[int, list[int]]) -> None:
     due: rows of which the next entries go into groups, by how many these are; all rows of a sequence are alike.
     """
     store, index, rotary = kv.held, kv.groups, step.cache.rotaries[kv.plan.index]
-    device, heads, lengths = step.positions.device, store.heads, store.lengths
+    device, heads, lengths, covered = step.positions.device, store.heads, store.lengths, list(index.covered)
     stretches: dict[int, tuple[int, Tensor]] = {}
     for count, rows in due.items():
         for row in rows:
@@ -66,7 +66,9 @@ def move_up(step: Step, kv: LayerCache, due: dict[int, list[int]]) -> None:
                 step.shared[key] = torch.stack(angle(old, new, rotary))
             keys = store.stretch(row, begin, end).to(device)
             stretches[row] = begin, turned(keys, *step.shared[key]).to(store.device)
+            covered[row] += count
     kv.rewrite(stretches)
+    step.cache.shift = torch.tensor(covered[::heads], dtype=torch.int64, device=device)
 
 
 def level(queries: Tensor, step: Step, layer: int) -> Tensor:

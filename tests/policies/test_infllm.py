@@ -13,6 +13,7 @@ from literal_infllm import Literal
 from tiny import tiny_ids
 from torch import Tensor
 
+from kvcompile.adapters.architectures import architecture_of
 from kvcompile.artifact import artifact
 from kvcompile.compiler import assemble, compile_plan
 from kvcompile.config.schema import Config
@@ -23,6 +24,7 @@ from kvcompile.kernels.dispatch import why
 from kvcompile.models.sharing import shared
 from kvcompile.plan.recall import Entries
 from kvcompile.policies.infllm import Blocks, InfLLM
+from kvcompile.runtime.positions import turn
 
 FIELDS: dict[str, Any] = {"block": 8, "strongest": 2, "sinks": 4, "recent": 16, "every": 16, "budget": 20}
 TOKENS, CHUNK, NEW = 70, 12, 40
@@ -239,6 +241,23 @@ def test_representatives_are_means_of_the_strongest_keys() -> None:
                 block = range(g * size, (g + 1) * size)
                 best = sorted(block, key=lambda j: (-float(received[r, j]), j))[:3]
                 torch.testing.assert_close(groups.representatives[r, g], keys[r, best].mean(0))
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("bfloat16", 0.02), ("float16", 0.002), ("float32", 1e-6)])
+def test_keys_that_move_up_often_are_rounded_a_little(dtype: str, within: float) -> None:
+    """32 moves take a key through the paper's window while tokens are decoded."""
+    rotary = dense_rotary()
+    keys, at = torch.randn(64, 16).to(getattr(torch, dtype)), torch.arange(64) + 4096
+    moved = keys
+    for move in range(32):
+        moved = turn(moved, at - 128 * move, at - 128 * (move + 1), rotary)
+    once = turn(keys.float(), at, at - 4096, rotary)
+    assert off(moved.float(), once) < within
+
+
+def dense_rotary() -> Any:
+    """The rotation of a tiny llama."""
+    return architecture_of(dense().config).rotary(dense(), 0)
 
 
 @pytest.mark.parametrize(
