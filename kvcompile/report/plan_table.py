@@ -136,15 +136,21 @@ def show(plan: Plan, config: Config, console: Console, policies: Iterable[Policy
 
 
 def notes(plan: Plan) -> list[str]:
-    """What of a plan is not exact though nothing is dropped: prompts in chunks over codes."""
+    """What of a plan is not exact though nothing is dropped: prompts in chunks over codes, or over what they choose."""
     between = [p for p in plan.owners if p.selection is None or p.selection.schedule.between_chunks]
     quantized = sorted({p.storage.policy for p in between if p.storage.quantized})
-    if not plan.prefill_chunk or not quantized:
-        return []
-    return [
-        f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones (prefill_chunk="
-        f"{plan.prefill_chunk:,}), so that its own logits are not exact. prefill_chunk=0 reads a prompt exactly."
-    ]
+    choosing = sorted({p.recall.policy for p in between if p.recall is not None and p.recall.prompts})
+    chunks = f"(prefill_chunk={plan.prefill_chunk:,}), so that its own logits are not exact"
+    lines = []
+    if plan.prefill_chunk and quantized:
+        what = f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones"
+        lines.append(f"{what} {chunks}. prefill_chunk=0 reads a prompt exactly.")
+    if plan.prefill_chunk and choosing:
+        lines.append(f"{', '.join(choosing)}: later chunks of a prompt read what they choose of earlier ones {chunks}.")
+    elif choosing:
+        what = f"{', '.join(choosing)}: a prompt is read at once, all of it by every token and at its own positions"
+        lines.append(f"{what}. prefill_chunk=512 looks up blocks in it, as the paper does.")
+    return lines
 
 
 def table(plan: Plan, batch: int, tokens: int, title: str) -> Table:

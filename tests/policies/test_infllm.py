@@ -212,13 +212,15 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.kvcompile.plan == model.kvcompile.plan
 
 
-def test_after_a_selection_blocks_are_of_what_it_kept() -> None:
-    """Column sums follow their entries; a second prompt selects and groups anew."""
-    stack = {"snapkv": {"window": 8, "kernel": 3, "budget": 50, "decode_every": 0, "sinks": 2}}
+@pytest.mark.parametrize("before", ["snapkv", "h2o"])
+def test_after_a_selection_blocks_are_of_what_it_kept(before: str) -> None:
+    """Column sums follow their entries, whoever else adds them up; a second prompt selects and groups anew."""
+    own = {"window": 8, "kernel": 3} if before == "snapkv" else {}
+    stack = {before: {**own, "budget": 50, "decode_every": 0, "sinks": 2}}
     stack["infllm"] = {**FIELDS, "far": "original", "heads": "own", "budget": 1000}
     ids = tiny_ids(1, TOKENS + NEW)
     model = compiled(stack, prefill_chunk=CHUNK)
-    without = compiled({"snapkv": stack["snapkv"]}, prefill_chunk=CHUNK)
+    without = compiled({before: stack[before]}, prefill_chunk=CHUNK)
     got, cache = read(model, ids, TOKENS)
     expected, _ = read(without, ids, TOKENS)
     assert off(got, expected) < 1e-5

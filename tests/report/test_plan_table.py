@@ -136,6 +136,12 @@ def test_a_plan_whose_prompts_are_read_over_codes_says_so(
     assert [("prefill_chunk=64" in note, "codes" in note) for note in found] == [(True, True)] * said
 
 
+@pytest.mark.parametrize(("chunk", "says"), [(64, "read what they choose of earlier ones"), (0, "read at once")])
+def test_a_plan_whose_prompts_look_up_blocks_says_so(chunk: int, says: str) -> None:
+    (note,) = plan_table.notes(contract_table.plan_of({"infllm": {}}, prefill_chunk=chunk))
+    assert says in note
+
+
 def test_summary_row_has_the_totals() -> None:
     row = plan_table.summary(plan(0.25), Config(plan=PlanConfig(context=100, memory=0.01)))
     assert row["cache_bytes"] == 25 * TOKEN_BYTES
