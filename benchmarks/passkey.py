@@ -8,7 +8,7 @@ The default model was trained to 8,192 positions. A number stands in a text of a
 the prompt asks for it at its end, and an answer is right where it begins with that number. Rows: the uncompressed model
 (up to its trained length), the recipe infllm, the same with far tokens at their own distances or with blocks of 128,
 and streaming with compact positions, which holds as many tokens as infllm reads. Seconds: of a prompt and its answer.
-Positions: the largest rotary position of any query. Read: bytes of keys, values and index in the last decode step.
+Positions: the rotary position of the last token. Read: bytes of keys, values and index in the last decode step.
 """
 
 from __future__ import annotations
