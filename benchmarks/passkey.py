@@ -7,7 +7,7 @@ r"""A pass key in a text longer than the model was trained on: what infllm finds
 The default model was trained to 8,192 positions. A number stands in a text of a few plain sentences said over and over;
 the prompt asks for it at its end, and an answer is right where it begins with that number. Rows: the uncompressed model
 (up to its trained length), the recipe infllm, the same with far tokens at their own distances or with blocks of 128,
-and streaming with compact positions, which holds as many tokens as infllm reads. Seconds: of a prompt and its answer.
+and streaming with compact positions, which holds as many tokens as infllm reads.
 Positions: the rotary position of the last token. Read: bytes of keys, values and index in the last decode step.
 """
 
@@ -17,7 +17,6 @@ import argparse
 import json
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ def prompt(tokenizer: Any, tokens: int, depth: float, seed: int) -> tuple[list[i
 
 
 def answered(model: Any, tokenizer: Any, ids: list[int], new: int = 6) -> dict[str, Any]:
-    """What the model says, greedily, and what that took."""
-    began = time.perf_counter()
+    """What the model says, greedily, and what it read for that."""
     tokens, said = torch.tensor([ids], dtype=torch.int64, device=model.device), []
     with torch.inference_mode():
         out = model(tokens, logits_to_keep=1)
@@ -73,8 +71,8 @@ def answered(model: Any, tokenizer: Any, ids: list[int], new: int = 6) -> dict[s
             out = model(
                 torch.tensor([said[-1:]], dtype=torch.int64, device=model.device), past_key_values=out.past_key_values
             )
-    seconds, cache = time.perf_counter() - began, out.past_key_values
-    result = {"text": tokenizer.decode(said), "seconds": round(seconds, 1), "tokens": len(ids)}
+    cache = out.past_key_values
+    result = {"text": tokenizer.decode(said), "tokens": len(ids)}
     if hasattr(cache, "reads"):
         shift = 0 if cache.shift is None else int(cache.shift[0])
         result |= {"positions": cache.seen[0] - shift, "read": sum(cache.reads.values()), "held": cache.nbytes()}
@@ -128,7 +126,6 @@ def write(records: list[dict[str, Any]], out: str | None) -> None:
                 "positions": f"{last.get('positions', last['tokens']):,}",
                 "MB held": megabytes["held"],
                 "MB read": megabytes["read"],
-                "seconds": round(sum(r["seconds"] for r in runs) / len(runs)),
             }
         )
     text = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
