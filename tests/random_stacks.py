@@ -236,14 +236,27 @@ def uncompressed(case: Case, b: int) -> Tensor:
 
 
 def kept(cache: Any, b: int, batch: int) -> list[list[list[int]]]:
-    """True positions that sequence b holds, per layer and KV head; nothing for layers without a cache."""
+    """True positions that sequence b holds, per layer and KV head; nothing for layers without a cache.
+
+    Where a recall may put entries elsewhere, in ascending order.
+    """
     rows = [[] if layer.store is None else [at.tolist() for _, _, at in layer.held.rows()] for layer in cache.layers]
+    rows = [[sorted(at) for at in r] if p.recall else r for r, p in zip(rows, cache.plan.layers, strict=True)]
     return [layer[len(layer) // batch * b : len(layer) // batch * (b + 1)] for layer in rows]
 
 
 def tolerance(case: Case, cache: Any) -> float:
     """How far logits may be off where only the order of sums differs; a number may also round to the next code."""
     return TOLERANCE[case.dtype] + 0.05 * any(p.storage.quantized for p in cache.plan.layers)
+
+
+def comparable(case: Case, cache: Any) -> bool:
+    """Whether sums in another order cannot choose other experts, or other groups of tokens to read, of one cache."""
+    plan = cache.plan
+    recalls, encodes = any(p.recall for p in plan.layers), any(p.storage.quantized for p in plan.layers)
+    if case.exact:
+        return not (recalls and encodes)  # another code now and then, by which another group is read
+    return case.family not in ROUTED and not recalls
 
 
 def off(got: Tensor, expected: Tensor) -> float:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import event, example, given
 from random_stacks import (
     DTYPES,
-    ROUTED,
     TOLERANCE,
     Case,
     cases,
+    comparable,
     compiled,
     decoded,
     kept,
@@ -41,6 +41,10 @@ def as_planned(cache: Any, case: Case) -> None:
     for p, layer in zip(plan.layers, cache.layers, strict=True):
         if layer.store is not None:
             assert layer.store.nbytes() == sum(p.nbytes(n, plan.dtype) for n in layer.store.lengths)
+        if layer.index is not None:
+            rows = [layer.store.lengths[b * p.kv_heads : (b + 1) * p.kv_heads] for b in range(len(case.lengths))]
+            groups = [plan.reading(p, row, n)[0] for row, n in zip(rows, case.lengths, strict=True)]
+            assert layer.index.nbytes() == sum(groups)
 
 
 def lengths_of(cache: Any, b: int, case: Case) -> list[list[int]]:
@@ -61,8 +65,10 @@ def positions_are_true(cache: Any, case: Case) -> None:
 
 
 def is_whole(cache: Any, case: Case) -> bool:
-    """Whether nothing was converted, dropped or encoded, so that logits are the uncompressed model's."""
-    plan = cache.plan
+    """Whether nothing was converted, dropped, encoded or left unread, so that logits are the uncompressed model's."""
+    plan, seen = cache.plan, max(case.lengths) + case.new
+    if any(p.recall and 1 != p.recall.budget.value < seen for p in plan.layers):
+        return False
     if converts(plan) or any(p.storage.quantized for p in plan.layers):
         return False
     if any(p.sliding_window for p in plan.selected) and cache.evictions.dropped:
@@ -108,9 +114,9 @@ def test_a_random_stack_is_refused_in_one_line_or_keeps_its_plan(case: Case) -> 
             alone, single = run(model, case, [b])
             same = kept(cache, b, len(everyone)) == kept(single, 0, 1)
             assert same or not case.exact
-            if same and (case.exact or case.family not in ROUTED):
+            if same and comparable(case, cache):
                 assert off(logits[b], alone[0]) < tolerance(case, cache)
-    if is_whole(cache, case) and (case.exact or case.family not in ROUTED):
+    if is_whole(cache, case) and comparable(case, cache):
         event("dense")
         for b in everyone:
             assert off(logits[b], uncompressed(case, b)[0]) < TOLERANCE[case.dtype]

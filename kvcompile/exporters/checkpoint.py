@@ -58,8 +58,9 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
 
 def acting(p: LayerPlan) -> str | None:
     """The policy that acts on a layer's cache at run time; None: none. A rotation alone changes no result."""
-    if p.selection is not None:
-        return p.selection.policy
+    for part in (p.selection, p.recall):
+        if part is not None:
+            return part.policy
     s = replace(p.storage, rotated=False, policy="")
     if s == PLAIN:
         return None

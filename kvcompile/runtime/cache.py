@@ -369,7 +369,7 @@ class KVCache(Cache):  # type: ignore[misc]
             tokens_to_remove: how many, as a negative number (which is how transformers says it); 0 does nothing.
 
         Raises:
-            KvcompileError: if an eviction has seen one of them, or one was encoded: what was lost cannot come back.
+            KvcompileError: if one of them was seen by an eviction, encoded or grouped: what was lost cannot come back.
 
         Examples:
             >>> model = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.5"])
@@ -382,10 +382,11 @@ class KVCache(Cache):  # type: ignore[misc]
         count = abs(tokens_to_remove)
         if count == 0:
             return
-        if tokens_to_remove > 0 or count > self.croppable:
+        croppable = 0 if any(p.recall and p.recall.reuse > 1 for p in self.plan.layers) else self.croppable
+        if tokens_to_remove > 0 or count > croppable:
             raise KvcompileError(
-                "only tokens after the last eviction or encoding can be cropped, given as a negative number",
-                f"{tokens_to_remove} with {self.croppable} such tokens",
+                "only tokens after the last eviction, encoding or grouping can be cropped, given as a negative number",
+                f"{tokens_to_remove} with {croppable} such tokens",
                 "crop fewer, or start a new cache",
             )
         for layer in self.layers:

@@ -87,8 +87,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
                 f"{min(self.store.lengths)} to {max(self.store.lengths)} tokens",
                 "read layer.held.rows(): keys, values and positions of each row",
             )
-        rows = torch.stack([row[which] for row in self.store.rows()])
-        return torch.unflatten(rows, 0, (self.store.batch, self.store.heads))
+        rows, shape = [row[which] for row in self.store.rows()], (self.store.batch, self.store.heads)
+        return torch.unflatten(torch.stack(rows), 0, shape)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor, valid: Tensor | None, headroom: int) -> None:
         """Add new tokens: keys `[B, H_kv, Q, D]`, values, true positions `[B, Q]`; padding is not stored.
@@ -97,8 +97,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         """
         self.columns += keys.shape[2]
         latent = self.plan.latent.rope if self.plan.latent else None
-        if latent is not None:
-            values = keys[..., latent:]
+        values = values if latent is None else keys[..., latent:]
         if self.store is None:
             how = self.plan.storage, latent, self.encoder, self.plan.index
             self.store = factory.opened(keys, values, valid, headroom, *how)
@@ -174,18 +173,20 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.groups.receive(sums, ends, self.held.lengths)
         step.cache.summed()
 
+    @torch.no_grad()
     def group_new(self, step: Step) -> None:
         """Put entries that are no longer among the newest into groups: at the end of a prompt, then now and then."""
         recall, s = self.plan.recall, self.plan.selection
-        if recall is None or (s is not None and step.prefill and not step.last):
-            return
+        if recall is None or (s is not None and step.prefill and not step.last) or step.tick % recall.reuse:
+            return  # groups change where choices do, at the same steps in any batch
         store, index = self.held, self.groups
         due = index.due(store.lengths, 1 if step.prefill else recall.every)
+        if step.prefill or due:  # a choice stands for decoded tokens that follow each other, and for their groups
+            self.recalled.clear()
         if due:
             if recall.far == "constant":
                 move_up(step, self, due)
             index.extend(store, due, step.positions.device)
-            self.recalled.clear()
             self.changed()
             self._rehome()
             step.cache.grouped()
@@ -197,10 +198,13 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         first, rows = self.index.first, self.held.rows()
         spans = {r: slice(first, first + n) for r, n in enumerate(self.index.covered) if n}
         if self.index.recall.grouping.reorders:
+            self.changed()
             self.held.reorder({r: (first, rows[r][2][span].argsort()) for r, span in spans.items()})
+            self._rehome()
         self.index.dissolve()
         self.recalled.clear()
 
+    @torch.no_grad()
     def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
         """The entries that the queries `[B, H_q, Q, D]` of layer `layer` read; None: all of them.
 
@@ -209,9 +213,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         recall, index = self.plan.recall, self.index
         if recall is None or index is None or index.table is None or not self._chooses(step):
             return None
-        store, past = self.held, self.recalled.get(layer)
-        lengths = store.lengths
-        if past is None or step.prefill or step.tick >= past.tick + recall.reuse:
+        store, lengths, past = self.held, self.held.lengths, self.recalled.get(layer)
+        if past is None or step.prefill or step.tick % recall.reuse == 1 % recall.reuse:
             wanted = index.wanted(step.cache.seen, store.heads)
             if recall.far == "constant" and queries.shape[2] > 1:
                 queries = level(queries, step, layer)
@@ -295,8 +298,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.store = self.transfer.fetch(self.store)
 
     def _chooses(self, step: Step) -> bool:
-        recall = self.plan.recall
-        grouped = self.index is not None and self.index.table is not None
+        recall, grouped = self.plan.recall, self.index is not None and self.index.table is not None
         return recall is not None and grouped and (recall.prompts or not step.prefill)
 
     def _near(self, view: View) -> View:
@@ -329,11 +331,9 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def _alive(self) -> list[Tensor]:
         """Every tensor of store and index, once: also a copy under way, and what one on the device was made of."""
-        tensors = self.transfer.spare() if self.transfer is not None else []
-        tensors += self.index.tensors() if self.index is not None else []
-        if self.store is not None:
-            pools = [pool.residency for pool in self.store.pools if pool.residency is not None]
-            tensors = [*self.store.tensors(), *tensors, *(x for residency in pools for x in residency.tensors())]
+        tensors = [x for part in (self.store, self.index) if part is not None for x in part.tensors()]
+        if self.transfer is not None and self.store is not None:
+            tensors += self.transfer.spare(self.store)
         return list({id(x): x for x in tensors}.values())
 
     def _rehome(self) -> None:
@@ -367,8 +367,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.history, self.columns, self.is_initialized = None, QueryHistory(), 0, False
-        self.index, self.recalled = None, {}
-        self.transfer = HostTransfer() if self.transfer is not None else None
+        self.index, self.recalled, self.transfer = None, {}, None if self.transfer is None else HostTransfer()
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what transformers slices new inputs by."""

@@ -249,7 +249,7 @@ class CompiledMixin:
         assists = "assisted" in mode or generation_config.is_assistant
         if assists and not self.new_cache().is_croppable:
             raise KvcompileError(
-                "assisted decoding takes back tokens, which a cache that evicts, encodes or slides cannot",
+                "assisted decoding takes back tokens, which a cache that evicts, encodes, recalls or slides cannot",
                 "an assistant model" if generation_config.is_assistant else f"generation mode {mode!r}",
                 "use greedy search, sampling or beam search, or a stack that only appends (policy=[] or paged)",
             )

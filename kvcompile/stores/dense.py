@@ -127,7 +127,8 @@ class DenseStore(Plain):
         return self._places
 
     def _own_positions(self) -> None:
-        self.positions = self.positions.expand(-1, self.heads, -1).contiguous()
+        if self.positions.shape[1] != self.heads:
+            self.positions = self.positions.expand(-1, self.heads, -1).contiguous()
 
     def reorder(self, orders: Orders) -> None:
         """Put entries of some rows in another order, in place; each head has positions of its own then."""

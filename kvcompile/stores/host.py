@@ -217,14 +217,17 @@ class HostTransfer:
         return self._host(store).receive(coming)
 
     def to_host(self, store: Store) -> Store:
-        """`store` at home; where it only grew, what was `appended` is appended to the copy there instead."""
+        """`store` at home; where it only grew, what was `appended` is appended to the copy there instead.
+
+        Where it was there all along, what it has got since is made as `away` does.
+        """
         host = self._host(store)
         for pool in store.pools:
             with pool.alone():
                 pool.residency = pool.residency or PagePoolResidency(host)
                 pool.residency.to_host(pool, self)
         if self.on_host:
-            return store
+            return self.rehome(store)
         if self.home is None or self.changed:
             host_store = store.moved(host.away)
         else:
@@ -248,7 +251,8 @@ class HostTransfer:
                     pool.residency.rehome(pool)
         return store.moved(self.host.kept)
 
-    def spare(self) -> list[Tensor]:
-        """Tensors kept alive beside those of the store and its pools."""
+    def spare(self, store: Store) -> list[Tensor]:
+        """Tensors kept alive beside those of the `store`: copies, and what they were made of, also of its pages."""
         home = self.home.buffers() if self.home is not None else []
-        return [*home, *(self.coming.tensors if self.coming else [])]
+        pools = [x for pool in store.pools if pool.residency is not None for x in pool.residency.tensors()]
+        return [*home, *(self.coming.tensors if self.coming else []), *pools]

@@ -157,6 +157,8 @@ REFUSED = [
     ("llama", ["snapkv"], r"holds weights.*got 'snapkv' in layer 0. Fix: export.hf.weights_only=true"),
     ("llama", ["gqa", "zigzag", "kivi"], r"got 'zigzag' in layer 0"),
     ("llama", ["int8"], r"got 'int8' in layer 0"),
+    ("llama", ["quest"], r"acts on the cache while the model runs, got 'quest' in layer 2"),
+    ("llama", ["gqa", "quest", "paged"], r"got 'paged' in layer 0"),
     ("llama", ["offload"], r"got 'offload' in layer 0"),
     ("llama", ["rotate", "paged"], r"got 'paged' in layer 0"),
     ("llama", ["cla"], r"no stock class of .* lets layers of 'llama' read .*gemma3n and gemma4.*got layer 1 reading"),

@@ -23,8 +23,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "attend-to-a-part.md"
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Any:
-    """The page's module, from a folder outside of the project."""
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
+    """The page's second module, from a folder outside of the project."""
+    _, block = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.S)
     path = tmp_path / "largest_keys.py"
     path.write_text(block, "utf-8")
     spec = importlib.util.spec_from_file_location("largest_keys", path)

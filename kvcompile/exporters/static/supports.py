@@ -23,6 +23,12 @@ def refuse(plan: Plan, model_config: Any) -> None:
         raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
     for p in plan.owners:
         _refuse_storage(p)
+        if p.recall is not None:
+            raise KvcompileError(
+                f"layer {p.index}: each step of a program reads all that a row holds",
+                f"{p.recall.policy!r}, which chooses what a step reads",
+                f"drop {p.recall.policy}",
+            )
         if p.selection is not None:
             _refuse_selection(plan, p, p.selection)
 

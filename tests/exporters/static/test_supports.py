@@ -35,6 +35,11 @@ REFUSED = {
     "a threshold": (["policy=corm"], "length of the prompt"),
     "codes that lose tokens later": (["policy=[streaming,kivi]"], "while decoding"),
     "pages": (["policy=paged"], "contiguous"),
+    "what is read is chosen": (["policy=quest"], "each step of a program reads all that a row holds"),
+    "what is read of a selection is chosen": (
+        ["policy=[snapkv,quest]", "stack.snapkv.decode_every=0"],
+        "'quest', which chooses what a step reads",
+    ),
     "another device": (["policy=offload"], "one device"),
     "moved keys": (["policy=streaming", "stack.streaming.positions=compact"], "true positions"),
     "evictions between chunks": (["policy=snapkv", "prefill_chunk=16"], "one piece"),
