@@ -86,6 +86,17 @@ def test_an_empty_cluster_gets_the_farthest_key_of_another() -> None:
     assert kmeans.nearest(unit, moved).tolist() == [[0, 0, 1, 2, 2]]
 
 
+def test_a_key_that_points_where_its_center_does_is_no_seed() -> None:
+    unit = normalize(torch.ones(1, 5, DIM), dim=-1)
+    centers = torch.stack((unit[:, 0], -unit[:, 0]), 1)
+    assert torch.equal(kmeans.reseeded(unit, torch.zeros(1, 5, dtype=torch.long), centers), centers)
+
+
+def test_what_is_empty_after_the_last_round_is_filled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "ROUNDS", 0)
+    assert (kmeans.cluster(blobs(9, 25), COUNT).sizes == 25).all()
+
+
 def test_of_centers_that_are_alike_the_first_is_taken() -> None:
     keys = normalize(keys_of(1, 50, DIM), dim=-1)
     centers = keys[:, [3, 7, 3, 3]]
