@@ -225,7 +225,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             places = store.places if store.device == rows.device else None
             entries = step.cache.backend.choose(*groups, recall.agree, together, places)
             past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
-            step.cache.count_read(layer, index.table_bytes())
+            if step.cache.reads is not None:
+                step.cache.count_read(layer, index.table_bytes())
         return past.extended(lengths)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
