@@ -25,6 +25,7 @@ from random_stacks import (
 
 from kvcompile.kernels.cpp import backend
 from kvcompile.plan.plan import Plan, converts
+from kvcompile.stores.factory import low as low_of
 
 
 def as_planned(cache: Any, case: Case) -> None:
@@ -40,7 +41,8 @@ def as_planned(cache: Any, case: Case) -> None:
         assert free == total, f"layers that share a budget, sequence {b}"
     for p, layer in zip(plan.layers, cache.layers, strict=True):
         if layer.store is not None:
-            assert layer.store.nbytes() == sum(p.nbytes(n, plan.dtype) for n in layer.store.lengths)
+            rows = zip(layer.store.lengths, low_of(layer.store), strict=True)
+            assert layer.store.nbytes() == sum(p.nbytes(n, plan.dtype, low) for n, low in rows)
         if layer.index is not None:
             rows = [layer.store.lengths[b * p.kv_heads : (b + 1) * p.kv_heads] for b in range(len(case.lengths))]
             groups = [plan.reading(p, row, n)[0] for row, n in zip(rows, case.lengths, strict=True)]
