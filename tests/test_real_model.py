@@ -92,7 +92,8 @@ def steps(model: Any, cache: Any, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "stack", ["quest", "quest,kivi", "clusterkv", "adakv", "h2o,offload"], ids=lambda stack: stack.replace(",", "+")
+    "stack",
+    ["quest", "quest,kivi", "clusterkv", "adakv", "leankv", "h2o,offload"],
 )
 def test_a_branch_goes_on_as_the_stack_itself_does(stack: str) -> None:
     ids = tiny_ids(1, 80, seed=11)[0].tolist()
