@@ -252,12 +252,15 @@ def test_what_is_loaded_is_what_was_saved(name: str, beside: str, tmp_path: Path
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(("name", "beside"), pairs("alone", "kivi", "mla"))
 def test_every_backend_reads_the_same(name: str, beside: str, backend: str) -> None:
-    """Logits as the library has them; the C++ kernel meets integer codes with rounded queries."""
+    """Logits as the library has them. The C++ kernel meets integer codes with rounded queries, so that the keys of later
+    tokens differ in their last bits, and so may the order that clusters of these are put in.
+    """
     ids = tiny_ids(2, TOKENS + 2 * EVERY)
     expected, cache = steps(model_of(name, beside), ids, TOKENS)
     got, other = steps(model_of(name, beside, kernels=backend), ids, TOKENS)
     assert off(got, expected) < (0.02 if beside in ENCODES else 1e-4)
-    assert kept_positions(other) == kept_positions(cache)
+    of_other, of_library = ([[sorted(row) for row in layer] for layer in kept_positions(c)] for c in (other, cache))
+    assert of_other == of_library
 
 
 def test_a_choice_stands_for_the_steps_it_is_made_for() -> None:

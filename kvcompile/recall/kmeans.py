@@ -40,7 +40,8 @@ def cluster(keys: Tensor, count: int, seed: int = 0) -> Clusters:
     """
     keys = keys.float().nan_to_num()
     unit = normalize(keys, dim=-1)
-    drawn = torch.randperm(keys.shape[1], generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    private = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(keys.shape[1], generator=private, dtype=torch.int64, device="cpu")
     centers = unit[:, drawn[:count].to(keys.device)]
     for _ in range(ROUNDS):
         labels = nearest(unit, centers)

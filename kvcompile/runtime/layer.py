@@ -135,7 +135,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         sums = self._sums(queries, step, parts, ends)
         spec = cache.spec(layer, parts, sums is not None)
         attend = cache.attention(spec, queries.dtype, self._learns(queries))
-        new, view = Queries(queries, step.positions, step.valid, sinks), self._near(store.view(chosen))
+        new, view = Queries(queries, step.positions, step.valid, sinks), self._view(chosen)
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
         out = attend(new, view, spec, sums)
@@ -302,9 +302,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         recall, grouped = self.plan.recall, self.index is not None and self.index.table is not None
         return recall is not None and grouped and (recall.prompts or not step.prefill)
 
-    def _near(self, view: View) -> View:
-        """What a kernel on the device reads: of a store in host memory, a copy of what the view shows."""
-        if self.transfer is None or self.transfer.host is None or not self.transfer.on_host:
+    def _view(self, chosen: Chosen | None) -> View:
+        """What a kernel on the device reads: of what is chosen in host memory, a copy."""
+        view = self.held.view(chosen)
+        if chosen is None or self.transfer is None or self.transfer.host is None or not self.transfer.on_host:
             return view
         return shown(view, self.transfer.host.near)
 
