@@ -252,7 +252,7 @@ def test_what_is_loaded_is_what_was_saved(name: str, beside: str, tmp_path: Path
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(("name", "beside"), pairs("alone", "kivi", "mla"))
 def test_every_backend_reads_the_same(name: str, beside: str, backend: str) -> None:
-    """Logits as the library has them. The C++ kernel meets integer codes with rounded queries, so that the keys of later
+    """Logits as the library has them. The C++ kernel meets codes with rounded queries, so that the keys of later
     tokens differ in their last bits, and so may the order that clusters of these are put in.
     """
     ids = tiny_ids(2, TOKENS + 2 * EVERY)
