@@ -45,12 +45,12 @@ class Index:
 
     def due(self, lengths: list[int], least: int) -> dict[int, list[int]]:
         """Rows of `lengths` in which `least` entries or more can be grouped, by how many those are."""
-        found: dict[int, list[int]] = {}
+        by_count: dict[int, list[int]] = {}
         for row, (length, covered) in enumerate(zip(lengths, self.covered, strict=True)):
             count = self.recall.groupable(length, covered, self.unit, self.recent)
             if count >= max(1, least):
-                found.setdefault(count, []).append(row)
-        return found
+                by_count.setdefault(count, []).append(row)
+        return by_count
 
     def extend(self, store: Store, due: dict[int, list[int]], device: torch.device) -> None:
         """Group the next entries of the rows that are `due`.

@@ -141,7 +141,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         out = attend(new, view, spec, sums)
         if self.receives:
             self._receive(new, view, spec, ends, sums, step)
-            cache.count_read(layer, self.groups.nbytes() - self.groups.table_bytes())
+            if cache.reads is not None:
+                cache.count_read(layer, self.groups.nbytes() - self.groups.table_bytes())
         return out
 
     @property
