@@ -141,7 +141,7 @@ class NeedleTask:
         filler = _fill(text[start:] + text[:start], self.tokens - least)
         while len(ids(filler)) > self.tokens:
             filler.pop()
-        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens, _common(ids(filler), ids(filler, "")))
+        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens, common_prefix(ids(filler), ids(filler, "")))
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _draw_numbers(rng: random.Random, count: int) -> list[str]:
     return numbers
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many first ids are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
