@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.errors import KvcompileError
+from kvcompile.models.sharing import shared
 from kvcompile.plan.blocks import Blocks
 
 EMBEDDER, EXPANSION, START, BOS = NAMES = ("block_embedder", "block_expansion", "block_start", "block_bos")
@@ -53,7 +54,8 @@ def _outputs_of_bos(model: Any, base: Any, split: int) -> tuple[Tensor | None, T
     if token is None:
         return None, None
     ids = torch.tensor([[token]], device=model.device, dtype=torch.int64)
-    states = base(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    twin = shared(base)  # transformers leaves hooks on the layers that it has looked into
+    states = twin(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     return states[split][0, 0], states[0][0, 0]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from blocks_reference import block_vector, logits_of, next_logits, run
-from tiny import tiny_ids, tiny_model
+from tiny import tiny_config, tiny_ids, tiny_model
 
+from kvcompile.adapters.architectures import architecture_of
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.blocks import Blocks
 from kvcompile.structure.blocks import NAMES, add_blocks
@@ -48,6 +49,11 @@ def test_no_weight_of_the_model_changes() -> None:
     before, after = tiny_model().double().state_dict(), divided().state_dict()
     assert {name.removeprefix("model.").removesuffix(".weight") for name in after.keys() - before.keys()} == {*NAMES}
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_divided_model_can_be_compiled() -> None:
+    """Nothing stays on it that would: transformers hooks the layers whose outputs are asked for."""
+    architecture_of(tiny_config("llama")).require_as_configured(divided())
 
 
 def test_meta_models_get_modules_of_the_same_shapes() -> None:
