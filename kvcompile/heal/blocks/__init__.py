@@ -1,0 +1,1 @@
+"""Block transformers in training: all blocks of a batch at once."""
