@@ -41,13 +41,13 @@ from typing import Any
 import torch
 from branching import Branching
 from equal_bytes import Planner, stacks
-from intervals import ratio, wilson
 from needle_sweep import Remembering, rotated
 from tabulate import tabulate
 
 from kvcompile.calibration.text import builtin, from_text
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
+from kvcompile.evaluation.intervals import ratio, wilson
 from kvcompile.evaluation.needle import NeedlePrompt, NeedleTask
 from kvcompile.evaluation.perplexity import spread
 from kvcompile.models.loading import load

@@ -1,4 +1,4 @@
-"""Protects what benchmarks compare at: budgets that fill a share of the bytes read, and the intervals in tables."""
+"""Protects what benchmarks compare at: budgets that fill a share of the bytes read."""
 
 from __future__ import annotations
 
@@ -16,19 +16,16 @@ FOLDER = str(Path(__file__).parents[1] / "benchmarks")
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def equal(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(FOLDER)
     import equal_bytes
-    import intervals
 
-    yield equal_bytes, intervals
-    for name in ("equal_bytes", "intervals"):
-        sys.modules.pop(name, None)
+    yield equal_bytes
+    sys.modules.pop("equal_bytes", None)
 
 
 @pytest.mark.parametrize("label", ["snapkv", "quest", "part"])
-def test_the_budget_is_the_largest_that_reads_no_more_than_the_share(modules: tuple[Any, Any], label: str) -> None:
-    equal, _ = modules
+def test_the_budget_is_the_largest_that_reads_no_more_than_the_share(equal: Any, label: str) -> None:
     lines = [
         "# one a line",
         "snapkv: policy=[snapkv] stack.snapkv.budget={tokens}",
@@ -46,17 +43,7 @@ def test_the_budget_is_the_largest_that_reads_no_more_than_the_share(modules: tu
             assert planner.read(chosen) <= stack.share < planner.read(stack.filled(size + 2))
 
 
-def test_a_stack_that_always_reads_more_is_refused(modules: tuple[Any, Any]) -> None:
-    equal, _ = modules
+def test_a_stack_that_always_reads_more_is_refused(equal: Any) -> None:
     (stack,) = equal.stacks(["quest: policy=[quest] stack.quest.budget={tokens}"], [Fraction(1, 4)])
     with pytest.raises(KvcompileError, match="read as little as 1/4"):  # two of its four layers read everything
         equal.Planner(dense().config, "float32", 400).fitted(stack)
-
-
-def test_intervals_are_those_of_the_books(modules: tuple[Any, Any]) -> None:
-    _, intervals = modules
-    assert intervals.wilson(19, 20) == pytest.approx((0.7639, 0.9911), abs=1e-4)
-    assert intervals.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    middle, low, high = intervals.ratio([1.1, 1.3, 1.2], [1.0, 1.0, 1.0])
-    assert middle == pytest.approx(2.718281828**0.2)
-    assert 1 < low < middle < high

@@ -1,4 +1,4 @@
-"""Intervals of 95 % for tables: of a share of right answers, and of a ratio of perplexities."""
+"""Intervals of 95 %: of a share of right answers, of a mean, and of a ratio of perplexities."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 def ratio(losses: Sequence[float], dense: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
     """exp(mean of losses - dense), and its percentile bootstrap interval over the same windows of both."""
-    gaps = [a - b for a, b in zip(losses, dense, strict=True)]
+    middle, low, high = mean([a - b for a, b in zip(losses, dense, strict=True)], draws)
+    return math.exp(middle), math.exp(low), math.exp(high)
+
+
+def mean(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """The mean, and its percentile bootstrap interval: the same for the same values."""
     rng = random.Random(0)
-    means = sorted(sum(rng.choices(gaps, k=len(gaps))) / len(gaps) for _ in range(draws))
-    low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
-    return math.exp(sum(gaps) / len(gaps)), math.exp(low), math.exp(high)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
+    return sum(values) / len(values), means[int(0.025 * draws)], means[int(0.975 * draws)]

@@ -1,0 +1,24 @@
+"""Protects the intervals in tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcompile.evaluation.intervals import mean, ratio, wilson
+
+
+def test_intervals_are_those_of_the_books() -> None:
+    assert wilson(19, 20) == pytest.approx((0.7639, 0.9911), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    middle, low, high = ratio([1.1, 1.3, 1.2], [1.0, 1.0, 1.0])
+    assert middle == pytest.approx(2.718281828**0.2)
+    assert 1 < low < middle < high
+
+
+def test_the_interval_of_a_mean_holds_it_and_is_the_same_each_time() -> None:
+    values = [0.0, 1.0, 0.5, 0.25]
+    middle, low, high = mean(values)
+    assert middle == 0.4375
+    assert 0 <= low < middle < high <= 1
+    assert mean(values) == (middle, low, high)
+    assert mean([0.5, 0.5]) == (0.5, 0.5, 0.5)
