@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kvcompile.errors import KvcompileError
 from kvcompile.plan import checks
+from kvcompile.plan.blocks import Blocks
 from kvcompile.plan.recall import GROUP_BYTES, RECEIVED_BYTES, Recall
 from kvcompile.plan.selection import Selection
 from kvcompile.plan.storage import PLAIN, Storage
@@ -132,6 +133,7 @@ class Plan:
         layers: one `LayerPlan` a layer.
         prefill_chunk: tokens of a prompt that are read at once; 0: all.
         applied: the policies, in order.
+        blocks: how the text is divided between a block decoder and a token decoder; None: it is not.
 
     Examples:
         >>> plan = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.1"]).kvcompile.plan
@@ -147,6 +149,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     prefill_chunk: int = 0
     applied: tuple[Applied, ...] = field(default=())
+    blocks: Blocks | None = None
 
     def map(self, change: Callable[[LayerPlan], LayerPlan], layers: Iterable[int] | None = None) -> Plan:
         """The plan with `change` applied to the given layers (default: all)."""
@@ -269,6 +272,7 @@ class Plan:
             "prefill_chunk": self.prefill_chunk,
             "policies": [dataclasses.asdict(a) for a in self.applied],
             "layers": [_plain(p) for p in self.layers],
+            **({} if self.blocks is None else {"blocks": dataclasses.asdict(self.blocks)}),
         }
 
     def digest(self) -> str:
@@ -292,6 +296,11 @@ def _plain(value: Any) -> Any:
 
 def converts(plan: Plan) -> bool:
     """Whether a plan asks for other weights than the model's own."""
+    return plan.blocks is not None or reprojects(plan)
+
+
+def reprojects(plan: Plan) -> bool:
+    """Whether it asks for other projections in the attentions."""
     return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
 
 

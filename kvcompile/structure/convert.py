@@ -16,8 +16,9 @@ from kvcompile.adapters.architecture import Architecture
 from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.layout import Weights
 from kvcompile.errors import KvcompileError
-from kvcompile.plan.plan import LayerPlan, Plan, converts
+from kvcompile.plan.plan import LayerPlan, Plan, converts, reprojects
 from kvcompile.structure.absorb import factorise, modules_of
+from kvcompile.structure.blocks import add_blocks
 from kvcompile.structure.heads import fold_layers, merge_heads
 from kvcompile.structure.latent import Factors
 
@@ -35,18 +36,24 @@ def convert(model: Any, plan: Plan, text: Tensor | None = None) -> None:
         return
     architecture = architecture_of(model.config)
     turns, factors = _turns(architecture, model, plan, text), factorise(architecture, model, plan, text)
-    _rewrite(architecture, model, plan, turns, factors)
+    if plan.blocks is not None:
+        add_blocks(model, plan.blocks)
+    if reprojects(plan):
+        _rewrite(architecture, model, plan, turns, factors)
 
 
 def require_convertible(model: Any, plan: Plan) -> None:
     """Raise KvcompileError for weights that a plan asks to edit and that cannot be: absent, tied, or not plain."""
     from kvcompile.models.loading import require_weights
 
-    if not converts(plan) and not any(p.storage.rotated for p in plan.layers):
+    edits = reprojects(plan) or any(p.storage.rotated for p in plan.layers)
+    if not edits and plan.blocks is None:
         return
     require_weights(model)
+    if not edits:
+        return
     architecture = architecture_of(model.config)
-    if converts(plan):
+    if reprojects(plan):
         _require_untied(architecture, model)
     for layout in architecture.layouts(model, plan):
         layout.read()
@@ -54,7 +61,9 @@ def require_convertible(model: Any, plan: Plan) -> None:
 
 def reshape(model: Any, plan: Plan) -> None:
     """As `convert`, of a model without weights (on the meta device): modules for converted weights to come."""
-    if converts(plan):
+    if plan.blocks is not None:
+        add_blocks(model, plan.blocks)
+    if reprojects(plan):
         _rewrite(architecture_of(model.config), model, plan, {}, {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from blocks_reference import block_vector, logits_of, next_logits, run
 from tiny import tiny_config, tiny_ids, tiny_model
 
-from kvcompile.adapters.architectures import architecture_of
+from kvcompile.adapters.architectures import architecture_of, describe
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.blocks import Blocks
 from kvcompile.structure.blocks import NAMES, add_blocks
+from kvcompile.structure.convert import convert, reshape
 
 BLOCKS = Blocks(length=4, split=2)
 
@@ -85,3 +87,24 @@ def test_the_oracle_reads_prompts_of_any_length_and_never_ahead(blocks: Blocks) 
         other = logits_of(model, blocks, changed)
         assert torch.equal(other[:at], logits[:at])
         assert not torch.isclose(other[at:], logits[at:]).all(1).any(), "all later tokens must see this one"
+
+
+@torch.no_grad()
+def test_a_plan_with_blocks_converts_without_touching_projections() -> None:
+    model = tiny_model()
+    plan = replace(describe(model.config), blocks=BLOCKS)
+    convert(model, plan)
+    before = tiny_model().state_dict()
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in before.items())
+    assert torch.equal(model.model.block_expansion(model.model.block_start), model.model.block_start.repeat(2))
+    hollow = tiny_model().to("meta")
+    reshape(hollow, plan)
+    assert {n: w.shape for n, w in hollow.state_dict().items()} == {n: w.shape for n, w in model.state_dict().items()}
+
+
+def test_blocks_are_part_of_a_plan_and_of_its_digest() -> None:
+    plan = describe(tiny_config("llama"))
+    divided = replace(plan, blocks=BLOCKS)
+    assert "blocks" not in plan.to_json()
+    assert divided.to_json()["blocks"] == {"length": 4, "split": 2, "embedder": "mean", "prefix": 2}
+    assert divided.digest() != plan.digest() != replace(plan, blocks=Blocks(8, 2)).digest() != divided.digest()
