@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from kvcompile import compiler
+from kvcompile.analysis import registry as analyses
 from kvcompile.config import sweep
 from kvcompile.config.compose import (
     CONFIG_MODULE,
@@ -137,7 +138,12 @@ def _sweep_job(cfg: DictConfig, context: DictConfig) -> None:
 
 
 def _work(config: Config) -> sweep.Done:
-    """Compile, or only plan, or only export; returns (output folder, summary row)."""
+    """Compile, or only plan, export or analyse; returns (output folder, summary row)."""
+    if config.analysis:
+        from kvcompile.job import analyse_config
+
+        analysed = analyse_config(config, _console())
+        return analysed.path, analysed.summary
     if config.artifact:
         return _export(config.artifact, config)
     if config.plan.mode == "only":
@@ -172,12 +178,13 @@ def _export(artifact: str, config: Config) -> sweep.Done:
 
 
 def listing(kinds: Sequence[str]) -> str:
-    """`kvcompile ls [recipes|policies|models|exports]`: one line each. Raises KvcompileError for another word."""
+    """`kvcompile ls [recipes|policies|models|exports|analyses]`: one line each. Raises KvcompileError otherwise."""
     known = {
         "recipes": _headers("kvcompile.recipes", "recipe"),
         "policies": {name: f"{cls.family}: {cls.summary}" for name, cls in discover().items()},
         "models": _headers(CONFIG_MODULE, "model"),
         "exports": {name: cls.summary for name, cls in registry.discover().items()},
+        "analyses": {name: cls.summary for name, cls in analyses.discover().items()},
     }
     for kind in kinds:
         if kind not in known:

@@ -6,7 +6,7 @@ import platform
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from kvcompile.report import card, files, report
 from kvcompile.report.plan_table import notes
 from kvcompile.report.report import Report
 from kvcompile.stack import StackPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROOF_TOKENS = 1024
 Material = tuple[Tensor | None, list[NeedleTask]]  # windows of text for perplexity, and needle tasks
@@ -238,6 +241,27 @@ def compile_config(config: Config) -> Outcome:
     with progress_bar() as progress:
         model, tokenizer = load(config.model, progress, architecture)
         return compile_and_report(model, tokenizer, config, progress, stack)
+
+
+def analyse_config(config: Config, console: Console) -> Outcome:
+    """One job of analyses: load the original model, measure, write JSON, pictures and a report, and print it."""
+    from rich.markdown import Markdown
+
+    from kvcompile.analysis.run import analyse, section
+    from kvcompile.analysis.run import target as folder_of
+    from kvcompile.models.loading import config_of, load
+
+    folder = folder_of(config)  # what cannot be written fails before weights are read
+    architecture = config_of(config.model)
+    said: list[str] = []
+    with progress_bar() as progress:
+        model, tokenizer = load(config.model, progress, architecture)
+        found = analyse(model, tokenizer, config, progress, said.append)
+    for finding in found:
+        console.print(Markdown(section(finding)))
+    for line in (*said, f"{folder}/report.md"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return Outcome(str(folder), {key: value for finding in found for key, value in finding.numbers.items()})
 
 
 def target(config: Config) -> Path:

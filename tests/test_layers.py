@@ -38,6 +38,7 @@ LAYERS = (
     ("artifact",),
     ("exporters",),
     ("compiler",),
+    ("analysis",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),
@@ -46,6 +47,8 @@ EXCEPTIONS = {  # (module, what it imports from above): why
     ("stack", "policies"): "policies are found by scanning their package",
     ("config.compose", "exporters.registry"): "names and options of exporters are part of the schema; none is imported",
     ("config.schema", "exporters.registry"): "the same",
+    ("config.compose", "analysis.registry"): "names and options of analyses are part of the schema too",
+    ("config.schema", "analysis.registry"): "the same",
     ("runtime.model", "artifact.artifact"): "to transformers, `save_pretrained` is a method of the model",
 }
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_FOLDER = 400, 50, 12

@@ -31,6 +31,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from kvcompile.analysis import registry as analyses
 from kvcompile.config.schema import Config
 from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError, first_line
@@ -39,7 +40,11 @@ from kvcompile.options import schema, suggest
 from kvcompile.stack import discover, orphan, policy_class
 
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
-ONCE = {"policy": "each policy may be in the stack once", "export": "each exporter may be in export once"}
+ONCE = {
+    "policy": "each policy may be in the stack once",
+    "export": "each exporter may be in export once",
+    "analysis": "each analysis may be in analysis once",
+}
 FOREIGN = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what `one_line` makes ours
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
 PLUGINS = {
@@ -82,6 +87,10 @@ def register() -> None:
         if f"export={name}" not in _STORED:
             store.store(group="export", name=name, node=schema(cls), package=f"export.{name}")
             _STORED.add(f"export={name}")
+    for name, kind in analyses.discover().items():
+        if f"analysis={name}" not in _STORED:
+            store.store(group="analysis", name=name, node=schema(kind), package=f"analysis.{name}")
+            _STORED.add(f"analysis={name}")
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -157,7 +166,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     except OmegaConfBaseException as error:
         raise one_line(error) from error
     _require_set(cfg)
-    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export")}
+    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export", "analysis")}
     return finish(Config(**{**vars(config), **plain}))
 
 
@@ -269,34 +278,20 @@ def _unreadable(error: OverrideParseException) -> KvcompileError:
 def one_line(error: BaseException) -> KvcompileError:
     """What Hydra, OmegaConf and YAML raise about a mistake, as ours: the rule, what was given, the nearest name."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
-        ours: dict[str, Mapping[str, Any]] = {"policy": discover(), "export": registry.EXPORTERS}
-        known = ours.get(group) or error.options or []
-        kind, _, folder = group.partition("/")
-        if not group:
-            return KvcompileError(
-                "there is one main config",
-                f"--config-name {name}",
-                "put settings of your own into D/recipe/x.yaml, and give --config-dir D recipe=x",
-            )
-        if group in PLUGINS:
-            fix = f"{suggest(name, known)}; others come with packages, e.g. {PLUGINS[group]}"
-            return KvcompileError(f"a {kind} {folder} must be installed", repr(name), fix)
-        if kind == "model" and folder:
-            return KvcompileError(
-                "model names a group of settings", f"{folder}/{name}", f"model.pretrained={folder}/{name}"
-            )
-        return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
+        return _missing(str(error.missing_cfg_file), error.options or [])
     cause: Any = (error.__cause__ or error.__context__) if isinstance(error, ConfigCompositionException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         parent, key = cause.parent_node, str(cause.key)
         names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
         if cause.full_key == f"stack.{key}":
             return orphan(key, names)
-        if cause.full_key == f"export.{key}" and key in registry.EXPORTERS:
-            return KvcompileError(
-                "options of an exporter need it in export=[...]", cause.full_key, f"export=[{','.join([*names, key])}]"
-            )
+        for group, kind, known in (
+            ("export", "an exporter", registry.EXPORTERS),
+            ("analysis", "an analysis", analyses.discover()),
+        ):
+            if cause.full_key == f"{group}.{key}" and key in known:
+                rule = f"options of {kind} need it in {group}=[...]"
+                return KvcompileError(rule, cause.full_key, f"{group}=[{','.join([*names, key])}]")
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
         return KvcompileError(f"{cause.full_key}: {first_line(cause)}" if cause.full_key else first_line(cause))
@@ -307,6 +302,32 @@ def one_line(error: BaseException) -> KvcompileError:
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
     return KvcompileError(first_line(error), fix=next((fix for part, fix in FIXES.items() if part in str(error)), None))
+
+
+def _missing(file: str, options: Sequence[str]) -> KvcompileError:
+    """The error about a name that a group does not have, or a group that there is not."""
+    group, _, name = file.removesuffix(".yaml").rpartition("/")
+    ours: dict[str, Mapping[str, Any]] = {
+        "policy": discover(),
+        "export": registry.EXPORTERS,
+        "analysis": analyses.discover(),
+    }
+    known = ours.get(group) or options
+    kind, _, folder = group.partition("/")
+    if not group:
+        return KvcompileError(
+            "there is one main config",
+            f"--config-name {name}",
+            "put settings of your own into D/recipe/x.yaml, and give --config-dir D recipe=x",
+        )
+    if group in PLUGINS:
+        fix = f"{suggest(name, known)}; others come with packages, e.g. {PLUGINS[group]}"
+        return KvcompileError(f"a {kind} {folder} must be installed", repr(name), fix)
+    if kind == "model" and folder:
+        return KvcompileError(
+            "model names a group of settings", f"{folder}/{name}", f"model.pretrained={folder}/{name}"
+        )
+    return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from kvcompile.options import options_of
 from kvcompile.stack import build_stack
 
 if TYPE_CHECKING:
+    from kvcompile.analysis.base import Analysis
     from kvcompile.exporters.base import Exporter
     from kvcompile.plan.policy import Policy
 
@@ -113,6 +114,22 @@ class HealConfig:
 
 
 @dataclass
+class PromptsConfig:
+    """What an analysis reads: `count` prompts of at most `tokens` tokens.
+
+    source: None (pieces of the offline text), a text file (pieces of it), or a .json or .jsonl file of rows with
+    LongBench's `context`, `input` and `answers`, or with a `text`. template: wording of the former, with {context} and
+    {input} in it (None: ours). chat: said in the tokenizer's chat template.
+    """
+
+    source: str | None = None
+    count: int = 2
+    tokens: int = 4096
+    template: str | None = None
+    chat: bool = False
+
+
+@dataclass
 class PlanConfig:
     """`only`: print the plan for a `batch` of prompts of `context` tokens, and what fits in `memory` GiB; then stop."""
 
@@ -124,17 +141,20 @@ class PlanConfig:
 
 @dataclass
 class Config:
-    """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each exporter.
+    """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each exporter,
+    `analysis` each analysis.
 
     budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
     prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: its backend. output: artifact folder.
-    artifact: nothing is compiled, what lies in this folder is exported, into `output`.
+    artifact: nothing is compiled, what lies in this folder is exported, into `output`. analysis: nothing is compiled,
+    the original model is analysed on `prompts`.
     """
 
     recipe: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     stack: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[str, Any] = field(default_factory=dict)
     artifact: str | None = None
     budget: float | None = None
     prefill_chunk: int = 0
@@ -145,11 +165,14 @@ class Config:
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def label(self) -> str:
-        """`<recipe, or the policies joined by +>-<model>`."""
+        """`<recipe, or the policies joined by +>-<model>`, or `analysis-<model>`."""
+        if self.analysis:
+            return f"analysis-{self.model.name}"
         return f"{self.recipe or '+'.join(self.stack) or 'dense'}-{self.model.name}"
 
     def policies(self) -> tuple[Policy, ...]:
@@ -161,6 +184,12 @@ class Config:
         from kvcompile.exporters.registry import build_exporters
 
         return build_exporters(self.export)
+
+    def analyses(self) -> tuple[Analysis, ...]:
+        """The analyses with their options. Raises KvcompileError (see `build_analyses`)."""
+        from kvcompile.analysis.registry import build_analyses
+
+        return build_analyses(self.analysis)
 
     def with_policies(self, policies: Iterable[Policy]) -> Config:
         """The config with these policies, e.g. after calibration."""

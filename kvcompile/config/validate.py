@@ -10,7 +10,7 @@ from typing import cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kvcompile.config.schema import DTYPES, MODES, Config, GateConfig, HealConfig, PerplexityConfig
+from kvcompile.config.schema import DTYPES, MODES, Config, GateConfig, HealConfig, PerplexityConfig, PromptsConfig
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.kernels.names import names
 from kvcompile.options import options_of, suggest
@@ -24,6 +24,7 @@ def finish(config: Config) -> Config:
     """
     config = replace(_budgeted(_typed(config)), budget=None)
     config = replace(config.with_policies(config.policies()), export=options_of(config.exporters()))
+    config = replace(config, analysis=options_of(config.analyses()))
     _check(config)
     default = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
     return replace(config, output=config.output or default)
@@ -32,11 +33,11 @@ def finish(config: Config) -> Config:
 def _typed(config: Config) -> Config:
     """The config with every setting of its type and every `${...}` resolved; `build_stack` does so for policies."""
     try:
-        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, stack={}, export={})))
+        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, stack={}, export={}, analysis={})))
     except OmegaConfBaseException as error:
         where, said = getattr(error, "full_key", None), first_line(error)
         raise KvcompileError(f"{where}: {said}" if where else said) from error
-    return replace(cast(Config, plain), stack=config.stack, export=config.export)
+    return replace(cast(Config, plain), stack=config.stack, export=config.export, analysis=config.analysis)
 
 
 def _budgeted(config: Config) -> Config:
@@ -80,6 +81,9 @@ def _check(config: Config) -> None:
     _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
     _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
     _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
+    if config.analysis:
+        _check_analysis(config)
+    _check_prompts(config.prompts)
     _check_quality(config.perplexity, config.gate, n.enabled)
     _check_heal(config.heal)
     _require(s.context >= 1, "speed.context", s.context, "1 or more")
@@ -87,6 +91,30 @@ def _check(config: Config) -> None:
     _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
     _require(p.context >= 1, "plan.context", p.context, "1 or more")
     _require(p.memory is None or p.memory > 0, "plan.memory", p.memory, "more than 0 GiB")
+
+
+def _check_analysis(config: Config) -> None:
+    """Raise KvcompileError where something else is asked for in the same job."""
+    others = {
+        f"recipe={config.recipe}": config.recipe,
+        f"policy=[{','.join(config.stack)}]": config.stack,
+        f"export=[{','.join(config.export)}]": config.export,
+        f"artifact={config.artifact}": config.artifact,
+        "plan=only": config.plan.mode == "only",
+    }
+    if asked := [text for text, given in others.items() if given]:
+        raise KvcompileError(
+            "an analysis is of the original model, and nothing is compiled",
+            f"analysis=[{','.join(config.analysis)}] with {asked[0]}",
+            "drop one of the two",
+        )
+
+
+def _check_prompts(p: PromptsConfig) -> None:
+    _require(p.count >= 1, "prompts.count", p.count, "1 or more")
+    _require(p.tokens >= 1, "prompts.tokens", p.tokens, "1 or more")
+    if p.template is not None:
+        _require("{context}" in p.template, "prompts.template", p.template, "a text with {context} in it, and {input}")
 
 
 def _check_quality(p: PerplexityConfig, gate: GateConfig, needle: bool) -> None:

@@ -1,0 +1,58 @@
+"""Analyses by name. A new one is a module and its line in `ANALYSES`, or an entry point of another package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from kvcompile.analysis.base import Analysis
+from kvcompile.errors import KvcompileError
+from kvcompile.options import filled, suggest
+
+GROUP = "kvcompile.analyses"
+ANALYSES = {
+    "lmba": "kvcompile.analysis.lmba:LMBA",
+}
+
+
+@functools.cache
+def discover() -> dict[str, type[Analysis]]:
+    """All analyses by name: those of `ANALYSES`, and entry points of the group `kvcompile.analyses`.
+
+    Raises KvcompileError if an entry point cannot be loaded, is no analysis, or takes a name that is taken.
+    """
+    classes: dict[str, type[Analysis]] = {}
+    for name, place in ANALYSES.items():
+        module, _, cls = place.partition(":")
+        classes[name] = getattr(import_module(module), cls)
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            cls = entry.load()
+        except Exception as error:
+            raise KvcompileError(
+                f"the analysis {entry.value!r} of another package does not load", error, "mend or remove it"
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Analysis)) or cls.name != entry.name:
+            raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be an Analysis of that name", entry.value)
+        if classes.setdefault(entry.name, cls) is not cls:
+            raise KvcompileError(f"analysis {entry.name!r} is there twice", f"{entry.value} and {classes[entry.name]}")
+    return classes
+
+
+def analysis_class(name: str) -> type[Analysis]:
+    """The analysis called `name`. Raises KvcompileError with the nearest name and the list of all."""
+    classes = discover()
+    if name not in classes:
+        raise KvcompileError("unknown analysis", repr(name), suggest(name, classes))
+    return classes[name]
+
+
+def build_analyses(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Analysis, ...]:
+    """The analyses with their options over the defaults, in order.
+
+    Raises KvcompileError for an unknown analysis or option, a value of the wrong type or out of range.
+    """
+    return tuple(filled(analysis_class(name), f"analysis.{name}", values or {}) for name, values in options.items())
