@@ -92,10 +92,10 @@ def of_recipes(window: bool = False) -> dict[tuple[KernelSpec, str], list[str]]:
     for dtype, recipe, plan in plans():
         cache = KVCache(plan)
         for p in plan.layers:
-            specs = (*cache.first(p.index), *cache.expected(p.index))
+            specs = (*cache.kernels.first(p.index), *cache.kernels.expected(p.index))
             if window:
                 asked = p.selection is not None and p.selection.averages
-                specs = tuple(cache.window_spec(p.index, one.parts) for one in specs) if asked else ()
+                specs = tuple(cache.kernels.window_spec(p.index, one.parts) for one in specs) if asked else ()
             for one in specs:
                 names = found.setdefault((one, dtype), [])
                 names += [recipe] * (recipe not in names)
@@ -109,7 +109,7 @@ def of_recalls() -> list[Job]:
     specs: dict[tuple[KernelSpec, str], None] = {}
     for dtype, _, plan in plans():
         cache = KVCache(plan)
-        specs |= {(one, dtype): None for p in plan.layers for one in cache.recalling(p.index)}
+        specs |= {(one, dtype): None for p in plan.layers for one in cache.kernels.recalling(p.index)}
     return [(one, dtype, "one", target) for one, dtype in specs for target in TARGETS]
 
 

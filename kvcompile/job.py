@@ -186,13 +186,13 @@ def _kernels(model: Any) -> list[str]:
     from kvcompile.kernels.dispatch import describe, why
 
     cache = model.new_cache()
-    specs = [cache.expected(p.index)[0] for p in model.kvcompile.plan.layers]
+    specs = [cache.kernels.expected(p.index)[0] for p in model.kvcompile.plan.layers]
     reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
     note = f" ({reason})" if reason else ""
     lines = []
     for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
         averages = p.selection is not None and p.selection.averages
-        sums = averages and cache.column_sums(p.index, spec.parts, model.dtype) is not None
+        sums = averages and cache.kernels.column_sums(p.index, spec.parts, model.dtype) is not None
         summed = " and column sums" if sums else ""
         lines.append(f"{spec.name}: {describe(cache.backend, spec, model.dtype)}{summed}{note}")
     return lines

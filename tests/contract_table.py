@@ -14,8 +14,8 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import compile_plan
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
-from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.stack import apply_stack, build_stack
+from kvcompile.stores.encoded.hadamard import turn_basis
 from kvcompile.stores.factory import low as low_of
 
 LAYERS, HEADS, DIM = 4, 2, 16  # of the tiny models (KV heads)

@@ -33,7 +33,7 @@ from kvcompile.evaluation.proof import prove
 from kvcompile.kernels.codecs import decode, encode
 from kvcompile.models.sharing import shared
 from kvcompile.plan.storage import FLUSH, Storage
-from kvcompile.runtime.hadamard import turn_basis
+from kvcompile.stores.encoded.hadamard import turn_basis
 
 TOKENS, NEW = 60, 70  # far enough to encode twice while decoding, from any residual below
 every = pytest.mark.parametrize(("stack", "logits"), STORED.values(), ids=STORED)

@@ -85,7 +85,7 @@ def is_whole(cache: Any, case: Case) -> bool:
 def write_kernels(cache: Any, dtype: torch.dtype) -> None:
     """The C++ of every layer, to the text: for one token and for many, before anything is encoded and after."""
     for p in cache.plan.layers:
-        for spec in (*cache.first(p.index), *cache.expected(p.index)):
+        for spec in (*cache.kernels.first(p.index), *cache.kernels.expected(p.index)):
             for many in (False, True):
                 if dtype != torch.float64:
                     assert backend.source(spec, dtype, many)

@@ -109,7 +109,7 @@ def _attending(cache: KVCache) -> dict[KernelSpec, list[int]]:
     """Every spec that the layers may need to attend, and who needs it."""
     users: dict[KernelSpec, list[int]] = {}
     for p in cache.plan.layers:
-        for spec in [*_once(cache, p.index), *cache.recalling(p.index)]:
+        for spec in [*_once(cache, p.index), *cache.kernels.recalling(p.index)]:
             users.setdefault(spec, []).append(p.index)
     return users
 
@@ -120,12 +120,12 @@ def _scoring(cache: KVCache) -> dict[KernelSpec, list[int]]:
     for p in cache.plan.selected:
         for spec in _once(cache, p.index):
             if p.selection is not None and p.selection.averages:
-                users.setdefault(cache.window_spec(p.index, spec.parts), []).append(p.index)
+                users.setdefault(cache.kernels.window_spec(p.index, spec.parts), []).append(p.index)
     return users
 
 
 def _once(cache: KVCache, index: int) -> list[KernelSpec]:
-    return list(dict.fromkeys([*cache.first(index), *cache.expected(index)]))
+    return list(dict.fromkeys([*cache.kernels.first(index), *cache.kernels.expected(index)]))
 
 
 def _named(users: dict[KernelSpec, list[int]]) -> dict[str, tuple[KernelSpec, list[int]]]:
@@ -173,7 +173,7 @@ def _table(cache: KVCache) -> str:
     from tabulate import tabulate
 
     rows = [
-        [p.index, cache.backend.name, *(spec.name for spec in cache.expected(p.index)), repr(p.scale)]
+        [p.index, cache.backend.name, *(spec.name for spec in cache.kernels.expected(p.index)), repr(p.scale)]
         for p in cache.plan.layers
     ]
     head = ["layer", "backend", "kernel, rows of one length", "kernel, rows of any length", "scale"]

@@ -16,9 +16,9 @@ from kvcompile.plan.selection import Schedule
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime import eviction as selections
 from kvcompile.runtime.cache import KVCache, Step
-from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.stores.base import Chosen
+from kvcompile.stores.encoded.hadamard import turn_basis
 
 if TYPE_CHECKING:
     from kvcompile.runtime.attention import Expansion

@@ -47,11 +47,11 @@ class Expansion:
         these receive.
         """
         count = absorbed.shape[2]
-        summed = kv.receives or kv.sums_wanted(absorbed, step)
+        summed = kv.reading.receives or kv.sums_wanted(absorbed, step)
         library = step.cache.backend.library_prompts and step.valid is None and not summed
         view = kv.held.view() if library and count > 1 and chosen is None else None
         if isinstance(view, DenseView) and view.keys.shape[2] == count:
-            out = self._expanded(absorbed, view, step, step.cache.spec(layer, kv.held.parts), sinks)
+            out = self._expanded(absorbed, view, step, step.cache.kernels.spec(layer, kv.held.parts), sinks)
         else:
             out = per_head(kv.attend(absorbed, step, layer, chosen, sinks), self.up)
         return out.transpose(1, 2).flatten(2)

@@ -15,11 +15,11 @@ from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import LayerScores, Score, Selection, Tiers
 from kvcompile.runtime.cache import TRIM_EVERY, Step
-from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import _close_ranks, _rotation
 from kvcompile.runtime.selection import candidates, demoted, high_counts, highest, protect, split
+from kvcompile.stores.encoded.hadamard import turn_basis
 from kvcompile.stores.encoded.tier import Demotion, Received
 from kvcompile.stores.encoded.tiered import HIGH, LOW
 from kvcompile.stores.factory import in_order, tiered
@@ -127,7 +127,7 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         sinks=None if kv.history.sinks is None else kv.history.sinks.view(keys.shape[0], -1),
         carried=kv.history.carry(b, keys.shape[1]),
         column_sums=(
-            kv.history.gained(b, keys.shape[1], step.cache.group(plan.index)) if needs.reduce == "sum" else None
+            kv.history.gained(b, keys.shape[1], step.cache.kernels.group(plan.index)) if needs.reduce == "sum" else None
         ),
         window_attention=_window_attention(layer, b, score, keys.shape[1]),
         moments=kv.history.moments(b, keys.shape[0]) if needs.moments else None,
@@ -154,10 +154,10 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     """
     kv, cache = layer.kv, layer.step.cache
     store, newest = kv.held, kv.history.newest(window)
-    add = cache.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
+    add = cache.kernels.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
     if newest is None or add is None or not in_order(store):
         return None
-    spec = cache.window_spec(layer.plan.index, store.parts)
+    spec = cache.kernels.window_spec(layer.plan.index, store.parts)
     sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
     add(Queries(*newest, sinks=kv.history.sinks), store.view(), spec, sums)
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
@@ -305,7 +305,7 @@ def demote(kv: LayerCache, step: Step) -> None:
     kv.history.column_sums = None
     store = tiered(kv.held)
     tokens = _tokens(step, store.heads, store.device)
-    received = sums[:, :, : max(store.lengths)].flatten(0, 1).detach() / step.cache.group(kv.plan.index)
+    received = sums[:, :, : max(store.lengths)].flatten(0, 1).detach() / step.cache.kernels.group(kv.plan.index)
     newest = store.weigh(received)
     tiers = store.divided()
     (u, high), (v, low) = tiers[HIGH].weakest(tokens, int(s.recent)), tiers[LOW].weakest(tokens)

@@ -15,13 +15,11 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import Queries, View, view_bytes
-from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.kernels.spec import Part
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.recall.choice import Recalled, asked
 from kvcompile.recall.index import Index
-from kvcompile.recall.received import column_sums
 from kvcompile.runtime.history import QueryHistory
-from kvcompile.runtime.positions import level, move_up
+from kvcompile.runtime.recall import LayerRecall
 from kvcompile.stores import factory
 from kvcompile.stores.base import Chosen, Store, Stretches, tabled
 from kvcompile.stores.host import HostTransfer, shown
@@ -46,8 +44,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.plan, self.encoder, self.compactor = plan, encoder, compactor
         self.store: Store | None = None
         self.history = QueryHistory()
-        self.index: Index | None = None
-        self.recalled: dict[int, Recalled] = {}
+        self.reading = LayerRecall(plan)
         self.columns = 0
         self.transfer = HostTransfer() if plan.storage.offload else None
 
@@ -133,102 +130,38 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         parts = store.parts if chosen is None else store.chosen_parts
         ends = store.lengths if chosen is None else tabled(chosen, store.device).lengths
         sums = self._sums(queries, step, parts, ends)
-        spec = cache.spec(layer, parts, sums is not None)
-        attend = cache.attention(spec, queries.dtype, self._learns(queries))
+        spec = cache.kernels.spec(layer, parts, sums is not None)
+        attend = cache.kernels.attention(spec, queries.dtype, self._learns(queries))
         new, view = Queries(queries, step.positions, step.valid, sinks), self._view(chosen)
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
         out = attend(new, view, spec, sums)
-        if self.receives:
-            self._receive(new, view, spec, ends, sums, step)
+        if self.reading.receives:
+            self.reading.receive(store, new, view, spec, ends, sums)
+            if sums is not None and self.sums_wanted(queries, step):
+                self._selection_sums(step).add_(sums)
+            cache.summed()
             if cache.reads is not None:
-                cache.count_read(layer, self.groups.nbytes() - self.groups.table_bytes())
+                groups = self.reading.groups(store)
+                cache.count_read(layer, groups.nbytes() - groups.table_bytes())
         return out
 
     @property
-    def receives(self) -> bool:
-        """Whether what stands for a group depends on the attention that its entries have received."""
-        return self.plan.recall is not None and self.plan.recall.grouping.receives
+    def index(self) -> Index | None:
+        """The groups of the entries held; None where there are none yet, or the plan recalls nothing."""
+        return self.reading.index
 
-    @property
-    def groups(self) -> Index:
-        """The groups of the entries held, of which there may be none yet. Raises where the plan has no recall."""
-        if self.index is None:
-            if self.plan.recall is None:
-                raise RuntimeError(f"layer {self.plan.index} recalls nothing")
-            self.index = Index(self.plan.recall, self.plan.storage, self.held.batch * self.held.heads)
-        return self.index
+    def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
+        """The entries that the queries `[B, H_q, Q, D]` of layer `layer` read; None: all of them."""
+        return self.reading.choose(self.held, queries, step, layer)
 
-    @torch.no_grad()
-    def _receive(
-        self, queries: Queries, view: View, spec: KernelSpec, ends: list[int], sums: Tensor | None, step: Step
-    ) -> None:
-        """Let the groups to come know what entries receive from the new queries: what the kernel has added up, if so.
-
-        ends: entries of each row in the view.
-        """
-        if sums is None:
-            sums = column_sums(queries, view, spec, ends)
-        elif self.sums_wanted(queries.states, step):
-            self._selection_sums(step).add_(sums)
-        self.groups.receive(sums, ends, self.held.lengths)
-        step.cache.summed()
-
-    @torch.no_grad()
     def group_new(self, step: Step) -> None:
-        """Put entries that are no longer among the newest into groups: at the end of a prompt, then now and then."""
-        recall, s = self.plan.recall, self.plan.selection
-        if recall is None or (s is not None and step.prefill and not step.last) or step.tick % recall.reuse:
-            return  # groups change where choices do, at the same steps in any batch
-        store, index = self.held, self.groups
-        due = index.due(store.lengths, 1 if step.prefill else recall.every)
-        if step.prefill or due:  # a choice stands for decoded tokens that follow each other, and for their groups
-            self.recalled.clear()
-        if due:
-            if recall.far == "constant":
-                move_up(step, self, due)
-            index.extend(store, due, step.positions.device)
-            self.changed()
-            self._rehome()
-            step.cache.grouped()
+        """Put entries that are no longer among the newest into groups, where it is time to."""
+        self.reading.group_new(self, step)
 
     def ungroup(self) -> None:
-        """Forget the groups, with entries in the order of their positions again: for a selection that looks at it."""
-        if self.index is None:
-            return
-        first, rows = self.index.first, self.held.rows()
-        spans = {r: slice(first, first + n) for r, n in enumerate(self.index.covered) if n}
-        if self.index.recall.grouping.reorders:
-            self.changed()
-            self.held.reorder({r: (first, rows[r][2][span].argsort()) for r, span in spans.items()})
-            self._rehome()
-        self.index.dissolve()
-        self.recalled.clear()
-
-    @torch.no_grad()
-    def recall(self, queries: Tensor, step: Step, layer: int) -> Chosen | None:
-        """The entries that the queries `[B, H_q, Q, D]` of layer `layer` read; None: all of them.
-
-        Queries of a chunk choose together.
-        """
-        recall, index = self.plan.recall, self.index
-        if recall is None or index is None or index.table is None or not self._chooses(step):
-            return None
-        store, lengths, past = self.held, self.held.lengths, self.recalled.get(layer)
-        if past is None or step.prefill or step.tick % recall.reuse == 1 % recall.reuse:
-            wanted = index.wanted(step.cache.seen, store.heads)
-            if recall.far == "constant" and queries.shape[2] > 1:
-                queries = level(queries, step, layer)
-            query = asked(queries, step.valid, step.ended)
-            rows = query.reshape(len(wanted), -1, query.shape[-1])
-            together = store.heads if recall.heads == "shared" else 1
-            groups = rows, index.table, wanted, lengths
-            places = store.places if store.device == rows.device else None
-            entries = step.cache.backend.choose(*groups, recall.agree, together, places)
-            past = self.recalled[layer] = Recalled(step.tick, entries, lengths)
-            if step.cache.reads is not None:
-                step.cache.count_read(layer, index.table_bytes())
-        return past.extended(lengths)
+        """Forget the groups, with entries in the order of their positions again."""
+        self.reading.ungroup(self)
 
     def sums_wanted(self, queries: Tensor, step: Step) -> bool:
         """Whether the kernel of this pass adds up the attention that entries receive, so that no query need be kept."""
@@ -242,15 +175,15 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             return False
         if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
             return False
-        return step.cache.scores(self.plan.index, self.held.parts, queries.dtype)
+        return step.cache.kernels.scores(self.plan.index, self.held.parts, queries.dtype)
 
     def _sums(self, queries: Tensor, step: Step, parts: tuple[Part, ...], ends: list[int]) -> Tensor | None:
         """Where the kernel adds up what entries receive from the queries, `[R, n]`; None where that is not wanted.
 
         ends: entries of each row that it sees, lying in these `parts`.
         """
-        if self.receives:
-            if self._learns(queries) or not step.cache.scores(self.plan.index, parts, queries.dtype):
+        if self.reading.receives:
+            if self._learns(queries) or not step.cache.kernels.scores(self.plan.index, parts, queries.dtype):
                 return None
             return torch.zeros(len(ends), max(ends), dtype=torch.float32, device=queries.device)
         return self._selection_sums(step) if self.sums_wanted(queries, step) else None
@@ -272,8 +205,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             if self.transfer is not None:  # some may have been found where the store was parked
                 indices = [index.to(store.device) for index in indices]
             self.changed()
-            if self.index is not None:
-                self.index.keep(indices)
+            self.reading.keep(indices)
             self.store = store.keep(indices, headroom, self.compactor)
 
     def rewrite(self, keys: Stretches) -> None:
@@ -291,17 +223,13 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self, step: Step) -> None:
         """Begin to bring a parked store to the device, where the pass reads all of it."""
-        if self.transfer is not None and self.store is not None and not self._chooses(step):
+        if self.transfer is not None and self.store is not None and not self.reading.chooses(step):
             self.transfer.prefetch(self.store)
 
     def fetch(self, step: Step | None = None) -> None:
         """Bring a parked store to the device; not for a `step` that reads what it chooses: that comes alone."""
-        if self.transfer is not None and self.store is not None and not (step and self._chooses(step)):
+        if self.transfer is not None and self.store is not None and not (step and self.reading.chooses(step)):
             self.store = self.transfer.fetch(self.store)
-
-    def _chooses(self, step: Step) -> bool:
-        recall, grouped = self.plan.recall, self.index is not None and self.index.table is not None
-        return recall is not None and grouped and (recall.prompts or not step.prefill)
 
     def _view(self, chosen: Chosen | None) -> View:
         """What a kernel on the device reads: of what is chosen in host memory, a copy."""
@@ -352,6 +280,11 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if on_host:
             self.to_host()
 
+    def rearranged(self) -> None:
+        """Entries of the store have moved within their rows."""
+        self.changed()
+        self._rehome()
+
     def changed(self) -> None:
         """The store is about to be changed in other ways than by new tokens."""
         if self.transfer is not None:
@@ -363,14 +296,12 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
             self.store.select(sequences.to(self.store.device))
             self._rehome()
             self.history.select(sequences)
-            self.recalled.clear()
-            if self.index is not None:
-                self.index.select(sequences, self.store.heads)
+            self.reading.select(sequences, self.store.heads)
 
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.history, self.columns, self.is_initialized = None, QueryHistory(), 0, False
-        self.index, self.recalled, self.transfer = None, {}, None if self.transfer is None else HostTransfer()
+        self.reading, self.transfer = LayerRecall(self.plan), None if self.transfer is None else HostTransfer()
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what transformers slices new inputs by."""

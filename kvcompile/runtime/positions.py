@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kvcompile.recall.index import Index
     from kvcompile.runtime.cache import Rotary, Step
     from kvcompile.runtime.layer import LayerCache
 
@@ -43,16 +44,17 @@ def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) 
     cache.shift = torch.tensor(shift, device=indices[0].device, dtype=torch.int64)
 
 
-def move_up(step: Step, kv: LayerCache, due: dict[int, list[int]]) -> None:
+def move_up(step: Step, kv: LayerCache, index: Index, due: dict[int, list[int]]) -> None:
     """Turn the keys of entries that go into groups to rotary position 0, and those behind them up to the sinks.
 
     Every entry of a group then lies at one distance from a query, however far away it is, and rotary positions lie as
     far behind true ones as a sequence has entries in groups. InfLLM, arXiv 2402.04617, section 3.2: "all tokens beyond
     the window at the same distance".
 
-    due: rows of which the next entries go into groups, by how many these are; all rows of a sequence are alike.
+    index: the groups so far. due: rows of which the next entries go into groups, by how many these are; all rows of a
+    sequence are alike.
     """
-    store, index, rotary = kv.held, kv.groups, step.cache.rotaries[kv.plan.index]
+    store, rotary = kv.held, step.cache.rotaries[kv.plan.index]
     device, heads, lengths, covered = step.positions.device, store.heads, store.lengths, list(index.covered)
     stretches: dict[int, tuple[int, Tensor]] = {}
     for count, rows in due.items():

@@ -10,7 +10,7 @@ from torch import nn
 from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.layout import Layout, linear_like, plain
 from kvcompile.plan.plan import LayerPlan, Plan
-from kvcompile.runtime.hadamard import matrix
+from kvcompile.stores.encoded.hadamard import matrix
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def test_is_infllm_word_for_word(far: Any, heads: Any, kernels: str) -> None:
         behind = of.received[:, layer.index.first + layer.index.covered[0] :].float()
         sums = layer.index.received.sums[:, : behind.shape[1]]
         torch.testing.assert_close(sums, behind, atol=1e-4, rtol=1e-4)
-        assert next(iter(layer.recalled[layer.plan.index].entries)).tolist() == of.chosen[-1]
+        assert next(iter(layer.reading.choices[layer.plan.index].entries)).tolist() == of.chosen[-1]
     furthest = FIELDS["sinks"] + FIELDS["recent"] + FIELDS["block"] + max(CHUNK, FIELDS["every"])
     assert (literal.furthest < furthest) == (far == "constant")
     shift = 0 if cache.shift is None else int(cache.shift[0])
@@ -85,7 +85,8 @@ def test_is_infllm_word_for_word(far: Any, heads: Any, kernels: str) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 def test_choices_of_heads_differ_unless_they_are_shared(heads: Any) -> None:
     _, cache = read(model_of(far="original", heads=heads), tiny_ids(1, TOKENS + 3), TOKENS)
-    alike = [a.tolist() == b.tolist() for layer in cache.layers for a, b in [layer.recalled[layer.plan.index].entries]]
+    entries = [layer.reading.choices[layer.plan.index].entries for layer in cache.layers]
+    alike = [a.tolist() == b.tolist() for a, b in entries]
     assert all(alike) == (heads == "shared")
 
 
@@ -105,7 +106,7 @@ def test_blocks_enough_for_everything_are_the_uncompressed_model(heads: Any) -> 
     torch.testing.assert_close(logits, dense()(ids).logits, atol=3e-5, rtol=1e-5)
     for layer in cache.layers:
         assert layer.index.covered[0] > FIELDS["budget"]
-        entries = list(layer.recalled[layer.plan.index].entries)
+        entries = list(layer.reading.choices[layer.plan.index].entries)
         assert [row.tolist() for row in entries] == [list(range(TOKENS + NEW))] * 4
 
 

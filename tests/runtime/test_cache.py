@@ -233,6 +233,6 @@ def test_kernels_are_named_by_what_is_stored() -> None:
     step = cache.begin(torch.zeros(1, 2), None)
     keys = torch.zeros(1, 2, 2, 16, dtype=torch.bfloat16)
     cache.layers[0].append(keys, keys, step.positions, None, 4)
-    (part,) = cache.spec(0, cache.layers[0].held.parts).parts
+    (part,) = cache.kernels.spec(0, cache.layers[0].held.parts).parts
     assert (part.key.kind, part.value.kind, part.layout) == ("bfloat16", "bfloat16", "dense")
-    assert [s.name for s in cache.expected(0)] == ["dense-float32-g2-d16", "ragged-float32-g2-d16"]
+    assert [s.name for s in cache.kernels.expected(0)] == ["dense-float32-g2-d16", "ragged-float32-g2-d16"]

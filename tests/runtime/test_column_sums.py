@@ -78,8 +78,8 @@ def test_selections_are_those_of_asking_again(stack: Options, chunk: int, backen
     got, cache = run(of_backend(backend, stack, prefill_chunk=chunk), ids)
     assert got == expected
     assert cache.evictions == asked.evictions
-    assert any(spec.scores for spec in cache.specs.values())
-    assert not any(spec.scores for spec in asked.specs.values())
+    assert any(spec.scores for spec in cache.kernels.specs.values())
+    assert not any(spec.scores for spec in asked.kernels.specs.values())
     for mine, theirs in zip(cache.layers, asked.layers, strict=True):
         for x, y in zip(mine.history.carried or [], theirs.history.carried or [], strict=False):
             width = min(x.shape[1], y.shape[1])
@@ -162,4 +162,4 @@ def test_backends_say_whether_they_sum() -> None:
     for backend in SUMMING:
         for decode_every in (0, 4):
             cache = of_backend(backend, {"h2o": {"decode_every": decode_every}}).new_cache()
-            assert {"-scores" in spec.name for spec in cache.expected(0)} == {bool(decode_every)}
+            assert {"-scores" in spec.name for spec in cache.kernels.expected(0)} == {bool(decode_every)}

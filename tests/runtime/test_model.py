@@ -222,7 +222,7 @@ def test_precision_may_change_after_compiling(dtype: torch.dtype) -> None:
     assert out.logits.dtype == dtype
     limit = 1e-9 if dtype == torch.float64 else 0.05  # bfloat16 keeps 8 bits, and rounding differs by the kernel
     assert (out.logits - expected).double().square().mean().sqrt() < limit * expected.double().std()
-    kinds = {part.key.kind for spec in out.past_key_values.specs.values() for part in spec.parts}
+    kinds = {part.key.kind for spec in out.past_key_values.kernels.specs.values() for part in spec.parts}
     assert kinds == {str(dtype).removeprefix("torch.")}
 
 

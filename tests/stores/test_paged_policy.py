@@ -165,7 +165,7 @@ def test_without_pages_a_fork_is_a_copy() -> None:
         model(tiny_ids(2, 3, 1), past_key_values=fork)
     assert (cache.seen, fork.seen) == ([PROMPT] * 2, [PROMPT + 3] * 2)
     assert fork.plan is cache.plan
-    assert fork.specs is cache.specs
+    assert fork.kernels.specs is cache.kernels.specs
 
 
 def test_sliding_layers_lie_in_pages_too_and_hand_them_back() -> None:
@@ -187,8 +187,8 @@ def test_a_page_holds_whole_groups() -> None:
 
 def test_the_plan_and_its_kernels_say_so() -> None:
     model = compiled({"adakv": {}, **PAGED})
-    assert [s.name for s in model.new_cache().expected(0)] == ["paged16-float32-g2-d16"] * 2
-    quantized = compiled({"adakv": {}, **KIVI8, **PAGED}).new_cache().expected(0)
+    assert [s.name for s in model.new_cache().kernels.expected(0)] == ["paged16-float32-g2-d16"] * 2
+    quantized = compiled({"adakv": {}, **KIVI8, **PAGED}).new_cache().kernels.expected(0)
     assert [s.name for s in quantized] == [
         f"paged16-int8c4_int8t4+{residual}-float32-g2-d16" for residual in ("dense", "ragged")
     ]

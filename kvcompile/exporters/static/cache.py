@@ -27,8 +27,8 @@ from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.storage import FLUSH
 from kvcompile.runtime.attention import Expansion, per_head
 from kvcompile.runtime.cache import Rotary
-from kvcompile.runtime.hadamard import turn_basis
 from kvcompile.runtime.selection import highest_padded
+from kvcompile.stores.encoded.hadamard import turn_basis
 
 State = dict[str, Tensor]
 Tables = Mapping[str, Tensor]

@@ -17,7 +17,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
-from kvcompile.runtime.hadamard import block_of, matrix, turn_basis
+from kvcompile.stores.encoded.hadamard import block_of, matrix, turn_basis
 
 TOKENS = 40
 
