@@ -28,6 +28,7 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.plan.selection import Schedule
 from kvcompile.policies.snapkv import WindowAttention
 from kvcompile.runtime.cache import KVCache
+from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.selection import highest
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.ragged import RaggedStore
@@ -92,13 +93,13 @@ def test_memory_is_returned_at_once() -> None:
 def test_a_prompt_that_will_be_cut_gets_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory of a prefill is the prompt itself; room comes with what is kept."""
     peaks: list[int] = []
-    spec = KVCache.spec
+    attend = LayerCache.attend
 
-    def noting(self: KVCache, layer: int, *args: Any) -> Any:
-        peaks.append(self.layers[layer].held.keys.shape[-2])
-        return spec(self, layer, *args)
+    def noting(self: LayerCache, *args: Any) -> Tensor:
+        peaks.append(self.held.keys.shape[-2])
+        return attend(self, *args)
 
-    monkeypatch.setattr(KVCache, "spec", noting)
+    monkeypatch.setattr(LayerCache, "attend", noting)
     prefill(compiled(selection(Hashed(), 10)), tiny_ids(1, 64))
     assert peaks == [64] * 4
     peaks.clear()
@@ -108,13 +109,13 @@ def test_a_prompt_that_will_be_cut_gets_no_room(monkeypatch: pytest.MonkeyPatch)
 
 def test_between_chunks_bounds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[int] = []
-    spec = KVCache.spec
+    attend = LayerCache.attend
 
-    def noting(self: KVCache, layer: int, *args: Any) -> Any:
-        peaks.append(max(self.lengths()[layer]))
-        return spec(self, layer, *args)
+    def noting(self: LayerCache, *args: Any) -> Tensor:
+        peaks.append(max(self.held.lengths))
+        return attend(self, *args)
 
-    monkeypatch.setattr(KVCache, "spec", noting)
+    monkeypatch.setattr(LayerCache, "attend", noting)
     prefill(compiled(selection(Hashed(), 10), chunk=8), tiny_ids(1, 64))
     assert max(peaks) == 18
     peaks.clear()

@@ -24,7 +24,7 @@ from kvcompile.evaluation.proof import prove, verify
 from kvcompile.models.sharing import shared
 from kvcompile.plan.storage import FLUSH
 from kvcompile.report import plan_table
-from kvcompile.runtime.cache import KVCache
+from kvcompile.runtime.layer import LayerCache
 from kvcompile.stores.host import Host
 
 TOKENS, NEW = 40, FLUSH + 2  # far enough to encode while decoding
@@ -83,17 +83,16 @@ def books_of(layer: Any) -> int:
 def watch(monkeypatch: pytest.MonkeyPatch, host: Host) -> list[tuple[int, int]]:
     """(layer, bytes resident) at every attention; fails where one reads what lies at home."""
     seen: list[tuple[int, int]] = []
-    spec = KVCache.spec
+    attend = LayerCache.attend
 
-    def looked(self: KVCache, index: int, *given: Any) -> Any:
-        layer = self.layers[self.plan.layers[index].owner]
-        if layer.transfer is not None:
-            assert not layer.transfer.on_host
-            assert not any(map(host.holds, layer.held.buffers()))
-        seen.append((index, self.resident()))
-        return spec(self, index, *given)
+    def looked(self: LayerCache, queries: torch.Tensor, step: Any, layer: int, *rest: Any) -> torch.Tensor:
+        if self.transfer is not None:
+            assert not self.transfer.on_host
+            assert not any(map(host.holds, self.held.buffers()))
+        seen.append((layer, step.cache.resident()))
+        return attend(self, queries, step, layer, *rest)
 
-    monkeypatch.setattr(KVCache, "spec", looked)
+    monkeypatch.setattr(LayerCache, "attend", looked)
     return seen
 
 
