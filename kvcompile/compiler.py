@@ -76,7 +76,7 @@ def _require_possible(model: Any, stack: StackPlan, config: Config, tokenizer: A
 
     require_convertible(model, stack.plan)
     if config.heal.tokens:
-        require_healable(stack.plan, tokenizer)
+        require_healable(stack.plan, config.heal, tokenizer)
     for policy in stack.policies:
         policy.require_calibratable(tokenizer)
 

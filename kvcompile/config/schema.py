@@ -87,6 +87,7 @@ class HealConfig:
     sequence, sequences a step and process, steps summed up. lr: peak, end to end; layers_lr: of the layers alone.
     dataset: None (offline text), a file (json, jsonl, txt, csv, parquet), a folder or a hub name, with its `subset`,
     `split` and text `column`. checkpoint_minutes: between two; resume: go on where an interrupted training stopped.
+    pad_first_block: sequences of a block transformer begin anywhere in a block, the places before them empty.
     """
 
     tokens: int = 0
@@ -111,6 +112,7 @@ class HealConfig:
     checkpoint_minutes: float = 5.0
     resume: bool = True
     seed: int = 0
+    pad_first_block: bool = True
 
 
 @dataclass

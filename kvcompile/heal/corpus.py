@@ -70,15 +70,17 @@ class Blocks(Dataset[dict[str, Tensor]]):
     """`count` sequences of `length` tokens: the text cut into blocks, in another order and at other places each time.
 
     What number `i` is depends on the seed alone, so that a resumed training sees what it would have seen.
+    pads: a sequence leaves 0..pads places of a block transformer's first block empty, as its `padding` says; 0: there
+    is none.
     Raises KvcompileError if the text is too short for one block.
     """
 
-    def __init__(self, ids: Tensor, length: int, count: int, seed: int) -> None:
+    def __init__(self, ids: Tensor, length: int, count: int, seed: int, pads: int = 0) -> None:
         if len(ids) < 2 * length:
             raise KvcompileError(
                 "the text must be longer than two sequences", f"{len(ids)} tokens", "a smaller heal.length"
             )
-        self.ids, self.length, self.count, self.seed = ids, length, count, seed
+        self.ids, self.length, self.count, self.seed, self.pads = ids, length, count, seed, pads
         self.each = len(ids) // length - 1  # blocks in one round through the text, whatever the first one's place
 
     def __len__(self) -> int:
@@ -90,7 +92,11 @@ class Blocks(Dataset[dict[str, Tensor]]):
         offset = int(torch.randint(self.length, (1,), generator=draw, dtype=torch.int64, device="cpu"))
         block = int(torch.randperm(self.each, generator=draw, dtype=torch.int64, device="cpu")[place])
         start = offset + block * self.length
-        return {"input_ids": self.ids[start : start + self.length]}
+        sequence = {"input_ids": self.ids[start : start + self.length]}
+        if self.pads:
+            number = torch.randint(self.pads + 1, (self.each,), generator=draw, dtype=torch.int64, device="cpu")
+            sequence["padding"] = number[place]
+        return sequence
 
 
 class Windows(Dataset[dict[str, Tensor]]):

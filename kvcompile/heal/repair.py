@@ -17,7 +17,7 @@ from kvcompile.heal.lora import inject, merge
 from kvcompile.heal.losses import next_token
 from kvcompile.heal.optional import needed
 from kvcompile.heal.record import HealRecord
-from kvcompile.heal.weights import fill, flags_kept, own, projections, train_only
+from kvcompile.heal.weights import added, fill, flags_kept, own, parameters, projections, train_only
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan, converts
 from kvcompile.progress import Progress, no_foreign_bars
@@ -25,18 +25,25 @@ from kvcompile.progress import Progress, no_foreign_bars
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from kvcompile.config.schema import Config
+    from kvcompile.config.schema import Config, HealConfig
     from kvcompile.heal.trainer import HealTrainer
 
 
-def require_healable(plan: Plan, tokenizer: Any) -> None:
+def require_healable(plan: Plan, heal: HealConfig, tokenizer: Any) -> None:
     """Raise KvcompileError where `repair` could not begin: asked before a weight is converted.
 
-    That is for a `plan` that converts nothing, without a tokenizer, and without the packages of `kvcompile[heal]`.
+    That is for a `plan` that converts nothing, attentions of a block transformer that are to learn alone, without a
+    tokenizer, and without the packages of `kvcompile[heal]`.
     """
     if not converts(plan):
-        fix = "add gqa, mqa, cla, mlkv or mla, or heal.tokens=0"
+        fix = "add gqa, mqa, cla, mlkv, mla or block_transformer, or heal.tokens=0"
         raise KvcompileError("healing needs a policy that converts weights", "a stack that converts none", fix)
+    if plan.blocks is not None and heal.layers and heal.loss == "distill":
+        raise KvcompileError(
+            "attentions of a block transformer cannot learn alone: they read blocks, the original's read tokens",
+            f"heal.layers={heal.layers}",
+            "heal.layers=0",
+        )
     if tokenizer is None:
         raise KvcompileError("healing needs a tokenizer", "none", "pass tokenizer=")
     needed("accelerate", "healing")
@@ -53,7 +60,7 @@ def repair(
     Raises KvcompileError as `require_healable`, for texts that cannot be read or are too short, and for budgets below
     one step.
     """
-    require_healable(plan, tokenizer)
+    require_healable(plan, config.heal, tokenizer)
     from kvcompile.heal.trainer import arguments
 
     args = arguments(config.heal, model.device)  # from here on the processes know of each other
@@ -74,20 +81,26 @@ class Training:
 
     def __init__(self, model: Any, original: Any, plan: Plan, config: Config, tokenizer: Any) -> None:
         from kvcompile.adapters.architectures import describe
+        from kvcompile.heal.blocks.student import block_student
         from kvcompile.heal.student import Teacher, student
 
         self.model, self.config, self.heal, self.tokenizer = model, config, config.heal, tokenizer
         self.device = model.device
         self.lora = self.heal.weights == "lora"
         every = self.heal.scope == "all" and not self.lora
-        names = None if every else projections(model, self.heal.scope, self.lora)
+        new = added(model)
+        names = None if every else [*projections(model, self.heal.scope, self.lora), *new]
         own(model, names)
         base = shared(model)
         if self.lora:
-            inject(base, names or [], self.heal.rank)
+            inject(base, [name for name in names or [] if name not in new], self.heal.rank)
+            for parameter in parameters(base, new):
+                parameter.requires_grad_(True)
         else:
             train_only(base, names)
-        self.student = student(base, plan, self.heal.hidden, self.heal.temperature)
+        self.pads = plan.blocks.length - 1 if plan.blocks and self.heal.pad_first_block else 0
+        learner = student if plan.blocks is None else block_student
+        self.student = learner(base, plan, self.heal.hidden, self.heal.temperature)
         self.trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.teacher = Teacher(original, describe(original.config, plan.dtype))
         self.text = corpus(self.heal, tokenizer)
@@ -107,6 +120,7 @@ class Training:
             raise KvcompileError("heal.tokens must be enough for one step of training", heal.tokens, fix)
         ids = self.text.ids(self.tokenizer, False, heal.tokens + 2 * heal.length)
         distil = heal.loss == "distill"
+        count = args.max_steps * self.step_tokens // heal.length
         pace = Pace(args.max_steps, heal.minutes, heal.layers if distil else 0.0)
         trainer = HealTrainer(
             pace,
@@ -114,7 +128,7 @@ class Training:
             self.teacher if distil else None,
             model=self.student,
             args=args,
-            train_dataset=Blocks(ids, heal.length, args.max_steps * self.step_tokens // heal.length, heal.seed),
+            train_dataset=Blocks(ids, heal.length, count, heal.seed, self.pads),
             eval_dataset=self.windows,
             callbacks=[QueryHistory(pace, heal, progress, saves)],
         )

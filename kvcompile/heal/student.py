@@ -72,14 +72,20 @@ class StudentMixin(CompiledMixin):
 
 def student(model: Any, plan: Plan, hidden: float, temperature: float) -> Any:
     """A trainable model over the weights of the converted, uncompiled `model` (LoRA may be in it already)."""
+    copied = trainable(model, plan, StudentMixin, hidden, temperature)
+    graph = copied.kvcompile.graph
+    # not submodules, as with the graph of a compiled model: all share the model's own modules
+    object.__setattr__(copied, "graphs", {"layers": attentions_alone(graph), "model": tapped(graph)})
+    return copied
+
+
+def trainable(model: Any, plan: Plan, mixin: type[StudentMixin], hidden: float, temperature: float) -> Any:
+    """The uncompiled `model`, compiled to `plan` in place, with the forward of `mixin`."""
     from kvcompile.build import build
 
     copied = build(model, plan, "sdpa")
     compiled = type(copied)
-    copied.__class__ = type(compiled.__name__, (StudentMixin, compiled), {"__module__": compiled.__module__})
-    graph = copied.kvcompile.graph
-    # not submodules, as with the graph of a compiled model: all share the model's own modules
-    object.__setattr__(copied, "graphs", {"layers": attentions_alone(graph), "model": tapped(graph)})
+    copied.__class__ = type(compiled.__name__, (mixin, compiled), {"__module__": compiled.__module__})
     copied.hidden, copied.temperature = hidden, temperature
     return copied
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompile.structure.blocks import NAMES
+
 
 def projections(model: Any, scope: str, lora: bool) -> list[str]:
     """Names of matrices of the attentions, or of all but the output embedding (`scope="all"`); `lora`: Linear ones."""
@@ -18,15 +20,23 @@ def projections(model: Any, scope: str, lora: bool) -> list[str]:
     kinds = nn.Linear if lora else (nn.Linear, PerHead)
     inside = {id(m) for attention in architecture_of(model.config).attentions(model) for m in attention.modules()}
     head = model.get_output_embeddings()
-    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+    new = added(model)
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds) and m is not head and n not in new]
     return [name for name, module in linear if scope == "all" or id(module) in inside]
 
 
+def added(model: Any) -> list[str]:
+    """Names of the modules and parameters that make a block transformer of a model; they are always trained whole."""
+    prefix = model.base_model_prefix
+    return [f"{prefix}.{name}" for name in NAMES if hasattr(getattr(model, prefix), name)]
+
+
 def parameters(model: nn.Module, names: Sequence[str] | None) -> list[nn.Parameter]:
-    """The parameters of these modules, or all for None."""
+    """The parameters of these modules, or of these names, or all for None."""
     if names is None:
         return list(model.parameters())
-    return [p for name in names for p in model.get_submodule(name).parameters()]
+    single = dict(model.named_parameters(remove_duplicate=False))
+    return [p for n in names for p in ([single[n]] if n in single else model.get_submodule(n).parameters())]
 
 
 def own(model: nn.Module, names: Sequence[str] | None) -> None:
