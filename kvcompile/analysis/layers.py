@@ -121,7 +121,7 @@ class LayerBudgets(Analysis):
         heads = [[[b / v for b in h] for h, v in zip(p["heads"], p["visible"], strict=True)] for p in prompts]
         layer_curve(second, shares, heads, f"{self.name.upper()}, share of what a layer sees", percent=True)
         mean = [[statistics.fmean(values) for values in zip(*rows, strict=True)] for rows in zip(*heads, strict=True)]
-        layer_map(third, mean, f"{'query' if self.heads == 'query' else 'KV'} head", "share")
+        layer_map(third, mean, f"{'query' if self.heads == 'query' else 'KV'} head", "share, by head")
 
     def numbers(self, result: dict[str, Any]) -> dict[str, float | int | str | None]:
         """The mean over layers, in tokens and as a share."""

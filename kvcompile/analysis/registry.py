@@ -15,6 +15,7 @@ from kvcompile.options import filled, suggest
 GROUP = "kvcompile.analyses"
 ANALYSES = {
     "lmba": "kvcompile.analysis.lmba:LMBA",
+    "lmbo": "kvcompile.analysis.lmbo:LMBO",
 }
 
 

@@ -114,7 +114,7 @@ def test_the_command_in_the_report_gives_the_settings_again(text: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["analysis=[lmbx]"], "unknown analysis, got 'lmbx'. Fix: did you mean 'lmba'?"),
+        (["analysis=[lmbaa]"], "unknown analysis, got 'lmbaa'. Fix: did you mean 'lmba'?"),
         (["analysis=[lmba,lmba]"], "each analysis may be in analysis once"),
         (["analysis=[lmba]", "analysis.lmba.mas=1"], "did you mean 'mass'?"),
         (["analysis.lmba.mass=0.5"], "options of an analysis need it in analysis=[...]"),
