@@ -27,7 +27,7 @@ def add_blocks(model: Any, blocks: Blocks) -> None:
     `block_embedder`: Linear L D -> D, at first the mean of its L inputs; of a lookup an Embedding V x D / L, random.
     `block_expansion`: Linear D -> P D, at first P identities. `block_bos [D]`: what enters the first layer for BOS.
     `block_start [D]`: stands for the output of a block before the first, what the block decoder gives for a block of
-    BOS alone (arXiv 2406.02657 pads the first block instead). Without a BOS token both are zeros.
+    BOS alone (arXiv 2406.02657 pads the first block instead). EOS is taken where there is no BOS, zeros without either.
     On a meta model: modules for weights to come.
 
     Raises KvcompileError where a lookup cannot divide the channels, or a model has blocks already.
@@ -49,11 +49,12 @@ def add_blocks(model: Any, blocks: Blocks) -> None:
 
 
 def _outputs_of_bos(model: Any, base: Any, split: int) -> tuple[Tensor | None, Tensor | None]:
-    """For a BOS token alone: what enters layer `split`, and what enters the first one; None where there is no BOS."""
-    token = model.config.bos_token_id
-    if token is None:
+    """For a BOS token alone: what enters layer `split`, and what enters the first one; None where there is none."""
+    begins, ends = model.config.bos_token_id, model.config.eos_token_id  # the latter may be several
+    tokens = [t for t in (begins, *(ends if isinstance(ends, (list, tuple)) else [ends])) if t is not None]
+    if not tokens:
         return None, None
-    ids = torch.tensor([[token]], device=model.device, dtype=torch.int64)
+    ids = torch.tensor([tokens[:1]], device=model.device, dtype=torch.int64)
     twin = shared(base)  # transformers leaves hooks on the layers that it has looked into
     states = twin(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     return states[split][0, 0], states[0][0, 0]

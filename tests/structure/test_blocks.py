@@ -41,8 +41,10 @@ def test_the_start_is_what_a_block_of_bos_gives() -> None:
     torch.testing.assert_close(model.model.block_start, run(model, range(2), block_vector(model, BLOCKS, bos)[None])[0])
 
 
-def test_without_bos_start_is_zeros() -> None:
-    model = divided(bos_token_id=None)
+def test_without_bos_eos_stands_for_it_and_without_either_there_are_zeros() -> None:
+    model = divided(bos_token_id=None, eos_token_id=[2, 5])
+    assert torch.equal(model.model.block_bos, model.model.embed_tokens.weight[2])
+    model = divided(bos_token_id=None, eos_token_id=None)
     assert not model.model.block_start.any()
     assert not model.model.block_bos.any()
 
