@@ -27,7 +27,8 @@ GLANCE = 0.005  # seconds between two looks at the resident memory
 class Speed:
     """Timings of one model: seconds, tokens a second of the whole batch, bytes.
 
-    prefill_s: median of the rounds. step_s: median decode step, step_min_s the fastest. cache_bytes: after prefill.
+    prefill_s: median of the rounds. step_s: median decode step, step_min_s the fastest; of a block transformer, whose
+    steps differ, of their means over a block. cache_bytes: after prefill.
     peak_bytes: growth of memory over the start of a prefill, on CPU of the process's resident set (approximate).
     """
 
@@ -138,7 +139,20 @@ def _round(model: Any, ids: Tensor, new_tokens: int) -> Round:
         start = _now(ids)
         logits, cache = forward(model, logits.argmax(-1, keepdim=True), cache)
         steps.append(_now(ids) - start)
-    return Round(prefill, tuple(steps), nbytes)
+    return Round(prefill, tuple(_over_blocks(steps, _block(model))), nbytes)
+
+
+def _block(model: Any) -> int:
+    """Tokens in which a model's steps repeat: those of a block of a block transformer, else 1."""
+    compiled = getattr(model, "kvcompile", None)
+    return 1 if compiled is None or compiled.plan.blocks is None else int(compiled.plan.blocks.length)
+
+
+def _over_blocks(steps: list[float], length: int) -> list[float]:
+    """Means over `length` steps each, what is left at the end dropped; of fewer steps, their mean."""
+    if len(steps) < length:
+        return [statistics.fmean(steps)]
+    return [statistics.fmean(steps[i : i + length]) for i in range(0, len(steps) - length + 1, length)]
 
 
 def _now(on: Tensor) -> float:

@@ -11,6 +11,7 @@ from tiny import tiny_ids, tiny_model
 
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.speed import WARM_UP, cache_bytes, compare, measure
+from kvcompile.plan.blocks import Blocks
 
 
 class Paced:
@@ -45,6 +46,24 @@ def test_models_take_turns_and_ratios_are_against_the_first() -> None:
     assert speed.step_s >= speed.step_min_s >= 0.02
     assert speed.prefill_s >= 0.06
     assert speed.decode_tokens_s == pytest.approx(1 / speed.step_s)
+
+
+def test_a_step_of_a_block_transformer_is_the_mean_over_a_block() -> None:
+    """One step in four runs the block decoder: the median step would not have it."""
+
+    class Blockwise(Paced):
+        kvcompile = SimpleNamespace(plan=SimpleNamespace(blocks=Blocks(4, 2)))
+
+        def forward(self, input_ids, past_key_values, use_cache):
+            if len(self.turns) % 4 == 0:
+                time.sleep(0.02)
+            return super().forward(input_ids, past_key_values, use_cache)
+
+        __call__ = forward
+
+    for new_tokens in (2, 4, 9):
+        speed = measure(Blockwise("b", 0.0, 100, []), tiny_ids(1, 3), new_tokens)
+        assert 0.005 <= speed.step_s < 0.019, new_tokens
 
 
 def test_a_transformers_cache_is_counted_by_its_tensors() -> None:

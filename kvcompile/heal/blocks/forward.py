@@ -77,6 +77,7 @@ class BlockForward:
         """One part over all its inputs, with a cache of its own, which goes when the pass is done."""
         cache = self.model.new_cache()
         cache.chunk(prompting=True, last=True)
+        cache.headroom = 0  # nothing is appended; behind rows of six entries it would be most of the memory
         positions = torch.arange(inputs.shape[1], device=inputs.device, dtype=torch.int64)
         return part(inputs, None, positions.expand(inputs.shape[:2]), cache, slice(None))
 
