@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branching import Branching
 from needle_sweep import plans, stacks
 from tabulate import tabulate
 from transformers import DynamicCache
 
+from kvcompile.analysis.compare.branching import Branching
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences
 from kvcompile.compiler import compile_plan

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branching import Branching
 from tabulate import tabulate
 
+from kvcompile.analysis.compare.branching import Branching
 from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.text import sentences

@@ -39,11 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branching import Branching
 from equal_bytes import Planner, stacks
 from needle_sweep import Remembering, rotated
 from tabulate import tabulate
 
+from kvcompile.analysis.compare.branching import Branching
 from kvcompile.calibration.text import builtin, from_text
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError

@@ -1,13 +1,11 @@
 """Claims about the default model, on real text: what each stack still finds, at which measured bytes.
 
-Every prompt is prefilled once, and each stack is applied to a copy of that cache (benchmarks/branching.py).
+Every prompt is prefilled once, and each stack is applied to a copy of that cache (`kvcompile.analysis.compare.branching`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from contract_table import TABLE, compiled, dense, kept_positions
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
+from kvcompile.analysis.compare.branching import Branching
 from kvcompile.build import plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.calibration.retrieval import FORMS as CALIBRATED
@@ -29,7 +28,6 @@ from kvcompile.evaluation.needle import FORMS, NeedleTask
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 
-SOURCE = Path(__file__).parents[1] / "benchmarks" / "branching.py"
 TOKENS, SAMPLES = 1024, 12
 LEAST = 1 / 24 / 2  # a 24th of a bfloat16 cache, as a share of a float32 one
 UNSEEN = "passcode"  # a needle form that the calibration of retrieval heads does not use
@@ -41,18 +39,9 @@ STACKS = {
 }
 
 
-def branching(model: Any, rotated: bool = False) -> Any:
-    spec = importlib.util.spec_from_file_location("branching", SOURCE)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(SOURCE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look annotations up
-    spec.loader.exec_module(module)
-    return module.Branching(model, rotated=rotated)
-
-
 def test_a_branch_in_another_basis_than_the_prefill_is_refused() -> None:
     plan = describe(dense().config, "float32")
-    runs = branching(dense(), rotated=True)
+    runs = Branching(dense(), rotated=True)
     runs.prefill(tiny_ids(1, 20)[0].tolist())
     assert runs.branch(runs.identity).nbytes() == runs.cache.nbytes()
     with pytest.raises(KvcompileError, match="leave the weights alone"):
@@ -76,7 +65,7 @@ def generated(model: Any, ids: list[int], count: int) -> tuple[list[int], Any]:
 @pytest.mark.parametrize("name", TABLE)
 def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
     model, ids = compiled(TABLE[name].fields(24)), tiny_ids(1, 60, seed=11)[0].tolist()
-    runs = branching(dense(), model.kvcompile.plan.layers[0].storage.rotated)
+    runs = Branching(dense(), model.kvcompile.plan.layers[0].storage.rotated)
     runs.prefill(ids)
     cache = runs.branch(model.kvcompile.plan)
     tokens, expected = generated(model, ids, 6)
@@ -105,7 +94,7 @@ def test_a_branch_goes_on_as_the_stack_itself_does(stack: str) -> None:
     small = [f"stack.{name}.{size}" for name in stack.split(",") for size in sizes.get(name, [])]
     config = compose([f"policy=[{stack}]", *small])
     plan = plan_of(dense().config, "float32", config, config.policies())
-    runs = branching(dense())
+    runs = Branching(dense())
     runs.prefill(ids[:40])
     runs.extend(ids[40:60])
     cache, model = runs.branch(plan), runs.compiled(plan)
@@ -173,7 +162,7 @@ def real(real_model_dir: Path) -> Real:
         config = compose(overrides)
         policies = tuple(p.calibrated(calibrator) for p in config.policies())
         plans[name] = plan_of(model.config, "float32", config, policies)
-    return Real(model, tokenizer, plans, branching(model), branching(model, rotated=True))
+    return Real(model, tokenizer, plans, Branching(model), Branching(model, rotated=True))
 
 
 @pytest.mark.real

@@ -45,6 +45,11 @@ def best_f1(prediction: str, references: Sequence[str]) -> float:
     return max(f1(prediction, reference) for reference in references)
 
 
+def first_line(text: str) -> str:
+    """The first line of an answer that says anything."""
+    return (text.lstrip().splitlines() or [""])[0]
+
+
 @dataclass(frozen=True)
 class Passage:
     """A titled paragraph; `needed` to answer the question, or there to distract."""
@@ -135,8 +140,7 @@ class QaTask:
 
     def score(self, prediction: str, prompt: QaPrompt) -> float:
         """F1 of what a model said, 0 to 1."""
-        said = (prediction.lstrip().splitlines() or [""])[0] if self.first_line else prediction
-        return best_f1(said, prompt.answers)
+        return best_f1(first_line(prediction) if self.first_line else prediction, prompt.answers)
 
     def _prompt(self, tokenizer: Any, question: Question, number: int) -> QaPrompt:
         def ids(context: str, asked: str = question.text) -> list[int]:

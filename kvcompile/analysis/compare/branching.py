@@ -1,7 +1,6 @@
-"""One dense prefill, many stacks: each is applied to a copy of the same cache, so a sweep pays for the prompt once.
+"""One dense prefill, many stacks: each is applied to a copy of the same cache, so that the prompt is paid for once.
 
-Equal to compiling each stack by itself (tests/test_real_model.py) for selections that act after prefill; chunked
-prefill is not exercised here. `decode`, `loss` and `says` go on densely over what a branch holds; the model of
+Equal to compiling each stack by itself for selections that act after a prefill in one piece. `decode`, `loss` and `says` go on densely over what a branch holds; the model of
 `compiled` goes on as the stack itself does, which reads a part, evicts and encodes while it decodes.
 """
 
@@ -20,7 +19,7 @@ from kvcompile.calibration.probe import Everything
 from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.models.sharing import shared
-from kvcompile.plan.plan import Plan
+from kvcompile.plan.plan import Plan, converts
 from kvcompile.plan.selection import Needs, Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
@@ -52,37 +51,56 @@ class Branching:
     Hadamard basis, which a stack with `rotate` needs and no other may have.
     """
 
-    def __init__(self, model: Any, stride: int = ExpectedAttention().stride, rotated: bool = False) -> None:
+    def __init__(
+        self, model: Any, stride: int = ExpectedAttention().stride, rotated: bool = False, kernels: str = "auto"
+    ) -> None:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
         identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
         recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
         self.base, self.identity, self.stride, self.rotated = model, identity, stride, rotated
-        self.model = compile_plan(shared(model), identity.map(lambda p: replace(p, selection=recorder)))
+        self.model = compile_plan(shared(model), identity.map(lambda p: replace(p, selection=recorder)), kernels)
+        self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Run the prompt densely."""
-        with torch.no_grad():
-            out = self.model(torch.tensor([list(ids)]), logits_to_keep=1)
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+        self.cache, self.ids = None, []
+        self.extend(ids)
 
     def extend(self, ids: Sequence[int]) -> None:
         """Read on densely: more of the prompt."""
         with torch.no_grad():
-            out = self.model(torch.tensor([list(ids)]), past_key_values=self.cache, logits_to_keep=1)
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+            out = self.model(self._tensor(ids), past_key_values=self.cache, logits_to_keep=1)
+        self.cache, self.logits, self.ids = out.past_key_values, out.logits[:, -1], [*self.ids, *ids]
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Have read `ids` and nothing else: what has been read already is not read again."""
+        known = len(self.ids)
+        if not known or self.ids != list(ids[:known]):
+            self.prefill(ids)
+        elif known < len(ids):
+            self.extend(ids[known:])
 
     def compiled(self, plan: Plan) -> Any:
         """The model of a stack over the same weights: it goes on with the branches of its plan."""
         return compile_plan(shared(self.base), plan)
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether a stack of this plan reads a prompt as this does: all at once, with the weights as they are."""
+        wanted = {p.selection.score.needs.moments for p in plan.selected if p.selection} - {0, self.stride}
+        reads_in_part = any(p.recall is not None and p.recall.prompts for p in plan.layers)
+        return not (plan.prefill_chunk or wanted or reads_in_part or self._rewrites(plan))
+
+    def _rewrites(self, plan: Plan) -> bool:
+        return converts(plan) or any(p.storage.rotated != self.rotated for p in plan.layers)
 
     def branch(self, plan: Plan) -> KVCache:
         """A copy of the cache after the selection, grouping and encoding of `plan`.
 
         Raises KvcompileError for a plan whose prefill would be another one: it changes weights or the moments' stride.
         """
-        if any(p.storage.rotated != self.rotated or p.heads or p.owner != p.index for p in plan.layers):
+        if self._rewrites(plan):
             raise KvcompileError("one prefill serves only stacks that leave the weights alone", str(plan.applied))
         strides = {p.selection.score.needs.moments for p in plan.selected if p.selection} - {0, self.stride}
         if strides:
@@ -99,7 +117,7 @@ class Branching:
             if mine.plan.storage.quantized:
                 kind = QuantizedStore if mine.plan.storage.low is None else TieredStore
                 mine.store = kind(mine.plan.storage, mine.store)
-        step = Step(branch, torch.tensor([[0]]), None, prefill=True, last=True)
+        step = Step(branch, self._tensor([0]), None, prefill=True, last=True)
         scores = {p.index: eviction.score_remembered(branch.layers[p.index], step, p) for p in plan.selected}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]
         if together:
@@ -124,7 +142,7 @@ class Branching:
 
     def loss(self, cache: KVCache, ids: Sequence[int]) -> float:
         """Mean negative log-likelihood of the true continuation `ids` over a branch, in one causal pass."""
-        return float(torch.nn.functional.cross_entropy(self._forced(cache, ids), torch.tensor(list(ids))))
+        return float(torch.nn.functional.cross_entropy(self._forced(cache, ids), self._tensor(ids)[0]))
 
     def says(self, cache: KVCache, wordings: Sequence[Sequence[int]]) -> int | None:
         """The token that follows if greedy decoding over a branch says one of `wordings`, None if it says none.
@@ -145,8 +163,11 @@ class Branching:
         cache.plan = self.identity
         for layer, plan in zip(cache.layers, self.identity.layers, strict=True):
             layer.plan = plan
-        after = self._forward(torch.tensor([list(ids)]), cache)[0]
+        after = self._forward(self._tensor(ids), cache)[0]
         return torch.cat([self.logits, after if last else after[:-1]])
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([list(ids)], dtype=torch.int64, device=self.base.device)
 
     def _first(self) -> Tensor:
         if self.logits is None:
@@ -155,7 +176,7 @@ class Branching:
 
     def _forward(self, ids: Tensor, cache: KVCache) -> Tensor:
         start = cache.get_seq_length()
-        at = torch.arange(start, start + ids.shape[1]).unsqueeze(0)
+        at = torch.arange(start, start + ids.shape[1], device=ids.device, dtype=torch.int64).unsqueeze(0)
         if cache.shift is not None:
             at = at - cache.shift.unsqueeze(1)
         with torch.no_grad():
