@@ -1,6 +1,6 @@
 """Claims about the default model, on real text: what each stack still finds, at which measured bytes.
 
-Every prompt is prefilled once, and each stack is applied to a copy of that cache (`kvcompile.analysis.compare.branching`).
+Every prompt is prefilled once, and each stack is applied to a copy of that cache (`analysis.compare.branching`).
 """
 
 from __future__ import annotations

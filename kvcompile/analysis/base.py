@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.errors import KvcompileError
+from kvcompile.options import options_of
 from kvcompile.progress import Progress
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class Analysis:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+
+    def part_options(self) -> dict[str, Any]:
+        """The options that every part depends on (default: all); a part's unit says the others."""
+        return options_of([self])[self.name]
 
     def refuse(self, subject: Subject) -> None:
         """Raise KvcompileError for what cannot be measured on this model and these prompts, before anything is."""

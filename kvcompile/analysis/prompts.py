@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvcompile.analysis.parts import digest
 from kvcompile.calibration.text import sentences
 from kvcompile.errors import KvcompileError, first_line
+from kvcompile.evaluation.needle import common_prefix
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import PromptsConfig
@@ -147,8 +148,7 @@ class Wording:
             cut = context[: (room + 1) // 2] + context[-(room // 2) :]
             text = self.tokenizer.decode(cut, skip_special_tokens=True)
             ids = self._ids(text, question, template)
-        other = self._ids(text, "", template) if question else []
-        same = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(other) or len(ids))
+        same = common_prefix(ids, self._ids(text, "", template)) if question else len(ids)
         return Prompt(name, tuple(ids), same, question, tuple(map(str, answers)))
 
     def _ids(self, context: str, question: str, template: str) -> list[int]:

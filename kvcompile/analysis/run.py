@@ -78,7 +78,8 @@ def analyse(
     jobs = []
     for analysis in config.analyses():
         settings = _settings(analysis, model, config)
-        parts = Parts(folder / RECORD / f"{analysis.name}.jsonl", {**settings, "weights": weights, **versions()})
+        common = {**settings, "options": analysis.part_options(), "weights": weights, **versions()}
+        parts = Parts(folder / RECORD / f"{analysis.name}.jsonl", common)
         subject = Subject(model, tokenizer, config, parts, progress)
         analysis.refuse(subject)
         jobs.append((analysis, subject, settings))

@@ -10,11 +10,11 @@ Z = 1.959964
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+    """Wilson's interval of a share, in [0, 1]: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
     share, spread = right / count, Z * Z / count
     middle = share + spread / 2
     reach = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
+    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
 
 
 def ratio(losses: Sequence[float], dense: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
@@ -27,4 +27,5 @@ def mean(values: Sequence[float], draws: int = 2000) -> tuple[float, float, floa
     """The mean, and its percentile bootstrap interval: the same for the same values."""
     rng = random.Random(0)
     means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return sum(values) / len(values), means[int(0.025 * draws)], means[int(0.975 * draws)]
+    middle = sum(values) / len(values)
+    return middle, min(middle, means[int(0.025 * draws)]), max(middle, means[int(0.975 * draws)])

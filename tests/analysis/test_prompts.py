@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kvcompile.errors import KvcompileError
 
 TOKENIZER = tiny_tokenizer()
 LONG = 10**6
+TWO_WIKI = "KVCOMPILE_2WIKI"  # names a file of 2WikiMultihopQA, in LongBench's shape or with its passages
 
 
 def words(start: int, count: int) -> str:
@@ -94,3 +96,12 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message
     with pytest.raises(KvcompileError) as error:
         prompts(TOKENIZER, PromptsConfig(str(path), count=1), LONG)
     assert message in str(error.value)
+
+
+@pytest.mark.skipif(not os.environ.get(TWO_WIKI), reason=f"{TWO_WIKI} names no file of 2WikiMultihopQA")
+def test_two_wiki_is_read_as_it_is() -> None:
+    wanted = PromptsConfig(os.environ[TWO_WIKI], count=5, tokens=2000)
+    for prompt in prompts(TOKENIZER, wanted, LONG):
+        assert prompt.answers
+        assert prompt.question
+        assert 100 < prompt.context < len(prompt.ids) <= 2000

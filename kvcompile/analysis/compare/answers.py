@@ -40,6 +40,7 @@ class Answers:
 
         read = tokens_read(ids, context, question)
         unit = {"recipe": list(entry.overrides), "prompt": digest(list(ids)), "read": read, "count": count}
+        unit["kernels"] = self.subject.config.kernels
         answer: Record = self.subject.part(unit, lambda: self.contest.answer(entry, ids, read, count))
         return answer
 
@@ -60,4 +61,4 @@ def right(answer: Record, number: str) -> bool:
 
 def percent(share: float, low: float, high: float) -> str:
     """`95 (76-99)`: a share and its interval, in percent."""
-    return f"{100 * share:.0f} ({100 * max(0.0, low):.0f}-{100 * high:.0f})"
+    return f"{100 * share:.0f} ({100 * low:.0f}-{100 * high:.0f})"

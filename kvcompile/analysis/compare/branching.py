@@ -1,7 +1,8 @@
 """One dense prefill, many stacks: each is applied to a copy of the same cache, so that the prompt is paid for once.
 
-Equal to compiling each stack by itself for selections that act after a prefill in one piece. `decode`, `loss` and `says` go on densely over what a branch holds; the model of
-`compiled` goes on as the stack itself does, which reads a part, evicts and encodes while it decodes.
+Equal to compiling each stack by itself for selections that act after a prefill in one piece. `decode`, `loss` and
+`says` go on densely over what a branch holds; the model of `compiled` goes on as the stack itself does, which reads a
+part, evicts and encodes while it decodes.
 """
 
 from __future__ import annotations

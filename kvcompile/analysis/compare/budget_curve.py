@@ -31,8 +31,8 @@ class BudgetCurve(Analysis):
 
     recipes: `full`, or a recipe's name and its settings; each but `full` runs at every one of `budgets`. question:
     `seen`, it stands in the prompt that is compressed; `hidden`, it comes afterwards, token by token. needles: prompts
-    with a needle, of `needle_tokens` tokens (0: none). max_new_tokens: of an answer to a question. first_line: score the
-    first line of it alone.
+    with a needle, of `needle_tokens` tokens (0: none). max_new_tokens: of an answer to a question. first_line: score
+    no more of it than its first line.
     """
 
     name: ClassVar[str] = "budget_curve"
@@ -69,6 +69,10 @@ class BudgetCurve(Analysis):
             for budget in [None] if entry.fixed else self.budgets:
                 yield text, budget, entry if budget is None else entry.within(budget)
 
+    def part_options(self) -> dict[str, Any]:
+        """None: an answer depends on its recipe and its prompt alone, so that more can be asked for later."""
+        return {}
+
     def refuse(self, subject: Subject) -> None:
         """Recipes that cannot be on this model, and nothing to ask."""
         Answers(subject).contest.require_possible(entry for _, _, entry in self.points())
@@ -82,7 +86,9 @@ class BudgetCurve(Analysis):
                     "analysis.budget_curve.needles=8, or prompts.source=<a LongBench file>",
                 )
         elif not any(prompt.answers for prompt in subject.prompts):
-            raise KvcompileError("budget_curve asks prompts that have answers", f"none in {subject.config.prompts.source}")
+            raise KvcompileError(
+                "budget_curve asks prompts that have answers", f"none in {subject.config.prompts.source}"
+            )
 
     def measure(self, subject: Subject) -> Record:
         """By task, recipe and budget: score with its interval, bytes as shares of the uncompressed cache."""
@@ -118,11 +124,13 @@ class BudgetCurve(Analysis):
     def _definition(self, tasks: Sequence[str]) -> str:
         lines = [
             f"The question is {self.question} when the cache is made; answers are greedy, and every token of them is "
-            "predicted by a step over the recipe's own cache. Held and read: bytes after the prompt and of one step, of the "
-            "uncompressed cache's, measured."
+            "predicted by a step over the recipe's own cache. Held and read: bytes after the prompt and of one step, "
+            "of the uncompressed cache's, measured."
         ]
         if "needle" in tasks:
-            lines.append(f"Needle {self.form}, {self.needle_tokens:,} tokens, {self.needles} prompts, seed {self.seed}.")
+            lines.append(
+                f"Needle {self.form}, {self.needle_tokens:,} tokens, {self.needles} prompts, seed {self.seed}."
+            )
         if "qa" in tasks:
             part = "first line of an answer" if self.first_line else f"answers of at most {self.max_new_tokens} tokens"
             lines.append(f"F1 of words against the best reference, LongBench's, of the {part}.")
@@ -134,8 +142,14 @@ class BudgetCurve(Analysis):
         from tabulate import tabulate
 
         rows = [
-            [f"`{p['recipe']}`", "as it is" if p["budget"] is None else f"{p['budget']:g}"]
-            + [percent(p["mean"], p["low"], p["high"]), str(p["count"]), f"{p['held']:.1%}", f"{p['read']:.1%}"]
+            [
+                f"`{p['recipe']}`",
+                "as it is" if p["budget"] is None else f"{p['budget']:g}",
+                percent(p["mean"], p["low"], p["high"]),
+                str(p["count"]),
+                f"{p['held']:.1%}",
+                f"{p['read']:.1%}",
+            ]
             for p in result["points"]
             if p["task"] == task
         ]

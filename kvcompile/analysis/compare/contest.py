@@ -120,7 +120,9 @@ class Contest:
         policies = tuple(policy.calibrated(self._calibrator) for policy in stack.policies)
         plan = plan_of(self.model.config, self.dtype, config, policies)
         reader = self._reader(any(p.storage.rotated for p in plan.layers))
-        return Runner(plan, compile_plan(shared(self.model), plan, config.kernels), reader if reader.serves(plan) else None)
+        return Runner(
+            plan, compile_plan(shared(self.model), plan, config.kernels), reader if reader.serves(plan) else None
+        )
 
     def _reader(self, rotated: bool) -> Branching:
         if rotated not in self._readers:

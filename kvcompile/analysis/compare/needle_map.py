@@ -60,6 +60,10 @@ class NeedleMap(Analysis):
         count = self.samples * len(self.depths)
         return [NeedleTask(n, count, tuple(self.depths), self.seed, self.form, self.source) for n in self.tokens]
 
+    def part_options(self) -> dict[str, Any]:
+        """None: an answer depends on its recipe and its prompt alone, so that more can be asked for later."""
+        return {}
+
     def refuse(self, subject: Subject) -> None:
         """Recipes that cannot be on this model, texts too short for a needle."""
         from dataclasses import replace
@@ -91,9 +95,9 @@ class NeedleMap(Analysis):
     def _definition(self) -> str:
         text = "the offline text" if self.source is None else "a text file"
         return (
-            f"Needle {self.form} in {text}, {self.samples} a length and depth, seed {self.seed}; found: the digits come "
-            "in the greedy answer as one whole number. Held and read: bytes after the prompt and of one step, of the "
-            "uncompressed cache's."
+            f"Needle {self.form} in {text}, {self.samples} a length and depth, seed {self.seed}; found: the digits "
+            "come in the greedy answer as one whole number. Held and read: bytes after the prompt and of one step, of "
+            "the uncompressed cache's."
         )
 
     def _table(self, result: Record, question: str) -> str:
@@ -107,7 +111,9 @@ class NeedleMap(Analysis):
             rows.append([*row, *whole(mine)])
         header = ["recipe", *(f"{n:,}" for n in self.tokens), "all, % (95 %)", "held", "read"]
         where = "the question is seen" if question == "seen" else "the question is hidden"
-        table = tabulate(rows, header, "github", disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1)))
+        table = tabulate(
+            rows, header, "github", disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))
+        )
         return f"Found, %, where {where} when the cache is made:\n\n{table}"
 
     def draw(self, result: Record, figure: Figure) -> None:
@@ -149,9 +155,7 @@ class NeedleMap(Analysis):
     def numbers(self, result: Record) -> dict[str, float | int | str | None]:
         """The share found of each recipe, the question seen and hidden."""
         keys = [(text, question) for text in self.recipes for question in self.questions]
-        pairs = {
-            key: _found([c for c in result["cells"] if (c["recipe"], c["question"]) == key]) for key in keys
-        }
+        pairs = {key: _found([c for c in result["cells"] if (c["recipe"], c["question"]) == key]) for key in keys}
         return {f"needle_{question}_{text}": found / count for (text, question), (found, count) in pairs.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ class Reader:
         self.asked.append((entry.text, read))
         share = 1.0 if entry.fixed else float(entry.text.rpartition("=")[2])
         text = "".join(map(chr, ids[int((1 - share) * read) :]))
-        number = text.partition("{")[2].partition("}")[0] if "{" in text else text.partition(" is: ")[2][:7]
-        return {"text": f"{number}.", "held": share * read, "read": share * read, "dense": read, "dense_read": read}
+        found = re.search(r"<<(.*)>>| is: (\d{7})", text)
+        said = (found[1] or found[2]) if found else "nothing"
+        return {"text": f"{said}.", "held": share * read, "read": share * read, "dense": read, "dense_read": read}
 
 
 class Subject:
@@ -86,7 +88,7 @@ def test_a_map_has_a_cell_for_each_recipe_question_length_and_depth(reader: Read
     half = {key[1:]: c["right"] for key, c in cells.items() if key[0] != "full"}
     assert all(half[q, n, 0.0] == 0 and half[q, n, 1.0] == 2 for q in ("seen", "hidden") for n in (1200, 2400))
     table = MAP.section(result)
-    assert "| `snapkv budget=0.5` |    50 |    50 |     50 (" in table
+    assert "| `snapkv budget=0.5` | 50 | 50 | 50 (22-78) | 50.0% | 50.0% |" in re.sub(" +", " ", table)
     assert table.count("question is") == 2
     assert len(drawn(MAP, result).axes) == 5  # 2 x 2 maps and their bar
     assert MAP.numbers(result)["needle_seen_snapkv budget=0.5"] == 0.5
@@ -112,7 +114,9 @@ def test_what_is_measured_is_not_measured_again_and_more_can_be_asked_for(reader
 
 
 CURVE = BudgetCurve(recipes=("snapkv", "full"), budgets=(0.25, 0.75), needles=4, needle_tokens=1200)
-QUESTION = Prompt("a", tuple(map(ord, "x" * 50 + "{New York}" + "x" * 40 + "Where?")), 100, "Where?", ("york", "Lima"))
+QUESTION = Prompt(
+    "a", tuple(map(ord, "x" * 50 + "<<New York>>" + "x" * 40 + "Where?")), 100, "Where?", ("york", "Lima")
+)
 
 
 def test_a_curve_has_a_point_for_each_task_recipe_and_budget(reader: Reader, tmp_path: Path) -> None:
@@ -120,15 +124,22 @@ def test_a_curve_has_a_point_for_each_task_recipe_and_budget(reader: Reader, tmp
     CURVE.refuse(subject)
     result = CURVE.measure(subject)
     points = {(p["task"], p["recipe"], p["budget"]): p for p in result["points"]}
-    assert [(p["count"], round(p["held"], 2)) for p in points.values()] == [(4, 0.25), (4, 0.75), (4, 1), *[(1, x) for x in (0.25, 0.75, 1)]]
+    assert [(p["count"], round(p["held"], 2)) for p in points.values()] == [
+        (4, 0.25),
+        (4, 0.75),
+        (4, 1),
+        *[(1, x) for x in (0.25, 0.75, 1)],
+    ]
     assert points["needle", "full", None]["mean"] == 1.0
     assert points["needle", "snapkv", 0.25]["mean"] == 0.25  # the deepest of four
     assert points["needle", "snapkv", 0.75]["mean"] == 0.75
     assert points["qa", "snapkv", 0.25]["mean"] == 0
     assert points["qa", "full", None]["mean"] == pytest.approx(2 / 3)  # york of new york
-    assert points["needle", "full", None]["low"] < 1 == points["needle", "full", None]["high"]
+    whole = points["needle", "full", None]
+    assert (whole["low"], whole["high"]) == pytest.approx((0.5101, 1), abs=1e-4)
     table = CURVE.section(result)
-    assert "Token F1" in table and "Needles found" in table
+    assert "Token F1" in table
+    assert "Needles found" in table
     assert len(drawn(CURVE, result).axes) == 2
     assert CURVE.numbers(result)["qa_snapkv"] == 0
 
@@ -144,8 +155,13 @@ def test_a_curve_without_questions_says_so(reader: Reader, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(NeedleMap, {"recipes": ()}), (NeedleMap, {"questions": ("asked",)}), (NeedleMap, {"recipes": ("snapkv model=x",)})]
-    + [(BudgetCurve, {"budgets": (0.0,)}), (BudgetCurve, {"needles": -1})],
+    [
+        (NeedleMap, {"recipes": ()}),
+        (NeedleMap, {"questions": ("asked",)}),
+        (NeedleMap, {"recipes": ("snapkv model=x",)}),
+        (BudgetCurve, {"budgets": (0.0,)}),
+        (BudgetCurve, {"needles": -1}),
+    ],
 )
 def test_options_out_of_range_are_refused(cls: Any, options: dict[str, Any]) -> None:
     with pytest.raises(KvcompileError):

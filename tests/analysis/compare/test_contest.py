@@ -49,8 +49,15 @@ def by_itself(overrides: list[str], read: int, count: int) -> tuple[str, int]:
 
 @pytest.mark.parametrize(
     "text",
-    ["full", "snapkv budget=0.3", "policy=[snapkv,rotate,kivi] budget=0.5", "policy=[h2o] budget=20", "gqa"]
-    + ["policy=[adakv] budget=0.3 prefill_chunk=16", "policy=[quest] stack.quest.budget=16"],
+    [
+        "full",
+        "snapkv budget=0.3",
+        "policy=[snapkv,rotate,kivi] budget=0.5",
+        "policy=[h2o] budget=20",
+        "gqa",
+        "policy=[adakv] budget=0.3 prefill_chunk=16",
+        "policy=[quest] stack.quest.budget=16",
+    ],
 )
 @pytest.mark.parametrize("question", ["seen", "hidden"])
 def test_an_answer_is_what_the_recipe_by_itself_gives(contest: Contest, text: str, question: str) -> None:
