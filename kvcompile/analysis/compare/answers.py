@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.analysis.compare.entry import Entry
+from kvcompile.analysis.compare.entry import Entry, Question
 
 if TYPE_CHECKING:
     from kvcompile.analysis.base import Subject
-    from kvcompile.analysis.compare.contest import Contest, Question
+    from kvcompile.analysis.compare.contest import Contest
 
 Record = dict[str, Any]
 

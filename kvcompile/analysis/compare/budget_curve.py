@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.analysis.base import Analysis, Subject
 from kvcompile.analysis.compare.answers import Answers, Record, percent, right, shares
-from kvcompile.analysis.compare.entry import Entry
+from kvcompile.analysis.compare.entry import Entry, Question
 from kvcompile.errors import KvcompileError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BudgetCurve(Analysis):
     summary: ClassVar[str] = "needles found and F1 of answers over the bytes held, recipes at several budgets"
     recipes: tuple[str, ...] = ("zigzag", "snapkv", "pyramidkv", "h2o", "streaming", "full")
     budgets: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.7)
-    question: Literal["seen", "hidden"] = "seen"
+    question: Question = "seen"
     needles: int = 8
     needle_tokens: int = 1024
     form: str = "magic"
@@ -141,20 +141,10 @@ class BudgetCurve(Analysis):
     def _table(self, result: Record, task: str) -> str:
         from tabulate import tabulate
 
-        rows = [
-            [
-                f"`{p['recipe']}`",
-                "as it is" if p["budget"] is None else f"{p['budget']:g}",
-                percent(p["mean"], p["low"], p["high"]),
-                str(p["count"]),
-                f"{p['held']:.1%}",
-                f"{p['read']:.1%}",
-            ]
-            for p in result["points"]
-            if p["task"] == task
-        ]
+        rows = [_row(p) for p in result["points"] if p["task"] == task]
         header = ["recipe", "budget", f"{TITLES[task]} (95 %)", "prompts", "held", "read"]
-        return tabulate(rows, header, "github", disable_numparse=True, colalign=("left", *["right"] * 5))
+        table: str = tabulate(rows, header, "github", disable_numparse=True, colalign=("left", *["right"] * 5))
+        return table
 
     def draw(self, result: Record, figure: Figure) -> None:
         """A panel for each task: score over the share of bytes held."""
@@ -205,3 +195,9 @@ def _point(key: tuple[str, str, float | None], answers: Sequence[Record]) -> Rec
         middle, low, high = mean(values)
     point = {"task": task, "recipe": recipe, "budget": budget, "count": len(values)}
     return {**point, "mean": middle, "low": low, "high": high, **shares(answers)}
+
+
+def _row(point: Record) -> list[str]:
+    budget = "as it is" if point["budget"] is None else f"{point['budget']:g}"
+    score = percent(point["mean"], point["low"], point["high"])
+    return [f"`{point['recipe']}`", budget, score, str(point["count"]), f"{point['held']:.1%}", f"{point['read']:.1%}"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
 from kvcompile.analysis.compare.branching import Branching
-from kvcompile.analysis.compare.entry import Entry
+from kvcompile.analysis.compare.entry import Entry, Question
 from kvcompile.build import identity_plan, plan_of
 from kvcompile.calibration.probe import ModelCalibrator
 from kvcompile.compiler import assemble, compile_plan
@@ -21,8 +21,6 @@ from kvcompile.plan.plan import Plan, converts
 from kvcompile.progress import Progress, silent
 from kvcompile.runtime.cache import KVCache
 from kvcompile.stack import plan_stack
-
-Question = Literal["seen", "hidden"]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvcompile.errors import KvcompileError
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import Config
 
+Question = Literal["seen", "hidden"]
 FULL = "full"
 SETTINGS = ("recipe", "policy", "stack", "budget", "prefill_chunk", "heal")
 

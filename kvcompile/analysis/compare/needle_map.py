@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompile.analysis.base import Analysis, Subject
 from kvcompile.analysis.compare.answers import Answers, Record, percent, right, shares
-from kvcompile.analysis.compare.entry import Entry
+from kvcompile.analysis.compare.entry import Entry, Question
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvcompile.evaluation.needle import NeedleTask
 
-QUESTIONS = ("seen", "hidden")
+QUESTIONS: tuple[Question, ...] = ("seen", "hidden")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NeedleMap(Analysis):
     name: ClassVar[str] = "needle_map"
     summary: ClassVar[str] = "needles found by length and depth, recipes side by side"
     recipes: tuple[str, ...] = ("full", "snapkv", "zigzag", "streaming")
-    questions: tuple[str, ...] = QUESTIONS
+    questions: tuple[Question, ...] = QUESTIONS
     tokens: tuple[int, ...] = (512, 1024, 1536, 2048)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 1
@@ -74,7 +74,8 @@ class NeedleMap(Analysis):
 
     def measure(self, subject: Subject) -> Record:
         """By recipe, question, length and depth: prompts, needles found, bytes as shares of the uncompressed cache."""
-        answers, cells = Answers(subject), {}
+        answers = Answers(subject)
+        cells: dict[tuple[str, str, int, float], list[Record]] = {}
         tasks = self.tasks
         done, total = 0, sum(task.samples for task in tasks) * len(self.recipes) * len(self.questions)
         for task in tasks:
