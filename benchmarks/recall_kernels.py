@@ -17,17 +17,15 @@ With one thread (OMP_NUM_THREADS=1) times are CPU times, for a machine on which 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from cpu_kernels import processor
+from tables import write
 from tabulate import tabulate
 from torch import Tensor
 
@@ -181,12 +179,7 @@ def main() -> None:
     text = tabulate(rows, headers="keys", tablefmt="github")
     print(text)
     if args.out:
-        threads = torch.get_num_threads()
-        clock = "CPU times of one thread" if threads == 1 else f"{threads} threads"
-        head = f"{time.strftime('%Y-%m-%d')}, {processor()}, {clock}, torch {torch.__version__}"
-        command = f"    {'OMP_NUM_THREADS=1 ' * (threads == 1)}python {' '.join(sys.argv)}"
-        Path(args.out + ".md").write_text(f"{head}\n\n{command}\n\nKernels: {build.describe()}.\n\n{text}\n")
-        Path(args.out + ".json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
+        write(args.out, text, rows, note=f"Kernels: {build.describe()}.")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.codecs import encode as encode_by_torch
 from kvcompile.kernels.compact import Compactor, CompactSpec
 from kvcompile.kernels.compact import compact as compact_by_torch
+from kvcompile.kernels.demote import Demoter, DemoteSpec
+from kvcompile.kernels.demote import demote as demote_by_torch
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
@@ -62,6 +64,10 @@ class Sources:
         """The kernel that chooses what a step recalls, by its file's name."""
         return {}
 
+    def demote(self, spec: DemoteSpec) -> dict[str, str]:
+        """The kernel that puts a decoded token into its tier, by its file's name."""
+        return {}
+
     def shared(self) -> dict[str, str]:
         """What the other files include, by name."""
         return {}
@@ -86,6 +92,7 @@ class Backend:
     library_prompts: whether a prompt that sees nothing but itself may be left to the library, where that is faster.
     column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
     choose: what a step reads of a layer that recalls; of groups whose scores differ by rounding alone, any.
+    demote: what a decoded token does to the tiers of a layer, to the same bytes as that of torch.
     linear: gives the linear layers of a model forwards that are fast for a token, and says how many there were.
     """
 
@@ -99,5 +106,6 @@ class Backend:
     encode: Encoder = encode_by_torch
     compact: Compactor = compact_by_torch
     choose: Chooser = choose_by_torch
+    demote: Demoter = demote_by_torch
     linear: Callable[[nn.Module], int] | None = None
     sources: Sources = field(default_factory=Sources)

@@ -56,7 +56,9 @@ SOURCE = """
           $codes
         }
     }
+    """
 
+ENTRY = """
     extern "C" void encode_rows(const In* x, $element* codes, fp16* scales, int64_t tokens, int threads) {
     #pragma omp parallel for num_threads(threads)
       for (int64_t t = 0; t < tokens; t += TOKENS) {
@@ -159,6 +161,13 @@ def _kernel(codec: Codec, dim: int, dtype: torch.dtype) -> Callable[..., Any] | 
 def source(codec: Codec, dim: int, dtype: str) -> str:
     """C++ text for entries of `dim` channels of a dtype, prelude excluded."""
     stored = Stored(codec, dim)
+    place = f"t / TOKENS * {codec.parameters} * D" if codec.axis == "channel" else f"t * {stored.numbers}"
+    return f"{body(codec, dim, dtype)}\n{fill(ENTRY, element=stored.element, place=place)}"
+
+
+def body(codec: Codec, dim: int, dtype: str) -> str:
+    """The text of `encode`: so many entries that lie one after the other, at most `BLOCK`."""
+    stored = Stored(codec, dim)
     channel, zeros = codec.axis == "channel", stored.zeros
     levels = f"{2**codec.bits - 1}.0f" if zeros else f"{_largest(codec)}f"
     tokens, groups = (codec.group, dim) if channel else (BLOCK, BLOCK * codec.groups(dim))
@@ -181,7 +190,6 @@ def source(codec: Codec, dim: int, dtype: str) -> str:
         keep=_keep(stored),
         runs=stored.runs,
         codes=_codes(stored),
-        place=f"t / TOKENS * {codec.parameters} * D" if channel else f"t * {stored.numbers}",
     )
 
 

@@ -7,9 +7,10 @@ import torch
 from kvcompile.kernels.backend import Sources
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
-from kvcompile.kernels.cpp import choose, compact, encode, simd
+from kvcompile.kernels.cpp import choose, compact, demote, encode, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
 from kvcompile.kernels.cpp.emit.stored import emitted
+from kvcompile.kernels.demote import DemoteSpec
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
 
@@ -68,6 +69,10 @@ class CppSources(Sources):
         if spec.dtype not in QUERY_TYPES.values():
             return {}
         return {f"{spec.name}.cpp": _including(choose.source(spec))}
+
+    def demote(self, spec: DemoteSpec) -> dict[str, str]:
+        """In tiers of whole numbers with a scale a token; torch demotes in others."""
+        return {f"{spec.name}.cpp": _including(demote.source(spec))} if demote.supports(spec) else {}
 
     def shared(self) -> dict[str, str]:
         """The vectors."""

@@ -37,6 +37,7 @@ def files(plan: Plan, backend: Backend, device: str = "") -> dict[str, str]:
             for end, text in written(spec, plan.dtype, device).items():
                 index[f"{name}-{end}"], texts[f"{FOLDER}/{name}-{end}"] = layers, text
     beside = _encoders(plan, sources) | _compactors(plan, sources) | _choosers(plan, sources)
+    beside |= _demoters(plan, sources)
     for name, (text, layers) in beside.items():
         index[name], texts[f"{FOLDER}/{name}"] = layers, text
     if texts:
@@ -167,6 +168,18 @@ def _choosers(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
             for name, text in sources.choose(spec).items():
                 found.setdefault(name, (text, []))[1].append(p.index)
     return found
+
+
+def _demoters(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
+    from kvcompile.kernels.demote import DemoteSpec
+
+    texts: dict[str, tuple[str, list[int]]] = {}
+    for p in plan.owners:
+        if p.storage.low is not None and p.selection is not None and p.selection.demotes:
+            spec = DemoteSpec(p.storage.codecs(plan.dtype), p.storage.low, p.key_dim, p.value_dim, plan.dtype)
+            for name, text in sources.demote(spec).items():
+                texts.setdefault(name, (text, []))[1].append(p.index)
+    return texts
 
 
 def _table(cache: KVCache) -> str:

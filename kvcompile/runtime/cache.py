@@ -35,7 +35,7 @@ class Step:
     tick: int = 0  # tokens decoded since the last prefill, this one included
     shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
     coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
-    shared: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
 
     @property
     def ended(self) -> list[bool]:
@@ -77,10 +77,19 @@ class KVCache(Cache):  # type: ignore[misc]
 
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, backend: Backend = SDPA) -> None:
         super().__init__(layers=[LayerCache(p, backend.encode, backend.compact) for p in plan.layers])
-        self.plan, self.rotaries, self.backend = plan, rotaries or [], backend
+        self.plan, self.rotaries = plan, rotaries or []
         self.kernels = PlanKernels(plan, backend)
         self.headroom = HEADROOM
         self._start()
+
+    @property
+    def backend(self) -> Backend:
+        """What attends, chooses and demotes."""
+        return self.kernels.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self.kernels = PlanKernels(self.plan, backend)
 
     def _start(self) -> None:
         self.evictions = Evictions()
@@ -255,7 +264,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
         clone = object.__new__(type(self))
-        same = (self.plan, *self.plan.layers, self.rotaries, self.backend)
+        same = (self.plan, *self.plan.layers, self.rotaries)
         memo.update({id(self): clone, **{id(x): x for x in same}})
         clone.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
         return clone

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.demote import Rule
 from kvcompile.kernels.layout import Queries
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import LayerScores, Score, Selection, Tiers
@@ -18,10 +19,10 @@ from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.positions import _close_ranks, _rotation
-from kvcompile.runtime.selection import candidates, demoted, high_counts, highest, protect, split
+from kvcompile.runtime.selection import candidates, high_counts, highest, protect, split
+from kvcompile.stores.base import Store
 from kvcompile.stores.encoded.hadamard import turn_basis
-from kvcompile.stores.encoded.tier import Demotion, Received
-from kvcompile.stores.encoded.tiered import HIGH, LOW
+from kvcompile.stores.encoded.tier import Received
 from kvcompile.stores.factory import in_order, tiered
 
 SequenceScores = list["LayerScores | None"] | None
@@ -192,7 +193,8 @@ def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tenso
             at = torch.arange(next_position, next_position + horizon, device=keys.device, dtype=torch.int64)
             cos, sin = (x.float().mean(0) for x in rotary(at))
             step.shared[key] = _rotation(cos, sin, dim)
-        return step.shared[key]
+        rotation: Tensor = step.shared[key]
+        return rotation
 
     return mean_rotation
 
@@ -296,34 +298,32 @@ def _divide(step: Step, index: int, indices: list[Tensor], high: list[Tensor]) -
 def demote(kv: LayerCache, step: Step) -> None:
     """After a decoded token: it enters the high tier of each row, and the weakest entry leaves it where it is too weak.
 
-    See `kvcompile.runtime.selection.demoted`. All rows go together; what they hold is counted on from the attention
-    that the kernel of this pass has added up, mean over the query heads of a KV head.
+    See `kvcompile.kernels.demote`. All rows go together; what they hold is counted on from the attention that the
+    kernel of this pass has added up, mean over the query heads of a KV head.
     """
     s, sums = kv.plan.selection, kv.history.column_sums
     if step.prefill or s is None or s.tiers is None or s.tiers.alpha is None or s.tiers.prune is None or sums is None:
         return
     kv.history.column_sums = None
-    store = tiered(kv.held)
-    tokens = _tokens(step, store.heads, store.device)
-    received = sums[:, :, : max(store.lengths)].flatten(0, 1).detach() / step.cache.kernels.group(kv.plan.index)
-    newest = store.weigh(received)
-    tiers = store.divided()
-    (u, high), (v, low) = tiers[HIGH].weakest(tokens, int(s.recent)), tiers[LOW].weakest(tokens)
-    rule = Demotion(high, low, *demoted(u, v, s.tiers.alpha / tokens, s.tiers.prune / tokens))
-    newest = newest.masked_fill(tokens <= s.sinks, float("inf"))
-    step.cache.encoded()
+    store, cache = tiered(kv.held), step.cache
+    rule = _rule(step, s, s.tiers.alpha, s.tiers.prune, cache.kernels.group(kv.plan.index), store)
+    cache.encoded()
     kv.changed()
-    dropped = store.demote(newest, rule, step.cache.headroom, kv.compactor)
+    received = sums[:, :, : max(store.lengths)].flatten(0, 1).detach()
+    dropped = store.demote(received, rule, cache.headroom, kv.compactor, cache.backend.demote)
     if dropped:
-        step.cache.evicted(kv.plan.index, dropped)
+        cache.evicted(kv.plan.index, dropped)
 
 
-def _tokens(step: Step, heads: int, device: torch.device) -> Tensor:
-    """Tokens seen by the sequence of each row, float32 `[R]`."""
-    if heads not in step.shared:
-        seen = torch.tensor(step.cache.seen, device=device, dtype=torch.float32)
-        step.shared[heads] = seen.repeat_interleave(heads)
-    return step.shared[heads]
+def _rule(step: Step, s: Selection, alpha: float, prune: float, group: int, store: Store) -> Rule:
+    """What is too weak at this step, said once for all layers that are alike."""
+    key = s, group, store.heads
+    if key not in step.shared:
+        seen = torch.tensor(step.cache.seen, device=store.device, dtype=torch.float32)
+        tokens = seen.repeat_interleave(store.heads)
+        step.shared[key] = Rule(tokens, alpha / tokens, prune / tokens, int(s.recent), s.sinks, group)
+    rule: Rule = step.shared[key]
+    return rule
 
 
 def _counts(step: Step, scored: dict[int, LayerScores], coming: int) -> dict[int, Tensor]:

@@ -49,19 +49,6 @@ def high_counts(tiers: Tiers, layer: LayerScores, counts: Tensor) -> Tensor:
     return (tiers.share * counts + 1e-6).long().clamp(min=int(layer.floor)).minimum(counts)
 
 
-def demoted(high: Tensor, low: Tensor, below: Tensor, prune: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What becomes of the weakest high entry of each row when a token comes, all `[R]`: (drops, replaces, lowers).
-
-    high, low: mean attention of the weakest entry of either tier; below, prune: less than which an entry is low, or
-    goes. (1) drops: u < prune and u < v; else (2) replaces: u < below and v < prune, u takes the place of v; else
-    (3) lowers: u < below. Source: DiffKV, arXiv 2412.03131, and its code.
-    """
-    weak = high < below
-    drops = (high < prune) & (high < low)
-    replaces = weak & (low < prune) & ~drops
-    return drops, replaces, weak & ~drops & ~replaces
-
-
 def highest(scores: Tensor, counts: Tensor) -> list[Tensor]:
     """Indices of each head's `counts[h]` highest `scores [H_kv, n]`, ascending; of equal ones the older stays."""
     wanted = counts.tolist()

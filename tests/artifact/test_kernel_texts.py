@@ -154,6 +154,17 @@ def test_what_a_recall_runs_is_shown(storage: str, monkeypatch: pytest.MonkeyPat
     assert index["paged1-float32-g2-d16-step.cpp"] == [0, 2, 3]
 
 
+@needs_compiler
+def test_what_demotes_is_shown() -> None:
+    """Where every decoded token may push an entry into the low tier; not where it is decided once."""
+    leankv, tiers = (kvcompile.compile(tiny_model(), overrides=(f"policy={name}",)) for name in ("leankv", "tiers"))
+    name = "demote-int8t-int4t-int4t-int2t-float32-d16.cpp"
+    shown = kernel_texts.of_model(leankv)
+    assert "void demote(" in shown[f"kernels/{name}"]
+    assert json.loads(shown["kernels/kernels.json"])["layers_by_kernel"][name] == [0, 1, 2, 3]
+    assert f"kernels/{name}" not in kernel_texts.of_model(tiers)
+
+
 def test_a_backend_of_a_library_shows_no_kernels(tmp_path: Path) -> None:
     model = kvcompile.compile(tiny_model(), overrides=(*STACK, "kernels=sdpa"))
     path = artifact.save(model, tmp_path / "a")

@@ -13,13 +13,13 @@ from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
-from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
 from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches, tabled
 from kvcompile.stores.dense import DenseStore, of_rows
 from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.encoded.paged import PagedCodes
+from kvcompile.stores.encoded.scales import require_held
 from kvcompile.stores.pool import PagePool
 from kvcompile.stores.ragged import RaggedStore, padded
 

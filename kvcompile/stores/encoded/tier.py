@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels.compact import Compactor, compact
+from kvcompile.kernels.demote import NEVER, TierRows
+from kvcompile.kernels.layout import RaggedView
 from kvcompile.stores.base import Move
 from kvcompile.stores.encoded.codes import Codes, Format, RaggedCodes
-
-NEVER = float("inf")  # received by places without an entry and by entries that always stay: none of them is weakest
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,6 @@ class Received:
 
     sums: Tensor
     since: Tensor
-
-
-@dataclass(frozen=True)
-class Demotion:
-    """What a decoded token does to each row, all `[R]`: the weakest high entry leaves its place `high` to the token.
-
-    The entry is dropped (`drops`), takes the place `low` of the weakest low one (`replaces`), or a new place in the low
-    tier (`lowers`); where it does none of the three it stays, and the token gets a new place.
-    """
-
-    high: Tensor
-    low: Tensor
-    drops: Tensor
-    replaces: Tensor
-    lowers: Tensor
-
-    def among(self, rows: Tensor) -> Demotion:
-        """The same in `rows` (bool) alone."""
-        return Demotion(self.high, self.low, self.drops & rows, self.replaces & rows, self.lowers & rows)
 
 
 class Tier(RaggedCodes):
@@ -72,64 +53,28 @@ class Tier(RaggedCodes):
                 tier.append(counts, codes, headroom, compactor)
         return tier
 
-    def taken(self, rows: Tensor, places: Tensor) -> Codes:
-        """The entries in `places [n]` of `rows [n]`."""
-        slots = self._begins[rows] + places
-        return self.codes.moved(lambda x: x[slots])
-
     def picked(self, places: list[Tensor]) -> tuple[Codes, list[int]]:
         """The entries in `places[r]` of each row, row after row, and how many of each."""
         slots = torch.cat([begin + at for begin, at in zip(self._begins, places, strict=True)])
         return self.codes.moved(lambda x: x[slots]), [at.numel() for at in places]
 
-    @property
-    def places(self) -> Tensor:
-        """The place behind each row, `[R]`: how many entries it has."""
-        return self._ends - self._begins
-
     def positions(self, row: int) -> Tensor:
         """True positions of the entries of a row, place by place."""
         return self.codes.positions[self.starts[row] : self.starts[row] + self.lengths[row]]
 
-    def put(self, rows: Tensor, places: Tensor, codes: Codes, received: Tensor, since: Tensor) -> None:
-        """Write entries into `places [n]` of `rows [n]`, over what was there; a place behind a row needs its room."""
-        slots = self._begins[rows] + places
-        for old, new in zip(self.codes.tensors, codes.tensors, strict=True):
-            old.index_copy_(0, slots, new)
-        sums, starts = self._counted()
-        sums[rows, places], starts[rows, places] = received, since
-
-    def add(self, received: Tensor) -> None:
-        """Add what the entries in the first places have received more, `[R, n]`; where there is none it is ignored."""
-        sums, _ = self._counted()
-        sums[:, : received.shape[1]].add_(received)
-
-    def standing(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """What the entries in `places [n]` of `rows [n]` have received, and since when."""
-        sums, since = self._counted()
-        return sums[rows, places], since[rows, places]
-
-    def weakest(self, tokens: Tensor, recent: int = 0) -> tuple[Tensor, Tensor]:
-        """Of each row the least mean attention of an entry, and its place; infinity where there is none to choose.
-
-        tokens: seen so far, float32 `[R]`; the `recent` newest of them are not chosen.
-        """
-        sums, since = (x[:, : max(self.lengths)] for x in self._counted())
-        if not sums.shape[1]:
-            return torch.full_like(tokens, NEVER), torch.zeros_like(tokens, dtype=torch.int64)
-        mean = sums / (tokens.unsqueeze(1) - since)
-        if recent:
-            mean.masked_fill_(since >= (tokens - recent).unsqueeze(1), NEVER)
-        least = mean.min(1)
-        return least.values, least.indices
-
-    def _counted(self) -> tuple[Tensor, Tensor]:
+    @property
+    def entries(self) -> TierRows:
+        """What a demoter changes."""
         if self.received is None or self.since is None:
             raise RuntimeError("attention is not counted in this tier")
-        return self.received, self.since
+        c, rows = self.codes, (self.starts, self.lengths, self.batch, self.heads, self._begins, self._ends)
+        view = RaggedView(c.keys, c.values, c.positions, *rows, c.key_scales, c.value_scales)
+        return TierRows(view, self.format.key, self.format.value, self.received, self.since)
 
     def lengthen(self, rows: list[bool]) -> None:
         """Count the entry that was put behind each of these rows."""
+        if not any(rows):
+            return
         self.lengths = [n + more for n, more in zip(self.lengths, rows, strict=True)]
         lengths = torch.tensor(self.lengths, device=self._begins.device, dtype=torch.int64)
         self._ends = self._begins + lengths

@@ -13,14 +13,15 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
+from kvcompile.kernels.demote import Demoter, NewTokens, Outcome, Rule, demote
 from kvcompile.kernels.layout import MixedView, View
-from kvcompile.kernels.scales import require_held
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
 from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.encoded.codes import Codes, Format
-from kvcompile.stores.encoded.tier import Demotion, Received, Tier
+from kvcompile.stores.encoded.scales import ordinary, require_held
+from kvcompile.stores.encoded.tier import Received, Tier
 from kvcompile.stores.pool import PagePool
 from kvcompile.stores.ragged import RaggedStore, padded
 
@@ -164,52 +165,27 @@ class TieredStore:
         order = self._orders([row])[0]
         return Received(torch.cat([*sums, torch.zeros_like(positions)])[order], torch.cat([*since, positions])[order])
 
-    def weigh(self, sums: Tensor) -> Tensor:
-        """Add what every entry has received from the newest queries, `sums [R, n]` in the order of the view.
-
-        Returns what the newest token of each row has received, `[R]`.
-        """
-        low, high = self.divided()
-        before = low.places.unsqueeze(1)
-        low.add(sums[:, : max(low.lengths)])
-        columns = torch.arange(max(high.lengths), device=self.device, dtype=torch.int64)
-        last = sums.shape[1] - 1
-        high.add(sums.gather(1, (before + columns).clamp(max=last)))
-        return sums.gather(1, (before + high.places.unsqueeze(1)).clamp(max=last)).squeeze(1)
-
-    def demote(self, received: Tensor, rule: Demotion, headroom: int, compactor: Compactor = compact) -> int:
+    def demote(
+        self, sums: Tensor, rule: Rule, headroom: int, compactor: Compactor = compact, demoter: Demoter = demote
+    ) -> int:
         """Put the new token of each row that has one into the high tier, and what it pushes out where the `rule` says.
 
-        received: what the new tokens have received, `[R]`. Returns how many entries were dropped.
+        sums: what every entry has received from the newest queries, `[R, n]` in the order of the view. Returns how many
+        entries were dropped. Raises KvcompileError for numbers that float16 scales cannot hold.
         """
-        (low, high), arrived = self.divided(), self.newest.lengths
+        tiers, arrived = self.divided(), self.newest.lengths
+        for tier in tiers:
+            tier.reserve(headroom, compactor)
+        low, high = tiers
         keys, values, positions = self.newest.oldest(arrived)
-        rows = torch.arange(len(arrived), device=self.device, dtype=torch.int64)
-        if not all(arrived):
-            come = torch.tensor(arrived, device=self.device, dtype=torch.bool)
-            rows, rule, received = rows[come], rule.among(come), received[come]
-        drops, replaces, lowers = torch.stack((rule.drops, rule.replaces, rule.lowers)).tolist()
-        if any(replaces) or any(lowers):
-            low.reserve(headroom, compactor)
-            self._move_down(rule)
-            low.lengthen(lowers)
-        leaves = rule.drops | rule.replaces | rule.lowers
-        high.reserve(headroom, compactor)
-        places = torch.where(leaves, rule.high, high.places)[rows]
-        new = self._encoded(keys, values, positions, self.formats[HIGH])
-        high.put(rows, places, new, received, positions.float())
-        every = zip(arrived, drops, replaces, lowers, strict=True)
-        high.lengthen([bool(new) and not any(leaving) for new, *leaving in every])
+        new = NewTokens(keys, values, positions, [r for r, n in enumerate(arrived) if n])
+        demoted = demoter(low.entries, high.entries, new, sums, rule, self.formats[HIGH].encoder)
+        if not all(map(ordinary, demoted.scales)):
+            self._encoded(keys, values, positions, self.formats[HIGH])
+        low.lengthen([o == Outcome.LOWERS for o in demoted.outcomes])
+        high.lengthen([o == Outcome.GROWS for o in demoted.outcomes])
         self._empty()
-        return int(sum(drops) + sum(replaces))
-
-    def _move_down(self, rule: Demotion) -> None:
-        """Encode again, lower, what leaves the high tier and is not dropped."""
-        low, high = self.divided()
-        rows = (rule.replaces | rule.lowers).nonzero().squeeze(1)
-        leaving, places = rule.high[rows], torch.where(rule.replaces, rule.low, low.places)[rows]
-        codes = self._lowered(high.taken(rows, leaving))
-        low.put(rows, places, codes, *high.standing(rows, leaving))
+        return sum(o in (Outcome.DROPS, Outcome.REPLACES) for o in demoted.outcomes)
 
     def divided(self) -> tuple[Tier, Tier]:
         """The tiers, once there are any."""

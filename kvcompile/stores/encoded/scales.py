@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +11,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.codecs import decode, encode
 from kvcompile.plan.storage import Codec
-
-if TYPE_CHECKING:
-    from kvcompile.stores.encoded.codes import Codes, Format
+from kvcompile.stores.encoded.codes import Codes, Format
 
 COARSE = 2.0**-18  # of float16's steps of 2^-24, 64 or fewer: from here on a scale's rounding is worth a look
 WORSE = 2.0  # times the error that the same numbers have where float16 holds their scales in full
@@ -36,13 +33,17 @@ def require_held(codes: Codes, plain: Sequence[Tensor], format: Format, policy: 
         return
     largest = torch.stack([part.abs().amax() for *_, part in scaled]).tolist()
     for (name, x, stored, scales, codec, _), scale in zip(scaled, largest, strict=True):
-        fine = math.isfinite(scale) and scale >= COARSE
-        if not fine and _lost(x, stored, scales, codec):
+        if not ordinary(scale) and _lost(x, stored, scales, codec):
             raise KvcompileError(
                 f"{policy}: layer {layer}: float16 scales must be able to hold its {name}",
                 f"values up to {float(x.abs().amax()):.3g}",
                 f"add {layer} to stack.{policy}.skip_layers: that layer then keeps the model's dtype",
             )
+
+
+def ordinary(scale: float) -> bool:
+    """Whether float16 holds scales up to this largest one so well that nobody need look closer."""
+    return math.isfinite(scale) and scale >= COARSE
 
 
 def _lost(x: Tensor, stored: Tensor, scales: Tensor | None, codec: Codec) -> bool:

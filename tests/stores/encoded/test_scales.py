@@ -13,10 +13,10 @@ from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import codecs
 from kvcompile.kernels.dispatch import named
-from kvcompile.kernels.scales import require_held
 from kvcompile.plan.storage import Codec
 from kvcompile.stack import apply_stack, build_stack
 from kvcompile.stores.encoded.codes import Codes, Format
+from kvcompile.stores.encoded.scales import require_held
 
 FORMATS = {
     "int8": (Codec("int8", "token"), Codec("int8", "token")),
