@@ -64,6 +64,15 @@ class Observer:
         finally:
             self._score.visits.clear()
 
+    @torch.inference_mode()
+    def generate(self, ids: Sequence[int], tokens: int) -> list[int]:
+        """How the model goes on after a prompt: `tokens` tokens, greedily; the end of the text is held back."""
+        prompt = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        mask = torch.ones_like(prompt)
+        out = self._model.generate(prompt, attention_mask=mask, do_sample=False, num_beams=1, pad_token_id=0, **lengths)
+        return [int(i) for i in out[0, len(ids) :]]
+
 
 def blocks(seen: Observation, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
     """Attention `[H_kv, g, w, n]` of the observed queries `start:stop`, in blocks of as many as memory allows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.report.plot import DENSE, INK, KEPT
@@ -52,6 +52,26 @@ def layer_curve(
     ax.set_xlabel("layer", color=INK)
     ax.set_title(title, fontsize=10, color=INK)
     ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
+
+
+def lines(
+    ax: Axes, x: Sequence[float], curves: Mapping[str, Sequence[float | None]], label: str, title: str, chance: float
+) -> None:
+    """Shares over x, a line each, the first one darkest, and what chance would give."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import PercentFormatter
+
+    shades = colormaps["viridis"]
+    for number, (name, values) in enumerate(curves.items()):
+        known = [float("nan") if value is None else value for value in values]
+        colour = shades(0.85 * number / max(1, len(curves) - 1))
+        ax.plot(x, known, color=colour, linewidth=1.4, marker="o", markersize=3, label=name)
+    ax.axhline(chance, color=INK, linestyle="--", linewidth=1.0, label="chance")
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel(label, color=INK)
+    ax.set_title(title, fontsize=10, color=INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
 def layer_map(ax: Axes, values: Sequence[Sequence[float]], rows: str, title: str) -> None:

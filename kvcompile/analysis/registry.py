@@ -16,6 +16,7 @@ GROUP = "kvcompile.analyses"
 ANALYSES = {
     "lmba": "kvcompile.analysis.lmba:LMBA",
     "lmbo": "kvcompile.analysis.lmbo:LMBO",
+    "hit_rate": "kvcompile.analysis.hit_rate:HitRate",
     "needle_map": "kvcompile.analysis.compare.needle_map:NeedleMap",
     "budget_curve": "kvcompile.analysis.compare.budget_curve:BudgetCurve",
 }
