@@ -65,7 +65,7 @@ def generated(model: Any, ids: list[int], count: int) -> tuple[list[int], Any]:
 @pytest.mark.parametrize("name", TABLE)
 def test_a_branch_is_what_compiling_the_stack_gives(name: str) -> None:
     model, ids = compiled(TABLE[name].fields(24)), tiny_ids(1, 60, seed=11)[0].tolist()
-    runs = Branching(dense(), model.kvcompile.plan.layers[0].storage.rotated)
+    runs = Branching(dense(), rotated=model.kvcompile.plan.layers[0].storage.rotated)
     runs.prefill(ids)
     cache = runs.branch(model.kvcompile.plan)
     tokens, expected = generated(model, ids, 6)
