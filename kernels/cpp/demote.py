@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
 from typing import Any
@@ -15,12 +16,11 @@ from kvcompile.kernels import demote as reference
 from kvcompile.kernels.codecs import Encoder
 from kvcompile.kernels.codecs import encode as encode_by_torch
 from kvcompile.kernels.cpp import build, encode, simd
-from kvcompile.kernels.cpp.emit.stored import ELEMENTS, Stored
+from kvcompile.kernels.cpp.emit.stored import ELEMENTS
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.demote import Demoted, DemoteSpec, NewTokens, Rule, TierRows, spec_of
 from kvcompile.kernels.pointers import address, opaque
 from kvcompile.plan.formats import Integer
-from kvcompile.plan.storage import Codec
 
 SMALL = 1 << 15  # entries below which one thread is faster than two
 SIDES = ("high_keys", "high_values", "low_keys", "low_values")
@@ -192,10 +192,11 @@ def demote(
 ) -> Demoted:
     """Same contract as `kernels.demote.demote`, for tiers on the CPU."""
     spec = spec_of(low, high, new)
-    if not supports(spec):
+    kernel = _kernel(spec)
+    if kernel is None:
         return reference.demote(low, high, new, sums, rule, encoder)
     count, rows = len(new.rows), len(low.codes.lengths)
-    numbers = [*_tier(low, spec.low, spec), *_tier(high, spec.high, spec)]
+    numbers = [*_tier(low, kernel.low), *_tier(high, kernel.high)]
     keys, values, positions = (x.contiguous() for x in (new.keys, new.values, new.positions))
     numbers.append(address("new keys", keys, new.keys.dtype, (count, spec.head_dim)))
     numbers.append(address("new values", values, new.keys.dtype, (count, spec.value_dim)))
@@ -213,28 +214,40 @@ def demote(
     numbers += [outcomes.data_ptr(), scales.data_ptr()]
     numbers += [sums.stride(0), rule.group, rule.recent, rule.sinks, rows, threads]
     numbers += [*low.codes.lengths, *high.codes.lengths, *came]
-    _kernel(spec)(Struct(f"{len(numbers)}q").pack(*numbers))
+    kernel.run(Struct(f"{len(numbers)}q").pack(*numbers))
     return Demoted(outcomes.tolist(), tuple(scales.tolist()) if count else ())
 
 
-def _tier(tier: TierRows, formats: tuple[Codec, Codec], spec: DemoteSpec) -> list[int]:
+def _tier(tier: TierRows, widths: tuple[int, int]) -> list[int]:
     """The numbers of `Tier`."""
-    c, sides = tier.codes, []
+    c, numbers = tier.codes, []
     entries, rows, places = c.positions.shape[0], len(c.lengths), tier.received.shape[1]
-    both = ((c.keys, c.key_scales, spec.head_dim), (c.values, c.value_scales, spec.value_dim))
-    for (codes, scales, dim), codec in zip(both, formats, strict=True):
+    for codes, scales, width in zip((c.keys, c.values), (c.key_scales, c.value_scales), widths, strict=True):
         if scales is None:
             raise RuntimeError("a tier of whole numbers has scales")
-        sides.append(address("codes", codes, torch.uint8, (entries, Stored(codec, dim).width)))
-        sides.append(address("scales", scales, torch.float16, (entries, codec.parameters, 1)))
-    numbers = [*sides, address("positions", c.positions, torch.int32, (entries,))]
+        numbers.append(address("codes", codes, torch.uint8, (entries, width)))
+        numbers.append(address("scales", scales, torch.float16, (entries, 2, 1)))
+    numbers.append(address("positions", c.positions, torch.int32, (entries,)))
     numbers.append(address("begins", c.begins, torch.int64, (rows,)))
-    numbers += [address(name, getattr(tier, name), torch.float32, (rows, places)) for name in ("received", "since")]
-    return [*numbers, places]
+    numbers.append(address("received", tier.received, torch.float32, (rows, places)))
+    return [*numbers, address("since", tier.since, torch.float32, (rows, places)), places]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The compiled function, and the bytes of a key and of a value in either tier."""
+
+    run: Callable[..., Any]
+    low: tuple[int, int]
+    high: tuple[int, int]
 
 
 @lru_cache(maxsize=256)
-def _kernel(spec: DemoteSpec) -> Callable[..., Any]:
+def _kernel(spec: DemoteSpec) -> Kernel | None:
+    """None where there is no C++ for a spec."""
+    if not supports(spec):
+        return None
     function: Any = build.load(simd.prelude() + source(spec), "demote").demote
     function.argtypes, function.restype = (ctypes.c_char_p,), None
-    return function  # type: ignore[no-any-return]
+    low, high = ((key.width(spec.head_dim), value.width(spec.value_dim)) for key, value in (spec.low, spec.high))
+    return Kernel(function, low, high)

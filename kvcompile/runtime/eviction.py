@@ -317,11 +317,12 @@ def demote(kv: LayerCache, step: Step) -> None:
 
 def _rule(step: Step, s: Selection, alpha: float, prune: float, group: int, store: Store) -> Rule:
     """What is too weak at this step, said once for all layers that are alike."""
-    key = s, group, store.heads
+    recent, heads = int(s.recent), store.heads
+    key = "demote", alpha, prune, recent, s.sinks, group, heads
     if key not in step.shared:
         seen = torch.tensor(step.cache.seen, device=store.device, dtype=torch.float32)
-        tokens = seen.repeat_interleave(store.heads)
-        step.shared[key] = Rule(tokens, alpha / tokens, prune / tokens, int(s.recent), s.sinks, group)
+        tokens = seen.repeat_interleave(heads)
+        step.shared[key] = Rule(tokens, alpha / tokens, prune / tokens, recent, s.sinks, group)
     rule: Rule = step.shared[key]
     return rule
 
