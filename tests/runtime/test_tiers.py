@@ -226,6 +226,38 @@ def test_forks_and_selected_sequences_go_on_as_they_would_have() -> None:
         assert tiers(moved) == [tiers(layer)[r] for r in (2, 3, 0, 1, 2, 3)]
 
 
+def test_a_fork_goes_its_own_way() -> None:
+    """What the one demotes, drops and overwrites stays where it is in the other."""
+    model, ids = compiled(LEANKV), tiny_ids(1, PROMPT)
+    _, cache = run(model, ids, PROMPT - 1)
+    branches = (cache, 1), (cache.fork(), 2)
+    with torch.no_grad():
+        for branch, seed in branches:
+            for token in tiny_ids(1, 40, seed).T:
+                logits = model(token[None], past_key_values=branch).logits
+            expected, alone = run(model, torch.cat((ids, tiny_ids(1, 40, seed)), 1), PROMPT - 1)
+            torch.testing.assert_close(logits[:, -1], expected[:, -1])
+            assert [tiers(layer) for layer in branch.layers] == [tiers(layer) for layer in alone.layers]
+
+
+@pytest.mark.parametrize("kernels", ["cpp", "reference"])
+def test_beams_of_a_padded_batch_are_those_of_its_sequences(kernels: str) -> None:
+    """Beams that are dropped and doubled take their tiers, and what these have received, along."""
+    ids, model, pad = tiny_ids(2, PROMPT, seed=3), compiled(LEANKV, kernels=kernels), 17
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    options["return_dict_in_generate"] = True
+    together = model.generate(ids, attention_mask=mask, **options)
+    for b, n in enumerate((0, pad)):
+        alone = model.generate(ids[b : b + 1, n:], attention_mask=mask[b : b + 1, n:], **options)
+        assert together.sequences[b, PROMPT:].tolist() == alone.sequences[0, PROMPT - n :].tolist()
+        rows = slice(b * 3 * HEADS, (b + 1) * 3 * HEADS)
+        for both, one in zip(together.past_key_values.layers, alone.past_key_values.layers, strict=True):
+            assert tiers(both)[rows] == tiers(one)
+    assert any(low for layer in together.past_key_values.layers for low, _ in tiers(layer))
+
+
 def test_a_short_turn_counts_on_and_a_long_one_begins_anew() -> None:
     """Three queries alone do not say what may go: what was counted before weighs in."""
     ids, model = tiny_ids(1, 400), compiled(LEANKV)

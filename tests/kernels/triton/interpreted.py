@@ -14,10 +14,12 @@ from torch import Tensor
 
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
+from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.codecs import encode
 from kvcompile.kernels.compact import Arrays
-from kvcompile.kernels.dispatch import TRITON, choose
+from kvcompile.kernels.demote import Rule
+from kvcompile.kernels.dispatch import REFERENCE, TRITON, choose
 from kvcompile.kernels.layout import DenseView, Queries
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, tuning
@@ -25,8 +27,11 @@ from kvcompile.kernels.triton import fragments as f
 from kvcompile.kernels.triton.entries.encode import append
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
-from kvcompile.plan.storage import Codec
+from kvcompile.plan.storage import Codec, Storage
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores.encoded.tier import Received
+from kvcompile.stores.encoded.tiered import TieredStore
+from kvcompile.stores.factory import opened, tiered
 
 sys.path[:0] = [str(p) for p in list(Path(__file__).parents)[:3]]
 from choices import SPECS, check_near  # noqa: E402
@@ -424,3 +429,37 @@ def test_no_compaction_is_launched_on_what_it_would_misread() -> None:
     ):
         with pytest.raises(KvcompileError, match="a kernel reads"):
             TRITON.compact(*wrong, [2, 2])
+
+
+def tiers(by: Backend) -> TieredStore:
+    """Two rows of 40 entries, 12 and 20 of them high, whose attention is counted, and a token that has just come."""
+    g, (int8, int4, int2) = torch.Generator().manual_seed(2), (Codec(f"int{bits}", "token") for bits in (8, 4, 2))
+    keys, values = torch.randn(2, 1, 2, 41, 64, generator=g)
+    positions, old, new = torch.arange(41).unsqueeze(0), slice(40), slice(40, 41)
+    store = opened(keys, values, None, 4, Storage(int8, int4, low=(int4, int2)), encoder=by.encode)
+    store = tiered(store.append(keys[:, :, old], values[:, :, old], positions[:, old], 4, None, by.compact))
+    order = [torch.randperm(40, generator=g) for _ in range(2)]
+    high, low = ([at.sort().values for at in (order[0][a], order[1][b])] for a, b in HIGH_AND_LOW)
+    store.divide(high, low, [Received(torch.rand(40, generator=g), torch.zeros(40)) for _ in range(2)], 4, by.compact)
+    return store.append(keys[:, :, new], values[:, :, new], positions[:, new], 4, None, by.compact)
+
+
+HIGH_AND_LOW = ((slice(12), slice(20)), (slice(12, None), slice(20, None)))
+
+
+def test_two_tiers_and_a_new_token_under_one_softmax() -> None:
+    """Then the token goes into its tier, and what it pushes out is encoded again, to the reference's bytes."""
+    queries = Queries(torch.randn(1, 4, 1, 64, generator=torch.Generator().manual_seed(3)), torch.tensor([[40]]))
+    stores, outs, sums = [], [], torch.zeros(2, 2, 41)
+    for by, received in zip((TRITON, REFERENCE), sums, strict=True):
+        stores.append(tiers(by))
+        spec = KernelSpec(stores[-1].parts, 2, 64, 64, 0.125, scores=True)
+        outs.append(by.attend(queries, stores[-1].view(), spec, received))
+    close(outs[0], outs[1], "float32")
+    torch.testing.assert_close(sums[0], sums[1], atol=1e-5, rtol=1e-5)
+    seen = torch.full((2,), 41.0)
+    for by, store in zip((TRITON, REFERENCE), stores, strict=True):
+        store.demote(sums[1], Rule(seen, 1e9 / seen, 0 / seen, recent=8, sinks=0, group=2), 4, by.compact, by.demote)
+        assert store.low == [29, 21]
+    for a, b in zip(stores[0].rows(), stores[1].rows(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
