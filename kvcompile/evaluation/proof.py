@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from kvcompile.errors import BUG, KvcompileError
 from kvcompile.evaluation import proof
+from kvcompile.evaluation.recall import metered
 from kvcompile.plan.plan import LayerBytes, Plan
 from kvcompile.runtime.cache import KVCache
 from kvcompile.stores import factory
+
+RECALL_STEPS = 8  # of decoding, over which cluster recall is measured
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class LayerRow:
     index_bytes: of what stands for groups of tokens, on the device beside `bytes`. read: what the next decode step
     read, index included; dense_read: what it would of the uncompressed layer. recalls: each step chooses what it reads.
     low: of the tokens kept by each KV head, those in the low tier; planned_low: as the plan says, None where the input
-    decides.
+    decides. cluster_recall: of the tokens that its queries score highest, the share that the next steps read; None
+    where they had no choice.
     """
 
     layer: int
@@ -50,6 +55,7 @@ class LayerRow:
     recalls: bool = False
     low: list[int] = field(default_factory=list)
     planned_low: list[int] | None = None
+    cluster_recall: float | None = None
 
 
 def verify(rows: Sequence[LayerRow], planned_total: int | None = None) -> None:
@@ -112,9 +118,12 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
         cache: KVCache = model(ids, logits_to_keep=1).past_key_values
         evicted, held = cache.evictions.events > 0, [_held(cache, p.index) for p in plan.layers]
         cache.reads = {}
-        model(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
+        logits = model(ids[:, -1:], past_key_values=cache, logits_to_keep=1).logits
+        reads, cache.reads = cache.reads, None
+        recalls = _cluster_recall(model, cache, logits.argmax(-1)) if any(p.recall for p in plan.layers) else {}
     planned = plan.bytes(1, tokens)
-    rows = [_row(plan, tokens, expected, held, cache.reads.get(expected.index, 0)) for expected in planned]
+    rows = [_row(plan, tokens, expected, held, reads.get(expected.index, 0)) for expected in planned]
+    rows = [replace(row, cluster_recall=recalls.get(row.layer)) for row in rows]
     free = [e.kept_total for e, row in zip(planned, rows, strict=True) if row.planned is None and not row.threshold]
     total = sum(free) if free else None
     proof.verify(rows, total)
@@ -122,6 +131,14 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
     if plan.selected and not evicted and sum(r.bytes for r in rows) >= dense > sum(e.bytes for e in planned):
         raise KvcompileError("the measured prompt must be compressed", f"no eviction after {tokens} tokens", BUG)
     return rows, total
+
+
+def _cluster_recall(model: Any, cache: KVCache, token: Tensor) -> dict[int, float]:
+    """Mean cluster recall of each layer that has a choice, over steps that go on greedily after `token [1, 1]`."""
+    with metered(model) as recalls:
+        for _ in range(RECALL_STEPS):
+            token = model(token, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    return {layer: statistics.fmean(numbers) for layer, numbers in recalls.items()}
 
 
 def _held(cache: KVCache, index: int) -> Held:

@@ -85,4 +85,4 @@ def _of_rows(queries: Tensor, kv: Any, chosen: Iterable[Tensor]) -> Iterator[flo
     for query, (keys, _, _), entries, covered in zip(by_row, rows, chosen, kv.index.covered, strict=True):
         read = entries[(entries >= first) & (entries < first + covered)] - first
         if 0 < read.numel() < covered:
-            yield cluster_recall(query, keys[first : first + covered], read)
+            yield cluster_recall(query, keys[first : first + covered].to(query.device), read)

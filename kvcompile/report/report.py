@@ -81,6 +81,12 @@ class Report:
         return sum(row.dense_read for row in self.rows)
 
     @property
+    def cluster_recall(self) -> float | None:
+        """Of the tokens that queries score highest, the share that steps read, mean over the layers with a choice."""
+        shares = [row.cluster_recall for row in self.rows if row.cluster_recall is not None]
+        return sum(shares) / len(shares) if shares else None
+
+    @property
     def recalls(self) -> bool:
         """Whether some layer chooses what each step reads."""
         return any(row.recalls for row in self.rows)
@@ -134,6 +140,7 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "read_bytes": report.read_bytes,
         "kept": report.bytes_held / report.dense_bytes if report.dense_bytes else None,
         "read": report.read_bytes / report.dense_read if report.dense_read else None,
+        "cluster_recall": report.cluster_recall,
         "bytes_per_token_before": report.per_token[0],
         "bytes_per_token_after": report.per_token[1],
         "parameters_before": parameters[0],

@@ -128,6 +128,8 @@ def _bytes(report: Report) -> list[Row]:
     if report.recalls:
         kept, read = report.bytes_held / report.dense_bytes, report.read_bytes / report.dense_read
         rows.append((Cell("kept, and read"), Cell(_shares(1, 1)), Cell(_shares(kept, read)), Cell("")))
+    if report.cluster_recall is not None:
+        rows.append((Cell("cluster recall"), Cell(f"{1:.1%}"), Cell(f"{report.cluster_recall:.1%}"), Cell("")))
     return rows
 
 
@@ -187,17 +189,18 @@ def _layers(report: Report) -> Table:
     rows.append((Cell("all"), heads, Cell(""), *_sizes(report.bytes_held, total, report.dense_bytes)))
     header: tuple[str, ...] = ("layer", "KV heads", "tokens kept per head", "held", "planned", "dense", "kept")
     if report.recalls:
-        reading = [(row.index_bytes, row.read, row.dense_read) for row in report.rows]
-        reading.append((report.index_bytes, report.read_bytes, report.dense_read))
-        header = (*header, "index", "read per step", "read")
+        reading = [(row.index_bytes, row.read, row.dense_read, row.cluster_recall) for row in report.rows]
+        reading.append((report.index_bytes, report.read_bytes, report.dense_read, report.cluster_recall))
+        header = (*header, "index", "read per step", "read", "cluster recall")
         rows = [(*row, *_reading(*numbers)) for row, numbers in zip(rows, reading, strict=True)]
     return Table(f"Layers after {report.tokens:,} tokens", header, rows, first=3)
 
 
-def _reading(index: int, read: int, dense: int) -> Row:
+def _reading(index: int, read: int, dense: int, recall: float | None) -> Row:
     verdict = _verdict(dense, read, -1)
     share = f"{read / dense:.1%}" if dense else ""
-    return (Cell(size(index)), Cell(size(read), verdict), Cell(share, verdict))
+    recalled = "" if recall is None else f"{recall:.1%}"
+    return (Cell(size(index)), Cell(size(read), verdict), Cell(share, verdict), Cell(recalled))
 
 
 def _exports(exports: dict[str, dict[str, int]]) -> Table:

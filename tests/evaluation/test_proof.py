@@ -26,6 +26,8 @@ def test_a_step_reads_a_part_and_the_index() -> None:
     assert [r.read - r.index_bytes for r in rows] == [2 * 61 * entry, *[2 * (2 + 16 + 6 + 1) * entry] * 3]
     assert [r.dense_read for r in rows] == [2 * 61 * entry] * 4
     assert [r.recalls for r in rows] == [False, True, True, True]
+    assert rows[0].cluster_recall is None
+    assert all(16 / 52 < (r.cluster_recall or 0) < 1 for r in rows[1:]), "better than chance, and no perfect choice"
     planned = model.kvcompile.plan.bytes(1, 60)
     assert [(r.index_bytes, r.read) for r in rows] == [(r.index_bytes, r.read) for r in planned]
 

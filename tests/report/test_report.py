@@ -122,7 +122,7 @@ def test_a_layer_that_reads_another_is_shown_as_one(report: Report, tmp_path) ->
 def recalling(report: Report) -> Report:
     """Two layers that keep all of 100 tokens, one of which reads a tenth of them beside its index."""
     dense = {"read": 202 * TOKEN, "planned_read": 202 * TOKEN, "dense_read": 202 * TOKEN}
-    groups = {"index_bytes": 10 * TOKEN, "planned_index": 10 * TOKEN, "recalls": True}
+    groups = {"index_bytes": 10 * TOKEN, "planned_index": 10 * TOKEN, "recalls": True, "cluster_recall": 0.25}
     part = {**dense, **groups, "read": 32 * TOKEN, "planned_read": 32 * TOKEN}
     return replace(report, rows=[row(0, [100, 100], [100, 100], **dense), row(1, [100, 100], [100, 100], **part)])
 
@@ -137,10 +137,11 @@ def test_what_is_kept_and_what_is_read_stand_side_by_side(report: Report, tmp_pa
     assert "5 KiB" in line(text, "index of its groups")
     assert "205 KiB" in line(text, "on the device between tokens")
     assert "-42.1%" in line(text, "read per decode step")
-    assert [cell.strip() for cell in line(text, "| all  ").split("|")[-5:-1]] == ["100.0%", "5 KiB", "117 KiB", "57.9%"]
+    assert [cell.strip() for cell in line(text, "| all  ").split("|")[-5:-1]] == ["5 KiB", "117 KiB", "57.9%", "25.0%"]
+    assert "25.0%" in line(text, "cluster recall"), "of the layers that have a choice"
     numbers = summary(made)
     assert (numbers["device_bytes"], numbers["host_bytes"], numbers["read_bytes"]) == (410 * TOKEN, 0, 234 * TOKEN)
-    assert (numbers["kept"], numbers["read"]) == (1.0, 234 / 404)
+    assert (numbers["kept"], numbers["read"], numbers["cluster_recall"]) == (1.0, 234 / 404, 0.25)
 
 
 def test_reports_without_recall_have_no_columns_of_it(report: Report, tmp_path) -> None:
