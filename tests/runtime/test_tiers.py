@@ -76,7 +76,7 @@ def literal(layer: Any, row: int) -> Literal:
 def paid(layer: Any, row: int) -> dict[int, np.float32]:
     """The attention that the kernel of this step has added up for the entries of a row, by position."""
     store = layer.held
-    positions = torch.cat([*(tier.positions(row) for tier in store.tiers), store.newest.rows()[row][2]])
+    positions = torch.cat([*(tier.positions(row) for tier in store.tiers), store.residual.rows()[row][2]])
     sums = layer.history.column_sums.flatten(0, 1)[row] / 2  # the group
     return dict(zip(positions.tolist(), sums.numpy(), strict=False))
 

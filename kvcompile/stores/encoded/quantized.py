@@ -8,23 +8,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompile.errors import KvcompileError
-from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
-from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches, tabled
+from kvcompile.stores.base import Chosen, Move, Row, tabled
 from kvcompile.stores.dense import DenseStore, of_rows
+from kvcompile.stores.encoded.base import EncodedStore
 from kvcompile.stores.encoded.codes import CodeRows, Codes, Format, RaggedCodes
 from kvcompile.stores.encoded.paged import PagedCodes
 from kvcompile.stores.encoded.scales import require_held
-from kvcompile.stores.pool import PagePool
 from kvcompile.stores.ragged import RaggedStore, padded
 
 
-class QuantizedStore:
+class QuantizedStore(EncodedStore):
     """Each row is its encoded entries, oldest first, then those of the residual, to which new tokens are appended.
 
     `flush` moves the residual's oldest tokens to the codes, in whole blocks, until less than a block more than the
@@ -41,42 +39,9 @@ class QuantizedStore:
         self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
 
     @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return self.residual.batch
-
-    @property
-    def heads(self) -> int:
-        """KV heads held."""
-        return self.residual.heads
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.residual.device
-
-    @property
-    def encoded(self) -> list[int]:
-        """Encoded tokens of each row (sequence-major)."""
-        return self.codes.lengths if self.codes is not None else [0] * (self.batch * self.heads)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens held by each row (sequence-major)."""
-        return [old + new for old, new in zip(self.encoded, self.residual.lengths, strict=True)]
-
-    def append(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        headroom: int,
-        valid: Tensor | None = None,
-        compactor: Compactor = compact,
-    ) -> QuantizedStore:
-        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
-        self.residual = self.residual.append(keys, values, positions, headroom, valid, compactor)
-        return self
+    def coded(self) -> list[CodeRows]:
+        """The codes, once there are any."""
+        return [] if self.codes is None else [self.codes]
 
     def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
         """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
@@ -121,26 +86,11 @@ class QuantizedStore:
         return MixedView((self.codes.segment(old), self.residual.view(new)))
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """How a kernel must read it."""
-        return self.residual.parts if self.codes is None else (self.codes.part, *self.residual.parts)
-
-    @property
     def chosen_parts(self) -> tuple[Part, ...]:
         """How a kernel must read chosen entries: encoded ones as pages of a block, others as pages of one."""
         if self.codes is None:
             return self.residual.chosen_parts
         return replace(self.codes.part, layout="paged", page=self.format.block), *self.residual.chosen_parts
-
-    @property
-    def places(self) -> Places | None:
-        """Where its rows lie while nothing is encoded."""
-        return self.residual.places if self.codes is None else None
-
-    @property
-    def pools(self) -> list[PagePool]:
-        """The one of codes in pages."""
-        return [] if self.codes is None else self.codes.pools
 
     def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major, decoded to the model's dtype."""
@@ -181,31 +131,12 @@ class QuantizedStore:
         self.residual = of_rows(rows, self.batch, self.heads, headroom)
         return self
 
-    def rewrite(self, keys: Stretches) -> None:
-        """Replace the keys of a stretch of some rows, in place. Raises KvcompileError where some are encoded."""
-        if self.codes is not None:
-            raise KvcompileError(
-                "only keys that are not encoded can be rewritten",
-                f"up to {max(self.encoded)} encoded tokens a row",
-                "store them in the model's own dtype",
-            )
-        self.residual.rewrite(keys)
-
     def stretch(self, row: int, start: int, stop: int) -> Tensor:
         """Keys `[stop - start, D]` of some entries of a row, decoded."""
         encoded, (residual, _, _) = self.encoded[row], self.residual.rows()[row]
         if self.codes is None or start >= encoded:
             return residual[start - encoded : stop - encoded]
         return torch.cat((self.codes.row(row, start)[0], residual))[: stop - start]
-
-    def fixed(self, row: int) -> int:
-        """Encoded tokens of a row, which share scales with their neighbours."""
-        return self.encoded[row]
-
-    def reorder(self, orders: Orders) -> None:
-        """Put entries of some rows that are not encoded in another order, in place."""
-        encoded = self.encoded
-        self.residual.reorder({r: (start - encoded[r], order) for r, (start, order) in orders.items()})
 
     def _untouched(self, inside: Tensor, total: int) -> int:
         """How many of a row's encoded entries `inside` stay encoded, where it keeps `total` entries."""
@@ -217,41 +148,9 @@ class QuantizedStore:
         )
         return min(run // block * block, most)
 
-    def select(self, sequences: Tensor) -> None:
-        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
-        self.residual.select(sequences)
-        if self.codes is not None:
-            self.codes.select(sequences)
-
-    def drop_last(self, count: int) -> None:
-        """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
-        if count > min(self.residual.lengths):
-            raise KvcompileError(
-                "only tokens that are not encoded yet can be taken back",
-                f"{count} of {min(self.residual.lengths)}",
-                "take back fewer, or start a new cache",
-            )
-        self.residual.drop_last(count)
-
-    def nbytes(self) -> int:
-        """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
-        return self.residual.nbytes() + (self.codes.nbytes() if self.codes is not None else 0)
-
     def moved(self, move: Move) -> QuantizedStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's; pages move by pool."""
         moved = copy.copy(self)
         moved.residual = self.residual.moved(move)
         moved.codes = None if self.codes is None else self.codes.moved(move)
         return moved
-
-    def buffers(self) -> list[Tensor]:
-        """The tensors that move between a device and host memory."""
-        return self.residual.buffers() + (self.codes.buffers() if self.codes is not None else [])
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that is kept alive."""
-        return self.residual.tensors() + (self.codes.tensors() if self.codes is not None else [])
-
-    def allocated(self) -> int:
-        """Bytes of everything allocated: codes, scales, plain numbers, positions, room."""
-        return sum(x.numel() * x.element_size() for x in self.tensors())

@@ -9,26 +9,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompile.errors import KvcompileError
-from kvcompile.kernels.choose import Places
 from kvcompile.kernels.codecs import Encoder, encode
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.demote import Demoter, NewTokens, Outcome, Rule, demote
 from kvcompile.kernels.layout import MixedView, View
 from kvcompile.kernels.spec import Part
 from kvcompile.plan.storage import Storage
-from kvcompile.stores.base import Chosen, Move, Orders, Row, Stretches
+from kvcompile.stores.base import Chosen, Move, Row
 from kvcompile.stores.dense import DenseStore
+from kvcompile.stores.encoded.base import EncodedStore
 from kvcompile.stores.encoded.codes import Codes, Format
 from kvcompile.stores.encoded.scales import ordinary, require_held
 from kvcompile.stores.encoded.tier import Received, Tier
-from kvcompile.stores.pool import PagePool
 from kvcompile.stores.ragged import RaggedStore, padded
 
 LOW, HIGH, NEW = range(3)  # the parts of a row, in the order in which a kernel reads them
 
 
-class TieredStore:
+class TieredStore(EncodedStore):
     """Each row is the entries of its low tier, those of its high tier, and the tokens that are in neither yet.
 
     New tokens come in the model's dtype, so that their own pass reads them exactly. Then `divide` puts every entry
@@ -43,7 +41,7 @@ class TieredStore:
     ) -> None:
         if storage.low is None:
             raise RuntimeError("a tiered store is opened for a storage with a low tier")
-        self.storage, self.newest, self.layer = storage, newest, layer
+        self.storage, self.residual, self.layer = storage, newest, layer
         dtype = newest.keys.dtype
         self.formats = (
             Format(*storage.low, dtype, encoder),
@@ -52,48 +50,19 @@ class TieredStore:
         self.tiers: tuple[Tier, Tier] | None = None
 
     @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return self.newest.batch
-
-    @property
-    def heads(self) -> int:
-        """KV heads held."""
-        return self.newest.heads
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.newest.device
-
-    @property
     def low(self) -> list[int]:
         """Tokens of each row in the low tier."""
         return self.tiers[LOW].lengths if self.tiers else [0] * (self.batch * self.heads)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens held by each row (sequence-major)."""
-        every = [self.newest.lengths, *(tier.lengths for tier in self.tiers or ())]
-        return [sum(row) for row in zip(*every, strict=True)]
+    def coded(self) -> tuple[Tier, ...]:
+        """The tiers, once there are any."""
+        return self.tiers or ()
 
     @property
     def in_order(self) -> bool:
         """Whether the view has entries in the order of their positions: while nothing is in a tier."""
         return self.tiers is None
-
-    def append(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        headroom: int,
-        valid: Tensor | None = None,
-        compactor: Compactor = compact,
-    ) -> TieredStore:
-        """Add `keys [B, H_kv, Q, D]`, `values`, at `positions [B, Q]`; only those `valid [B, Q]`."""
-        self.newest = self.newest.append(keys, values, positions, headroom, valid, compactor)
-        return self
 
     def divide(
         self,
@@ -125,12 +94,12 @@ class TieredStore:
     def _tier(self, which: int, places: list[list[Tensor]], headroom: int, compactor: Compactor) -> Tier:
         """A tier of the entries in `places[part][row]`: those of a tier as they are or lowered, new ones encoded."""
         format, pieces = self.formats[which], []
-        for part, tier in enumerate(self.tiers or ()):
+        for part, tier in enumerate(self.coded):
             if part < which:  # nothing low becomes high
                 continue
             codes, counts = tier.picked(places[part])
             pieces.append((codes if part == which else self._lowered(codes), counts))
-        rows = [[x[at] for x in row] for row, at in zip(self.newest.rows(), places[NEW], strict=True)]
+        rows = [[x[at] for x in row] for row, at in zip(self.residual.rows(), places[NEW], strict=True)]
         keys, values, positions = (torch.cat(x) for x in zip(*rows, strict=True))
         pieces.append((self._encoded(keys, values, positions, format), [at.numel() for at in places[NEW]]))
         return Tier.of(pieces, format, self.batch, self.heads, headroom, compactor)
@@ -159,7 +128,7 @@ class TieredStore:
         """What each entry of a row has received, oldest first, new ones nothing; None where it is not counted."""
         if self.tiers is None or self.tiers[HIGH].received is None:
             return None
-        positions = self.newest.rows()[row][2].float()
+        positions = self.residual.rows()[row][2].float()
         sums = [tier.received[row, : tier.lengths[row]] for tier in self.tiers if tier.received is not None]
         since = [tier.since[row, : tier.lengths[row]] for tier in self.tiers if tier.since is not None]
         order = self._orders([row])[0]
@@ -173,11 +142,11 @@ class TieredStore:
         sums: what every entry has received from the newest queries, `[R, n]` in the order of the view. Returns how many
         entries were dropped. Raises KvcompileError for numbers that float16 scales cannot hold.
         """
-        tiers, arrived = self.divided(), self.newest.lengths
+        tiers, arrived = self.divided(), self.residual.lengths
         for tier in tiers:
             tier.reserve(headroom, compactor)
         low, high = tiers
-        keys, values, positions = self.newest.oldest(arrived)
+        keys, values, positions = self.residual.oldest(arrived)
         new = NewTokens(keys, values, positions, [r for r, n in enumerate(arrived) if n])
         demoted = demoter(low.entries, high.entries, new, sums, rule, self.formats[HIGH].encoder)
         if not all(map(ordinary, demoted.scales)):
@@ -198,10 +167,10 @@ class TieredStore:
 
         Raises KvcompileError for numbers that float16 scales cannot hold.
         """
-        counts = self.newest.lengths
+        counts = self.residual.lengths
         if self.tiers is None or not any(counts):
             return False
-        new = self._encoded(*self.newest.oldest(counts), self.formats[HIGH])
+        new = self._encoded(*self.residual.oldest(counts), self.formats[HIGH])
         self.tiers[HIGH].append(counts, new, headroom, compactor)
         self._empty()
         return True
@@ -220,9 +189,9 @@ class TieredStore:
     def _empty(self) -> None:
         """No token is in neither tier any more."""
         keys, values = (
-            x.new_empty(self.batch, self.heads, 0, x.shape[-1]) for x in (self.newest.keys, self.newest.values)
+            x.new_empty(self.batch, self.heads, 0, x.shape[-1]) for x in (self.residual.keys, self.residual.values)
         )
-        self.newest = DenseStore.empty(keys, values, 1)
+        self.residual = DenseStore.empty(keys, values, 1)
 
     def _firsts(self) -> list[tuple[int, int, int]]:
         """Of each row, where its parts begin in the view."""
@@ -232,9 +201,9 @@ class TieredStore:
 
     def _orders(self, rows: Sequence[int] | None = None) -> list[Tensor]:
         """The entries of each row in the order of their positions, by their place in the view."""
-        newest = [positions for _, _, positions in self.newest.rows()]
+        newest = [positions for _, _, positions in self.residual.rows()]
         chosen = range(len(newest)) if rows is None else rows
-        parts = ([*(tier.positions(r) for tier in self.tiers or ()), newest[r]] for r in chosen)
+        parts = ([*(tier.positions(r) for tier in self.coded), newest[r]] for r in chosen)
         return [torch.cat(positions).sort().indices for positions in parts]
 
     def _parted(self, entries: list[Tensor], orders: list[Tensor]) -> list[list[Tensor]]:
@@ -249,42 +218,27 @@ class TieredStore:
     def view(self, chosen: Chosen | None = None) -> View:
         """What a kernel reads, part by part: all entries, or those `chosen` (by their order in `rows`)."""
         if self.tiers is None:
-            return self.newest.view(chosen)
+            return self.residual.view(chosen)
         low, high = self.tiers
         if chosen is None:
-            return MixedView((low.segment(), high.segment(), self.newest.view()))
+            return MixedView((low.segment(), high.segment(), self.residual.view()))
         places = self._parted(list(chosen), self._orders())
-        return MixedView((low.segment(places[LOW]), high.segment(places[HIGH]), self.newest.view(places[NEW])))
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """How a kernel must read it."""
-        return (*(tier.part for tier in self.tiers or ()), *self.newest.parts)
+        return MixedView((low.segment(places[LOW]), high.segment(places[HIGH]), self.residual.view(places[NEW])))
 
     @property
     def chosen_parts(self) -> tuple[Part, ...]:
         """How a kernel must read chosen entries: as pages of one."""
-        tiers = (replace(tier.part, layout="paged", page=1) for tier in self.tiers or ())
-        return (*tiers, *self.newest.chosen_parts)
-
-    @property
-    def places(self) -> Places | None:
-        """Where its rows lie while nothing is in a tier."""
-        return self.newest.places if self.tiers is None else None
-
-    @property
-    def pools(self) -> list[PagePool]:
-        """None."""
-        return []
+        tiers = (replace(tier.part, layout="paged", page=1) for tier in self.coded)
+        return (*tiers, *self.residual.chosen_parts)
 
     def rows(self) -> list[Row]:
         """Each row's keys `[n, D]`, values and positions, sequence-major, oldest first, in the model's dtype."""
         return self._rows(range(self.batch * self.heads))
 
     def _rows(self, rows: range) -> list[Row]:
-        newest, ordered = self.newest.rows(), []
+        newest, ordered = self.residual.rows(), []
         for r, order in zip(rows, self._orders(rows), strict=True):
-            parts = [*(tier.row(r) for tier in self.tiers or ()), newest[r]]
+            parts = [*(tier.row(r) for tier in self.coded), newest[r]]
             keys, values, positions = (torch.cat(x)[order] for x in zip(*parts, strict=True))
             ordered.append((keys, values, positions))
         return ordered
@@ -299,67 +253,17 @@ class TieredStore:
         if self.tiers is not None:
             low, high = (tier.keep(places[i], headroom, compactor) for i, tier in enumerate(self.tiers))
             self.tiers = low, high
-        self.newest = self.newest.keep(places[NEW], headroom, compactor)
+        self.residual = self.residual.keep(places[NEW], headroom, compactor)
         return self
-
-    def rewrite(self, keys: Stretches) -> None:
-        """Replace the keys of a stretch of some rows, in place. Raises KvcompileError where some are encoded."""
-        if self.tiers is not None:
-            raise KvcompileError(
-                "only keys that are not encoded can be rewritten",
-                f"up to {max(self.lengths)} encoded tokens a row",
-                "store them in the model's own dtype",
-            )
-        self.newest.rewrite(keys)
 
     def stretch(self, row: int, start: int, stop: int) -> Tensor:
         """Keys `[n, D]` of a row's entries from `start` to `stop`, decoded."""
         return self._rows(range(row, row + 1))[0][0][start:stop]
 
-    def fixed(self, row: int) -> int:
-        """Entries of a row that are in a tier, which says where they lie."""
-        return self.lengths[row] - self.newest.lengths[row]
-
-    def reorder(self, orders: Orders) -> None:
-        """Put entries of some rows that are in no tier in another order, in place."""
-        self.newest.reorder({r: (start - self.fixed(r), order) for r, (start, order) in orders.items()})
-
-    def select(self, sequences: Tensor) -> None:
-        """Keep (or repeat, or reorder) sequences, in place: beam search and batch surgery."""
-        self.newest.select(sequences)
-        for tier in self.tiers or ():
-            tier.select(sequences)
-
-    def drop_last(self, count: int) -> None:
-        """Forget the newest `count` tokens of every row. Raises KvcompileError where one of them is encoded."""
-        if count > min(self.newest.lengths):
-            raise KvcompileError(
-                "only tokens that are not encoded yet can be taken back",
-                f"{count} of {min(self.newest.lengths)}",
-                "take back fewer, or start a new cache",
-            )
-        self.newest.drop_last(count)
-
-    def nbytes(self) -> int:
-        """Bytes of the codes, scales and plain numbers held (not of the room behind them)."""
-        return self.newest.nbytes() + sum(tier.nbytes() for tier in self.tiers or ())
-
     def moved(self, move: Move) -> TieredStore:
         """A store of the same entries whose every tensor is what `move` makes of this one's."""
         store = copy.copy(self)
-        store.newest = self.newest.moved(move)
+        store.residual = self.residual.moved(move)
         if self.tiers is not None:
             store.tiers = self.tiers[LOW].moved(move), self.tiers[HIGH].moved(move)
         return store
-
-    def buffers(self) -> list[Tensor]:
-        """All tensors."""
-        return self.tensors()
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that is kept alive."""
-        return [*self.newest.tensors(), *(x for tier in self.tiers or () for x in tier.tensors())]
-
-    def allocated(self) -> int:
-        """Bytes of everything allocated: codes, scales, plain numbers, positions, attention received, room."""
-        return sum(x.numel() * x.element_size() for x in self.tensors())
