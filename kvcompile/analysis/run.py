@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvcompile.config.schema import Config
 
 REPORT, RECORD = "report.md", "record"
+PATHS = ("/", "~", ".")  # what a value begins with that says where a file lies
 DPI = 150
 
 
@@ -98,7 +99,13 @@ def analyse(
 def _settings(analysis: Analysis, model: Any, config: Config) -> dict[str, Any]:
     """What a result depends on: the model, the number format it ran in, the options. Prompts count by their tokens."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"model": base_of(model.config).name, "dtype": dtype, "options": options_of([analysis])[analysis.name]}
+    return {"model": _name(model, config), "dtype": dtype, "options": options_of([analysis])[analysis.name]}
+
+
+def _name(model: Any, config: Config) -> str:
+    """What the model is called; never where it lies."""
+    pretrained = Path(str(config.model.pretrained))
+    return pretrained.stem if pretrained.suffix == ".gguf" else base_of(model.config).name
 
 
 def _told(name: str, parts: Parts) -> str:
@@ -127,7 +134,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, str):
-        text = Path(value).name if Path(value).is_absolute() else value
+        text = Path(value).name if value.startswith(PATHS) else value
         return text if re.fullmatch(r"[\w./-]+", text) else '"{}"'.format(text.replace('"', '\\"'))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -111,6 +111,12 @@ def test_the_command_in_the_report_gives_the_settings_again(text: Path) -> None:
     assert from_recipe(to_recipe(config)) == config
 
 
+def test_the_command_tells_no_path() -> None:
+    for path in ("/home/me/x.gguf", "~/x.gguf", "../x.gguf"):
+        words = command(compose(["analysis=[lmba]", f"model.pretrained='{path}'", f"prompts.source='{path}'"]))
+        assert words == "kvcompile analysis=[lmba] model=llama model.pretrained=x.gguf prompts.source=x.gguf"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
