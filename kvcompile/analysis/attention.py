@@ -14,7 +14,7 @@ from kvcompile.models.sharing import shared
 from kvcompile.plan.selection import Needs, Score, Selection
 from kvcompile.runtime.observation import Observation
 
-BLOCK = 32 << 20  # numbers of attention held at a time: 128 MiB in float32
+BLOCK = 8 << 20  # numbers of attention held at a time: 32 MiB in float32
 Heads = Literal["query", "kv"]
 Visit = Callable[[Observation], None]
 

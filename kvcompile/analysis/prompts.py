@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,8 +134,7 @@ class Wording:
                 raise KvcompileError(
                     f"{name} must hold context and input, or a text", keys, f"one of {', '.join(TEXTS)}"
                 )
-            text, question = plain, ""
-            return self._cut(name, text, "", "{context}", answers)
+            return self._cut(name, plain, "", "{context}", answers)
         return self._cut(name, text, question, self.template, answers)
 
     def _cut(self, name: str, text: str, question: str, template: str, answers: Sequence[object]) -> Prompt:
@@ -148,11 +148,14 @@ class Wording:
             cut = context[: (room + 1) // 2] + context[-(room // 2) :]
             text = self.tokenizer.decode(cut, skip_special_tokens=True)
             ids = self._ids(text, question, template)
+        if not ids:
+            raise KvcompileError(f"{name} must hold a text", "none")
         same = common_prefix(ids, self._ids(text, "", template)) if question else len(ids)
         return Prompt(name, tuple(ids), same, question, tuple(map(str, answers)))
 
     def _ids(self, context: str, question: str, template: str) -> list[int]:
-        text = template.replace("{context}", context).replace("{input}", question)
+        parts = {"{context}": context, "{input}": question}
+        text = re.sub("|".join(map(re.escape, parts)), lambda part: parts[part[0]], template)
         if not self.chat:
             return list(self.tokenizer(text)["input_ids"])
         message = [{"role": "user", "content": text}]

@@ -152,8 +152,13 @@ def _write(folder: Path, analysis: Analysis, finding: Finding) -> None:
     figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontweight="bold")
     figure.savefig(picture, format="png")
     _replace(folder / f"{analysis.name}.png", picture.getvalue())
-    text = json.dumps(dataclasses.asdict(finding), indent=1, ensure_ascii=False)
-    _replace(folder / f"{analysis.name}.json", f"{text}\n".encode())
+    _replace(folder / f"{analysis.name}.json", f"{_json(dataclasses.asdict(finding))}\n".encode())
+
+
+def _json(data: object) -> str:
+    """JSON with a line for each key and each list of numbers."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    return re.sub(r"\[[^][{}\"]+\]", lambda numbers: " ".join(numbers[0].split()), text)
 
 
 def _replace(path: Path, content: bytes) -> None:

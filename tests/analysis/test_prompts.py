@@ -81,12 +81,19 @@ def test_a_row_of_one_text_is_read_as_it_is(tmp_path: Path) -> None:
     assert second.context == 5
 
 
+def test_a_context_may_hold_what_the_template_fills_in(tmp_path: Path) -> None:
+    source = file(tmp_path, "a.jsonl", [{"context": "w5 {input} w6", "input": "w7"}])
+    (prompt,) = prompts(TOKENIZER, PromptsConfig(source, count=1, template="{context} {input}"), LONG)
+    assert TOKENIZER.decode(prompt.ids) == "w5 <unk> w6 w7"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{broken", "must be a JSON list, or one JSON object a line"),
         ("[1]", "every row must be a JSON object, got row 1, a int"),
         ('{"title": "x"}', "a.jsonl 1 must hold context and input, or a text, got title"),
+        ('{"text": ""}', "a.jsonl 1 must hold a text, got none"),
         ("", "prompts.count must be the number of rows, or less, got 1 of 0 in a.jsonl"),
     ],
 )

@@ -57,6 +57,7 @@ def test_the_command_writes_json_picture_and_report(text: Path) -> None:
     finding = json.loads((out / "lmba.json").read_text())
     assert [p["tokens"] for p in finding["result"]["prompts"]] == [60, 60]
     assert len(finding["result"]["layers"]) == 4
+    assert len((out / "lmba.json").read_text().splitlines()) < 120, "a line for each list of numbers"
     assert (out / "lmba.png").read_bytes().startswith(b"\x89PNG")
     report = (out / "report.md").read_text()
     assert "## lmba" in report
