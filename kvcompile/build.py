@@ -39,6 +39,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     from kvcompile.adapters.architectures import architecture_of
     from kvcompile.adapters.base import prune
     from kvcompile.adapters.latent import latent_rotations
+    from kvcompile.graph.blocks import inside_blocks
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import skeleton, trace
     from kvcompile.graph.wiring import verify
@@ -57,4 +58,5 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     prune(model)
     if backend.linear is not None:
         changes["DecodeLinear"] = backend.linear(model)
-    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes))
+    inside = inside_blocks(graph) if plan.blocks is not None else None
+    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes, inside=inside))

@@ -186,16 +186,17 @@ def _kernels(model: Any) -> list[str]:
     from kvcompile.kernels.dispatch import describe, why
 
     cache = model.new_cache()
-    specs = [cache.kernels.expected(p.index)[0] for p in model.kvcompile.plan.layers]
+    plan: Plan = model.kvcompile.plan
+    specs = [cache.kernels.expected(p.index)[0] for p in plan.decoder.layers]
     reason = why(model.device) if model.kvcompile.kernels == "auto" else ""
     note = f" ({reason})" if reason else ""
     lines = []
-    for p, spec in zip(model.kvcompile.plan.layers, specs, strict=True):
+    for p, spec in zip(plan.decoder.layers, specs, strict=True):
         averages = p.selection is not None and p.selection.averages
         sums = averages and cache.kernels.column_sums(p.index, spec.parts, model.dtype) is not None
         summed = " and column sums" if sums else ""
         lines.append(f"{spec.name}: {describe(cache.backend, spec, model.dtype)}{summed}{note}")
-    return lines
+    return lines + ["the current block: library"] * (len(plan.layers) - len(lines))
 
 
 def warnings(model: Any, measured: Report) -> list[str]:
@@ -203,7 +204,12 @@ def warnings(model: Any, measured: Report) -> list[str]:
     plan: Plan = model.kvcompile.plan
     lines = notes(plan)
     before, after = measured.perplexity or (1.0, 1.0)
-    if converts(plan) and measured.healed is None and not after <= WORSE * before:
+    if plan.blocks is not None and measured.healed is None:
+        lines.append(
+            "block_transformer: as converted the model is useless, since its layers were never trained to read blocks. "
+            "Heal it: recipe=block_transformer_heal."
+        )
+    elif converts(plan) and measured.healed is None and not after <= WORSE * before:
         names = ", ".join(each.name for each in plan.applied if each.family == "structure")
         lines.append(
             f"{names}: the weights were converted and not trained since. Heal them: "

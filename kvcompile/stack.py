@@ -110,7 +110,20 @@ def apply_stack(plan: Plan, policies: Iterable[Policy]) -> Plan:
 
 
 def _folded(plan: Plan, policies: Iterable[Policy]) -> Plan:
-    return functools.reduce(lambda plan, policy: policy.apply(plan), policies, plan)
+    return functools.reduce(_applied, policies, plan)
+
+
+def _applied(plan: Plan, policy: Policy) -> Plan:
+    """The plan with one more policy: all but structure acts on the block decoder, where there is one."""
+    if plan.blocks is None or policy.family == "structure":
+        return policy.apply(plan)
+    if policy.uncalibrated is not None:
+        raise KvcompileError(
+            f"{policy.name} measures a model that attends to tokens before it is compiled, not to blocks",
+            f"{policy.name!r} after 'block_transformer', with {policy.uncalibrated} to be found",
+            f"say it in stack.{policy.name}, or take another policy",
+        )
+    return plan.over(policy.apply(plan.decoder))
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,21 @@ def next_logits(model: Any, blocks: Blocks, ids: Tensor) -> Tensor:
         vectors = [block_vector(model, blocks, ids[i * blocks.length :][: blocks.length]) for i in range(complete)]
         output = run(model, range(blocks.split), torch.stack(vectors))[-1]
     inputs = [*base.block_expansion(output).view(blocks.prefix, -1), base.block_bos]
-    inputs += base.embed_tokens(ids[complete * blocks.length :])
+    inputs += embedded(model, ids[complete * blocks.length :])
     states = run(model, range(blocks.split, len(base.layers)), torch.stack(inputs))
-    return model.lm_head(base.norm(states[-1]))
+    return model.lm_head(base.norm(states[-1])) / getattr(model.config, "logits_scaling", 1.0)
 
 
 def block_vector(model: Any, blocks: Blocks, ids: Tensor) -> Tensor:
     """`[D]` of the tokens of one block."""
     if blocks.embedder == "lookup":
         return model.model.block_embedder(ids).flatten()
-    return model.model.block_embedder(model.model.embed_tokens(ids).flatten())
+    return model.model.block_embedder(embedded(model, ids).flatten())
+
+
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    """What enters the first layer for `ids [n]`, `[n, D]`; granite multiplies it."""
+    return model.model.embed_tokens(ids) * getattr(model.config, "embedding_multiplier", 1.0)
 
 
 def run(model: Any, layers: range, states: Tensor) -> Tensor:

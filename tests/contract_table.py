@@ -118,6 +118,13 @@ STRUCTURES: dict[str, Options] = {
     "gqa and cla": {"gqa": {}, "cla": {"pattern": [0, 0, 0, 3]}},
 }
 
+# those that divide layers and text, of models like llama: entries are blocks, which policies behind them count
+DIVIDED: dict[str, Options] = {
+    "block_transformer": {"block_transformer": {}},
+    "block_transformer, lookup": {"block_transformer": {"block": 2, "split": 1, "embedder": "lookup", "expansion": 3}},
+    "gqa, cla, block_transformer": {"gqa": {}, "cla": {}, "block_transformer": {}},
+}
+
 TABLE: dict[str, Row] = {
     "adakv": Row({"adakv": {}}, split="layer"),
     "adakv over snapkv": Row({"snapkv": SNAPKV, "adakv": {"safeguard": 0.0}}, split="layer", recent=8),

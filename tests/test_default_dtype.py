@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_table import STORED, STRUCTURES, TABLE, Options, dense, plan_of
+from contract_table import DIVIDED, STORED, STRUCTURES, TABLE, Options, dense, plan_of
 from test_contract import steps
 from tiny import tiny_ids
 from torch import Tensor
@@ -25,6 +25,7 @@ STACKS: dict[str, Options] = {
     **{name: row.fields(24, decode_every=2) for name, row in TABLE.items()},
     **{name: stack for name, (stack, _) in STORED.items()},
     **STRUCTURES,
+    **DIVIDED,
 }
 
 

@@ -187,7 +187,7 @@ def _table(cache: KVCache) -> str:
 
     rows = [
         [p.index, cache.backend.name, *(spec.name for spec in cache.kernels.expected(p.index)), repr(p.scale)]
-        for p in cache.plan.layers
+        for p in cache.plan.decoder.layers
     ]
     head = ["layer", "backend", "kernel, rows of one length", "kernel, rows of any length", "scale"]
     text = f"# Attention kernels by layer\n\n{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n"

@@ -118,8 +118,9 @@ def prove(model: Any, ids: Tensor) -> tuple[list[LayerRow], int | None]:
         cache: KVCache = model(ids, logits_to_keep=1).past_key_values
         evicted, held = cache.evictions.events > 0, [_held(cache, p.index) for p in plan.layers]
         cache.reads = {}
-        logits = model(ids[:, -1:], past_key_values=cache, logits_to_keep=1).logits
-        reads, cache.reads = cache.reads, None
+        for _ in range(plan.steps):
+            logits = model(ids[:, -1:], past_key_values=cache, logits_to_keep=1).logits
+        reads, cache.reads = {layer: total // plan.steps for layer, total in cache.reads.items()}, None
         recalls = _cluster_recall(model, cache, logits.argmax(-1)) if any(p.recall for p in plan.layers) else {}
     planned = plan.bytes(1, tokens)
     rows = [_row(plan, tokens, expected, held, reads.get(expected.index, 0)) for expected in planned]
@@ -158,7 +159,8 @@ def _row(plan: Plan, tokens: int, expected: LayerBytes, held: list[Held], read: 
     owner, layer = plan.layers[p.owner], held[p.index]
     planned = expected.bytes, expected.index_bytes, expected.read
     if plan.kept(owner.index, tokens) is None or expected.low is None:
-        index, reading = plan.reading(owner, held[owner.index].kept, tokens, held[owner.index].low)
+        index, reading = plan.reading(owner, held[owner.index].kept, tokens // plan.steps, held[owner.index].low)
+        reading //= plan.steps
         nbytes = sum(p.nbytes(n, plan.dtype, low) for n, low in zip(layer.kept, layer.low, strict=True))
         planned = nbytes, index if owner is p else 0, reading
     return LayerRow(

@@ -49,6 +49,13 @@ def build_exporters(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Ex
 
 def require_open(exporters: Sequence[Exporter], plan: Plan, model_config: Any) -> None:
     """Raise KvcompileError, with the reason and the exporters that can write it, if one of `exporters` cannot."""
+    if plan.blocks is not None and exporters:
+        raise KvcompileError(
+            f"export={exporters[0].name}: a block transformer runs in kvcompile alone: half of its layers run only in "
+            "steps that complete a block",
+            "'block_transformer' in the stack",
+            "drop export, and save it as an artifact",
+        )
     for exporter in exporters:
         try:
             exporter.refuse(plan, model_config)

@@ -180,7 +180,7 @@ def flush(kv: LayerCache, step: Step, layer: int) -> None:
     schedule = Schedule() if s is None else s.schedule
     turn = not step.prefill and (step.tick + layer) % FLUSH == 0
     if (turn or step.due(schedule.decode_every, schedule.between_chunks)) and kv.flush(
-        step.cache.headroom, step.prefill
+        step.cache.headroom, step.prefill, step.concerned
     ):
         step.cache.encoded()
 

@@ -9,6 +9,7 @@ import torch.fx as fx
 
 from kvcompile.errors import BUG, KvcompileError
 from kvcompile.graph import ops
+from kvcompile.graph.blocks import CloseBlocks, InsertBlocks
 from kvcompile.graph.offload import InsertOffload
 from kvcompile.graph.pass_base import Pass, last_readers
 from kvcompile.graph.quantize import InsertSettling, RotateHeads
@@ -105,6 +106,7 @@ class Rewritten:
 
 
 PASSES: tuple[type[Pass], ...] = (
+    InsertBlocks,
     ShareKV,
     DropObservers,
     InsertCompression,
@@ -113,6 +115,7 @@ PASSES: tuple[type[Pass], ...] = (
     InsertRecall,
     InsertSettling,
     InsertOffload,
+    CloseBlocks,
 )
 
 

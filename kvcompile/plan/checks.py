@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.blocks import check_blocks
 from kvcompile.plan.recall import Recall
 from kvcompile.plan.selection import Selection, Tiers
 from kvcompile.plan.storage import PLAIN, Codec
@@ -19,6 +20,10 @@ def check(plan: Plan) -> None:
     for p in plan.layers:
         _check_heads(p)
         _check_owner(p, plan.layers[p.owner])
+    if plan.blocks is not None:
+        check_blocks(plan, plan.blocks)
+        plan = plan.decoder
+    for p in plan.layers:
         if p.latent is not None:
             _check_latent(p, p.latent)
         if p.selection is not None:

@@ -151,6 +151,25 @@ class Plan:
     applied: tuple[Applied, ...] = field(default=())
     blocks: Blocks | None = None
 
+    @property
+    def decoder(self) -> Plan:
+        """What selection, recall and storage act on: the plan itself; of a block transformer its block decoder.
+
+        The entries of a block decoder are blocks: so are the `tokens` that its methods ask for.
+        """
+        return self if self.blocks is None else replace(self, layers=self.layers[: self.blocks.split], blocks=None)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps over which what is read is averaged: those of one block, where there are blocks."""
+        return 1 if self.blocks is None else self.blocks.length
+
+    def over(self, decoder: Plan) -> Plan:
+        """The plan with its `decoder` changed to this one."""
+        if self.blocks is None:
+            return decoder
+        return replace(decoder, layers=decoder.layers + self.layers[self.blocks.split :], blocks=self.blocks)
+
     def map(self, change: Callable[[LayerPlan], LayerPlan], layers: Iterable[int] | None = None) -> Plan:
         """The plan with `change` applied to the given layers (default: all)."""
         chosen = set(range(len(self.layers)) if layers is None else layers)
@@ -198,6 +217,11 @@ class Plan:
         hold its share of the whole prompt at the end.
         """
         p = self.layers[index]
+        if self.blocks is not None:
+            complete, local = divmod(tokens, self.blocks.length)
+            if index >= self.blocks.split:
+                return (self.blocks.held(local),) * p.kv_heads
+            return self.decoder.kept(index, complete, (tokens + coming) // self.blocks.length - complete)
         full = p.span(tokens)
         if p.selection is None:
             return (full,) * p.kv_heads
@@ -213,6 +237,8 @@ class Plan:
 
     def bytes(self, batch: int, tokens: int) -> list[LayerBytes]:
         """What each layer's cache will hold after a prefill of `tokens` by `batch` sequences (keys and values)."""
+        if self.blocks is not None:
+            return self._block_bytes(self.blocks, batch, tokens)
         rows: list[LayerBytes] = []
         for p in self.layers:
             full = p.span(tokens)
@@ -238,6 +264,23 @@ class Plan:
             low = None if kept is None or None in lows else tuple(n or 0 for n in lows)
             rows.append(LayerBytes(p.index, kept, total, nbytes, dense, host, index, read, dense_read, low))
         return rows
+
+    def _block_bytes(self, blocks: Blocks, batch: int, tokens: int) -> list[LayerBytes]:
+        """The same of a block transformer; what is read is the mean over the decode steps of one block."""
+        rows = []
+        for row in self.decoder.bytes(batch, tokens // blocks.length):
+            rows.append(replace(row, read=row.read // blocks.length))
+        for p in self.layers[blocks.split :]:
+            held = blocks.held(tokens % blocks.length) if p.owner == p.index else 0
+            entry = batch * p.kv_heads * p.nbytes(1, self.dtype)
+            read = entry * sum(map(blocks.held, range(blocks.length))) // blocks.length
+            kept = (held,) * p.kv_heads
+            rows.append(LayerBytes(p.index, kept, sum(kept), held * entry, 0, read=read, low=(0,) * p.kv_heads))
+        entries = [batch * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] for p in self.layers]
+        return [
+            replace(row, dense_bytes=tokens * entry, dense_read=(tokens + 1) * entry)
+            for row, entry in zip(rows, entries, strict=True)
+        ]
 
     def reading(
         self, p: LayerPlan, lengths: Iterable[int], tokens: int, low: Iterable[int] | None = None

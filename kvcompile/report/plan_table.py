@@ -142,6 +142,12 @@ def notes(plan: Plan) -> list[str]:
     choosing = sorted({p.recall.policy for p in between if p.recall is not None and p.recall.prompts})
     chunks = f"(prefill_chunk={plan.prefill_chunk:,}), so that its own logits are not exact"
     lines = []
+    if plan.blocks is not None:
+        lines.append(
+            f"block_transformer: an entry of layers 0 to {plan.blocks.split - 1} is a block of {plan.blocks.length} "
+            "tokens, also where a policy counts tokens (budget, window, sinks); read per step is the mean over the "
+            "steps of a block."
+        )
     if plan.prefill_chunk and quantized:
         what = f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones"
         lines.append(f"{what} {chunks}. prefill_chunk=0 reads a prompt exactly.")

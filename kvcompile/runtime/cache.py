@@ -36,6 +36,7 @@ class Step:
     shift: Tensor | None = None  # of the cache when the pass began: layers compressed earlier in it have moved on
     coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
+    concerned: list[bool] | None = None  # sequences to which this pass, or its prompt, has brought tokens (None: all)
 
     @property
     def ended(self) -> list[bool]:
@@ -133,6 +134,10 @@ class KVCache(Cache):  # type: ignore[misc]
         self.tick = 0 if prefill else self.tick + 1
         self.croppable = self.croppable + count if valid is None else 0
         return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
+
+    def stays_inside(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether a pass over these new tokens completes no block of any sequence; only block transformers have any."""
+        return False
 
     def _valid(self, mask: Tensor | None, batch: int, count: int) -> Tensor | None:
         if mask is None:

@@ -73,7 +73,8 @@ def observe(
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
         _carry(layer)
-    concerned = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else [True] * kv.held.batch
+    every = step.concerned or [True] * kv.held.batch
+    concerned = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else every
     scores = [_score_sequence(layer, b) if this else None for b, this in enumerate(concerned)] if due else None
     if not needs.carries:
         kv.history.column_sums = None

@@ -25,9 +25,9 @@ class Segment:
     counted: bool = False
 
     @property
-    def least(self) -> int:
-        """Real queries that every sequence has here."""
-        return self.queries.shape[2] if self.valid is None else int(self.valid.sum(1).min())
+    def real(self) -> int | Tensor:
+        """Real queries that every sequence has here, or those of each, `[B]`."""
+        return self.queries.shape[2] if self.valid is None else self.valid.sum(1)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,13 @@ class QueryHistory:
             self._hold(keep)
 
     def _hold(self, keep: int) -> None:
-        remembered = sum(s.least for s in self.segments)
-        while self.segments and remembered - self.segments[0].least >= keep:
-            remembered -= self.segments.pop(0).least
+        real = [s.real for s in self.segments]
+        later: int | Tensor = sum(real)
+        for count in real:
+            later = later - count
+            if int(later if isinstance(later, int) else later.min()) < keep:
+                return
+            self.segments.pop(0)
 
     def counted(self, keep: int) -> None:
         """All remembered queries have been counted; hold the newest `keep` for other readers."""

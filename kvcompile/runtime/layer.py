@@ -213,10 +213,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         self.changed()
         self.held.rewrite(keys)
 
-    def flush(self, headroom: int, release: bool) -> bool:
+    def flush(self, headroom: int, release: bool, concerned: list[bool] | None = None) -> bool:
         """Encode what is older than the residual (see `QuantizedStore.flush`); whether anything was."""
         with self.at_hand() as store:
-            flushed = store.flush(headroom, release, self.compactor)
+            flushed = store.flush(headroom, release, self.compactor, concerned)
             if flushed:
                 self.changed()
         return flushed

@@ -17,6 +17,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.dispatch import choose
 from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.plan import Plan
+from kvcompile.runtime.blocks.cache import BlockCache
 from kvcompile.runtime.cache import KVCache, Rotary
 from kvcompile.runtime.live import LiveGraph, Skeleton, from_embeddings, with_states
 from kvcompile.runtime.prompt import Prompt
@@ -41,17 +42,21 @@ class Compiled:
     recipe: str
     changes: dict[str, int]
     healed: HealRecord | None = None
+    inside: LiveGraph | None = None  # of a block transformer: for passes in which no block is completed
     warned: bool = False  # that one pass over a text does not read its cache
-    entries: dict[tuple[bool, bool], LiveGraph] = field(default_factory=dict)
+    entries: dict[tuple[bool, bool, bool], LiveGraph] = field(default_factory=dict)
 
-    def entry(self, embeddings: bool, states: bool) -> LiveGraph:
-        """The graph, or one that begins at embeddings, or that returns hidden states beside logits, or both."""
+    def entry(self, embeddings: bool, states: bool, inside: bool = False) -> LiveGraph:
+        """The graph (that of the token decoder alone, for a pass that stays `inside` blocks), or one that begins at
+        embeddings, or that returns hidden states beside logits, or both.
+        """
+        whole = self.inside if inside and self.inside is not None else self.graph
         if not (embeddings or states):
-            return self.graph
-        graph = self.entries.get((embeddings, states))
+            return whole
+        graph = self.entries.get((embeddings, states, inside))
         if graph is None:
-            graph = from_embeddings(self.graph) if embeddings else self.graph
-            graph = self.entries[embeddings, states] = with_states(graph) if states else graph
+            graph = from_embeddings(whole) if embeddings else whole
+            graph = self.entries[embeddings, states, inside] = with_states(graph) if states else graph
         return graph
 
 
@@ -73,7 +78,8 @@ class CompiledMixin:
         """
         compiled = self.kvcompile
         backend = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
-        return KVCache(compiled.plan, compiled.rotaries, backend)
+        kind = KVCache if compiled.plan.blocks is None else BlockCache
+        return kind(compiled.plan, compiled.rotaries, backend)
 
     def forward(
         self,
@@ -99,6 +105,12 @@ class CompiledMixin:
         self.kvcompile.skeleton.check()
         use_cache = config.use_cache if use_cache is None else use_cache
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if states and self.kvcompile.plan.blocks is not None:
+            raise KvcompileError(
+                "layers of a block transformer have no state for each token: they read blocks, or one block's tokens",
+                "output_hidden_states=True",
+                "leave it out",
+            )
         tokens = _tokens(input_ids, inputs_embeds)
         cache = self._own(past_key_values)
         _require_tokens(attention_mask)
@@ -194,7 +206,6 @@ class CompiledMixin:
         Beside them what enters each layer and leaves the last, of all tokens; nothing unless `states` are asked for.
         """
         count, device = prompt.ids.shape[1], prompt.ids.device
-        graph = self.kvcompile.entry(prompt.ids.ndim == 3, states)
         if 0 < chunk < count:
             prompt = prompt.aligned()
         wanted = _wanted(keep, count)
@@ -213,7 +224,9 @@ class CompiledMixin:
             if cache.shift is not None:
                 at = at - cache.shift.unsqueeze(1)
             seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
-            out = graph(prompt.ids[:, part.first : part.stop], seen, at, cache, logits_at)
+            tokens = prompt.ids[:, part.first : part.stop]
+            graph = self.kvcompile.entry(tokens.ndim == 3, states, cache.stays_inside(tokens, seen))
+            out = graph(tokens, seen, at, cache, logits_at)
             logits, between = out if states else (out, ())
             pieces.append(logits)
             inner.append(between)

@@ -94,7 +94,10 @@ class LayerRecall:
         if recall is None or (s is not None and step.prefill and not step.last) or step.tick % recall.reuse:
             return  # groups change where choices do, at the same steps in any batch
         store, index = kv.held, self.groups(kv.held)
-        due = index.due(store.lengths, 1 if step.prefill else recall.every)
+        lengths = store.lengths
+        if step.concerned is not None:
+            lengths = [n if step.concerned[r // store.heads] else 0 for r, n in enumerate(lengths)]
+        due = index.due(lengths, 1 if step.prefill else recall.every)
         if step.prefill or due:  # a choice stands for decoded tokens that follow each other, and for their groups
             self.choices.clear()
         if due:

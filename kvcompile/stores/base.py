@@ -103,8 +103,13 @@ class Store(Protocol):
         """Keep only the entries `indices[row]` (ascending) of each row; the memory of the others is freed."""
         ...
 
-    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
-        """Encode what is older than the residual; whether anything was. `release`: give the room of a prefill back."""
+    def flush(
+        self, headroom: int, release: bool, compactor: Compactor = compact, concerned: list[bool] | None = None
+    ) -> bool:
+        """Encode what is older than the residual; whether anything was. `release`: give the room of a prefill back.
+
+        concerned: of which sequences (None: of all).
+        """
         ...
 
     def rewrite(self, keys: Stretches) -> None:
@@ -181,7 +186,9 @@ class Plain(ABC):
         """Bytes of everything allocated: keys, values, positions, room."""
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
-    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
+    def flush(
+        self, headroom: int, release: bool, compactor: Compactor = compact, concerned: list[bool] | None = None
+    ) -> bool:
         """Nothing is encoded: False."""
         return False
 

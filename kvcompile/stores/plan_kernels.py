@@ -96,6 +96,8 @@ class PlanKernels:
         return [self.spec(index, chosen_parts(storage, self.plan.dtype)) for storage in storages]
 
     def _specs(self, index: int, storage: Storage) -> list[KernelSpec]:
+        if self.plan.blocks is not None and index >= self.plan.blocks.split:
+            return []  # the few entries of a token decoder need no kernel
         parts = [expected_parts(storage, layout, self.plan.dtype) for layout in ("dense", "ragged")]
         owner = self._owner(index)
         s = owner.selection

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_table import STRUCTURES, compiled, dense
+from contract_table import DIVIDED, STRUCTURES, compiled, dense
 from tiny import ARCHITECTURES, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,9 @@ from kvcompile.models.sharing import shared
 from kvcompile.report import plan_table
 from kvcompile.stack import discover
 
+EVERY = {**STRUCTURES, **DIVIDED}
 every = pytest.mark.parametrize("name", STRUCTURES)
+divided_too = pytest.mark.parametrize("name", EVERY)
 OWNERS = {"gemma2": [0, 1, 0, 1], "gemma3_text": [0, 1, 0, 1], "gpt_oss": [0, 1, 0, 1], "smollm3": [0, 0, 0, 3]}
 SELECTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"budget": 20, "window": 8, "kernel": 3, "decode_every": 3},
@@ -50,7 +52,7 @@ def generated(model: Any, ids: Any, mask: Any = None, **options: Any) -> Any:
 
 
 def test_every_structural_policy_has_a_row() -> None:
-    assert {p for stack in STRUCTURES.values() for p in stack} == {
+    assert {p for stack in EVERY.values() for p in stack} == {
         name for name, cls in discover().items() if cls.family == "structure"
     }
 
@@ -66,6 +68,15 @@ def test_measured_bytes_are_the_planned_ones(name: str) -> None:
         assert [r.dense_bytes for r in rows] == [r.bytes for r in prove(compiled({}, architecture), tiny_ids(1, 60))[0]]
 
 
+@pytest.mark.parametrize("name", DIVIDED)
+def test_measured_bytes_of_blocks_are_the_planned_ones(name: str) -> None:
+    for tokens in (60, 63):
+        rows, _ = prove(compiled(DIVIDED[name]), tiny_ids(1, tokens))
+        assert 2 * sum(r.bytes for r in rows) <= sum(r.dense_bytes for r in rows)
+        dense_rows, _ = prove(compiled({}), tiny_ids(1, tokens))
+        assert [r.dense_bytes for r in rows] == [r.bytes for r in dense_rows]
+
+
 @pytest.mark.parametrize("selection", SELECTIONS)
 @every
 def test_a_selection_on_top_keeps_its_promises(name: str, selection: str) -> None:
@@ -77,9 +88,9 @@ def test_a_selection_on_top_keeps_its_promises(name: str, selection: str) -> Non
     assert generated(model, ids).shape == (1, 68)
 
 
-@every
+@divided_too
 def test_a_padded_batch_is_its_sequences_one_by_one(name: str) -> None:
-    model, ids, mask = compiled(STRUCTURES[name]), tiny_ids(3, 30), torch.ones(3, 30, dtype=torch.long)
+    model, ids, mask = compiled(EVERY[name]), tiny_ids(3, 30), torch.ones(3, 30, dtype=torch.long)
     mask[0, :7], mask[2, :1] = 0, 0
     together = generated(model, ids, mask)
     for b in range(3):
@@ -87,9 +98,9 @@ def test_a_padded_batch_is_its_sequences_one_by_one(name: str) -> None:
         assert torch.equal(generated(model, ids[b : b + 1, real])[0, real.sum() :], together[b, 30:])
 
 
-@every
+@divided_too
 def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
-    model = assembled({**STRUCTURES[name], "snapkv": SELECTIONS["snapkv"]})
+    model = assembled({**EVERY[name], "snapkv": SELECTIONS["snapkv"]})
     loaded = kvcompile.load(artifact.save(model, tmp_path / "artifact"))
     ids = tiny_ids(2, 40)
     with torch.no_grad():

@@ -43,15 +43,22 @@ class QuantizedStore(EncodedStore):
         """The codes, once there are any."""
         return [] if self.codes is None else [self.codes]
 
-    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
+    def flush(
+        self, headroom: int, release: bool, compactor: Compactor = compact, concerned: list[bool] | None = None
+    ) -> bool:
         """Encode what is older than the residual, all rows at once; `release`: give the room of a prefill back.
 
+        concerned: of these sequences alone (None: of all); their rows have lengths of their own then.
         Returns whether anything was encoded. Raises KvcompileError for numbers that float16 scales cannot hold.
         """
         lengths = self.residual.lengths
         if max(lengths) < self.storage.residual + self.format.block:
             return False
         counts = [self.storage.encoded(n) for n in lengths]
+        if concerned is not None and not all(concerned):
+            counts = [n if concerned[r // self.heads] else 0 for r, n in enumerate(counts)]
+            if not any(counts):
+                return False
         keys, values, positions = self.residual.oldest(counts)
         new = Codes.of(keys, values, positions, self.format)
         require_held(new, (keys, values), self.format, self.storage.policy, self.layer)

@@ -162,7 +162,9 @@ class TieredStore(EncodedStore):
             raise RuntimeError(f"layer {self.layer} has no tiers before the end of its first prefill")
         return self.tiers
 
-    def flush(self, headroom: int, release: bool, compactor: Compactor = compact) -> bool:
+    def flush(
+        self, headroom: int, release: bool, compactor: Compactor = compact, concerned: list[bool] | None = None
+    ) -> bool:
         """Put all new tokens into the high tier; whether there were any. Before a selection has divided rows: nothing.
 
         Raises KvcompileError for numbers that float16 scales cannot hold.

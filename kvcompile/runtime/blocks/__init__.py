@@ -1,0 +1,1 @@
+"""A block transformer at work: blocks of tokens, and the few entries of the current one."""
