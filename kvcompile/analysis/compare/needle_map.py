@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvcompile.evaluation.needle import NeedleTask
 
 QUESTIONS: tuple[Question, ...] = ("seen", "hidden")
+COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -111,27 +112,31 @@ class NeedleMap(Analysis):
             row = [f"`{text}`", *(f"{100 * found / count:.0f}" for found, count in lengths)]
             rows.append([*row, *whole(mine)])
         header = ["recipe", *(f"{n:,}" for n in self.tokens), "all, % (95 %)", "held", "read"]
-        where = "the question is seen" if question == "seen" else "the question is hidden"
         table = tabulate(
             rows, header, "github", disable_numparse=True, colalign=("left", *["right"] * (len(header) - 1))
         )
-        return f"Found, %, where {where} when the cache is made:\n\n{table}"
+        return f"Found, %, the question {question} when the cache is made:\n\n{table}"
 
     def draw(self, result: Record, figure: Figure) -> None:
-        """A map for each recipe and question; full at the left."""
-        rows = [q for q in QUESTIONS if q in self.questions]
-        figure.set_size_inches(1.2 + 2.5 * len(self.recipes), 0.6 + 2.5 * len(rows))
-        axes = figure.subplots(len(rows), len(self.recipes), squeeze=False, sharex=True, sharey=True)
+        """A map for each recipe, at most `COLUMNS` side by side, first with the question seen, then hidden."""
+        questions = [q for q in QUESTIONS if q in self.questions]
+        lines = [(q, self.recipes[i : i + COLUMNS]) for q in questions for i in range(0, len(self.recipes), COLUMNS)]
+        columns = min(COLUMNS, len(self.recipes))
+        figure.set_size_inches(1.2 + 2.5 * columns, 0.6 + 2.5 * len(lines))
+        axes = figure.subplots(len(lines), columns, squeeze=False, sharex=True, sharey=True)
         image: Any = None
-        for question, line in zip(rows, axes, strict=True):
-            for text, ax in zip(self.recipes, line, strict=True):
+        for (question, recipes), row in zip(lines, axes, strict=True):
+            for text, ax in zip(recipes, row, strict=False):
                 cells = [c for c in result["cells"] if (c["recipe"], c["question"]) == (text, question)]
                 image = self._map(ax, cells)
                 found, count = _found(cells)
-                held = shares(cells)["held"]
-                ax.set_title(f"{text}\n{100 * found / count:.0f} % found, {held:.0%} held", fontsize=8)
-            line[0].set_ylabel(f"question {question}\ndepth", fontsize=8)
-        bar = figure.colorbar(image, ax=axes, format="{x:.0%}", shrink=0.8)
+                ax.set_title(f"{text}\n{100 * found / count:.0f} % found, {shares(cells)['held']:.0%} held", fontsize=8)
+            row[0].set_ylabel(f"question {question}\ndepth", fontsize=8)
+            for ax in row[len(recipes) :]:
+                ax.set_axis_off()
+        for ax in axes[-1]:
+            ax.set_xlabel("tokens", fontsize=8)
+        bar = figure.colorbar(image, ax=axes, format="{x:.0%}", shrink=0.8, label="needles found")
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7)
 
