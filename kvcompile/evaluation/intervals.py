@@ -14,7 +14,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, spread = right / count, Z * Z / count
     middle = share + spread / 2
     reach = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, (middle - reach) / (1 + spread)), min(1.0, (middle + reach) / (1 + spread))
+    low, high = (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
+    return max(0.0, min(share, low)), min(1.0, max(share, high))  # rounding would leave shares of 0 and 1 outside
 
 
 def ratio(losses: Sequence[float], dense: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:

@@ -10,6 +10,9 @@ from kvcompile.evaluation.intervals import mean, ratio, wilson
 def test_intervals_are_those_of_the_books() -> None:
     assert wilson(19, 20) == pytest.approx((0.7639, 0.9911), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    for count in range(1, 60):
+        assert wilson(0, count)[0] == 0.0
+        assert wilson(count, count)[1] == 1.0
     middle, low, high = ratio([1.1, 1.3, 1.2], [1.0, 1.0, 1.0])
     assert middle == pytest.approx(2.718281828**0.2)
     assert 1 < low < middle < high
