@@ -11,20 +11,25 @@ import pytest
 import torch
 from blocks_reference import logits_of
 from healing import QUICK, STEP, learnt, written
+from healing import healed as by_recipe
 from tiny import tiny_tokenizer
 from torch.nn.functional import cross_entropy
 
+import kvcompile
 from kvcompile.adapters.architectures import describe
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.heldout import windows
+from kvcompile.evaluation.perplexity import cached_perplexity
 from kvcompile.heal.corpus import Blocks as Sequences
 from kvcompile.heal.corpus import held_out
 from kvcompile.heal.record import HealRecord
 from kvcompile.heal.repair import repair
+from kvcompile.job import compile_and_report
 from kvcompile.models.sharing import shared
 from kvcompile.plan.blocks import Blocks
 from kvcompile.progress import Progress, silent
+from kvcompile.report import files
 from kvcompile.structure.convert import convert
 
 BLOCKS = Blocks(length=4, split=2)
@@ -150,3 +155,31 @@ def test_padding_is_drawn_by_the_seed_alone_and_moves_nothing_else() -> None:
 def test_attentions_alone_are_refused(data: Path) -> None:
     with pytest.raises(KvcompileError, match=r"cannot learn alone.*heal\.layers=0\.3\. Fix: heal\.layers=0"):
         healed(data, f"heal.tokens={2 * STEP}", "heal.layers=0.3")
+
+
+STACKS = (["block_transformer"], ["gqa", "block_transformer"], ["cla", "block_transformer"])
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_what_is_trained_is_what_runs(data: Path, stack: list[str]) -> None:
+    """Through the policy: token by token over the cache, the compiled model is as good as its record says."""
+    overrides = [f"policy=[{','.join(stack)}]", f"heal.tokens={20 * STEP}", "heal.layers=0", "heal.scope=all"]
+    compiled = by_recipe(data, *overrides, "heal.lr=5e-3")
+    record = compiled.kvcompile.healed
+    config = compose([f"heal.dataset={data}", *QUICK, f"heal.tokens={20 * STEP}"])
+    ids = held_out(config, tiny_tokenizer())
+    assert record.perplexity[2] < 0.7 * record.perplexity[1]
+    assert cached_perplexity(compiled, ids, 24, 16, 4) == pytest.approx(record.perplexity[2], rel=1e-3)
+
+
+def test_the_recipe_ends_in_an_artifact_with_what_was_learnt(data: Path, tmp_path: Path) -> None:
+    settings = [f"heal.tokens={5 * STEP}", "needle.enabled=false", "speed.tokens=8", "speed.context=32"]
+    recipe = ["recipe=block_transformer_heal", f"heal.dataset={data}", f"output={tmp_path / 'out'}"]
+    config = compose([*recipe, *QUICK, *settings])
+    compile_and_report(shared(learnt()), tiny_tokenizer(), config, silent)
+    loaded = kvcompile.load(tmp_path / "out")
+    report = files.read(tmp_path / "out")
+    assert report.healed is not None
+    ids = held_out(config, tiny_tokenizer())
+    assert cached_perplexity(loaded, ids, 24, 16, 4) == pytest.approx(report.healed.perplexity[2], rel=1e-3)
+    assert not (tmp_path / "out-heal").exists()

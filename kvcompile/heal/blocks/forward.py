@@ -39,9 +39,9 @@ class BlockForward:
         number = (count if padding is None else count + length - 1) // length + 1
         states = self._run(self.parts.embed, ids)
         slots = torch.arange(number * length, dtype=ids.dtype, device=ids.device)
-        outputs = self._outputs(ids, states, slots - shift, number, length - shift)
-        prefixes = getattr(self.base, EXPANSION)(outputs).view(batch, number, prefix, -1)
         short = length - shift  # tokens of the first block
+        outputs = self._outputs(ids, states, slots - shift, number, short)
+        prefixes = getattr(self.base, EXPANSION)(outputs).view(batch, number, prefix, -1)
         tokens = _at(states, torch.where(slots < length, slots, slots - shift)).view(batch, number, length, -1)
         bos = getattr(self.base, BOS).expand(batch, number, 1, -1)
         inputs = torch.cat((prefixes, bos, tokens[:, :, :-1]), 2).flatten(0, 1)
