@@ -87,7 +87,7 @@ def mean_attention(seen: Observation, start: int = 0, stop: int | None = None) -
     """Attention `[H_kv, g, n]` to every entry, mean over the observed queries `start:stop`, float64."""
     total, count = torch.zeros((), dtype=torch.float64, device=seen.keys.device), 0
     for attention in blocks(seen, start, stop):
-        total, count = total + attention.double().sum(2), count + attention.shape[2]
+        total, count = total + attention.sum(2, dtype=torch.float64), count + attention.shape[2]
     return total / count
 
 

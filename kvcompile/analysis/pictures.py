@@ -43,7 +43,10 @@ def layer_curve(
         points = [statistics.fmean(values) for values in zip(*(p[layer] for p in heads), strict=True)]
         ax.scatter([layer] * len(points), points, s=7, color=DENSE, linewidth=0, label="a head" if not layer else None)
     low, high = [min(v) for v in by_layer], [max(v) for v in by_layer]
-    ax.fill_between(layers, low, high, color=KEPT, alpha=0.22, linewidth=0, label=f"range of {len(prompts)} prompts")
+    if len(prompts) > 1:
+        ax.fill_between(
+            layers, low, high, color=KEPT, alpha=0.22, linewidth=0, label=f"range of {len(prompts)} prompts"
+        )
     ax.plot(layers, [statistics.fmean(v) for v in by_layer], color=KEPT, linewidth=1.6, marker="o", ms=3, label="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if percent:
@@ -67,7 +70,7 @@ def lines(
         colour = shades(0.85 * number / max(1, len(curves) - 1))
         ax.plot(x, known, color=colour, linewidth=1.4, marker="o", markersize=3, label=name)
     ax.axhline(chance, color=INK, linestyle="--", linewidth=1.0, label="chance")
-    ax.set_ylim(0, 1)
+    ax.set_ylim(0, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel(label, color=INK)
     ax.set_title(title, fontsize=10, color=INK)
