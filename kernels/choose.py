@@ -39,7 +39,7 @@ class ChooseSpec:
         return f"choose-{self.form}-{self.agree}-{self.dtype}-g{self.group}-d{self.head_dim}{end}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupTable:
     """The groups of each row, oldest first: `representatives [R, G, D]` or `[R, G, 2, D]`.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from kvcompile.plan.recall import Agreement
 from kvcompile.plan.storage import Codec
 
 TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+NUMBERS = 16  # of a call, before those of its rows
 SMALL = 1 << 16  # numbers of representatives below which one thread is faster than two
 TASK_BYTES = 1 << 16  # of representatives that a thread takes at a time
 
@@ -275,22 +278,48 @@ def choose(
     """
     if queries.dtype not in TYPES:
         return reference.choose(queries, table, wanted, lengths, agree, together, places)
-    queries = queries.contiguous()
-    rows, group, dim = queries.shape
-    room, parts = table.sizes.shape[1], table.representatives.shape[2:-1]
-    totals = chosen_lengths(table, wanted, lengths)
-    entries = torch.empty(rows, max(totals), dtype=torch.int32, device=queries.device)
-    slots = None if places is None else torch.empty_like(entries)
-    counts = torch.empty(rows, dtype=torch.int64, device=queries.device)
-    shape = (rows, room)
-    numbers = [address("queries", queries, queries.dtype, (rows, group, dim))]
-    numbers.append(address("representatives", table.representatives, queries.dtype, (*shape, *parts, dim)))
-    numbers += [address(name, getattr(table, name), torch.int32, shape) for name in ("starts", "sizes")]
-    threads = torch.get_num_threads() if table.representatives.numel() > SMALL else 1
+    queries, rows = queries.contiguous(), table.sizes.shape[0]
+    totals, call = chosen_lengths(table, wanted, lengths), _prepared(queries, table, agree, together)
+    longest = max(totals)
+    entries = torch.empty(rows, longest, dtype=torch.int32, device="cpu")
+    slots = None if places is None else torch.empty(rows, longest, dtype=torch.int32, device="cpu")
+    counts = torch.empty(rows, dtype=torch.int64, device="cpu")
+    numbers = [address("queries", queries, queries.dtype, (rows, *queries.shape[1:])), *call.table]
     numbers += [entries.data_ptr(), 0 if slots is None else slots.data_ptr(), counts.data_ptr(), *_where(places, rows)]
-    numbers += [rows, room, entries.shape[1], table.first, threads, *wanted, *lengths, *table.ends]
-    _kernel(spec_of(queries, table, agree, together))(Struct(f"{len(numbers)}q").pack(*numbers))
+    threads = torch.get_num_threads() if call.large else 1
+    numbers += [rows, table.sizes.shape[1], longest, table.first, threads, *wanted, *lengths, *table.ends]
+    call.run(call.struct.pack(*numbers))
     return EntryTable(entries, totals, counts, slots)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is the same of every choice among the groups of a table: looked at and packed once.
+
+    table: where representatives, starts and sizes lie. large: whether several threads are worth it.
+    """
+
+    run: Callable[..., Any]
+    table: tuple[int, ...]
+    struct: Struct
+    large: bool
+
+
+_calls: WeakKeyDictionary[GroupTable, dict[Hashable, Call]] = WeakKeyDictionary()
+
+
+def _prepared(queries: Tensor, table: GroupTable, agree: Agreement, together: int) -> Call:
+    known, key = _calls.get(table), (queries.dtype, queries.shape[1:], agree, together)
+    if known is None:
+        known = _calls[table] = {}
+    if key not in known:
+        (rows, room), x = table.sizes.shape, table.representatives
+        shape = (rows, room, *x.shape[2:-1], queries.shape[2])
+        where = [address("representatives", x, queries.dtype, shape)]
+        where += [address(name, getattr(table, name), torch.int32, (rows, room)) for name in ("starts", "sizes")]
+        run = _kernel(spec_of(queries, table, agree, together))
+        known[key] = Call(run, tuple(where), Struct(f"{NUMBERS + 3 * rows}q"), x.numel() > SMALL)
+    return known[key]
 
 
 def _where(places: Places | None, rows: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -91,3 +92,16 @@ def test_torch_chooses_in_other_dtypes() -> None:
     one = case(SPECS[0], 4)
     table = replace(one.table, representatives=one.table.representatives.double())
     check(CPP.choose, replace(one, queries=one.queries.double(), table=table))
+
+
+def test_what_is_known_of_a_table_goes_with_it() -> None:
+    """It is looked at once, for each kind of queries; nothing is left of it when a layer makes another."""
+    one = case(SPECS[0], 5)
+    table, before = one.table, len(generated._calls)
+    for agree in ("mean", "mean", "max"):
+        generated.choose(one.queries, table, one.wanted, one.lengths, agree)
+    assert len(generated._calls) == before + 1
+    assert len(generated._calls[table]) == 2
+    del one, table
+    gc.collect()
+    assert len(generated._calls) == before
