@@ -236,13 +236,14 @@ def uncompressed(case: Case, b: int) -> Tensor:
 
 
 def kept(cache: Any, b: int, batch: int) -> list[list[list[int]]]:
-    """True positions that sequence b holds, per layer and KV head; nothing for layers without a cache.
+    """True positions that sequence b holds, per layer and KV head; nothing for layers without a cache, or no entry yet.
 
     Where a recall may put entries elsewhere, in ascending order.
     """
     rows = [[] if layer.store is None else [at.tolist() for _, _, at in layer.held.rows()] for layer in cache.layers]
     rows = [[sorted(at) for at in r] if p.recall else r for r, p in zip(rows, cache.plan.layers, strict=True)]
-    return [layer[len(layer) // batch * b : len(layer) // batch * (b + 1)] for layer in rows]
+    own = [layer[len(layer) // batch * b : len(layer) // batch * (b + 1)] for layer in rows]
+    return [layer if any(layer) else [] for layer in own]
 
 
 def tolerance(case: Case, cache: Any) -> float:

@@ -45,7 +45,7 @@ def as_planned(cache: Any, case: Case) -> None:
             assert layer.store.nbytes() == sum(p.nbytes(n, plan.dtype, low) for n, low in rows)
         if layer.index is not None:
             rows = [layer.store.lengths[b * p.kv_heads : (b + 1) * p.kv_heads] for b in range(len(case.lengths))]
-            groups = [plan.reading(p, row, n)[0] for row, n in zip(rows, case.lengths, strict=True)]
+            groups = [plan.reading(p, row, n // plan.steps)[0] for row, n in zip(rows, case.lengths, strict=True)]
             assert layer.index.nbytes() == sum(groups)
 
 
@@ -58,12 +58,14 @@ def positions_are_true(cache: Any, case: Case) -> None:
     for b, tokens in enumerate(case.lengths):
         seen = tokens + case.new
         assert cache.seen[b] == seen
-        for p, layer in zip(cache.plan.layers, kept(cache, b, len(case.lengths)), strict=True):
+        entries = seen // cache.plan.steps  # of a block transformer, those of its block decoder
+        for p, layer in zip(cache.plan.decoder.layers, kept(cache, b, len(case.lengths)), strict=False):
             for at in layer:
                 regrouped = p.recall is not None and p.recall.grouping.reorders
                 assert (sorted(at) if regrouped else at) == sorted(set(at))
-                assert min(at) >= 0
-                assert max(at) < seen
+                assert bool(at) == bool(entries)
+                assert min(at, default=0) >= 0
+                assert max(at, default=-1) < entries
 
 
 def is_whole(cache: Any, case: Case) -> bool:

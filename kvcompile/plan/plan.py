@@ -223,7 +223,7 @@ class Plan:
                 return (self.blocks.held(local),) * p.kv_heads
             return self.decoder.kept(index, complete, (tokens + coming) // self.blocks.length - complete)
         full = p.span(tokens)
-        if p.selection is None:
+        if p.selection is None or not full:
             return (full,) * p.kv_heads
         if p.selection.budget is None:
             return None
