@@ -143,10 +143,11 @@ def notes(plan: Plan) -> list[str]:
     chunks = f"(prefill_chunk={plan.prefill_chunk:,}), so that its own logits are not exact"
     lines = []
     if plan.blocks is not None:
+        counting = sorted({x.policy for p in plan.owners for x in (p.selection, p.recall) if x is not None})
+        also = f", also where {', '.join(counting)} counts tokens (budget, window, sinks)" if counting else ""
         lines.append(
             f"block_transformer: an entry of layers 0 to {plan.blocks.split - 1} is a block of {plan.blocks.length} "
-            "tokens, also where a policy counts tokens (budget, window, sinks); read per step is the mean over the "
-            "steps of a block."
+            f"tokens{also}; read per step is the mean over the steps of a block."
         )
     if plan.prefill_chunk and quantized:
         what = f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones"

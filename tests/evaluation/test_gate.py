@@ -120,6 +120,19 @@ def test_a_conversion_that_hurts_says_how_to_heal_it(made: Report) -> None:
     assert job.warnings(model, replace(made, perplexity=(10.0, 11.5), healed=healed)) == []
 
 
+def test_a_block_transformer_is_called_useless_until_it_is_healed(made: Report) -> None:
+    """Whatever its perplexity, which a few windows do not tell."""
+    policies = compose(["policy=[block_transformer,snapkv]"]).policies()
+    plan = plan_of(tiny_model().config, "float32", compose([]), policies)
+    model = SimpleNamespace(kvcompile=SimpleNamespace(plan=plan), device=torch.device("cpu"))
+    note, warning = job.warnings(model, replace(made, perplexity=(10.0, 10.0)))
+    assert "layers 0 to 1 is a block of 4 tokens, also where snapkv counts tokens" in note
+    assert "useless" in warning
+    assert "recipe=block_transformer_heal" in warning
+    healed = HealRecord("lm", "full", "text", 1, 1, 1.0, 1, (10.0, 12.0, 11.5))
+    assert job.warnings(model, replace(made, perplexity=(10.0, 11.5), healed=healed)) == [note]
+
+
 def test_a_dense_compile_has_the_perplexity_of_the_model(tmp_path: Path) -> None:
     before, after = files.read(Path(compiled(tmp_path / "out").path)).perplexity or (0, 1)
     assert after == pytest.approx(before, rel=1e-4)

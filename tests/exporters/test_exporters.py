@@ -31,7 +31,7 @@ from kvcompile.plan.plan import Plan
 from kvcompile.progress import silent
 from kvcompile.report import units
 from kvcompile.report.files import read
-from kvcompile.stack import apply_stack, build_stack
+from kvcompile.stack import apply_stack, build_stack, plan_stack
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,14 @@ def test_plan_only_asks_the_exporters() -> None:
     with pytest.raises(KvcompileError, match="export=hf: a checkpoint holds weights"):
         compiler.plan_config(compose(["plan=only", "policy=[snapkv]", "export=[hf]"]))
     compiler.plan_config(compose(["plan=only", "policy=[gqa]", "export=[hf]"]))
+
+
+def test_no_exporter_writes_a_block_transformer() -> None:
+    stack = build_stack(["block_transformer", "snapkv"], {})
+    plan = plan_stack(describe(tiny_config("llama")), stack).plan
+    for name in registry.EXPORTERS:
+        with pytest.raises(KvcompileError, match=f"export={name}: a block transformer runs in kvcompile alone"):
+            require_open(build_exporters({name: None}), plan, tiny_config("llama"))
 
 
 def test_a_refusal_comes_before_the_weights(tmp_path: Path) -> None:

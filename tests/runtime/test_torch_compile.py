@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architectures import describe
 from kvcompile.compiler import compile_plan
-from kvcompile.stack import apply_stack, build_stack
+from kvcompile.stack import build_stack, plan_stack
 
-PROMPT, NEW = 40, 4
+PROMPT, NEW = 40, 4  # a step of four completes a block of a block transformer, in each sequence at another
 SELECTING = ("adakv", "h2o, paged, offload", "snapkv, int8", "tova, kivi, paged")
 STACKS: dict[str, Options] = {
     "dense": {},
     **{name: TABLE[name].fields(24, decode_every=2) for name in SELECTING},
     "fp8": STORED["fp8"][0],
+    "block_transformer, snapkv": {"block_transformer": {}, "snapkv": {"window": 4, "budget": 0.5}},
 }
 
 
 def compiled(stack: Options) -> Any:
     """Few layers, as torch takes seconds for each; with torch's own linear layers, which it has in a trace too."""
-    model = tiny_model(num_hidden_layers=2 if "offload" in stack else 1)
-    compile_plan(model, apply_stack(describe(model.config, "float32"), build_stack(list(stack), stack)), "auto")
+    model = tiny_model(num_hidden_layers=2 if {"offload", "block_transformer"} & stack.keys() else 1)
+    compile_plan(model, plan_stack(describe(model.config, "float32"), build_stack(list(stack), stack)).plan, "auto")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             vars(module).pop("forward", None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.dispatch import SDPA
+from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.blocks.division import Division, Windows
 from kvcompile.runtime.blocks.layer import LocalLayer
@@ -79,6 +80,7 @@ class BlockCache(KVCache):
         """The layers of the token decoder with a cache of their own."""
         return [layer for layer in self.layers[self.blocks.split :] if layer.plan.owner == layer.plan.index]
 
+    @opaque
     def stays_inside(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether no sequence completes a block with these new `tokens [B, Q]`: the block decoder need not run."""
         batch, count = tokens.shape[:2]
