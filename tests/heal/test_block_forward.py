@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import ARCHITECTURES, tiny_ids, tiny_model
 from kvcompile.adapters.architectures import describe
 from kvcompile.build import build
 from kvcompile.heal.blocks.forward import BlockForward
+from kvcompile.heal.blocks.student import block_student
 from kvcompile.models.sharing import shared
 from kvcompile.plan.blocks import Blocks
 from kvcompile.structure.blocks import add_blocks
@@ -103,3 +105,22 @@ def test_states_are_those_of_the_tokens_that_are_predicted_from() -> None:
     assert [s.shape for s in states] == [(1, 10, 64)] * 2
     for a, b in zip(fewer, states, strict=True):
         torch.testing.assert_close(a, b[:, :9])
+
+
+@torch.no_grad()
+def test_a_student_that_agrees_with_the_original_has_nothing_to_learn() -> None:
+    """Logits, and hidden states of the upper layers but the first, each beside the original's layer of that number."""
+    model = tiny_model()
+    add_blocks(model, BLOCKS)
+    pupil = block_student(shared(model), replace(describe(model.config), blocks=BLOCKS), 1.0, 1.0)
+    ids = tiny_ids(2, 11)
+    logits, (_, last) = pupil.blockwise(ids)
+    lower = [torch.randn_like(last) for _ in range(3)]
+    assert pupil(ids, targets={"logits": logits, "states": (*lower, last)})["loss"] < 1e-9
+    for targets in (
+        {"logits": logits.flip(1), "states": (*lower, last)},
+        {"logits": logits, "states": (*lower, -last)},
+    ):
+        assert pupil(ids, targets=targets)["loss"] > 0.1
+    padding = torch.tensor([2, 0], dtype=torch.int64, device="cpu")
+    assert pupil(ids, targets={"logits": logits, "states": (*lower, last)}, padding=padding)["loss"] > 1e-3

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from healing import STEP, written
 from tiny import tiny_model, tiny_tokenizer
 
@@ -14,13 +15,14 @@ import kvcompile
 from kvcompile.report import files
 
 
-def test_torchrun_trains_on_two_processes_and_writes_one_artifact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", [["policy=[mqa]"], ["policy=[block_transformer]", "heal.layers=0"]], ids=" ".join)
+def test_torchrun_trains_on_two_processes_and_writes_one_artifact(stack: list[str], tmp_path: Path) -> None:
     data = written(tmp_path)
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kvcompile"]
     overrides = [
-        "policy=[mqa]",
+        *stack,
         f"model.pretrained={tmp_path / 'model'}",
         "model.device=cpu",
         f"output={tmp_path / 'out'}",
