@@ -11,6 +11,7 @@ from kvcompile.stores.base import Store
 from kvcompile.stores.dense import DenseStore
 from kvcompile.stores.encoded.quantized import QuantizedStore
 from kvcompile.stores.encoded.tiered import TieredStore
+from kvcompile.stores.local import LocalStore
 from kvcompile.stores.paged import PagedStore
 from kvcompile.stores.ragged import RaggedStore
 
@@ -46,6 +47,13 @@ def tiered(store: Store) -> TieredStore:
     """A store that holds two tiers. Raises RuntimeError for one that holds one precision."""
     if not isinstance(store, TieredStore):
         raise RuntimeError("this store holds one precision")
+    return store
+
+
+def local(store: Store) -> LocalStore:
+    """A store that holds the current block. Raises RuntimeError for one that holds more."""
+    if not isinstance(store, LocalStore):
+        raise RuntimeError("this store holds more than the current block")
     return store
 
 

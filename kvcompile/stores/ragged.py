@@ -111,11 +111,27 @@ class RaggedStore(Plain):
             self.lengths = [n + 1 for n in self.lengths]
             self._ends += 1
             return self
+        if count == 1 and valid is not None:
+            return self._append_one(keys, values, positions, valid.flatten(), added)
         for b in range(self.batch):
             real = slice(None) if valid is None else valid[b]
             for h in range(self.heads):
                 self._write(b * self.heads + h, keys[b, h, real], values[b, h, real], positions[b, real])
         self._mark_ends()
+        return self
+
+    def _append_one(
+        self, keys: Tensor, values: Tensor, positions: Tensor, real: Tensor, added: list[int]
+    ) -> RaggedStore:
+        """Add a token of the sequences `real [B]` alone, all their heads at once."""
+        rows = real.repeat_interleave(self.heads)
+        at = self._ends[rows]
+        self.keys.index_copy_(0, at, keys[real].flatten(0, 2))
+        if self._values is not None:
+            self._values.index_copy_(0, at, values[real].flatten(0, 2))
+        self.positions.index_copy_(0, at, positions[real].to(POSITION_TYPE).repeat_interleave(self.heads, 0).flatten())
+        self.lengths = [n + added[i // self.heads] for i, n in enumerate(self.lengths)]
+        self._ends += rows
         return self
 
     def _grow(self, room: int) -> None:

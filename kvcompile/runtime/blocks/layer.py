@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.stores import factory
 from kvcompile.stores.base import Chosen
 from kvcompile.stores.local import LocalStore
 
@@ -33,9 +34,7 @@ class LocalLayer(LayerCache):
         self, queries: Tensor, step: Step, layer: int, chosen: Chosen | None = None, sinks: Tensor | None = None
     ) -> Tensor:
         """Attention of the new queries `[B, H_q, W, D]` to the entries of their block before them, and their own."""
-        store, cache = self.held, step.cache
-        if not isinstance(store, LocalStore):
-            raise RuntimeError(f"layer {self.plan.index} holds the current block alone")
+        store, cache = factory.local(self.held), step.cache
         if cache.reads is not None:
             cache.count_read(layer, store.nbytes())
         return store.attend(queries, step.positions, cache.plan.layers[layer].scale)
