@@ -105,12 +105,7 @@ class CompiledMixin:
         self.kvcompile.skeleton.check()
         use_cache = config.use_cache if use_cache is None else use_cache
         states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if states and self.kvcompile.plan.blocks is not None:
-            raise KvcompileError(
-                "layers of a block transformer have no state for each token: they read blocks, or one block's tokens",
-                "output_hidden_states=True",
-                "leave it out",
-            )
+        _require_in_blocks(self.kvcompile.plan, inputs_embeds is not None, states)
         tokens = _tokens(input_ids, inputs_embeds)
         cache = self._own(past_key_values)
         _require_tokens(attention_mask)
@@ -299,6 +294,20 @@ def _tokens(ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
             "with the cache of a first turn, give generate the whole conversation",
         )
     return tokens
+
+
+def _require_in_blocks(plan: Plan, embeddings: bool, states: bool) -> None:
+    """Raise KvcompileError for what a block transformer, if it is one, cannot take or give."""
+    if plan.blocks is not None and states:
+        raise KvcompileError(
+            "layers of a block transformer have no state for each token: they read blocks, or one block's tokens",
+            "output_hidden_states=True",
+            "leave it out",
+        )
+    if plan.blocks is not None and embeddings and plan.blocks.embedder == "lookup":
+        raise KvcompileError(
+            "embedder=lookup finds the vectors of a block by its token ids", "inputs_embeds", "pass input_ids"
+        )
 
 
 @opaque

@@ -169,6 +169,9 @@ def test_what_cannot_be_done_is_refused() -> None:
         cache.crop(-1)
     with pytest.raises(KvcompileError, match="no state for each token"):
         model(ids, output_hidden_states=True)
+    by_ids = compiled({"block_transformer": OPTIONS["lookup"]})
+    with pytest.raises(KvcompileError, match="by its token ids"):
+        by_ids(inputs_embeds=by_ids.get_input_embeddings()(ids))
     with pytest.raises(KvcompileError, match="one batch"):
         model(tiny_ids(2, 3), past_key_values=cache)
 
