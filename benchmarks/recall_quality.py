@@ -6,10 +6,11 @@ Two haystacks: the documentation that ships with Python, and the text of WikiTex
 environment's KVCOMPILE_WIKITEXT) says where it lies; without it that half of the table is left out. Settings are chosen
 on the first half of each text and seed 0 (`--half a`) and stated on the second half and seed 1 (`--half b`).
 
-hidden: the text alone is read, as one prompt; the cache is compressed or indexed; then the question comes token by
-token, each as a decode step, and the answer is generated greedily. A question in one piece would be a second prompt: an
-eviction would choose again with the question in view, and a recall reads everything in a prompt. ClusterKV's own
-evaluation feeds questions as decode steps, too.
+turn: the text alone is read, as one prompt; the cache is compressed or indexed; then the question comes in one piece,
+as the next turn of a chat, and the answer is generated greedily. A recall that acts on decode steps alone reads
+everything in a prompt, once for all tokens of the question; an eviction chooses again, among what it has kept.
+hidden: the same, but the question comes token by token, each as a decode step: the question, too, is read over the
+part. ClusterKV's own evaluation feeds questions so.
 seen: text and question are one prompt but for its last token, which is the first step.
 
 Every token of an answer is so predicted by a step over the stack's own cache, run by the stack's own graph. Perplexity:
@@ -55,6 +56,7 @@ from kvcompile.plan.plan import Plan
 from kvcompile.runtime.cache import KVCache
 
 DENSE = "dense"
+SETTINGS = ("turn", "hidden", "seen")
 WIKITEXT = "KVCOMPILE_WIKITEXT"
 Record = dict[str, Any]
 
@@ -95,7 +97,9 @@ class Book:
     def of(self, row: Row) -> Record:
         """The record of a row. Raises KvcompileError where it was measured with other settings."""
         stack = " ".join(row.overrides)
-        record = self.rows.setdefault(row.label, {"stack": stack, "hidden": "", "seen": "", "losses": [], "bytes": []})
+        record = self.rows.setdefault(row.label, {"stack": stack, "losses": [], "bytes": []})
+        for setting in SETTINGS:
+            record.setdefault(setting, "")
         if record["stack"] != stack:
             raise KvcompileError(f"{row.label}: one file, one setting", record["stack"], "another --out")
         return record
@@ -123,18 +127,19 @@ def haystacks(wikitext: str | None, half: str) -> dict[str, list[str]]:
 
 
 @torch.inference_mode()
-def said(row: Row, cache: KVCache, ids: Sequence[int], count: int) -> list[int]:
-    """Feed `ids` token by token, then generate `count` tokens greedily."""
-    logits = [step(row, cache, token) for token in ids][-1]
+def said(row: Row, cache: KVCache, pieces: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Feed the tokens piece by piece, then generate `count` tokens greedily."""
+    logits = [step(row, cache, *piece) for piece in pieces][-1]
     answer = [int(logits.argmax())]
     while len(answer) < count:
         answer.append(int(step(row, cache, answer[-1]).argmax()))
     return answer
 
 
-def step(row: Row, cache: KVCache, token: int) -> torch.Tensor:
-    """Logits `[vocabulary]` after one more token."""
-    logits: torch.Tensor = row.model(torch.tensor([[token]]), past_key_values=cache).logits
+def step(row: Row, cache: KVCache, *tokens: int) -> torch.Tensor:
+    """Logits `[vocabulary]` after more tokens, of one forward pass."""
+    ids = torch.tensor([tokens], dtype=torch.int64, device="cpu")
+    logits: torch.Tensor = row.model(ids, past_key_values=cache, logits_to_keep=1).logits
     return logits[0, -1]
 
 
@@ -168,8 +173,9 @@ class Bench:
             runs = readers([row for rows in left.values() for row in rows])
             for run in runs:
                 run.prefill(prompt.ids[: prompt.context])
-            for row in left.get("hidden", []):
-                self.ask(row, "hidden", prompt)
+            for setting in ("turn", "hidden"):
+                for row in left.get(setting, []):
+                    self.ask(row, setting, prompt)
             if left.get("seen"):
                 for run in runs:
                     run.extend(prompt.ids[prompt.context : -1])
@@ -181,12 +187,13 @@ class Bench:
     @torch.inference_mode()
     def ask(self, row: Row, setting: str, prompt: NeedlePrompt) -> None:
         """One answer, and whether its number is the right one."""
-        record, read = self.book.of(row), prompt.context if setting == "hidden" else len(prompt.ids) - 1
+        record, read = self.book.of(row), len(prompt.ids) - 1 if setting == "seen" else prompt.context
         cache, question = row.cache(prompt.ids[:read]), prompt.ids[read:]
         if setting == "hidden":
             record["bytes"].append(measured(row, cache, question[0]))
             question = question[1:]
-        text = self.tokenizer.decode(said(row, cache, question, self.task.max_new_tokens))
+        pieces = [question] if setting == "turn" else [[token] for token in question]
+        text = self.tokenizer.decode(said(row, cache, pieces, self.task.max_new_tokens))
         record[setting] += str(int(prompt.answer in re.findall(r"\d+", text)))
 
     def perplexity(self, text: list[str], windows: int, tokens: int) -> None:
@@ -220,8 +227,8 @@ def answers(marks: str) -> str:
 def cells(records: dict[str, Record], dense: dict[str, Record]) -> Record:
     """One line of the table, out of the records of a row and of the uncompressed model by text."""
     line: Record = {}
-    for setting in ("hidden", "seen"):
-        marks = {name: record[setting] for name, record in records.items() if record[setting]}
+    for setting in SETTINGS:
+        marks = {name: record[setting] for name, record in records.items() if record.get(setting)}
         line |= {f"{setting}, {name} %": f"{100 * m.count('1') / len(m):.0f}" for name, m in marks.items()}
         if marks:
             line[f"{setting} % (95 %)"] = answers("".join(marks.values()))
@@ -288,7 +295,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--form", default="magic")
     parser.add_argument("--texts", nargs="+", choices=["python", "wikitext"], help="those that this run measures")
-    parser.add_argument("--settings", nargs="+", default=["hidden", "seen"])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--windows", type=int, default=8, help="of perplexity, in each text")
     parser.add_argument("--scored", type=int, default=24, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
