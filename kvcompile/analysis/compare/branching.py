@@ -42,7 +42,7 @@ class Recorder(Score):
 
     def score(self, seen: Any) -> Tensor:
         """Zeros."""
-        return torch.zeros(seen.keys.shape[:2], device=seen.keys.device)
+        return torch.zeros(seen.keys.shape[:2], dtype=torch.float32, device=seen.keys.device)
 
 
 class Branching:
