@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib.metadata import entry_points
 
 import torch
 
@@ -15,6 +14,7 @@ from kvcompile.kernels.cpp.backend import CPP
 from kvcompile.kernels.names import GROUP, names
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton.backend import TRITON
+from kvcompile.plan.extensions import with_extensions
 
 SDPA = Backend("sdpa", sdpa.attend, supports=sdpa.supports, differentiable=True, library_prompts=True)
 REFERENCE = Backend("reference", reference.attend, differentiable=True)
@@ -27,19 +27,10 @@ def backends() -> dict[str, Backend]:
 
     Raises KvcompileError if an entry point cannot be loaded, is no Backend of its name, or takes a name that is taken.
     """
-    by_name = {backend.name: backend for backend in BUILT_IN}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            backend = entry.load()
-        except Exception as error:
-            raise KvcompileError(
-                f"the backend {entry.value!r} of another package does not load", error, "mend or remove it"
-            ) from error
-        if not isinstance(backend, Backend) or backend.name != entry.name:
-            raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Backend of that name", entry.value)
-        if by_name.setdefault(entry.name, backend) is not backend:
-            raise KvcompileError(f"backend {entry.name!r} is there twice", f"{entry.value} and {by_name[entry.name]}")
-    return by_name
+    ours = {backend.name: backend for backend in BUILT_IN}
+    return with_extensions(
+        GROUP, "backend", ours, "a Backend", lambda x, name: isinstance(x, Backend) and x.name == name
+    )
 
 
 def named(name: str) -> Backend:

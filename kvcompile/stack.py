@@ -7,11 +7,11 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError
 from kvcompile.options import filled, suggest
+from kvcompile.plan.extensions import with_extensions
 from kvcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -33,18 +33,8 @@ def discover() -> dict[str, type[Policy]]:
         for cls in vars(importlib.import_module(f"{package.__name__}.{module}")).values():
             if _is_policy(cls) and cls.__module__ == f"{package.__name__}.{module}":
                 policies[cls.name] = cls
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            cls = entry.load()
-        except Exception as error:
-            raise KvcompileError(
-                f"the policy {entry.value!r} of another package does not load", error, "mend or remove it"
-            ) from error
-        if not _is_policy(cls) or cls.name != entry.name:
-            raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be a Policy of that name", entry.value)
-        if policies.setdefault(entry.name, cls) is not cls:
-            raise KvcompileError(f"policy {entry.name!r} is there twice", f"{entry.value} and {policies[entry.name]}")
-    return dict(sorted(policies.items()))
+    named = with_extensions(GROUP, "policy", policies, "a Policy", lambda x, name: _is_policy(x) and x.name == name)
+    return dict(sorted(named.items()))
 
 
 def _is_policy(cls: Any) -> bool:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-import kvcompile.stack as stack
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
 from kvcompile.options import options_of
+from kvcompile.plan import extensions
 from kvcompile.plan.plan import ORDER, Family, LayerPlan, Plan
 from kvcompile.plan.policy import Policy
 from kvcompile.stack import apply_stack, build_stack, discover, policy_class
@@ -68,7 +68,7 @@ class Entry:
 @pytest.fixture
 def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def install(*entries: Entry) -> None:
-        monkeypatch.setattr(stack, "entry_points", lambda group: entries if group == "kvcompile.policies" else ())
+        monkeypatch.setattr(extensions, "entry_points", lambda group: entries if group == "kvcompile.policies" else ())
         discover.cache_clear()
 
     install(Entry("probe", Probe), Entry("early", Early))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from kvcompile.analysis.base import Analysis
 from kvcompile.errors import KvcompileError
 from kvcompile.options import filled, suggest
+from kvcompile.plan.extensions import with_extensions
 
 GROUP = "kvcompile.analyses"
 ANALYSES = {
@@ -32,18 +32,11 @@ def discover() -> dict[str, type[Analysis]]:
     for name, place in ANALYSES.items():
         module, _, cls = place.partition(":")
         classes[name] = getattr(import_module(module), cls)
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            cls = entry.load()
-        except Exception as error:
-            raise KvcompileError(
-                f"the analysis {entry.value!r} of another package does not load", error, "mend or remove it"
-            ) from error
-        if not (isinstance(cls, type) and issubclass(cls, Analysis)) or cls.name != entry.name:
-            raise KvcompileError(f"entry point {entry.name!r} of {GROUP} must be an Analysis of that name", entry.value)
-        if classes.setdefault(entry.name, cls) is not cls:
-            raise KvcompileError(f"analysis {entry.name!r} is there twice", f"{entry.value} and {classes[entry.name]}")
-    return classes
+    return with_extensions(GROUP, "analysis", classes, "an Analysis", _is_analysis)
+
+
+def _is_analysis(loaded: Any, name: str) -> bool:
+    return isinstance(loaded, type) and issubclass(loaded, Analysis) and loaded.name == name
 
 
 def analysis_class(name: str) -> type[Analysis]:

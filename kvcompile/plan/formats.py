@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.extensions import with_extensions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,24 +182,12 @@ def installed() -> dict[str, NumberFormat]:
 
     Raises KvcompileError for one that does not load, is no format, or takes a name that is taken.
     """
-    formats: dict[str, NumberFormat] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        try:
-            loaded = entry.load()
-        except Exception as error:
-            raise KvcompileError(
-                f"the number format {entry.value!r} of another package does not load", error, "mend or remove it"
-            ) from error
-        if not isinstance(loaded, NumberFormat) or loaded.name != entry.name:
-            raise KvcompileError(
-                f"entry point {entry.name!r} of {GROUP} must be a NumberFormat of that name", entry.value
-            )
-        if loaded.name in BUILT_IN or loaded.name in formats:
-            raise KvcompileError(
-                f"the number format {loaded.name!r} is there twice", entry.value, "give it another name"
-            )
-        formats[loaded.name] = loaded
-    return formats
+    every = with_extensions(GROUP, "number format", BUILT_IN, "a NumberFormat", _is_format)
+    return {name: known for name, known in every.items() if name not in BUILT_IN}
+
+
+def _is_format(loaded: object, name: str) -> bool:
+    return isinstance(loaded, NumberFormat) and loaded.name == name
 
 
 def _never_zero(scale: Tensor) -> Tensor:

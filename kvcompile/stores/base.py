@@ -217,6 +217,27 @@ class Plain(ABC):
             rows[row][0][start : start + len(new)] = new
 
 
+class Stacked(Plain):
+    """Of these the ones whose rows are one tensor, `keys [B, H_kv, S, D]`."""
+
+    keys: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.keys.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """KV heads held."""
+        return self.keys.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.keys.device
+
+
 def overlap(keys: Tensor, values: Tensor) -> bool:
     """Whether values are channels of the keys."""
     return keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr()

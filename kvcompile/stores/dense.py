@@ -12,11 +12,11 @@ from kvcompile.kernels.compact import Arrays, Compactor, compact
 from kvcompile.kernels.layout import DenseView, PagedView
 from kvcompile.kernels.spec import Part, plain
 from kvcompile.stores import hugepages
-from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Plain, Row, scattered, tabled
+from kvcompile.stores.base import POSITION_TYPE, Chosen, Orders, Row, Stacked, scattered, tabled
 from kvcompile.stores.ragged import RaggedStore
 
 
-class DenseStore(Plain):
+class DenseStore(Stacked):
     """Keys `[B, H_kv, capacity, D]`, values, true positions `[B, H_kv or 1, capacity]`, one length for all rows.
 
     Appending writes into room kept at the end; a full store grows by `headroom` tokens, so that a token costs a
@@ -47,21 +47,6 @@ class DenseStore(Plain):
     def values(self) -> Tensor:
         """Values `[B, H_kv, capacity, D_v]`."""
         return self.keys[..., self.latent :] if self._values is None else self._values
-
-    @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return self.keys.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """KV heads held."""
-        return self.keys.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.keys.device
 
     @property
     def lengths(self) -> list[int]:

@@ -10,11 +10,11 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels.compact import Compactor, compact
 from kvcompile.kernels.layout import View
 from kvcompile.kernels.spec import Part, plain
-from kvcompile.stores.base import Chosen, Move, Plain, Row
+from kvcompile.stores.base import Chosen, Move, Row, Stacked
 from kvcompile.stores.ragged import RaggedStore, padded
 
 
-class LocalStore(Plain):
+class LocalStore(Stacked):
     """Keys and values `[B, H_kv, S, D]`, the entry of a place always there. A query at place s sees places 0..s.
 
     What an earlier block has left behind is never seen: the places up to that of a query have been written again.
@@ -62,21 +62,6 @@ class LocalStore(Plain):
         mask = seen[:, None, None].expand(-1, -1, rows.shape[2], -1, -1).flatten(2, 3)
         out = F.scaled_dot_product_attention(rows.flatten(2, 3), self.keys, self.values, attn_mask=mask, scale=scale)
         return torch.unflatten(out, 2, (-1, count)).flatten(1, 2)
-
-    @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return self.keys.shape[0]
-
-    @property
-    def heads(self) -> int:
-        """KV heads held."""
-        return self.keys.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.keys.device
 
     @property
     def lengths(self) -> list[int]:

@@ -20,6 +20,7 @@ from kvcompile.adapters.llama import Separate
 from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.models import outside
+from kvcompile.plan import extensions
 from kvcompile.stack import apply_stack, build_stack
 
 FULL = [None] * 4
@@ -86,7 +87,7 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         architectures.known.cache_clear()
 
     def install(*entries: Entry) -> None:
-        monkeypatch.setattr(outside, "entry_points", lambda group: entries if group == outside.GROUP else ())
+        monkeypatch.setattr(extensions, "entry_points", lambda group: entries if group == outside.GROUP else ())
         forget()
 
     yield install

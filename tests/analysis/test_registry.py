@@ -13,6 +13,7 @@ import pytest
 from kvcompile.analysis import registry
 from kvcompile.analysis.base import Analysis
 from kvcompile.errors import KvcompileError
+from kvcompile.plan import extensions
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def discovered(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> dict[s
         return value
 
     entry = SimpleNamespace(name=name, value="package:Foreign", load=load)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group == "kvcompile.analyses" else [])
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [entry] if group == "kvcompile.analyses" else [])
     return registry.discover.__wrapped__()  # without the cache
 
 

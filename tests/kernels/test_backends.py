@@ -21,6 +21,7 @@ from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.dispatch import BUILT_IN, CPP, REFERENCE, SDPA, choose, describe, named, serving, why
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView
 from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.plan import extensions
 from kvcompile.plan.storage import Codec
 
 # fp32: sums of some 50 products in another order. 16 bits: one rounding of each weight and of the result (2^-11
@@ -321,7 +322,7 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             return loaded
 
         entry = SimpleNamespace(name=name, value=f"elsewhere:{name}", load=load)
-        for module in (dispatch, names):
+        for module in (extensions, names):
             monkeypatch.setattr(module, "entry_points", lambda group: [entry] if group == names.GROUP else [])
         dispatch.backends.cache_clear()
 

@@ -15,7 +15,7 @@ from kvcompile.kernels.dispatch import CPP, SDPA, TRITON, describe, serving
 from kvcompile.kernels.spec import KernelSpec, Part
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.forms import Form
-from kvcompile.plan import formats
+from kvcompile.plan import extensions, formats
 from kvcompile.plan.formats import Integer
 from kvcompile.plan.storage import Codec
 
@@ -32,7 +32,7 @@ class Odd(Integer):
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     entry = SimpleNamespace(name="odd4", value="elsewhere:odd4", load=lambda: Odd("odd4", 4))
-    monkeypatch.setattr(formats, "entry_points", lambda group: [entry] if group == formats.GROUP else [])
+    monkeypatch.setattr(extensions, "entry_points", lambda group: [entry] if group == formats.GROUP else [])
     formats.installed.cache_clear()
     yield
     formats.installed.cache_clear()

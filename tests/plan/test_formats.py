@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvcompile.errors import KvcompileError
-from kvcompile.plan import formats
+from kvcompile.plan import extensions, formats
 from kvcompile.plan.formats import Integer, NumberFormat, number_format
 from kvcompile.plan.storage import Codec
 
@@ -28,7 +28,7 @@ PRINTED = (
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def these(**targets: Any) -> None:
         entries = [SimpleNamespace(name=n, value=f"elsewhere:{n}", load=load) for n, load in targets.items()]
-        monkeypatch.setattr(formats, "entry_points", lambda group: entries if group == "kvcompile.formats" else [])
+        monkeypatch.setattr(extensions, "entry_points", lambda group: entries if group == "kvcompile.formats" else [])
         formats.installed.cache_clear()
 
     yield these
