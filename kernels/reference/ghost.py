@@ -1,0 +1,176 @@
+"""What entries mean to the queries of their own text, read once more from further on: scores without a second forward.
+
+Plain torch: the oracle of generated kernels, and what backends without one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcompile.kernels.reference.attention import softmax
+
+QUERY_BLOCK = 256  # tokens whose logits are held at a time
+LEAST = 1e-6  # of 1 - p, which is divided by
+
+
+@dataclass(frozen=True)
+class GhostRule:
+    """What is alike for all calls of a layer.
+
+    chunk: tokens that see one another, from true positions on that are multiples of it; 0: all tokens of a call.
+    band: how far from a token the entries lie that it scores; 0: it scores all of its chunk.
+    scale, softcap: of the layer's attention.
+    own_from: true position from which on entries weigh a second time, the sinks before it being there once.
+    """
+
+    chunk: int
+    band: int
+    scale: float
+    softcap: float | None = None
+    own_from: int = 0
+
+    def chunks(self, start: int, tokens: int) -> Iterator[tuple[int, int]]:
+        """Where each chunk begins and ends among `tokens` tokens, the first at true position `start`."""
+        begin = 0
+        while begin < tokens:
+            end = begin + self.chunk - (start + begin) % self.chunk if self.chunk else tokens
+            yield begin, min(end, tokens)
+            begin = end
+
+
+@dataclass(frozen=True)
+class GhostSpec:
+    """One specialised scorer: everything here may be compiled in.
+
+    group: query heads of a KV head. dtype: of queries, keys and values. sink: each query head brings a learned logit.
+    """
+
+    rule: GhostRule
+    group: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    sink: bool = False
+
+    @property
+    def name(self) -> str:
+        """Readable and unique up to the scale: `ghost-c256-b8-s4-float32-g3-d64`."""
+        rule = self.rule
+        dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
+        extras = (f"-cap{rule.softcap:g}" if rule.softcap else "") + ("-sink" if self.sink else "")
+        return f"ghost-c{rule.chunk}-b{rule.band}-s{rule.own_from}-{self.dtype}-g{self.group}-{dims}{extras}"
+
+
+class Scorer(Protocol):
+    """A way to score: the contract of `ghost_scores`."""
+
+    def __call__(
+        self,
+        queries: Tensor,
+        ghosts: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sinks: tuple[Tensor, Tensor],
+        rule: GhostRule,
+        start: int = 0,
+        learned: Tensor | None = None,
+    ) -> Tensor:
+        """Scores `[H_kv, W]`, float32."""
+        ...
+
+
+def spec_of(queries: Tensor, values: Tensor, rule: GhostRule, learned: Tensor | None = None) -> GhostSpec:
+    """The scorer that these need."""
+    dtype = str(queries.dtype).removeprefix("torch.")
+    return GhostSpec(rule, queries.shape[1], queries.shape[3], values.shape[2], dtype, learned is not None)
+
+
+def ghost_scores(
+    queries: Tensor,
+    ghosts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: tuple[Tensor, Tensor],
+    rule: GhostRule,
+    start: int = 0,
+    learned: Tensor | None = None,
+) -> Tensor:
+    """How much the outputs of a text's own queries, turned on, would change without each of its entries, `[H_kv, W]`.
+
+    A query q'_t (a ghost) sees the sinks and all of its chunk, later entries too; the entries that q_t itself saw there
+    weigh beside them, as if the text stood there a second time:
+
+    g_tj = softcap(q'_t k_j * scale) over sinks and chunk,   l_tj = softcap(q_t k_j * scale) over own_from <= j <= t
+    p_tj = exp(g_tj) / Z_t,   r_tj = exp(l_tj) / Z_t,   Z_t = sum_j exp(g_tj) + sum_j exp(l_tj) (+ exp(learned))
+    o_t  = sum_j p_tj v_j + sum_j r_tj v_j
+    s_j  = sum over |t - j| <= band, and the query heads of the group, of (p_tj / max(1 - p_tj, 1e-6))^2 |v_j - o_t|^2
+
+    s_j is the squared change of the output where j alone is left out of it. In float32; float64 where tensors are.
+    Sources: the change of the output, DropKV; what is looked at from further on, KVzip, arXiv 2505.23416.
+
+    Args:
+        queries: of W tokens one after the other, as they met the keys, `[H_kv, g, W, D]`.
+        ghosts: the same queries, turned on.
+        keys: of these tokens, `[H_kv, W, D]`.
+        values: theirs, `[H_kv, W, D_v]`.
+        sinks: keys `[H_kv, s, D]` and values `[H_kv, s, D_v]` of the tokens at true positions 0 to s - 1.
+        rule: of the layer.
+        start: true position of the first of the W tokens.
+        learned: logits `[H_kv, g]` that weigh in every softmax and go to no entry; None: there are none.
+    """
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    keys, values = keys.to(dtype), values.to(dtype)
+    sink_keys, sink_values = (x.to(dtype) for x in sinks)
+    scores = torch.zeros(keys.shape[:2], dtype=dtype, device=keys.device)
+    for begin, end in rule.chunks(start, keys.shape[1]):
+        outside = min(sink_keys.shape[1], start + begin)  # sinks that are not of this chunk
+        k = torch.cat((sink_keys[:, :outside], keys[:, begin:end]), 1)
+        v = torch.cat((sink_values[:, :outside], values[:, begin:end]), 1)
+        own = min(outside + max(0, rule.own_from - start - begin), k.shape[1])
+        for first in range(begin, end, QUERY_BLOCK):
+            some = slice(first, min(first + QUERY_BLOCK, end))
+            q, ghost = (x[:, :, some].to(dtype) for x in (queries, ghosts))
+            scores[:, begin:end] += _changes(q, ghost, k, v, (own, outside, first - begin), rule, learned)
+    return scores.float()
+
+
+def _changes(
+    q: Tensor,
+    ghost: Tensor,
+    k: Tensor,
+    v: Tensor,
+    at: tuple[int, int, int],
+    rule: GhostRule,
+    learned: Tensor | None,
+) -> Tensor:
+    """What some tokens, those from the `first` of a chunk on, give its entries `[H_kv, n]`.
+
+    k, v: sinks and chunk; at: the first column that is seen twice, the first of the chunk, and `first`.
+    """
+    own, outside, first = at
+    columns, tokens = (torch.arange(n, device=k.device, dtype=torch.int64) for n in (k.shape[1] - outside, q.shape[2]))
+    distance = columns - (tokens + first).unsqueeze(1)
+    again = _logits(q, k[:, own:], rule).masked_fill((distance > 0)[:, own - outside :], float("-inf"))
+    logits = torch.cat((_logits(ghost, k, rule), again), -1)
+    weights = softmax(logits, None if learned is None else learned[..., None, None])
+    p, r = weights[..., : k.shape[1]], weights[..., k.shape[1] :]
+    outputs = p @ v.unsqueeze(1) + r @ v[:, own:].unsqueeze(1)
+    p = p[..., outside:]
+    # not |v|^2 - 2 v o + |o|^2: where p is near 1, o is near v, and little would be left of the difference
+    exact = "donot_use_mm_for_euclid_dist"
+    moved = torch.cdist(outputs.flatten(1, 2), v[:, outside:], compute_mode=exact).view(p.shape)
+    change = (p / (1 - p).clamp(min=LEAST) * moved).square()
+    if rule.band:
+        change = change.masked_fill(distance.abs() > rule.band, 0.0)
+    return change.sum((1, 2))
+
+
+def _logits(q: Tensor, k: Tensor, rule: GhostRule) -> Tensor:
+    """`[H_kv, g, w, n]`."""
+    logits: Tensor = (q * rule.scale) @ k.unsqueeze(1).mT
+    return rule.softcap * torch.tanh(logits / rule.softcap) if rule.softcap else logits
