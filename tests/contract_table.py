@@ -129,6 +129,7 @@ TABLE: dict[str, Row] = {
     "adakv": Row({"adakv": {}}, split="layer"),
     "adakv over snapkv": Row({"snapkv": SNAPKV, "adakv": {"safeguard": 0.0}}, split="layer", recent=8),
     "corm": Row({"corm": {"window": 8, "recent": 4}}, split="threshold", recent=4, everything={"window": 200}),
+    "dropkv": Row({"dropkv": {"window": 8}}, recent=8, finds=None),  # the planted values are all alike
     "expected_attention": Row({"expected_attention": {}}),
     "h2o": Row({"h2o": {}}, recent=0.5),
     "keydiff": Row({"keydiff": {}}, finds="different"),

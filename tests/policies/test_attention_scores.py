@@ -11,6 +11,7 @@ from observation import naive_attention, observation, same
 
 from kvcompile.plan.selection import LayerScores
 from kvcompile.policies.corm import CORM, LastImportant, Threshold
+from kvcompile.policies.dropkv import DropKV, WindowChange, output_change
 from kvcompile.policies.h2o import H2O, AccumulatedAttention
 from kvcompile.policies.snapkv import SnapKV, WindowAttention
 from kvcompile.policies.tova import TOVA, LastAttention
@@ -88,6 +89,30 @@ def test_corm_remembers_the_last_query_that_found_a_key_important(seen: Any) -> 
     same(LastImportant().observe(seen), expected, seen)
 
 
+def test_dropkv_measures_what_the_outputs_lose_with_an_entry(seen: Any) -> None:
+    """Each output without entry j, its softmax spread over the others, against the output with it."""
+    attention, values = naive_attention(seen), seen.values.double()
+    outputs = attention @ values.unsqueeze(1)
+    expected = torch.zeros(seen.positions.shape, dtype=torch.float64)
+    for j in range(attention.shape[-1]):
+        others = attention.clone()
+        others[..., j] = 0
+        others /= 1 - attention[..., j : j + 1]
+        expected[:, j] = (others @ values.unsqueeze(1) - outputs).square().sum((1, 2, 3))
+    same(WindowChange(seen.queries.shape[2]).score(seen), expected, seen)
+
+
+def test_dropkv_stays_exact_where_one_entry_gets_nearly_all() -> None:
+    """There o is near v_j, and the large factor in front must not multiply rounding."""
+    rest = 2.0**-16
+    attention = torch.tensor([1 - rest, rest]).view(1, 1, 1, 2)
+    values = torch.tensor([[[3.0, -2.0], [4.0, -3.0]]])  # v_j - o is (1, -1) or that times `rest`
+    expected = torch.tensor([[2 * (1 - rest) ** 2, 2 * rest**2]])
+    torch.testing.assert_close(output_change(attention, values), expected, atol=0, rtol=1e-5)
+    alone = output_change(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2))
+    assert torch.isfinite(alone).all()
+
+
 @pytest.mark.parametrize("entries", [7, 333, 1000])
 def test_corm_finds_uniform_attention_important(entries: int) -> None:
     seen = observation(entries=entries, window=1, queries=torch.zeros(2, 3, 1, 8))
@@ -128,6 +153,7 @@ def test_corm_keeps_the_needle() -> None:
 
 def test_always_kept_tokens_of_each_policy() -> None:
     assert SnapKV(window=16).selection().protected(100) == (4, 16)
+    assert DropKV(window=16).selection().protected(100) == (4, 16)
     assert TOVA().selection().protected(100) == (0, 1)
     assert H2O().selection().protected(100) == (0, 50)
     assert H2O(sinks=4).selection().protected(6) == (4, 2)
