@@ -24,34 +24,20 @@ from tabulate import tabulate
 
 from kvcompile.analysis.compare.branching import Branching
 from kvcompile.build import plan_of
-from kvcompile.calibration.probe import ModelCalibrator
+from kvcompile.calibration.probe import Remembering
 from kvcompile.calibration.text import sentences
 from kvcompile.config.compose import compose
 from kvcompile.config.schema import ModelConfig
 from kvcompile.evaluation.needle import NeedleTask
 from kvcompile.models.loading import load
 from kvcompile.plan.plan import Plan
+from kvcompile.progress import silent
 
 
 def stacks(path: str) -> dict[str, list[str]]:
     """label -> overrides."""
     lines = [line.strip() for line in Path(path).read_text().splitlines()]
     return {label.strip(): rest.split() for label, _, rest in (x.partition(":") for x in lines if x and x[0] != "#")}
-
-
-class Remembering(ModelCalibrator):
-    """Reads a sample once, however many stacks are calibrated on it."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(model, tokenizer, lambda *_: None)
-        self.known: dict[Any, list[torch.Tensor]] = {}
-
-    def attention(self, ids: torch.Tensor, last: int) -> list[torch.Tensor]:
-        """As the calibrator gives it."""
-        key = (*ids[0].tolist(), last)
-        if key not in self.known:
-            self.known[key] = super().attention(ids, last)
-        return self.known[key]
 
 
 def plans(rows: dict[str, list[str]], model: Any, calibrated: Any) -> dict[str, Plan]:
@@ -135,7 +121,7 @@ def main() -> None:
     rows = {
         label: overrides for label, overrides in stacks(args.stacks).items() if any(part in label for part in args.rows)
     }
-    all_plans = plans(rows, model, Remembering(model, tokenizer))
+    all_plans = plans(rows, model, Remembering(model, tokenizer, silent))
     runs = bases(model, all_plans)
     table: dict[str, dict[str, Any]] = {label: {"stack": " ".join(rows.get(label, []))} for label in ("dense", *rows)}
     for form in args.forms:

@@ -11,10 +11,8 @@ halves as in `recall_quality.py`, the question token by token.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +21,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from recall_quality import DENSE, WIKITEXT, Row, answers, command, haystacks, readers, rows_of, said
+from equal_bytes import DENSE, Row
+from haystacks import add_arguments, command, files, haystacks
+from recall_quality import answers, rows_of, said
 from tabulate import tabulate
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def best(kv: Any, queries: Tensor, step: Any, choice: str) -> EntryTable:
 @contextmanager
 def choosing(row: Row, choice: str) -> Any:
     """The row's model with another choice."""
-    runtime = row.model.kvcompile
+    runtime = row.runner.model.kvcompile
     graph = runtime.graph
     if choice != "own":
         runtime.graph = Perfect(graph, choice).run
@@ -95,12 +95,10 @@ def asked(rows: list[Row], task: NeedleTask, tokenizer: Any) -> dict[tuple[str, 
     marks: dict[tuple[str, str], str] = {}
     for number, prompt in enumerate(task.prompts(tokenizer)):
         context, question = prompt.ids[: prompt.context], prompt.ids[prompt.context :]
-        for run in readers(rows):
-            run.prefill(context)
         for row in rows:
             for choice in CHOICES if row.label != DENSE else CHOICES[:1]:
                 with choosing(row, choice):
-                    spoken = said(row, row.cache(context), [[token] for token in question], task.max_new_tokens)
+                    spoken = said(row, row.runner.cache(context), [[token] for token in question], task.max_new_tokens)
                 right = prompt.answer in re.findall(r"\d+", tokenizer.decode(spoken))
                 marks[row.label, choice] = marks.get((row.label, choice), "") + str(int(right))
         print(f"{number + 1}/{task.samples}: {marks}", file=sys.stderr, flush=True)
@@ -114,8 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["clusterkv"])
     parser.add_argument("--shares", nargs="+", default=["1/8", "1/16"])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--half", choices=["a", "b"], default="b")
-    parser.add_argument("--wikitext", default=os.environ.get(WIKITEXT))
+    add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=6, help="prompts of each text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -124,11 +121,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load(replace(compose([]).model, dtype=args.dtype, device="cpu"))
     rows, marks = rows_of(args, model, tokenizer), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in haystacks(args.wikitext, args.half).items():
-            source = Path(folder, name)
-            source.write_text("\n\n".join(text), encoding="utf-8")
-            task = NeedleTask(args.tokens, args.samples, form="magic", seed="ab".index(args.half), source=str(source))
+    texts = haystacks(args.wikitext, args.half)
+    with files(texts) as sources:
+        for name in texts:
+            seed = "ab".index(args.half)
+            task = NeedleTask(args.tokens, args.samples, form="magic", seed=seed, source=sources[name])
             for key, found in asked(rows, task, tokenizer).items():
                 marks[key] = marks.get(key, "") + found
     lines = [

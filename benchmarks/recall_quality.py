@@ -26,12 +26,9 @@ import argparse
 import itertools
 import json
 import math
-import os
 import platform
 import re
-import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,46 +37,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equal_bytes import Planner, stacks
-from needle_sweep import Remembering, rotated
+from equal_bytes import DENSE, Planner, Row, rows, stacks
+from haystacks import add_arguments, command, files, haystacks
 from tabulate import tabulate
 
-from kvcompile.analysis.compare.branching import Branching
-from kvcompile.calibration.text import builtin, from_text
+from kvcompile.analysis.compare.contest import Contest
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.intervals import ratio, wilson
 from kvcompile.evaluation.needle import NeedlePrompt, NeedleTask
 from kvcompile.evaluation.perplexity import spread
 from kvcompile.models.loading import load
-from kvcompile.plan.plan import Plan
 from kvcompile.runtime.cache import KVCache
 
-DENSE = "dense"
 SETTINGS = ("turn", "hidden", "seen")
-WIKITEXT = "KVCOMPILE_WIKITEXT"
 Record = dict[str, Any]
-
-
-@dataclass
-class Row:
-    """A stack at work: its plan, the model that runs it, and what reads prompts for it.
-
-    runs: None where the stack reads prompts in a way of its own.
-    """
-
-    label: str
-    overrides: list[str]
-    plan: Plan
-    model: Any
-    runs: Branching | None
-
-    def cache(self, prompt: Sequence[int]) -> KVCache:
-        """What it holds after the prompt, which `runs` has read."""
-        if self.runs is not None:
-            return self.runs.branch(self.plan)
-        cache: KVCache = self.model(torch.tensor([list(prompt)]), logits_to_keep=1).past_key_values
-        return cache
 
 
 @dataclass
@@ -109,52 +81,23 @@ class Book:
         self.path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
 
-def detokenized(text: str) -> str:
-    """WikiText's text with its spaces as they are written: `1 @,@ 000 , and` is `1,000, and`."""
-    text = re.sub(r" @(.)@ ", r"\1", text).replace(" n't", "n't").replace(" '", "'")
-    return re.sub(r"([(\[]) ", r"\1", re.sub(r" ([.,;:!?)\]])", r"\1", text))
-
-
-def haystacks(wikitext: str | None, half: str) -> dict[str, list[str]]:
-    """Half of the sentences of each text: `a` the first ones, `b` the last."""
-    texts = {"python": builtin()}
-    if wikitext and Path(wikitext).is_file():
-        lines = detokenized(Path(wikitext).read_text(encoding="utf-8")).replace("\n", "\n\n")
-        texts["wikitext"] = [sentence for sentence in from_text(lines) if "<unk>" not in sentence]
-    else:
-        print(f"no wikitext: --wikitext or {WIKITEXT} names no file ({wikitext})", file=sys.stderr)
-    return {name: s[: len(s) // 2] if half == "a" else s[len(s) // 2 :] for name, s in texts.items()}
-
-
 @torch.inference_mode()
 def said(row: Row, cache: KVCache, pieces: Sequence[Sequence[int]], count: int) -> list[int]:
     """Feed the tokens piece by piece, then generate `count` tokens greedily."""
-    logits = [step(row, cache, *piece) for piece in pieces][-1]
+    logits = [row.runner.step(cache, *piece) for piece in pieces][-1]
     answer = [int(logits.argmax())]
     while len(answer) < count:
-        answer.append(int(step(row, cache, answer[-1]).argmax()))
+        answer.append(int(row.runner.step(cache, answer[-1]).argmax()))
     return answer
-
-
-def step(row: Row, cache: KVCache, *tokens: int) -> torch.Tensor:
-    """Logits `[vocabulary]` after more tokens, of one forward pass."""
-    ids = torch.tensor([tokens], dtype=torch.int64, device="cpu")
-    logits: torch.Tensor = row.model(ids, past_key_values=cache, logits_to_keep=1).logits
-    return logits[0, -1]
 
 
 def measured(row: Row, cache: KVCache, token: int) -> dict[str, int]:
     """Bytes that a cache holds, and those that the step of one more token reads of it."""
     host = sum(layer.host_bytes_held() for layer in cache.layers)
     device, cache.reads = cache.nbytes() + cache.index_bytes() - host, {}
-    step(row, cache, token)
+    row.runner.step(cache, token)
     read, cache.reads = sum(cache.reads.values()), None
     return {"device": device, "host": host, "read": read}
-
-
-def readers(rows: Sequence[Row]) -> list[Branching]:
-    """What must read a prompt for these rows."""
-    return list({id(row.runs): row.runs for row in rows if row.runs is not None}.values())
 
 
 @dataclass
@@ -169,18 +112,10 @@ class Bench:
     def needles(self, settings: Sequence[str]) -> None:
         """Every prompt, hidden and seen, through every row that has not seen it."""
         for number, prompt in enumerate(self.task.prompts(self.tokenizer)):
-            left = {s: [r for r in self.rows if len(self.book.of(r)[s]) == number] for s in settings}
-            runs = readers([row for rows in left.values() for row in rows])
-            for run in runs:
-                run.prefill(prompt.ids[: prompt.context])
-            for setting in ("turn", "hidden"):
-                for row in left.get(setting, []):
-                    self.ask(row, setting, prompt)
-            if left.get("seen"):
-                for run in runs:
-                    run.extend(prompt.ids[prompt.context : -1])
-                for row in left["seen"]:
-                    self.ask(row, "seen", prompt)
+            for setting in settings:
+                for row in self.rows:
+                    if len(self.book.of(row)[setting]) == number:
+                        self.ask(row, setting, prompt)
             self.book.save()
             print(f"{self.book.path.stem} {number + 1}/{self.task.samples}", file=sys.stderr, flush=True)
 
@@ -188,7 +123,7 @@ class Bench:
     def ask(self, row: Row, setting: str, prompt: NeedlePrompt) -> None:
         """One answer, and whether its number is the right one."""
         record, read = self.book.of(row), len(prompt.ids) - 1 if setting == "seen" else prompt.context
-        cache, question = row.cache(prompt.ids[:read]), prompt.ids[read:]
+        cache, question = row.runner.cache(prompt.ids[:read], prompt.context), prompt.ids[read:]
         if setting == "hidden":
             record["bytes"].append(measured(row, cache, question[0]))
             question = question[1:]
@@ -200,20 +135,18 @@ class Bench:
         """Mean loss of each window through every row that has not read it."""
         ids = torch.tensor(self.tokenizer(" ".join(text))["input_ids"])
         for number, window in enumerate(spread(ids, self.task.tokens, tokens, windows).tolist()):
-            left = [r for r in self.rows if len(self.book.of(r)["losses"]) == number]
-            for run in readers(left):
-                run.prefill(window[: self.task.tokens])
-            for row in left:
-                self.book.of(row)["losses"].append(round(self.loss(row, window), 4))
+            for row in self.rows:
+                if len(losses := self.book.of(row)["losses"]) == number:
+                    losses.append(round(self.loss(row, window), 4))
             self.book.save()
             print(f"{self.book.path.stem} perplexity {number + 1}/{windows}", file=sys.stderr, flush=True)
 
     @torch.inference_mode()
     def loss(self, row: Row, window: Sequence[int]) -> float:
         """Mean negative log-likelihood in nats of what follows a context and one more token, read step by step."""
-        cache, rest, total = row.cache(window[: self.task.tokens]), window[self.task.tokens :], 0.0
+        cache, rest, total = row.runner.cache(window[: self.task.tokens]), window[self.task.tokens :], 0.0
         for token, target in itertools.pairwise(rest):
-            total -= float(step(row, cache, token).float().log_softmax(-1)[target])
+            total -= float(row.runner.step(cache, token).float().log_softmax(-1)[target])
         return total / (len(rest) - 1)
 
 
@@ -258,25 +191,10 @@ def table(labels: Sequence[str], books: dict[str, Book]) -> str:
 
 
 def rows_of(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[Row]:
-    """The uncompressed model and every stack that fits; those that do not are said and left out."""
-    planner, calibrated = Planner(model.config, args.dtype, args.tokens), Remembering(model, tokenizer)
+    """The rows that the command line asks for."""
     lines = Path(args.stacks).read_text(encoding="utf-8").splitlines()
-    overrides: dict[str, list[str]] = {DENSE: []}
-    plans = {DENSE: planner.plan([], calibrated)}
-    for stack in stacks(lines, [Fraction(share) for share in args.shares]):
-        if any(part in stack.label for part in args.rows):
-            try:
-                overrides[stack.label] = planner.fitted(stack)
-                plans[stack.label] = planner.plan(overrides[stack.label], calibrated)
-            except KvcompileError as error:
-                print(f"left out: {error}", file=sys.stderr)
-    runs = {basis: Branching(model, rotated=basis) for basis in {rotated(plan) for plan in plans.values()}}
-    rows = []
-    for label, plan in plans.items():
-        own = any(p.recall is not None and p.recall.prompts for p in plan.layers)
-        reader = runs[rotated(plan)]
-        rows.append(Row(label, overrides[label], plan, reader.compiled(plan), None if own else reader))
-    return rows
+    known = stacks(lines, [Fraction(share) for share in args.shares], args.rows)
+    return rows(Contest(model, tokenizer), Planner(model.config, args.dtype, args.tokens), known)
 
 
 def arguments() -> argparse.Namespace:
@@ -289,8 +207,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="*", default=[], help="as on the command line: model=qwen2 model.pretrained=x")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--half", choices=["a", "b"], default="b")
-    parser.add_argument("--wikitext", default=os.environ.get(WIKITEXT), help="WikiText-2's test text")
+    add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--form", default="magic")
@@ -309,30 +226,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, tokenizer = load(replace(compose(args.model).model, dtype=args.dtype, device="cpu"))
     task = NeedleTask(tokens=args.tokens, samples=args.samples, form=args.form, seed="ab".index(args.half))
-    rows, texts = rows_of(args, model, tokenizer), haystacks(args.wikitext, args.half)
+    at_work, texts = rows_of(args, model, tokenizer), haystacks(args.wikitext, args.half)
     books = {name: Book.at(Path(f"{args.out}-{name}.json")) for name in texts}
-    with tempfile.TemporaryDirectory() as folder:
+    with files(texts) as sources:
         for name in args.texts or texts:
-            source = Path(folder, name)
-            source.write_text("\n\n".join(texts[name]), encoding="utf-8")
-            bench = Bench(tokenizer, rows, replace(task, source=str(source)), books[name])
+            bench = Bench(tokenizer, at_work, replace(task, source=sources[name]), books[name])
             bench.needles(args.settings)
             if args.windows:
                 bench.perplexity(texts[name], args.windows, args.scored)
     books = {name: Book.at(book.path) for name, book in books.items()}  # another process may have written one
     head = f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, torch {torch.__version__}, "
     head += f"{args.dtype}, {args.tokens} tokens, {args.samples} prompts a cell\n\n    {command()}\n\n"
-    text = head + table([row.label for row in rows], books)
+    text = head + table([row.label for row in at_work], books)
     Path(args.out + ".md").write_text(text, encoding="utf-8")
     print(text)
-
-
-def command() -> str:
-    """The command line, the folder of the text left out."""
-    words = list(sys.argv)
-    if "--wikitext" in words:
-        words[words.index("--wikitext") + 1] = "FILE"
-    return f"python {shlex.join(words)}"
 
 
 if __name__ == "__main__":

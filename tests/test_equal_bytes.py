@@ -40,10 +40,10 @@ def test_the_budget_is_the_largest_that_reads_no_more_than_the_share(equal: Any,
         if stack.label.startswith(label):
             chosen = planner.fitted(stack)
             size = next(i for i in range(2, 1000) if stack.filled(i) == chosen)
-            assert planner.read(chosen) <= stack.share < planner.read(stack.filled(size + 2))
+            assert planner.share(chosen) <= stack.share < planner.share(stack.filled(size + 2))
 
 
 def test_a_stack_that_always_reads_more_is_refused(equal: Any) -> None:
     (stack,) = equal.stacks(["quest: policy=[quest] stack.quest.budget={tokens}"], [Fraction(1, 4)])
-    with pytest.raises(KvcompileError, match="read as little as 1/4"):  # two of its four layers read everything
+    with pytest.raises(KvcompileError, match="as little as 1/4"):  # two of its four layers read everything
         equal.Planner(dense().config, "float32", 400).fitted(stack)

@@ -82,3 +82,20 @@ class ModelCalibrator:
         plan = self.plan or describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
         plan = plan.map(lambda p: replace(p, selection=selection))
         self._probed = build(shared(self.model), plan)
+
+
+class Remembering(ModelCalibrator):
+    """Reads a sample once, however many policies are calibrated on it."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None], plan: Plan | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, progress, plan)
+        self._attention: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def attention(self, ids: Tensor, last: int) -> list[Tensor]:
+        """As the calibrator gives it."""
+        key = (*ids[0].tolist(), last)
+        if key not in self._attention:
+            self._attention[key] = super().attention(ids, last)
+        return self._attention[key]

@@ -1,9 +1,10 @@
-"""Intervals of 95 %: of a share of right answers, of a mean, and of a ratio of perplexities."""
+"""Intervals of 95 %: of a share of right answers, of a mean, and of a ratio of perplexities. Standard errors."""
 
 from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 
 Z = 1.959964
@@ -30,3 +31,13 @@ def mean(values: Sequence[float], draws: int = 2000) -> tuple[float, float, floa
     means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
     middle = sum(values) / len(values)
     return middle, min(middle, means[int(0.025 * draws)]), max(middle, means[int(0.975 * draws)])
+
+
+def standard_error(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean of the groups' means, and its standard error: sqrt(sum (m_i - m)^2 / (n (n - 1))); 0 of one group.
+
+    Values of one group, such as questions about one text, need not be independent.
+    """
+    means = [statistics.fmean(values) for values in groups]
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.fmean(means), spread / math.sqrt(len(means))

@@ -52,6 +52,14 @@ FORMS = {
         "The special magic number for {key} mentioned in the provided text is",
         others=1,
     ),
+    "four_keys": Form(
+        "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+        "I will quiz you about the numbers afterwards.",
+        "One of the special magic numbers for {key} is: {number}.",
+        "What is the special magic number for {key} mentioned in the provided text? "
+        "The special magic number for {key} mentioned in the provided text is",
+        others=3,
+    ),
     "reference": Form(
         "Read this text with care, you will need a detail of it later.",
         "The reference number of the {key} order is {number}.",
@@ -108,10 +116,18 @@ class NeedleTask:
 
     def prompts(self, tokenizer: Any) -> list[NeedlePrompt]:
         """The prompts, the same for the same task and tokenizer. Raises KvcompileError if `tokens` is too few."""
+        return [group[0] for group in self.groups(tokenizer)]
+
+    def groups(self, tokenizer: Any) -> list[list[NeedlePrompt]]:
+        """Every sample as prompts that ask for each of its numbers in turn, the first one that of `prompts`.
+
+        The prompts of a group have the same tokens before the question; questions about other keys may be a few tokens
+        longer.
+        """
         text = [
             Sentence(s, len(tokenizer(" " + s, add_special_tokens=False)["input_ids"])) for s in sentences(self.source)
         ]
-        return [self._prompt(tokenizer, text, sample) for sample in range(self.samples)]
+        return [self._group(tokenizer, text, sample) for sample in range(self.samples)]
 
     def depth(self, sample: int) -> float:
         """Depth of a sample: the depths in turn, or evenly picked from them where the samples are fewer."""
@@ -120,28 +136,31 @@ class NeedleTask:
             return self.depths[sample % len(self.depths)]
         return self.depths[round(sample * last / max(1, self.samples - 1))]
 
-    def _prompt(self, tokenizer: Any, text: list[Sentence], sample: int) -> NeedlePrompt:
+    def _group(self, tokenizer: Any, text: list[Sentence], sample: int) -> list[NeedlePrompt]:
         rng = random.Random(f"{self.seed}/{self.form}/{self.tokens}/{sample}")
         form, depth = FORMS[self.form], self.depth(sample)
         count = 1 + form.others
         keys = [f"{a}-{n}" for a, n in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
         numbers = _draw_numbers(rng, count)
-        needles = [
-            ((depth + i / count) % 1 if i else depth, form.needle.format(key=keys[i], number=numbers[i]))
-            for i in range(count)
-        ]
+        depths = [(depth + i / count) % 1 if i else depth for i in range(count)]
+        needles = [(d, form.needle.format(key=k, number=n)) for d, k, n in zip(depths, keys, numbers, strict=True)]
         start = rng.randrange(len(text))
 
-        def ids(filler: list[Sentence], question: str = form.question.format(key=keys[0])) -> list[int]:
+        def ids(filler: list[Sentence], question: str) -> list[int]:
             return list(tokenizer("\n".join([form.intro, " ".join(_hide(filler, needles)), question]))["input_ids"])
 
-        least = len(ids([]))
+        questions = [form.question.format(key=key) for key in keys]
+        least = len(ids([], questions[0]))
         if least > self.tokens:
             raise KvcompileError("the needle prompt needs more tokens", self.tokens, f"{least} or more")
         filler = _fill(text[start:] + text[:start], self.tokens - least)
-        while len(ids(filler)) > self.tokens:
+        while len(ids(filler, questions[0])) > self.tokens:
             filler.pop()
-        return NeedlePrompt(ids(filler), numbers[0], depth, self.tokens, common_prefix(ids(filler), ids(filler, "")))
+        context = common_prefix(ids(filler, questions[0]), ids(filler, ""))
+        return [
+            NeedlePrompt(ids(filler, question), number, d, self.tokens, context)
+            for question, number, d in zip(questions, numbers, depths, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompile.evaluation.intervals import mean, ratio, wilson
+from kvcompile.evaluation.intervals import mean, ratio, standard_error, wilson
 
 
 def test_intervals_are_those_of_the_books() -> None:
@@ -25,3 +25,9 @@ def test_the_interval_of_a_mean_holds_it_and_is_the_same_each_time() -> None:
     assert 0 <= low < middle < high <= 1
     assert mean(values) == (middle, low, high)
     assert mean([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_a_standard_error_is_that_of_the_means_of_groups() -> None:
+    assert standard_error([[1.0], [2.0], [3.0], [4.0]]) == pytest.approx((2.5, 0.6455), abs=1e-4)
+    assert standard_error([[0.0, 2.0], [2.0], [3.0, 3.0, 3.0], [4.0]]) == standard_error([[1.0], [2.0], [3.0], [4.0]])
+    assert standard_error([[1.0, 2.0]]) == (1.5, 0.0)

@@ -78,6 +78,21 @@ def test_the_ids_before_the_question_hold_all_of_the_text_and_none_of_the_questi
     assert question.startswith(FORMS[form].question.split("{key}")[0])
 
 
+def test_a_group_asks_for_every_number_of_one_text_and_begins_with_the_prompt_itself() -> None:
+    words, task = Words(), NeedleTask(tokens=500, samples=2, form="four_keys")
+    groups = task.groups(words)
+    assert [group[0] for group in groups] == task.prompts(words)
+    for group in groups:
+        assert len({p.answer for p in group}) == len(group) == 4
+        assert len({tuple(p.ids[: p.context]) for p in group}) == 1
+        for prompt in group:
+            text, question = words.decode(prompt.ids[: prompt.context]), words.decode(prompt.ids[prompt.context :])
+            key = re.findall(r"[a-z]+-[a-z]+", question)[-1]
+            assert re.search(rf"{key} is: (\d+)", text)[1] == prompt.answer
+            body = text.split("\n", 1)[1]
+            assert body.index(prompt.answer) / len(body) == pytest.approx(prompt.depth, abs=0.2)
+
+
 def test_prompts_repeat_for_a_seed_and_differ_between_seeds_samples_and_forms() -> None:
     def answers(**of: object) -> list[str]:
         return [p.answer for p in NeedleTask(tokens=300, **of).prompts(Words())]

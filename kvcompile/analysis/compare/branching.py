@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from kvcompile.calibration.probe import Everything
 from kvcompile.compiler import compile_plan
 from kvcompile.errors import KvcompileError
 from kvcompile.models.sharing import shared
-from kvcompile.plan.plan import Plan, converts
+from kvcompile.plan.plan import LayerPlan, Plan, converts
 from kvcompile.plan.selection import Needs, Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
 from kvcompile.runtime import eviction
@@ -45,6 +45,33 @@ class Recorder(Score):
         return torch.zeros(seen.keys.shape[:2], dtype=torch.float32, device=seen.keys.device)
 
 
+@dataclass(frozen=True)
+class Once(Score):
+    """The score `of`, computed once for all the stacks that rank by it: what is `known` is looked up."""
+
+    of: Score
+    known: dict[Any, Tensor] = field(compare=False)
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the score itself."""
+        return self.of.needs
+
+    def observe(self, seen: Any) -> Tensor:
+        """As the score does, where it has not."""
+        return self._once("observe", seen)
+
+    def score(self, seen: Any) -> Tensor:
+        """As the score does, where it has not."""
+        return self._once("score", seen)
+
+    def _once(self, what: str, seen: Any) -> Tensor:
+        key = what, self.of, seen.layer
+        if key not in self.known:
+            self.known[key] = getattr(self.of, what)(seen)
+        return self.known[key]
+
+
 class Branching:
     """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left.
 
@@ -63,6 +90,8 @@ class Branching:
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
+        self._shared: tuple[list[int], KVCache | None, Tensor | None] = ([], None, None)
+        self._scores: dict[Any, Tensor] = {}  # of what has been read
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Run the prompt densely."""
@@ -74,14 +103,28 @@ class Branching:
         with torch.no_grad():
             out = self.model(self._tensor(ids), past_key_values=self.cache, logits_to_keep=1)
         self.cache, self.logits, self.ids = out.past_key_values, out.logits[:, -1], [*self.ids, *ids]
+        self._scores = {}
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Have read `ids` and nothing else: what has been read already is not read again."""
-        known = len(self.ids)
-        if not known or self.ids != list(ids[:known]):
+    def read(self, ids: Sequence[int], shared: int = 0) -> None:
+        """Have read `ids` and nothing else: what has been read already is not read again.
+
+        shared: so many of the first tokens begin other prompts too: what is read of them alone is put aside.
+        """
+        if shared and self._shared[0] != list(ids[:shared]):
+            self._go_on_to(ids[:shared])
+            self._shared = self.ids, self.cache, self.logits
+        self._go_on_to(ids)
+
+    def _go_on_to(self, ids: Sequence[int]) -> None:
+        begun, cache, logits = self._shared
+        if not _begins(ids, self.ids) and _begins(ids, begun):
+            self.ids, self.cache, self.logits, self._scores = begun, cache, logits, {}
+        if not _begins(ids, self.ids):
             self.prefill(ids)
-        elif known < len(ids):
-            self.extend(ids[known:])
+        elif len(self.ids) < len(ids):
+            if self.cache is self._shared[1] and self.cache is not None:
+                self.cache = self.cache.fork()
+            self.extend(ids[len(self.ids) :])
 
     def compiled(self, plan: Plan) -> Any:
         """The model of a stack over the same weights: it goes on with the branches of its plan."""
@@ -119,7 +162,8 @@ class Branching:
                 kind = QuantizedStore if mine.plan.storage.low is None else TieredStore
                 mine.store = kind(mine.plan.storage, mine.store)
         step = Step(branch, self._tensor([0]), None, prefill=True, last=True)
-        scores = {p.index: eviction.score_remembered(branch.layers[p.index], step, p) for p in plan.selected}
+        once = {p.index: self._once(p) for p in plan.selected}
+        scores = {i: eviction.score_remembered(branch.layers[i], step, p) for i, p in once.items()}
         together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]
         if together:
             eviction.compress(step, {i: scores[i] for i in together})
@@ -130,6 +174,10 @@ class Branching:
             layer.flush(branch.headroom, release=True)
             layer.to_host()
         return branch
+
+    def _once(self, p: LayerPlan) -> LayerPlan:
+        s = p.selection  # one that demotes compares its two scores
+        return p if s is None or s.demotes else replace(p, selection=replace(s, score=Once(s.score, self._scores)))
 
     def decode(self, cache: KVCache, count: int) -> list[int]:
         """Greedy continuation of the prompt over a branch."""
@@ -183,3 +231,7 @@ class Branching:
         with torch.no_grad():
             logits: Tensor = self.model.kvcompile.graph(ids, None, at, cache, slice(None))
         return logits
+
+
+def _begins(ids: Sequence[int], with_these: Sequence[int]) -> bool:
+    return len(with_these) > 0 and list(ids[: len(with_these)]) == list(with_these)

@@ -14,7 +14,7 @@ from kvcompile.adapters.architectures import describe
 from kvcompile.analysis.compare.branching import Branching
 from kvcompile.analysis.compare.entry import Entry, Question
 from kvcompile.build import identity_plan, plan_of
-from kvcompile.calibration.probe import ModelCalibrator
+from kvcompile.calibration.probe import Remembering
 from kvcompile.compiler import assemble, compile_plan
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan, converts
@@ -34,18 +34,24 @@ class Runner:
     model: Any
     reader: Branching | None
 
-    def cache(self, ids: Sequence[int]) -> KVCache:
-        """What it holds after a prompt."""
+    @torch.no_grad()
+    def cache(self, ids: Sequence[int], shared: int = 0) -> KVCache:
+        """What it holds after a prompt. shared: so many of its first tokens begin other prompts too."""
         if self.reader is not None:
-            self.reader.read(ids)
+            self.reader.read(ids, shared)
             return self.reader.branch(self.plan)
         cache: KVCache = self.model(_row(ids, self.model.device), logits_to_keep=1).past_key_values
         return cache
 
-    def step(self, cache: KVCache, token: int) -> Tensor:
-        """Logits `[vocabulary]` after one more token."""
-        logits: Tensor = self.model(_row([token], self.model.device), past_key_values=cache).logits
-        return logits[0, -1]
+    def step(self, cache: KVCache, *tokens: int) -> Tensor:
+        """Logits `[vocabulary]` after one more token, or more of them read as one piece."""
+        return self.read(cache, tokens, 1)[-1]
+
+    @torch.no_grad()
+    def read(self, cache: KVCache, tokens: Sequence[int], keep: int = 0) -> Tensor:
+        """Logits `[keep, vocabulary]` after the last of more tokens, read as one piece (0: after each of them)."""
+        logits: Tensor = self.model(_row(tokens, self.model.device), past_key_values=cache, logits_to_keep=keep).logits
+        return logits[0]
 
 
 class Contest:
@@ -56,7 +62,7 @@ class Contest:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.dense = describe(model.config, self.dtype)
         self.stop = _stop_tokens(model, tokenizer)
-        self._calibrator = ModelCalibrator(model, tokenizer, progress)
+        self._calibrator = Remembering(model, tokenizer, progress)
         self._readers: dict[bool, Branching] = {}
         self._runners: dict[Entry, Runner] = {}
 

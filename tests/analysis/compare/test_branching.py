@@ -1,0 +1,97 @@
+"""Protects one prefill for many stacks and questions: what is put aside comes back, and a score is computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from contract_table import dense
+from tiny import tiny_ids
+
+from kvcompile.adapters.architectures import describe
+from kvcompile.analysis.compare.branching import Branching
+from kvcompile.plan.plan import Plan
+from kvcompile.plan.selection import Needs, Score
+from kvcompile.policies.base import SelectionPolicy
+from kvcompile.policies.snapkv import SnapKV
+
+IDS = tiny_ids(1, 60, seed=11)[0].tolist()
+CONTEXT = 40
+
+
+def snapkv(budget: float) -> Plan:
+    return SnapKV(budget=budget, window=4, sinks=2).apply(describe(dense().config, "float32"))
+
+
+@pytest.fixture
+def reads() -> tuple[Branching, list[int]]:
+    """A reader, and how many tokens it has read at each time."""
+    runs, lengths = Branching(dense()), []
+    extend = runs.extend
+    runs.extend = lambda ids: (lengths.append(len(ids)), extend(ids))[1]
+    return runs, lengths
+
+
+def held(runs: Branching, plan: Plan) -> list[torch.Tensor]:
+    return [x.clone() for layer in runs.branch(plan).layers for row in layer.held.rows() for x in row]
+
+
+def test_what_prompts_begin_with_is_read_once_and_each_goes_its_own_way(reads: tuple[Branching, list[int]]) -> None:
+    runs, lengths = reads
+    prompts = [IDS[:CONTEXT], IDS[:55], [*IDS[:CONTEXT], *IDS[:9]], IDS[:CONTEXT], IDS[:55]]
+    for prompt in prompts:
+        runs.read(prompt, CONTEXT)
+        assert runs.ids == prompt
+        alone = Branching(dense())
+        alone.read(prompt[:CONTEXT])
+        alone.read(prompt)
+        for mine, theirs in zip(held(runs, snapkv(0.4)), held(alone, snapkv(0.4)), strict=True):
+            assert torch.equal(mine, theirs)
+        assert torch.equal(runs.logits, alone.logits)
+    assert lengths == [CONTEXT, 15, 9, 15]
+
+
+def test_another_context_takes_its_place(reads: tuple[Branching, list[int]]) -> None:
+    runs, lengths = reads
+    runs.read(IDS[:CONTEXT], CONTEXT)
+    runs.read(IDS[1 : CONTEXT + 1], CONTEXT)
+    runs.read(IDS[1:50], CONTEXT)
+    assert lengths == [CONTEXT, CONTEXT, 9]
+
+
+CALLS: list[int] = []
+
+
+@dataclass(frozen=True)
+class Counted(Score):
+    """Scores by the sum of the keys, and says of which layer."""
+
+    needs = Needs()
+
+    def score(self, seen: object) -> torch.Tensor:
+        CALLS.append(seen.layer)
+        return seen.keys.float().sum(-1)
+
+
+@dataclass(frozen=True)
+class Counting(SelectionPolicy):
+    """Ranks by it."""
+
+    name, summary = "counting", "for this test"
+
+    def score(self) -> Score:
+        return Counted()
+
+
+def test_stacks_that_rank_alike_share_the_scores_until_more_is_read(reads: tuple[Branching, list[int]]) -> None:
+    runs, _ = reads
+    plans = [Counting(budget=budget).apply(describe(dense().config, "float32")) for budget in (0.2, 0.5)]
+    runs.read(IDS[:CONTEXT])
+    CALLS.clear()
+    lengths = [runs.branch(plan).lengths() for plan in plans]
+    assert lengths == [[[8, 8]] * 4, [[20, 20]] * 4]
+    assert CALLS == [0, 1, 2, 3]
+    runs.read(IDS)
+    runs.branch(plans[0])
+    assert CALLS == [0, 1, 2, 3] * 2
