@@ -18,6 +18,8 @@ from kvcompile.kernels.compact import compact as compact_by_torch
 from kvcompile.kernels.demote import Demoter, DemoteSpec
 from kvcompile.kernels.demote import demote as demote_by_torch
 from kvcompile.kernels.layout import Queries, View
+from kvcompile.kernels.reference.ghost import GhostSpec, Scorer
+from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
 
@@ -68,6 +70,10 @@ class Sources:
         """The kernel that puts a decoded token into its tier, by its file's name."""
         return {}
 
+    def ghost(self, spec: GhostSpec) -> dict[str, str]:
+        """The kernel that scores entries by what their own text looks back at, by its file's name."""
+        return {}
+
     def shared(self) -> dict[str, str]:
         """What the other files include, by name."""
         return {}
@@ -93,6 +99,7 @@ class Backend:
     column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
     choose: what a step reads of a layer that recalls; of groups whose scores differ by rounding alone, any.
     demote: what a decoded token does to the tiers of a layer, to the same bytes as that of torch.
+    ghost: scores of entries by what their own text looks back at; others than those of torch by rounding alone.
     linear: gives the linear layers of a model forwards that are fast for a token, and says how many there were.
     """
 
@@ -107,5 +114,6 @@ class Backend:
     compact: Compactor = compact_by_torch
     choose: Chooser = choose_by_torch
     demote: Demoter = demote_by_torch
+    ghost: Scorer = ghost_by_torch
     linear: Callable[[nn.Module], int] | None = None
     sources: Sources = field(default_factory=Sources)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.backend import Backend
-from kvcompile.kernels.cpp import build, choose, compact, demote, encode, lower, simd
+from kvcompile.kernels.cpp import build, choose, compact, demote, encode, ghost, lower, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
 from kvcompile.kernels.cpp.sources import QUERY_TYPES, CppSources, source, supports
 from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
@@ -250,6 +250,7 @@ CPP = Backend(
     compact=compact.compact,
     choose=choose.choose,
     demote=demote.demote,
+    ghost=ghost.ghost_scores,
     linear=lower.lower,
     sources=CppSources(),
 )

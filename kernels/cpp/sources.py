@@ -7,10 +7,11 @@ import torch
 from kvcompile.kernels.backend import Sources
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
-from kvcompile.kernels.cpp import choose, compact, demote, encode, simd
+from kvcompile.kernels.cpp import choose, compact, demote, encode, ghost, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
 from kvcompile.kernels.cpp.emit.stored import emitted
 from kvcompile.kernels.demote import DemoteSpec
+from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
 
@@ -73,6 +74,10 @@ class CppSources(Sources):
     def demote(self, spec: DemoteSpec) -> dict[str, str]:
         """In tiers of whole numbers with a scale a token; torch demotes in others."""
         return {f"{spec.name}.cpp": _including(demote.source(spec))} if demote.supports(spec) else {}
+
+    def ghost(self, spec: GhostSpec) -> dict[str, str]:
+        """In other dtypes than those of queries, torch scores."""
+        return {f"{spec.name}.cpp": _including(ghost.source(spec))} if ghost.supports(spec) else {}
 
     def shared(self) -> dict[str, str]:
         """The vectors."""

@@ -21,7 +21,7 @@ SPECS = [
     GhostSpec(replace(RULE, chunk=256, band=8, scale=0.02), 7, 256, 33, "bfloat16"),
     GhostSpec(replace(RULE, own_from=0), 4, 17, 5, "float32"),
 ]
-PLACES = [(3, 0, 4), (1, 0, 4), (21, 0, 4), (30, 3, 4), (37, 238, 4), (16, 8, 0), (9, 100, 1)]  # tokens, start, sinks
+PLACES = [(2, 0, 4), (1, 5, 4), (21, 0, 4), (30, 3, 4), (37, 238, 4), (16, 8, 0), (9, 100, 1)]  # tokens, start, sinks
 
 
 @dataclass(frozen=True)
@@ -116,4 +116,4 @@ def check(scorer: Scorer, c: Case, relative: float = 2e-4) -> None:
     """Every score is what it must be, up to rounding: of 1 - p, where p is near 1, little is left."""
     got, want = c.by(scorer), expected(c)
     assert got.dtype is torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=relative, atol=1e-11)
+    torch.testing.assert_close(got.double(), want, rtol=relative, atol=1e-9)

@@ -54,15 +54,15 @@ HEAD = """
 MULTIPLY = """
     // c[i][m] (+)= sum_k a[i * a_down + k * a_along] b[k][m] for i < down and `across` vectors of queries m
     template <int N, int V, bool ADD>
-    KV_INLINE void product(const float* a, int a_down, int a_along, const float* b, float* c, int depth) {
+    KV_INLINE void product(const $number* a, int a_down, int a_along, const $number* b, float* c, int depth) {
       F sum[N][V];
       UNROLL for (int i = 0; i < N; i++)
         UNROLL for (int v = 0; v < V; v++) sum[i][v] = ADD ? load(c + i * LANES + v * 16) : zero();
       for (int k = 0; k < depth; k++) {
-        F x[V];
+        $vector x[V];
         UNROLL for (int v = 0; v < V; v++) x[v] = held(load(b + k * LANES + v * 16));
         UNROLL for (int i = 0; i < N; i++) {
-          F y = set(a[i * a_down + k * a_along]);
+          $vector y = set(a[i * a_down + k * a_along]);
           UNROLL for (int v = 0; v < V; v++) sum[i][v] = mul_add(y, x[v], sum[i][v]);
         }
       }
@@ -70,14 +70,14 @@ MULTIPLY = """
         UNROLL for (int v = 0; v < V; v++) store(c + i * LANES + v * 16, sum[i][v]);
     }
     template <int V, bool ADD>
-    static void strip(const float* a, int a_down, int a_along, const float* b, float* c, int down, int depth) {
+    static void strip(const $number* a, int a_down, int a_along, const $number* b, float* c, int down, int depth) {
       int i = 0;
       for (; i + DOWN <= down; i += DOWN)
         product<DOWN, V, ADD>(a + i * a_down, a_down, a_along, b, c + i * LANES, depth);
       for (; i < down; i++) product<1, V, ADD>(a + i * a_down, a_down, a_along, b, c + i * LANES, depth);
     }
     template <bool ADD>
-    KV_INLINE void multiply(const float* a, int a_down, int a_along, const float* b, float* c, int down, int depth,
+    KV_INLINE void multiply(const $number* a, int a_down, int a_along, const $number* b, float* c, int down, int depth,
                             int across) {
       int v = 0;
       for (; v + ACROSS <= across; v += ACROSS)
@@ -268,6 +268,11 @@ def arguments(spec: KernelSpec) -> list[Address]:
     return [address(spec, i, True) for i in range(len(spec.parts))]
 
 
+def multiply(number: str = "float", vector: str = "F") -> str:
+    """C++ text of the product of a matrix with queries that lie across, of one type of numbers and their vectors."""
+    return fill(MULTIPLY, number=number, vector=vector)
+
+
 def source(spec: KernelSpec, query: str, values: bool = True) -> str:
     """C++ text of the kernel for queries of dtype `query` (`float32`, `float16`, `bfloat16`), prelude excluded.
 
@@ -290,7 +295,7 @@ def source(spec: KernelSpec, query: str, values: bool = True) -> str:
         sums=fields(spec),
         arguments="\n".join(f"Part{i} part{i};" for i in range(len(places))),
     )
-    return "\n".join((head, fill(MULTIPLY), _block(spec, values), _attend(spec, values), _launch(spec, values)))
+    return "\n".join((head, multiply(), _block(spec, values), _attend(spec, values), _launch(spec, values)))
 
 
 def _methods(where: Address, values: bool) -> str:
