@@ -36,6 +36,8 @@ from kvcompile.errors import KvcompileError
 from kvcompile.exporters import registry
 from kvcompile.output import room_to_write, standard_output
 from kvcompile.paths import require_here
+from kvcompile.plan.policy import Policy
+from kvcompile.policies.base import SelectionPolicy
 from kvcompile.stack import discover
 
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
@@ -181,7 +183,7 @@ def listing(kinds: Sequence[str]) -> str:
     """`kvcompile ls [recipes|policies|models|exports|analyses]`: one line each. Raises KvcompileError otherwise."""
     known = {
         "recipes": _headers("kvcompile.recipes", "recipe"),
-        "policies": {name: f"{cls.family}: {cls.summary}" for name, cls in discover().items()},
+        "policies": {name: f"{cls.family}: {cls.summary}{_unit(cls)}" for name, cls in discover().items()},
         "models": _headers(CONFIG_MODULE, "model"),
         "exports": {name: cls.summary for name, cls in registry.discover().items()},
         "analyses": {name: cls.summary for name, cls in analyses.discover().items()},
@@ -194,6 +196,13 @@ def listing(kinds: Sequence[str]) -> str:
     for kind in kinds or known:
         blocks.append("\n".join([kind, *(f"  {name:{width}}  {line}" for name, line in known[kind].items())]))
     return "\n\n".join(blocks)
+
+
+def _unit(policy: type[Policy]) -> str:
+    """What is said of a policy whose scores may mean something else in every layer."""
+    if not issubclass(policy, SelectionPolicy) or policy().score().comparable:
+        return ""
+    return " (scores of different layers do not compare)"
 
 
 def _headers(package: str, group: str) -> dict[str, str]:

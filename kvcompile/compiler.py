@@ -71,9 +71,11 @@ def assemble(
 
 def _require_possible(model: Any, stack: StackPlan, config: Config, tokenizer: Any) -> None:
     """Raise KvcompileError for what would fail later, before anything is calibrated or converted."""
+    from kvcompile.adapters.architectures import require_turnable
     from kvcompile.heal.repair import require_healable
     from kvcompile.structure.convert import require_convertible
 
+    require_turnable(stack.plan, model.config)
     require_convertible(model, stack.plan)
     if config.heal.tokens:
         require_healable(stack.plan, config.heal, tokenizer)
@@ -117,9 +119,11 @@ def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
         >>> model(ids).past_key_values.lengths()[0]
         [50, 50]
     """
+    from kvcompile.adapters.architectures import require_turnable
     from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
 
+    require_turnable(plan, model.config)
     convert(model, plan)
     fold_rotation(model, plan)
     return build(model, plan, kernels)
@@ -184,12 +188,14 @@ def plan_config(config: Config, architecture: Any = None) -> StackPlan:
     Raises KvcompileError for an unknown model or architecture, and where the stack cannot work on it or the result
     not be exported.
     """
+    from kvcompile.adapters.architectures import require_turnable
     from kvcompile.exporters.registry import require_open
     from kvcompile.models.loading import config_of
 
     architecture = architecture or config_of(config.model)
     dtype = cache_dtype(config.model, getattr(architecture, "dtype", None))
     stack = plan_stack(identity_plan(architecture, dtype, config), config.policies())
+    require_turnable(stack.plan, architecture)
     require_open(config.exporters(), stack.plan, architecture)
     return stack
 

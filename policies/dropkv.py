@@ -44,6 +44,8 @@ class WindowChange(Score):
 
     window: int
 
+    comparable = True
+
     @property
     def needs(self) -> Needs:
         """The observation window."""

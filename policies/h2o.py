@@ -22,6 +22,7 @@ class AccumulatedAttention(CarriedScore):
     """
 
     needs = Needs(queries=None, reduce="sum", carries=True)
+    comparable = True
 
     def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """Plus what the queries pay, averaged over the group."""

@@ -23,6 +23,7 @@ class Uniformly(Score):
     seed: int
 
     needs = Needs(traceable=False)  # the numbers come from a generator that Python seeds
+    comparable = True
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; the same on every machine and in every batch."""

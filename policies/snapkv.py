@@ -28,6 +28,8 @@ class WindowAttention(Score):
     pooling: Literal["avg", "max"] = "avg"
     reduce: Literal["mean", "max"] = "mean"
 
+    comparable = True
+
     @property
     def needs(self) -> Needs:
         """The observation window; its mean attention, where that is what it takes."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Recency(Score):
     """The newest entries: s[h, j] = true position of entry j."""
 
+    comparable = True
+
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`."""
         return seen.positions.float()

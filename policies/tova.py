@@ -22,6 +22,7 @@ class LastAttention(Score):
     """
 
     needs = Needs(queries=1, reduce="sum")
+    comparable = True
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; all rows hold the same entries, since every head gets the same selection."""

@@ -131,6 +131,20 @@ TABLE: dict[str, Row] = {
     "corm": Row({"corm": {"window": 8, "recent": 4}}, split="threshold", recent=4, everything={"window": 200}),
     "dropkv": Row({"dropkv": {"window": 8}}, recent=8, finds=None),  # the planted values are all alike
     "expected_attention": Row({"expected_attention": {}}),
+    "ghost": Row(
+        {"ghost": {"chunk": 16, "recent": 4}}, recent=4, finds=None
+    ),  # dropping one of equal values costs nothing
+    "global_topk": Row({"ghost": {"chunk": 16, "recent": 4}, "global_topk": {}}, split="model", recent=4, finds=None),
+    "global_topk over snapkv": Row({"snapkv": SNAPKV, "global_topk": {}}, split="model", recent=8),
+    "global_topk, rotate, kivi": Row(
+        {"ghost": {"chunk": 0, "band": 0, "recent": 4}, "global_topk": {}},
+        split="model",
+        recent=4,
+        finds=None,
+        stored={"rotate": {}, **KIVI8},
+        error=0.05,
+        logits=0.02,
+    ),
     "h2o": Row({"h2o": {}}, recent=0.5),
     "keydiff": Row({"keydiff": {}}, finds="different"),
     "knorm": Row({"knorm": {}}, finds="short"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompile.adapters.architecture import Architecture
 from kvcompile.errors import KvcompileError
@@ -29,6 +29,9 @@ BUILT_IN = {
     "qwen3": "qwen3:QWEN3",
     "smollm3": "llama:SMOLLM3",
 }
+
+
+FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
 
 
 @functools.cache
@@ -74,3 +77,23 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
     """The identity plan of a model, from its config alone. Raises KvcompileError as `architecture_of` does."""
     return architecture_of(config).describe(config, dtype)
+
+
+def lengthwise_ropes(config: Any) -> list[str]:
+    """Kinds of rotary embedding in a config whose angles depend on the length of the input."""
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in ropes.values() if isinstance(x, dict)]  # by layer type
+    kinds = {str(x.get("rope_type", "default")) for x in (nested or [ropes])}
+    return sorted(kinds - {*FIXED_ROPES})
+
+
+def require_turnable(plan: Plan, config: PretrainedConfig) -> None:
+    """Raise KvcompileError where a score turns queries on by positions whose angles depend on the prompt's length."""
+    for p in plan.selected:
+        if p.selection is not None and p.selection.score.needs.rotation and p.rotates and lengthwise_ropes(config):
+            raise KvcompileError(
+                f"{p.selection.policy}: queries are turned on by rotary angles that no prompt changes",
+                f"rope {lengthwise_ropes(config)[0]!r}",
+                f"another score than that of {p.selection.policy!r}, such as expected_attention",
+            )

@@ -72,6 +72,12 @@ def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
             type(s.score).__name__,
             f"stack.{s.policy}.positions=original",
         )
+    if p.latent is not None and s.score.needs.rotation:
+        raise KvcompileError(
+            f"{where}: queries that are turned on must meet keys, not the latent rows of 'mla'",
+            f"{type(s.score).__name__} over a latent",
+            "another score, such as expected_attention's, or gqa in place of mla",
+        )
     if s.positions == "compact":
         alike = all(q.selection == s for q in plan.layers if q.owner == q.index)
         traits = s.allocation.traits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
 
@@ -40,6 +40,11 @@ class Needs:
     reduce: `sum` or `mean` where it sees the attention of its `queries` to each entry as that alone. A kernel then
         adds that up, and it comes as `Observation.column_sums` or as `Observation.window_attention`.
     carries: it keeps one number per cached entry from one scoring to the next (see `Score.observe`).
+    chunk: it counts queries in chunks of so many positions of the text (1: as they come; None: all together), no longer
+        than the layer's sliding window. Those of an unfinished chunk wait until it is read or a selection is due, so
+        that one pass is passes of any size.
+    rotation: by how many positions it turns queries on (`Observation.rotation`), so that angles must not depend on the
+        length of the prompt; 0: it turns none.
     moments: mean and covariance of every how many-th query before rotation (1: of all); 0 none.
     traceable: `score` is made of tensor operations alone, as an exported program needs it.
 
@@ -49,6 +54,8 @@ class Needs:
     queries: int | None = 0
     reduce: Literal["sum", "mean"] | None = None
     carries: bool = False
+    chunk: int | None = 1
+    rotation: int = 0
     moments: int = 0
     traceable: bool = True
 
@@ -57,6 +64,20 @@ class Needs:
             raise KvcompileError("Needs: reduce must be None, 'sum' or 'mean'", repr(self.reduce))
         if (self.queries is not None and self.queries < 0) or self.moments < 0:
             raise KvcompileError("Needs: queries and moments are counts", f"{self.queries} and {self.moments}")
+        if self.rotation < 0:
+            raise KvcompileError("Needs: queries are turned on by 0 positions or more", self.rotation)
+        if self.chunk is not None and self.chunk < 1:
+            raise KvcompileError("Needs: a chunk has 1 position or more", self.chunk)
+        if self.chunk != 1 and not (self.carries and self.queries is None and self.reduce is None):
+            raise KvcompileError(
+                "Needs: queries counted in chunks are all queries, which a score sees itself and carries the sum of",
+                f"chunk {self.chunk}, queries {self.queries}, reduce {self.reduce}, carries {self.carries}",
+            )
+
+    def together(self, window: int | None) -> int | None:
+        """Positions of a chunk in a layer with this sliding window; None: no end."""
+        ends = [length for length in (self.chunk, window) if length is not None]
+        return min(ends) if ends else None
 
 
 @dataclass(frozen=True)
@@ -67,20 +88,25 @@ class Traits:
     cross_layer: it must see the scores of all layers before any of them is compressed.
     traceable: `allot` is made of tensor operations alone, with nothing read back; there must be a `most` then.
     competing: the heads of a layer compete for what it gets, so that one of them may take nearly all.
+    compares: scores of different layers are ranked together, so that they should be `Score.comparable`.
     """
 
     scope: Scope = "layer"
     cross_layer: bool = False
     traceable: bool = False
     competing: bool = False
+    compares: bool = False
 
 
 @dataclass(frozen=True)
 class Score:
     """Ranks the cached entries of one sequence in one layer; the highest stay.
 
-    A subclass says what it must see (`needs`) and implements `score`.
+    A subclass says what it must see (`needs`) and implements `score`. `comparable`: its values mean the same in every
+    layer and head, so that they may be ranked together.
     """
+
+    comparable: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:
@@ -226,6 +252,11 @@ class Selection:
     def averages(self) -> bool:
         """Whether a score of it sees the newest queries as their mean attention."""
         return "mean" in (self.score.needs.reduce, self.uncertainty and self.uncertainty.needs.reduce)
+
+    @property
+    def mixes_units(self) -> bool:
+        """Whether scores that may mean something else in every layer are ranked together."""
+        return self.allocation.traits.compares and not self.score.comparable
 
     def protected(self, budget: int) -> tuple[int, int]:
         """(first tokens, last tokens) that always stay, where a head may keep `budget` tokens.

@@ -141,7 +141,10 @@ def notes(plan: Plan) -> list[str]:
     quantized = sorted({p.storage.policy for p in between if p.storage.quantized})
     choosing = sorted({p.recall.policy for p in between if p.recall is not None and p.recall.prompts})
     chunks = f"(prefill_chunk={plan.prefill_chunk:,}), so that its own logits are not exact"
-    lines = []
+    lines = [
+        f"{name}: scores of all layers are ranked together, and nothing says that these mean the same in every layer."
+        for name in sorted({p.selection.policy for p in plan.selected if p.selection and p.selection.mixes_units})
+    ]
     if plan.blocks is not None:
         counting = sorted({x.policy for p in plan.owners for x in (p.selection, p.recall) if x is not None})
         also = f", also where {', '.join(counting)} counts tokens (budget, window, sinks)" if counting else ""

@@ -5,8 +5,8 @@ Everything happens per sequence and per KV head, so that a batch of N is N batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from kvcompile.plan.selection import LayerScores, Score, Selection, Tiers
 from kvcompile.runtime.cache import TRIM_EVERY, Step
 from kvcompile.runtime.layer import LayerCache
 from kvcompile.runtime.observation import Observation
-from kvcompile.runtime.positions import _close_ranks, _rotation
+from kvcompile.runtime.positions import _close_ranks, mean_rotation, rotation
 from kvcompile.runtime.selection import candidates, high_counts, highest, protect, split
 from kvcompile.stores.base import Store
-from kvcompile.stores.encoded.hadamard import turn_basis
 from kvcompile.stores.encoded.tier import Received
 from kvcompile.stores.factory import in_order, tiered
 
@@ -72,7 +71,7 @@ def observe(
         kv.history.remember(queries, step.positions, step.valid, keep, counted=summed)
     due = step.due(s.schedule.decode_every, s.schedule.between_chunks)
     if step.prefill or due:
-        _carry(layer)
+        _carry(layer, due)
     every = step.concerned or [True] * kv.held.batch
     concerned = kv.history.arrive(step.valid, kv.held.batch, due) if step.prefill else every
     scores = [_score_sequence(layer, b) if this else None for b, this in enumerate(concerned)] if due else None
@@ -89,17 +88,32 @@ def score_remembered(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceSco
     if plan.selection is None:
         return None
     layer = _Layer(kv, plan, plan.selection, step)
-    _carry(layer)
+    _carry(layer, due=True)
     return [_score_sequence(layer, b) for b in range(kv.held.batch)]
 
 
-def _carry(layer: _Layer) -> None:
-    """Let a score that carries state count the queries that came since it last did."""
-    s, history = layer.selection, layer.kv.history
-    if s.score.needs.carries:
-        history.carried = [s.score.observe(_observation(layer, b, s.score)) for b in range(layer.kv.held.batch)]
-        layer.step.cache.summed()
-        history.counted(s.uncertainty.needs.queries or 0 if s.uncertainty else 0)
+def _carry(layer: _Layer, due: bool) -> None:
+    """Let a score that carries state count the queries that came since it last did.
+
+    Where no selection is `due`, those of an unfinished chunk wait.
+    """
+    s, history, seen = layer.selection, layer.kv.history, layer.step.cache.seen
+    if not s.score.needs.carries:
+        return
+    unfinished = None if due else _unfinished(layer)
+    left = unfinished or [0] * len(seen)
+    history.carried = [s.score.observe(_observation(layer, b, s.score, without)) for b, without in enumerate(left)]
+    layer.step.cache.summed()
+    history.counted(s.uncertainty.needs.queries or 0 if s.uncertainty else 0, unfinished)
+
+
+def _unfinished(layer: _Layer) -> list[int] | None:
+    """How many of the newest queries of each sequence are of an unfinished chunk; None where none can be."""
+    length = layer.selection.score.needs.together(layer.plan.sliding_window)
+    if length == 1:
+        return None
+    uncounted, seen = layer.kv.history.uncounted, layer.step.cache.seen
+    return [min(uncounted(b), tokens % length if length else tokens) for b, tokens in enumerate(seen)]
 
 
 def _queries_needed(s: Selection, summed: bool) -> int | None:
@@ -110,11 +124,12 @@ def _queries_needed(s: Selection, summed: bool) -> int | None:
     return None if None in counts else max(n for n in counts if n is not None)
 
 
-def _observation(layer: _Layer, b: int, score: Score) -> Observation:
+def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Observation:
+    """What a score sees of one sequence; `without` so many of the newest queries."""
     kv, plan, step = layer.kv, layer.plan, layer.step
     needs = score.needs
     keys, values, positions, lengths = kv.held.sequence(b)
-    queries, query_positions = _queries(layer, b, score, keys, positions)
+    queries, query_positions = _queries(layer, b, score, keys, positions, without)
     return Observation(
         queries=queries,
         query_positions=query_positions,
@@ -133,7 +148,8 @@ def _observation(layer: _Layer, b: int, score: Score) -> Observation:
         ),
         window_attention=_window_attention(layer, b, score, keys.shape[1]),
         moments=kv.history.moments(b, keys.shape[0]) if needs.moments else None,
-        mean_rotation=_mean_rotation(layer, b, keys),
+        mean_rotation=partial(mean_rotation, step, plan, b),
+        rotation=partial(rotation, step, plan),
         layer=plan.index,
     )
 
@@ -165,39 +181,14 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
 
-def _queries(layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _queries(
+    layer: _Layer, b: int, score: Score, keys: Tensor, positions: Tensor, without: int = 0
+) -> tuple[Tensor, Tensor]:
     """The queries that a score needs, `[H_kv, g, W, D]`, and their positions `[W]`; W is 0 where there are none."""
     history, heads, wanted = layer.kv.history, keys.shape[0], score.needs.queries
-    unread = [g for g in history.segments if wanted is not None or not g.counted]
-    if wanted != 0 and unread:
-        return history.recall(b, heads, wanted)
+    if wanted != 0 and (history.segments if wanted is not None else history.uncounted(b)):
+        return history.recall(b, heads, wanted, without)
     return keys.new_empty(heads, layer.plan.group, 0, keys.shape[-1]), positions.new_empty(0)
-
-
-def _mean_rotation(layer: _Layer, b: int, keys: Tensor) -> Callable[[int], Tensor]:
-    """The rotation of row vectors averaged over the next positions: q R = q cos + rotate_half(q) sin; in the Hadamard
-    basis R H.
-    """
-    step, dim = layer.step, keys.shape[-1]
-    rotary = step.cache.rotaries[layer.plan.index] if step.cache.rotaries else None
-    next_position = step.cache.seen[b] - (int(step.shift[b]) if step.shift is not None else 0)
-
-    def mean_rotation(horizon: int) -> Tensor:
-        rotation = rotary_mean(horizon)
-        return turn_basis(rotation) if layer.plan.storage.rotated else rotation
-
-    def rotary_mean(horizon: int) -> Tensor:
-        if rotary is None:
-            return torch.eye(dim, device=keys.device, dtype=torch.float32)
-        key = (rotary, next_position, horizon, dim)
-        if key not in step.shared:
-            at = torch.arange(next_position, next_position + horizon, device=keys.device, dtype=torch.int64)
-            cos, sin = (x.float().mean(0) for x in rotary(at))
-            step.shared[key] = _rotation(cos, sin, dim)
-        rotation: Tensor = step.shared[key]
-        return rotation
-
-    return mean_rotation
 
 
 def _score_sequence(layer: _Layer, b: int) -> LayerScores | None:

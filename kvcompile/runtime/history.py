@@ -29,6 +29,17 @@ class Segment:
         """Real queries that every sequence has here, or those of each, `[B]`."""
         return self.queries.shape[2] if self.valid is None else self.valid.sum(1)
 
+    def cut(self, keep: int) -> None:
+        """Hold the newest `keep` real queries of each sequence."""
+        if self.queries.shape[2] <= keep:
+            return
+        if self.valid is None:
+            self.queries, self.positions = self.queries[:, :, -keep:].clone(), self.positions[:, -keep:]
+            return
+        newest = self.valid.int().sort(dim=1, stable=True).indices[:, -keep:]  # padding first, order kept
+        self.queries = self.queries.take_along_dim(newest[:, None, :, None], 2)
+        self.positions, self.valid = (x.take_along_dim(newest, 1) for x in (self.positions, self.valid))
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -52,6 +63,7 @@ class QueryHistory:
     waiting: list[bool] | None = None  # sequences whose prompt has got tokens since the last selection
     sums: list[Sums] | None = None  # per sequence
     sinks: Tensor | None = None  # [H_q] logits of the query heads, where attention has sinks
+    pending: list[int] | None = None  # of each sequence, the newest counted queries that wait for their chunk's end
     received: dict[int, list[Received]] = field(default_factory=dict)  # by sequence, of each row, for its new tiers
     column_sums: Tensor | None = None  # [B, H_kv, n or more] attention to the entries held, summed by the kernel
 
@@ -67,15 +79,9 @@ class QueryHistory:
             keep: only the newest so many real ones are held (None: all since `forget`).
             counted: whether a kernel has summed their attention already.
         """
-        if keep is not None and queries.shape[2] > keep:
-            if valid is None:
-                queries, positions = queries[:, :, -keep:].clone(), positions[:, -keep:]
-            else:
-                newest = valid.int().sort(dim=1, stable=True).indices[:, -keep:]  # padding first, order kept
-                queries = queries.take_along_dim(newest[:, None, :, None], 2)
-                positions, valid = positions.take_along_dim(newest, 1), valid.take_along_dim(newest, 1)
         self.segments.append(Segment(queries, positions, valid, counted))
         if keep is not None:
+            self.segments[-1].cut(keep)
             self._hold(keep)
 
     def _hold(self, keep: int) -> None:
@@ -87,16 +93,29 @@ class QueryHistory:
                 return
             self.segments.pop(0)
 
-    def counted(self, keep: int) -> None:
-        """All remembered queries have been counted; hold the newest `keep` for other readers."""
+    def counted(self, keep: int, unfinished: list[int] | None = None) -> None:
+        """All remembered queries have been counted; hold the newest `keep` for other readers.
+
+        unfinished: but for so many of the newest ones of each sequence, which are counted with what comes.
+        """
         for s in self.segments:
             s.counted = True
-        self.column_sums = None
+        self.column_sums, self.pending = None, unfinished
+        keep = max(keep, *unfinished) if unfinished else keep
         self._hold(keep)
+        if unfinished and self.segments:
+            self.segments[0].cut(keep)
+
+    def uncounted(self, b: int) -> int:
+        """How many of the newest queries of one sequence a score that sums over all has yet to count."""
+        real = [
+            s.queries.shape[2] if s.valid is None else int(s.valid[b].sum()) for s in self.segments if not s.counted
+        ]
+        return sum(real) + (self.pending[b] if self.pending else 0)
 
     def forget(self) -> None:
         """Drop the remembered queries."""
-        self.segments = []
+        self.segments, self.pending = [], None
 
     def arrive(self, valid: Tensor | None, batch: int, due: bool) -> list[bool]:
         """A piece of the prompts has come. Returns which sequences have got tokens since the last selection.
@@ -111,21 +130,23 @@ class QueryHistory:
         self.waiting = None if due else waiting
         return waiting
 
-    def recall(self, b: int, heads: int, keep: int | None) -> tuple[Tensor, Tensor]:
+    def recall(self, b: int, heads: int, keep: int | None, without: int = 0) -> tuple[Tensor, Tensor]:
         """Newest queries of one sequence `[H_kv, g, W, D]` and true positions `[W]`, oldest first, without padding.
 
-        `keep` None: all that have not been counted.
+        keep: how many (None: all that have not been counted). without: but for so many of the newest.
         """
+        counted_too = keep is not None or bool(self.pending and self.pending[b])
+        keep = self.uncounted(b) if keep is None else keep
         queries, positions = [], []
         for s in self.segments:
-            if keep is None and s.counted:
+            if s.counted and not counted_too:
                 continue
             real = slice(None) if s.valid is None else s.valid[b]
             queries.append(s.queries[b][:, real])
             positions.append(s.positions[b][real])
         joined, at = torch.cat(queries, 1), torch.cat(positions)
-        if keep is not None:
-            joined, at = joined[:, max(0, joined.shape[1] - keep) :], at[max(0, at.shape[0] - keep) :]
+        newest = slice(max(0, at.shape[0] - keep), at.shape[0] - without)
+        joined, at = joined[:, newest], at[newest]
         return joined.view(heads, joined.shape[0] // heads, *joined.shape[1:]), at
 
     def newest(self, keep: int) -> tuple[Tensor, Tensor] | None:
@@ -214,6 +235,8 @@ class QueryHistory:
             self.waiting = [self.waiting[b] for b in chosen]
         if self.sums is not None:
             self.sums = [self.sums[b] for b in chosen]
+        if self.pending is not None:
+            self.pending = [self.pending[b] for b in chosen]
 
 
 def _sums(queries: Tensor, positions: Tensor, valid: Tensor | None, stride: int) -> Sums:

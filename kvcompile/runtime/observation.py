@@ -37,6 +37,7 @@ class Observation:
     `window_attention [H_kv, n]`: attention of `queries` to each entry, mean over them and the group, where a kernel
     added it up.
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
+    `rotation(positions)` is the rotation `[D, D]` by so many positions (row vectors: q @ R), where a score needs it;
     `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
     `layer` is the index in the model.
     """
@@ -57,6 +58,7 @@ class Observation:
     window_attention: Tensor | None = None
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
+    rotation: Callable[[int], Tensor] | None = None
     layer: int = 0
 
     @property

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcompile.stores.encoded.hadamard import turn_basis
+
 if TYPE_CHECKING:
+    from kvcompile.plan.plan import LayerPlan
     from kvcompile.recall.index import Index
     from kvcompile.runtime.cache import Rotary, Step
     from kvcompile.runtime.layer import LayerCache
@@ -21,6 +24,47 @@ def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     out[half : 2 * half, :half] -= torch.diag(sin[:half])
     out[:half, half : 2 * half] += torch.diag(sin[half:])
     return out
+
+
+def mean_rotation(step: Step, plan: LayerPlan, sequence: int, horizon: int) -> Tensor:
+    """The rotation of row vectors averaged over the next `horizon` positions of a sequence, `[D, D]`, float32.
+
+    q R = q cos + rotate_half(q) sin; in the Hadamard basis R H.
+    """
+    next_position = step.cache.seen[sequence] - (int(step.shift[sequence]) if step.shift is not None else 0)
+    rotary, device = _rotary(step, plan), step.positions.device
+    if rotary is None:
+        turn = torch.eye(plan.key_dim, device=device, dtype=torch.float32)
+    else:
+        key = (rotary, next_position, horizon, plan.key_dim)
+        if key not in step.shared:
+            at = torch.arange(next_position, next_position + horizon, device=device, dtype=torch.int64)
+            cos, sin = (x.float().mean(0) for x in rotary(at))
+            step.shared[key] = _rotation(cos, sin, plan.key_dim)
+        turn = step.shared[key]
+    return turn_basis(turn) if plan.storage.rotated else turn
+
+
+def rotation(step: Step, plan: LayerPlan, shift: int) -> Tensor:
+    """The rotation of row vectors by `shift` positions, `[D, D]`, float32; an amplitude in the rotary table cancels.
+
+    In the Hadamard basis H R H.
+    """
+    rotary, device = _rotary(step, plan), step.positions.device
+    if rotary is None:
+        return torch.eye(plan.key_dim, device=device, dtype=torch.float32)
+    key = ("rotation", rotary, shift, plan.key_dim, plan.storage.rotated)
+    if key not in step.shared:
+        origin, there = (torch.tensor([at], device=device, dtype=torch.int64) for at in (0, shift))
+        cos, sin = angle(origin, there, rotary)
+        turn = _rotation(cos[0], sin[0], plan.key_dim)
+        step.shared[key] = turn_basis(turn_basis(turn.mT).mT) if plan.storage.rotated else turn
+    turned: Tensor = step.shared[key]
+    return turned
+
+
+def _rotary(step: Step, plan: LayerPlan) -> Rotary | None:
+    return step.cache.rotaries[plan.index] if step.cache.rotaries else None
 
 
 def _close_ranks(step: Step, index: int, kv: LayerCache, indices: list[Tensor]) -> None:

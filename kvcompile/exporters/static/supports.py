@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvcompile.adapters.architectures import lengthwise_ropes
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.selection import Selection
 
-ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
 HF = "export=[hf]"
 SHORT = 64  # tokens; whether a split needs scores does not depend on their number
 
 
 def refuse(plan: Plan, model_config: Any) -> None:
     """Raise KvcompileError, with the reason, for a plan that no program of fixed shape can follow."""
-    for kind in sorted(_ropes(model_config)):
-        if kind not in ROPES:
-            rule = "rotary angles must not depend on the length of the input"
-            raise KvcompileError(rule, f"rope {kind!r}", f"{HF}, whose model is transformers' own")
+    for kind in lengthwise_ropes(model_config):
+        rule = "rotary angles must not depend on the length of the input"
+        raise KvcompileError(rule, f"rope {kind!r}", f"{HF}, whose model is transformers' own")
     if any(p.sink for p in plan.layers):
         raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
     for p in plan.owners:
@@ -111,11 +110,3 @@ def _refuse_allotted(p: LayerPlan, s: Selection, where: str) -> None:
     if s.allocation.traits.competing and p.softcap:
         fix = "drop the policy that lets heads share a budget"
         raise KvcompileError(f"{where}: heads that share a row take plain logits", f"soft-cap {p.softcap:g}", fix)
-
-
-def _ropes(config: Any) -> set[str]:
-    """Kinds of rotary embedding in a config, `rope_parameters` of transformers 5, by layer type or for all."""
-    config = config.get_text_config()
-    ropes = getattr(config, "rope_parameters", None) or {}
-    nested = [x for x in ropes.values() if isinstance(x, dict)]
-    return {str(x.get("rope_type", "default")) for x in (nested or [ropes])}
