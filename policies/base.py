@@ -23,7 +23,10 @@ class CarriedScore(Score):
     s[h, j] starts at 0 where entry j is new; `update` says what the attention of some queries makes of it.
     """
 
-    needs = Needs(queries=None, carries=True)
+    @property
+    def needs(self) -> Needs:
+        """Every query once."""
+        return Needs(queries=None, carries=True)
 
     def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """`state [H_kv, n]` after queries at positions `query_positions [w]`, whose attention is `[H_kv, g, w, n]`."""

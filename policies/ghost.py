@@ -103,7 +103,7 @@ class Ghost(SelectionPolicy):
     shift: int = 512
     chunk: int = 256
     band: int = 8
-    recent: int = 16  # type: ignore[misc]
+    recent: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
