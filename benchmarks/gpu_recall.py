@@ -24,8 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from tables import write
-from tabulate import tabulate
+from tables import show
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -176,10 +175,7 @@ def main() -> None:
     if args.gate:
         return
     rows = [row for tokens in args.tokens for row in measure(model, tokens, args)]
-    text = tabulate(rows, headers="keys", tablefmt="github")
-    print(text)
-    if args.out:
-        write(args.out, text, rows, "float16", f"{torch.cuda.get_device_name()}, a step reads {READ} tokens.")
+    show(args.out, rows, "float16", f"{torch.cuda.get_device_name()}, a step reads {READ} tokens.")
 
 
 if __name__ == "__main__":

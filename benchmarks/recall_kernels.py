@@ -25,8 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from tables import write
-from tabulate import tabulate
+from tables import show
 from torch import Tensor
 
 from kvcompile.kernels import choose as by_torch
@@ -176,10 +175,7 @@ def main() -> None:
             rows.append(measure(kind, tokens, layer, args.seconds))
             print(rows[-1], file=sys.stderr, flush=True)
     rows.sort(key=lambda row: (row["groups"], row["dtype"] != "float32", row["S"], row["read"]))
-    text = tabulate(rows, headers="keys", tablefmt="github")
-    print(text)
-    if args.out:
-        write(args.out, text, rows, note=f"Kernels: {build.describe()}.")
+    show(args.out, rows, note=f"Kernels: {build.describe()}.")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from tables import write
-from tabulate import tabulate
+from tables import show
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -176,10 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = [row for name in args.models for row in measure(name, args.rounds)]
-    text = tabulate(rows, headers="keys", tablefmt="github")
-    print(text)
-    if args.out:
-        write(args.out, text, rows, "float32")
+    show(args.out, rows, "float32")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from cpu_kernels import processor
+from tabulate import tabulate
 
 
 def write(out: str, table: str, rows: list[dict[str, Any]], dtype: str = "", note: str = "") -> None:
@@ -21,3 +22,11 @@ def write(out: str, table: str, rows: list[dict[str, Any]], dtype: str = "", not
     command = f"    {'OMP_NUM_THREADS=1 ' * (threads == 1)}python {' '.join(sys.argv)}"
     Path(out + ".md").write_text("\n\n".join(filter(None, (head, command, note, table))) + "\n")
     Path(out + ".json").write_text(json.dumps({"machine": head, "rows": rows}, indent=1) + "\n")
+
+
+def show(out: str | None, rows: list[dict[str, Any]], dtype: str = "", note: str = "") -> None:
+    """Print the rows as a table, and write it where `out` says (None: nowhere)."""
+    table = tabulate(rows, headers="keys", tablefmt="github")
+    print(table)
+    if out:
+        write(out, table, rows, dtype, note)

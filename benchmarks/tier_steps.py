@@ -16,8 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tables import write
-from tabulate import tabulate
+from tables import show
 
 import kvcompile
 from kvcompile.calibration.text import sentences
@@ -76,10 +75,7 @@ def main() -> None:
     rows = []
     for context in args.contexts:
         rows += [{"context": context, **row} for row in race(models, ids[:, :context], args.rounds)]
-    text = tabulate(rows, headers="keys", tablefmt="github")
-    print(text)
-    if args.out:
-        write(args.out, text, rows, "float32")
+    show(args.out, rows, "float32")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.report.plot import DENSE, INK, KEPT
+from kvcompile.report.plot import DENSE, INK, KEPT, look
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +20,7 @@ def panels(figure: Figure, *widths: float) -> list[Axes]:
     figure.set_size_inches(WIDTH * sum(widths), HEIGHT)
     axes = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(DENSE)
-        ax.tick_params(colors=INK, length=0)
-        ax.grid(axis="y", color=DENSE, alpha=0.4, linewidth=0.6)
-        ax.set_axisbelow(True)
+        look(ax)
     return axes
 
 

@@ -35,14 +35,18 @@ def draw(report: Report, path: Path) -> None:
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for ax, (_, panel) in zip(axes, panels, strict=True):
         panel(ax)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(DENSE)
-        ax.tick_params(colors=INK, length=0)
-        ax.grid(axis="y", color=DENSE, alpha=0.4, linewidth=0.6)
-        ax.set_axisbelow(True)
+        look(ax)
     figure.suptitle(report.title.replace("$", r"\$"), x=0.01, ha="left", fontweight="bold", color=INK)
     figure.savefig(path)
+
+
+def look(ax: Axes) -> None:
+    """What every panel looks like: two pale axes, faint lines at the ticks."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(DENSE)
+    ax.tick_params(colors=INK, length=0)
+    ax.grid(axis="y", color=DENSE, alpha=0.4, linewidth=0.6)
+    ax.set_axisbelow(True)
 
 
 def _draw_layers(report: Report, ax: Axes) -> None:
