@@ -100,6 +100,8 @@ def _draw_needle(before: NeedleResult, after: NeedleResult, ax: Axes) -> None:
 
 def _draw_healed(record: HealRecord, ax: Axes) -> None:
     """Training loss of the two stages, and perplexity of the held-out text on an axis of its own."""
+    from matplotlib.ticker import LogFormatter
+
     for stage, colour, label in (("layers", DENSE, "loss, layers alone"), ("model", KEPT, "loss, end to end")):
         losses = [(p.tokens, p.loss) for p in record.curve if p.stage == stage and p.loss is not None]
         if losses:
@@ -111,8 +113,8 @@ def _draw_healed(record: HealRecord, ax: Axes) -> None:
     quality.axhline(record.perplexity[0], color=LOSS, linestyle="--", linewidth=1.0, label="the original's")
     for axis in (ax, quality):
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:,.7g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))  # over decades they would overlap
     quality.spines[["top", "left", "bottom"]].set_visible(False)
     quality.spines["right"].set_color(DENSE)
     quality.tick_params(colors=LOSS, length=0, which="both", labelsize=7)
