@@ -5,8 +5,8 @@
 
 Contexts: needles in two texts (`haystacks.py`; settings are chosen on the first half of each and seed 0, `--half a`,
 and stated on the second half and seed 1, `--half b`), and with `--questions` passages with questions in LongBench's
-shape. Every context is read once for all stacks that read it alike, and is asked all of its questions, each of a copy
-of the cache (`fork`), so that the four of `four_keys` compete for room.
+shape, of which a third is for settings. Every context is read once for all stacks that read it alike, and is asked all
+of its questions, each of a copy of the cache (`fork`), so that the four of `four_keys` compete for room.
 
 hidden: the cache is made of the context alone; a question then comes as the next turn of a chat, after which the stack
 compresses again.
@@ -125,10 +125,11 @@ def needles(tokenizer: Any, text: str, task: NeedleTask) -> list[Case]:
     return cases
 
 
-def passages(tokenizer: Any, path: str, count: int, tokens: int) -> list[Case]:
-    """Questions about passages, in the tokenizer's chat template."""
-    cases = []
-    for p in prompts(tokenizer, PromptsConfig(path, count, tokens, chat=True), tokens):
+def passages(tokenizer: Any, args: argparse.Namespace) -> list[Case]:
+    """Questions about passages, in the tokenizer's chat template: of the first third of the file, or of the others."""
+    count = len(Path(args.questions).read_text(encoding="utf-8").splitlines())
+    every, cases = prompts(tokenizer, PromptsConfig(args.questions, count, args.tokens, chat=True), args.tokens), []
+    for p in (every[: count // 3] if args.half == "a" else every[count // 3 :])[: args.asked]:
         answers = tuple(_encoded(tokenizer, answer) for answer in p.answers)
         cases.append(Case("passages", "questions", p.ids[: p.context], ((p.ids[p.context :], answers),)))
     return cases
@@ -147,7 +148,7 @@ def _encoded(tokenizer: Any, text: str) -> Tokens:
 
 def cases(args: argparse.Namespace, tokenizer: Any) -> list[Case]:
     """Everything that is read, the first sample of each cell first."""
-    cells = [passages(tokenizer, args.questions, args.asked, args.tokens)] if args.questions else []
+    cells = [passages(tokenizer, args)] if args.questions else []
     halves = {name: text for name, text in haystacks(args.wikitext, args.half).items() if name in args.texts}
     with files(halves) as sources:
         for name, text in halves.items():

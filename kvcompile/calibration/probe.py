@@ -1,4 +1,4 @@
-"""What a policy may ask of the loaded model before the plan is final: the attention of its last queries."""
+"""What a policy may ask of the loaded model before the plan is final: how it attends, and what a selection keeps."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class ModelCalibrator:
         self.owners = [p.index for p in plan.owners] if plan else list(range(self.layers))
         self._probe: Probe | None = None
         self._probed: Any = None
+        self._selecting: dict[Selection, Any] = {}  # the last one
 
     def attention(self, ids: Tensor, last: int) -> list[Tensor]:
         """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`, float32.
@@ -73,15 +74,29 @@ class ModelCalibrator:
         probe.attention.clear()
         return attention
 
+    def kept(self, ids: Tensor, selection: Selection) -> tuple[list[list[int]], list[int]]:
+        """What a selection keeps of one sequence `ids [1, n]`, by layer with a cache of its own.
+
+        Returns tokens by KV head, and those of them that stay in every head whatever the scores.
+        """
+        if selection not in self._selecting:
+            self._selecting = {selection: self._selected(selection)}
+        with torch.no_grad():
+            out = self._selecting[selection](ids.to(self.model.device), logits_to_keep=1)
+        plan: Plan = out.past_key_values.plan
+        floors = [selection.resolve(p.span(ids.shape[1]))[1] for p in plan.owners]
+        return [out.past_key_values.lengths()[p.index] for p in plan.owners], floors
+
     def _build(self, window: int) -> None:
+        self._probe = Probe(window)
+        self._probed = self._selected(Selection("probe", self._probe, None, Everything()))
+
+    def _selected(self, selection: Selection) -> Any:
         from kvcompile.adapters.architectures import describe
         from kvcompile.build import build
 
-        self._probe = Probe(window)
-        selection = Selection("probe", self._probe, None, Everything())
         plan = self.plan or describe(self.model.config, str(self.model.dtype).removeprefix("torch."))
-        plan = plan.map(lambda p: replace(p, selection=selection))
-        self._probed = build(shared(self.model), plan)
+        return build(shared(self.model), plan.map(lambda p: replace(p, selection=selection)))
 
 
 class Remembering(ModelCalibrator):

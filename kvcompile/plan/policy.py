@@ -12,6 +12,8 @@ from kvcompile.plan.plan import Family, Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvcompile.plan.selection import Selection
+
 
 class Calibrator(Protocol):
     """What calibration may use of the loaded model; the compiler provides it."""
@@ -24,6 +26,10 @@ class Calibrator(Protocol):
 
     def attention(self, ids: Tensor, last: int) -> list[Tensor]:
         """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`."""
+        ...
+
+    def kept(self, ids: Tensor, selection: Selection) -> tuple[list[list[int]], list[int]]:
+        """What a selection keeps of `ids [1, n]`, by layer with a cache of its own: by KV head, and at the least."""
         ...
 
 
