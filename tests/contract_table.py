@@ -145,6 +145,12 @@ TABLE: dict[str, Row] = {
         error=0.05,
         logits=0.02,
     ),
+    "head_budgets": Row(
+        {"snapkv": SNAPKV, "head_budgets": {"shares": [[0.3, 0.1], [0.0, 0.2], [0.2, 0.0], [0.1, 0.1]]}},
+        split="model",
+        recent=8,
+        finds=None,  # no room for a needle in heads without a share
+    ),
     "h2o": Row({"h2o": {}}, recent=0.5),
     "keydiff": Row({"keydiff": {}}, finds="different"),
     "knorm": Row({"knorm": {}}, finds="short"),
