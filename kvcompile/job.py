@@ -215,12 +215,14 @@ def warnings(model: Any, measured: Report) -> list[str]:
             f"{names}: the weights were converted and not trained since. Heal them: "
             "heal.tokens=1_000_000 and more, as recipe=mqa_heal does."
         )
-    shift = max([p.selection.score.needs.rotation for p in plan.selected if p.selection], default=0)
-    if shift and measured.tokens + shift > longest(model):
-        lines.append(
-            f"ghost queries: {measured.tokens:,} tokens and {shift:,} positions beyond them are more than the "
-            f"{longest(model):,} positions that the model was trained on, so that scores of long prompts may be off."
+    lines += [
+        f"{name}: queries of {measured.tokens:,} tokens, turned on by {shift:,} positions, stand beyond the "
+        f"{longest(model):,} that the model was trained on; scores may be worse there."
+        for name, shift in sorted(
+            {(p.selection.policy, p.selection.score.needs.rotation) for p in plan.selected if p.selection}
         )
+        if shift and measured.tokens + shift > longest(model)
+    ]
     if model.device.type == "cpu" and any(p.storage.offload for p in plan.layers):
         lines.append(
             "offload: the model is on a CPU, where device and host are one memory. Stores were moved as on an "

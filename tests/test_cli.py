@@ -72,6 +72,9 @@ def test_ls_has_one_line_each(tmp_path: Path) -> None:
     assert {"recipes", "policies", "models"} <= set(lines)
     for name in ("zigzag", "snapkv", "llama"):
         assert [line for line in lines if line.split()[:1] == [name] and len(line.split()) > 2], name
+    told = {line.split()[0]: "do not compare" in line for line in lines if "selection:" in line}
+    assert told["knorm"], "its scores have another unit in every layer"
+    assert not any(told[name] for name in ("ghost", "snapkv", "global_topk"))
     assert kvcompile(tmp_path, "ls", "models").stdout.startswith("models\n")
     assert kvcompile(tmp_path, "ls", "modles").returncode == 1
 

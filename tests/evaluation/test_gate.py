@@ -133,6 +133,17 @@ def test_a_block_transformer_is_called_useless_until_it_is_healed(made: Report) 
     assert job.warnings(model, replace(made, perplexity=(10.0, 11.5), healed=healed)) == [note]
 
 
+def test_queries_that_are_turned_on_beyond_the_trained_length_are_told_of(made: Report) -> None:
+    config = tiny_model().config  # 512 positions
+    plan = plan_of(config, "float32", compose([]), compose(["policy=[ghost,global_topk]"]).policies())
+    model = SimpleNamespace(kvcompile=SimpleNamespace(plan=plan), device=torch.device("cpu"), config=config)
+    (warning,) = job.warnings(model, replace(made, tokens=100))
+    assert warning.startswith("ghost: queries of 100 tokens, turned on by 512 positions, stand beyond the 512 that")
+    plan = plan_of(config, "float32", compose([]), compose(["policy=[ghost]", "stack.ghost.shift=400"]).policies())
+    model.kvcompile = SimpleNamespace(plan=plan)
+    assert job.warnings(model, replace(made, tokens=100)) == []
+
+
 def test_a_dense_compile_has_the_perplexity_of_the_model(tmp_path: Path) -> None:
     before, after = files.read(Path(compiled(tmp_path / "out").path)).perplexity or (0, 1)
     assert after == pytest.approx(before, rel=1e-4)
