@@ -5,8 +5,8 @@
 Every spec that a shipped recipe leads to, on the shapes of Llama 3 8B (group 4, 128 channels) and of the default model
 (group 3, 64 channels), then other formats, head dims and features; with one new token (`one`) and with many; and where
 a score averages the attention of the last queries of a prompt, what adds that up (`window`). Then what moves the
-entries that a selection keeps, by bytes of an entry (and tokens that share it), and what scores the groups that a
-step may recall.
+entries that a selection keeps, by bytes of an entry (and tokens that share it), what scores the groups that a step may
+recall, and what scores entries by what their own text looks back at (ghosts).
 `--sample`: a few of them, for the tests. `--recall`: only attention to what a step chooses, and what scores groups.
 What was compiled once comes from Triton's own cache. Exits with 1 where a kernel spills for an unknown reason, or takes
 more shared memory than the target has. Nothing is run.
@@ -28,6 +28,7 @@ from tabulate import tabulate
 
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
+from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import Codec
@@ -205,14 +206,35 @@ def scored(job: tuple[ChooseSpec, str]) -> tuple[int, int, int]:
     return result.registers, result.spilled, result.shared
 
 
+def ghosts(few: bool = False) -> list[tuple[GhostSpec, str]]:
+    """Ghost scores in the linear form, by dtype and channels of a head, for every target; `few`: one for each."""
+    rule = GhostRule(256, 8, 0.125, None, 4)
+    plain = [
+        GhostSpec(rule, group, dim, dim, dtype)
+        for group, dim, dtype in ((4, 128, "float16"), (3, 64, "float32"), (4, 80, "bfloat16"), (8, 256, "bfloat16"))
+    ]
+    if few:
+        return list(zip(plain, TARGETS, strict=False))
+    whole = replace(plain[0], rule=replace(rule, chunk=0, band=0, softcap=50.0), sink=True)
+    return [(one, target) for one in (*plain, whole) for target in TARGETS]
+
+
+def looked(job: tuple[GhostSpec, str]) -> tuple[int, int, int]:
+    """Registers, spilled bytes, shared bytes of ghost scores: the most that one of their two kernels takes."""
+    from kvcompile.kernels.triton.aot import compile_ghost
+
+    both = compile_ghost(*job).values()
+    return max(c.registers for c in both), max(c.spilled for c in both), max(c.shared for c in both)
+
+
 def table_beside(
     kind: str,
-    jobs: Sequence[tuple[CompactSpec | ChooseSpec, str]],
+    jobs: Sequence[tuple[CompactSpec | ChooseSpec | GhostSpec, str]],
     results: list[tuple[int, int, int]],
     recipes: Mapping[Any, list[str]],
 ) -> tuple[str, list[str]]:
     """Markdown of kernels beside attention, and what is wrong."""
-    cells: dict[CompactSpec | ChooseSpec, dict[str, str]] = {}
+    cells: dict[CompactSpec | ChooseSpec | GhostSpec, dict[str, str]] = {}
     wrong = []
     for (one, target), (registers, spilled, shared) in zip(jobs, results, strict=True):
         cells.setdefault(one, {})[target] = cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
@@ -289,14 +311,15 @@ def main() -> int:
     choices = sample_of_choosers() if args.sample else [(one, t) for one in choosing for t in TARGETS]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         results, moving = list(pool.map(compiled, jobs)), list(pool.map(moved, moves))
-        scoring = list(pool.map(scored, choices))
+        scoring, looking = list(pool.map(scored, choices)), list(pool.map(looked, ghosts(args.sample)))
     text, wrong = table(jobs, results)
     beside = [
         table_beside("compaction", moves, moving, recipes),
         table_beside("scores of groups", choices, scoring, choosing),
+        table_beside("ghost scores", ghosts(args.sample), looking, {}),
     ]
     wrong += [line for _, lines in beside for line in lines]
-    total = sum(map(len, results)) + len(moving) + len(scoring)
+    total = sum(map(len, results)) + len(moving) + len(scoring) + 2 * len(looking)
     import triton
 
     title = "# Generated Triton kernels, compiled ahead of time"

@@ -20,8 +20,9 @@ from triton.compiler import ASTSource
 
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
+from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.spec import KernelSpec
-from kvcompile.kernels.triton.entries import choose, compact
+from kvcompile.kernels.triton.entries import choose, compact, ghost
 from kvcompile.kernels.triton.forms import Form, power_of_two
 from kvcompile.kernels.triton.launch import kernels
 from kvcompile.kernels.triton.parts import Argument
@@ -91,6 +92,16 @@ def compile_choose(spec: ChooseSpec, target: str) -> Compiled:
     """The kernel that scores the groups of a spec."""
     generated, module = choose.scoring(spec)
     return compile_kernel(module.score, generated.arguments, {}, spec.dtype, target, choose.CHOICE)
+
+
+def compile_ghost(spec: GhostSpec, target: str) -> dict[str, Compiled]:
+    """The kernels of ghost scores, by name."""
+    generated, module = ghost.kernels(spec)
+    fixed = {"DOT": DTYPES[spec.dtype][1]}
+    return {
+        name: compile_kernel(getattr(module, name), arguments, fixed, spec.dtype, target, ghost.CHOICE)
+        for name, arguments in generated.arguments.items()
+    }
 
 
 def compile_spec(

@@ -21,11 +21,14 @@ from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.pointers import opaque
+from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec
+from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
 from kvcompile.kernels.triton.emit import Kernels
 from kvcompile.kernels.triton.entries.choose import Scoring
 from kvcompile.kernels.triton.entries.compact import Compaction
+from kvcompile.kernels.triton.entries.ghost import Ghosts
 from kvcompile.kernels.triton.forms import KINDS
 from kvcompile.plan.recall import Agreement
 
@@ -113,6 +116,26 @@ def choose(
     return generated.choose(queries, table, wanted, lengths, agree, together, places)
 
 
+@opaque
+def ghost(
+    queries: Tensor,
+    ghosts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: tuple[Tensor, Tensor],
+    rule: GhostRule,
+    start: int = 0,
+    learned: Tensor | None = None,
+) -> Tensor:
+    """Same contract as `reference.ghost.ghost_scores`. Raises KvcompileError where there is no GPU or interpreter."""
+    ready(queries.device.type)
+    if queries.dtype not in QUERY_TYPES:
+        return ghost_by_torch(queries, ghosts, keys, values, sinks, rule, start, learned)
+    from kvcompile.kernels.triton.entries import ghost as generated
+
+    return generated.ghost_scores(queries, ghosts, keys, values, sinks, rule, start, learned)
+
+
 def written(spec: KernelSpec) -> str:
     """A spec as text, in f-strings alone, which torch.compile can trace; `ops.read` reads it."""
     fields = f"{spec.group} {spec.head_dim} {spec.value_dim} {spec.scale!r} {spec.sliding_window or 0} "
@@ -184,6 +207,10 @@ class TritonSources(Sources):
         """What scores the groups, for queries of the dtypes that there are kernels for."""
         return {f"{spec.name}.py": Scoring(spec).text} if getattr(torch, spec.dtype) in QUERY_TYPES else {}
 
+    def ghost(self, spec: GhostSpec) -> dict[str, str]:
+        """For queries of the dtypes that there are kernels for."""
+        return {f"{spec.name}.py": Ghosts(spec).text} if getattr(torch, spec.dtype) in QUERY_TYPES else {}
+
 
 TRITON = Backend(
     "triton",
@@ -194,5 +221,6 @@ TRITON = Backend(
     column_sums=column_sums,
     compact=compact,
     choose=choose,
+    ghost=ghost,
     sources=TritonSources(),
 )

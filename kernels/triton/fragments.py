@@ -166,6 +166,23 @@ def softmax_step(s, top, total):
 
 
 @triton.jit
+def distances(outputs, row, real, values, entry, stride, ok, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """|v - o|^2 of the values at `entry [N]` and the outputs at `row [M]`: `[M, N]`, WIDE channels at a time.
+
+    Not |v|^2 - 2 v o + |o|^2: where o is near v, little would be left of it.
+    """
+    far = tl.zeros([row.shape[0], entry.shape[0]], tl.float32)
+    for first in range(0, WIDTH, WIDE):
+        c = first + tl.arange(0, WIDE)
+        here = (c < WIDTH)[None, :]
+        o = tl.load(outputs + row[:, None] * WIDTH + c[None, :], mask=real[:, None] & here, other=0)
+        v = tl.load(values + entry[:, None] * stride + c[None, :], mask=ok[:, None] & here, other=0).to(tl.float32)
+        apart = o[:, None, :] - v[None, :, :]
+        far += tl.sum(apart * apart, 2)
+    return far
+
+
+@triton.jit
 def accumulate(p, values, acc):
     """acc + p v."""
     return tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")

@@ -21,10 +21,12 @@ from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.demote import Rule
 from kvcompile.kernels.dispatch import REFERENCE, TRITON, choose
 from kvcompile.kernels.layout import DenseView, Queries
+from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
-from kvcompile.kernels.triton import backend, tuning
+from kvcompile.kernels.triton import backend, launch, tuning
 from kvcompile.kernels.triton import fragments as f
 from kvcompile.kernels.triton.entries.encode import append
+from kvcompile.kernels.triton.entries.ghost import ghost_scores
 from kvcompile.kernels.triton.launch import interpreted
 from kvcompile.kernels.triton.tuning import Choice
 from kvcompile.plan.storage import Codec, Storage
@@ -38,6 +40,10 @@ from choices import SPECS, check_near  # noqa: E402
 from choices import case as choosing  # noqa: E402
 from choices import check as check_choice  # noqa: E402
 from choosing import STORES, choice, filled, gathered, within  # noqa: E402
+from ghosts import PLACES  # noqa: E402
+from ghosts import SPECS as GHOSTS  # noqa: E402
+from ghosts import case as scoring  # noqa: E402
+from ghosts import check as check_scores  # noqa: E402
 from misread import DIM, FLAT, HELD, TABLE, WRONG  # noqa: E402
 from moves import FEW, check  # noqa: E402
 from moves import case as moving  # noqa: E402
@@ -463,3 +469,30 @@ def test_two_tiers_and_a_new_token_under_one_softmax() -> None:
         assert store.low == [29, 21]
     for a, b in zip(stores[0].rows(), stores[1].rows(), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("spec", GHOSTS, ids=lambda spec: spec.name)
+def test_ghost_scores_are_changes_of_the_output(spec: GhostSpec) -> None:
+    for place in PLACES[1::2]:
+        check_scores(TRITON.ghost, scoring(spec, *place), 2e-4)
+
+
+def test_ghosts_of_16_bits_see_what_little_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one entry has nearly all the weight its own is 1, rounded or not: 1 - p is what the others weigh."""
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    c = scoring(replace(GHOSTS[0], dtype="float16"), 21, 40)
+    c.ghosts.copy_(c.keys.unsqueeze(1) * 1.5)
+    check_scores(ghost_scores, c, 0.02)
+
+
+def test_no_ghosts_are_launched_on_what_they_would_misread() -> None:
+    c = scoring(GHOSTS[0])
+    for wrong in (
+        replace(c, ghosts=c.ghosts[:, :, 1:]),
+        replace(c, keys=c.keys.half()),
+        replace(c, values=c.values[:1]),
+        replace(c, sinks=(c.sinks[0][:1], c.sinks[1])),
+        replace(c, queries=c.queries.transpose(2, 3).contiguous().transpose(2, 3)),
+    ):
+        with pytest.raises(KvcompileError, match="a kernel reads"):
+            wrong.by(TRITON.ghost)
