@@ -28,8 +28,9 @@ from tabulate import tabulate
 
 from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.compact import CompactSpec
-from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec
+from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.spec import KernelSpec, Part, plain
+from kvcompile.plan.ghost import GhostRule
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.storage import Codec
 

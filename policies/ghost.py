@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvcompile.plan.ghost import GhostRule
 from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import CarriedScore, SelectionPolicy
 
@@ -45,6 +46,10 @@ class GhostReplay(CarriedScore):
         """Every query once, by chunks."""
         return Needs(queries=None, carries=True, chunk=self.chunk or None, rotation=self.shift, traceable=False)
 
+    def ghost_rule(self, scale: float, softcap: float | None, window: int | None) -> GhostRule:
+        """Its chunks end with the window."""
+        return GhostRule(self.needs.together(window) or 0, self.band, scale, softcap, self.sinks)
+
     def observe(self, seen: Observation) -> Tensor:
         """Scores so far, `[H_kv, n]`, with those of the tokens of the new queries; final, unless a chunk was cut."""
         import torch
@@ -59,8 +64,7 @@ class GhostReplay(CarriedScore):
     def _add(self, scores: Tensor, seen: Observation) -> None:
         import torch
 
-        from kvcompile.kernels.reference.ghost import GhostRule, ghost_scores
-
+        rule = self.ghost_rule(seen.scale, seen.softcap, seen.sliding_window)
         if seen.rotation is None:
             raise RuntimeError("ghosts need a rotation")
         start, count, window = int(seen.query_positions[0]), seen.query_positions.numel(), seen.sliding_window
@@ -69,13 +73,13 @@ class GhostReplay(CarriedScore):
         keys, values = (x.gather(1, own.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (seen.keys, seen.values))
         sinks = self._sinks_held(seen)
         turn = seen.rotation(min(self.shift, window // 2) if window else self.shift)
-        new = ghost_scores(
+        new = seen.ghost(
             seen.queries,
             (seen.queries.float() @ turn).to(seen.queries.dtype),
             keys,
             values,
             (seen.keys[:, :sinks], seen.values[:, :sinks]),
-            GhostRule(self.needs.together(window) or 0, self.band, seen.scale, seen.softcap, self.sinks),
+            rule,
             start,
             seen.sinks,
         )

@@ -18,7 +18,8 @@ from kvcompile.kernels.cpp.emit.stored import ELEMENTS, decimal
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.pointers import address, opaque
 from kvcompile.kernels.reference import ghost as reference
-from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, spec_of
+from kvcompile.plan.ghost import GhostRule
 
 TYPES = ("float32", "float16", "bfloat16")
 

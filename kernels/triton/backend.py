@@ -21,7 +21,7 @@ from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.pointers import opaque
-from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec
+from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
@@ -30,6 +30,7 @@ from kvcompile.kernels.triton.entries.choose import Scoring
 from kvcompile.kernels.triton.entries.compact import Compaction
 from kvcompile.kernels.triton.entries.ghost import Ghosts
 from kvcompile.kernels.triton.forms import KINDS
+from kvcompile.plan.ghost import GhostRule
 from kvcompile.plan.recall import Agreement
 
 QUERY_TYPES = (torch.float32, torch.float16, torch.bfloat16)

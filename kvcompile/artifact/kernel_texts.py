@@ -37,7 +37,7 @@ def files(plan: Plan, backend: Backend, device: str = "") -> dict[str, str]:
             for end, text in written(spec, plan.dtype, device).items():
                 index[f"{name}-{end}"], texts[f"{FOLDER}/{name}-{end}"] = layers, text
     beside = _encoders(plan, sources) | _compactors(plan, sources) | _choosers(plan, sources)
-    beside |= _demoters(plan, sources)
+    beside |= _demoters(plan, sources) | _ghosts(cache, sources)
     for name, (text, layers) in beside.items():
         index[name], texts[f"{FOLDER}/{name}"] = layers, text
     if texts:
@@ -178,6 +178,19 @@ def _demoters(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
         if p.storage.low is not None and p.selection is not None and p.selection.demotes:
             spec = DemoteSpec(p.storage.codecs(plan.dtype), p.storage.low, p.key_dim, p.value_dim, plan.dtype)
             for name, text in sources.demote(spec).items():
+                texts.setdefault(name, (text, []))[1].append(p.index)
+    return texts
+
+
+def _ghosts(cache: KVCache, sources: Sources) -> dict[str, tuple[str, list[int]]]:
+    from kvcompile.kernels.reference.ghost import GhostSpec
+
+    texts: dict[str, tuple[str, list[int]]] = {}
+    for p in cache.plan.selected:
+        rule = p.selection.score.ghost_rule(p.scale, p.softcap, p.sliding_window) if p.selection else None
+        if rule is not None:
+            shape = cache.kernels.group(p.index), p.key_dim, p.value_dim
+            for name, text in sources.ghost(GhostSpec(rule, *shape, cache.plan.dtype, p.sink)).items():
                 texts.setdefault(name, (text, []))[1].append(p.index)
     return texts
 

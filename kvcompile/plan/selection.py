@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.ghost import GhostRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +116,10 @@ class Score:
         Not a field (no annotation): it follows from the fields, so a plan does not hold it.
         """
         return Needs()
+
+    def ghost_rule(self, scale: float, softcap: float | None, window: int | None) -> GhostRule | None:
+        """What it asks `Observation.ghost` for in a layer with this attention; None: nothing."""
+        return None
 
     def observe(self, seen: Observation) -> Tensor:
         """New per-entry state `[H_kv, n]`, from the state so far and the new queries (only where `needs.carries`)."""

@@ -150,6 +150,7 @@ def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Obser
         moments=kv.history.moments(b, keys.shape[0]) if needs.moments else None,
         mean_rotation=partial(mean_rotation, step, plan, b),
         rotation=partial(rotation, step, plan),
+        ghost=step.cache.backend.ghost,
         layer=plan.index,
     )
 

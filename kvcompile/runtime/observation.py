@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels.reference import softmax
+from kvcompile.kernels.reference.ghost import Scorer, ghost_scores
 
 QUERY_BLOCK = 256
 
@@ -38,6 +39,7 @@ class Observation:
     added it up.
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
     `rotation(positions)` is the rotation `[D, D]` by so many positions (row vectors: q @ R), where a score needs it;
+    `ghost` scores entries by what queries that were turned on look back at, as the backend does;
     `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
     `layer` is the index in the model.
     """
@@ -59,6 +61,7 @@ class Observation:
     moments: Moments | None = None
     mean_rotation: Callable[[int], Tensor] | None = None
     rotation: Callable[[int], Tensor] | None = None
+    ghost: Scorer = ghost_scores
     layer: int = 0
 
     @property

@@ -21,7 +21,7 @@ from tiny import tiny_ids, tiny_model
 import kvcompile
 from kvcompile.artifact import artifact, kernel_texts
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.cpp import backend, build, choose, compact, encode, simd
+from kvcompile.kernels.cpp import backend, build, choose, compact, encode, ghost, simd
 from kvcompile.kernels.dispatch import CPP, TRITON, named
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.models import provenance
@@ -163,6 +163,22 @@ def test_what_demotes_is_shown() -> None:
     assert "void demote(" in shown[f"kernels/{name}"]
     assert json.loads(shown["kernels/kernels.json"])["layers_by_kernel"][name] == [0, 1, 2, 3]
     assert f"kernels/{name}" not in kernel_texts.of_model(tiers)
+
+
+@needs_compiler
+def test_what_scores_ghosts_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very text that runs; where a layer has a sliding window, with chunks that end with it."""
+    ran: list[str] = []
+    loaded = build.load
+    ghost._kernel.cache_clear()
+    monkeypatch.setattr(build, "load", lambda text, name, *rest: ran.append(text) or loaded(text, name, *rest))
+    model = kvcompile.compile(tiny_model(), overrides=("policy=[ghost,global_topk]", "stack.global_topk.budget=0.3"))
+    model(tiny_ids(1, 60))
+    shown = kernel_texts.of_model(model)
+    name = "ghost-c256-b8-s4-float32-g2-d16.cpp"
+    scoring = [text for text in ran if "void ghost(" in text]
+    assert scoring == [simd.prelude() + shown[f"kernels/{name}"].removeprefix('#include "simd.h"\n\n')]
+    assert json.loads(shown["kernels/kernels.json"])["layers_by_kernel"][name] == [0, 1, 2, 3]
 
 
 def test_a_backend_of_a_library_shows_no_kernels(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec, Scorer, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, Scorer, spec_of
+from kvcompile.plan.ghost import GhostRule
 
 RULE = GhostRule(8, 2, 0.3, None, 4)
 SPECS = [

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.reference.ghost import GhostRule, GhostSpec, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, spec_of
 from kvcompile.kernels.triton.files import assemble, load
 from kvcompile.kernels.triton.forms import SMALLEST, power_of_two
 from kvcompile.kernels.triton.parts import Argument, Lines, indent
 from kvcompile.kernels.triton.tuning import Choice
+from kvcompile.plan.ghost import GhostRule
 
 NEAR = 16  # entries and query rows of a tile whose values and outputs are compared
 ROWS = (1 << 12, 1 << 11)  # numbers of a tile of queries, of 16 bits and of 32: of more, registers spill
