@@ -25,7 +25,8 @@ bfloat16, whatever the model runs in here; a stack's budget is the largest that 
 much the memory of the process grows at most.
 
 What is measured goes to OUT.jsonl as it comes: the same command goes on where it ended, and one with more rows, forms
-or samples measures what is missing. Samples are taken in turns, so that `--minutes` leaves all cells about as full.
+or samples measures what is missing. Samples are taken in turns, so that `--minutes` leaves all cells about as full;
+`--minutes 0` makes the tables of the contexts that are complete.
 """
 
 from __future__ import annotations
@@ -162,31 +163,35 @@ def cases(args: argparse.Namespace, tokenizer: Any) -> list[Case]:
 
 
 def measure(args: argparse.Namespace, every: list[Case], at_work: list[Row], parts: Parts) -> list[Record]:
-    """A record of each reading by each row; fewer where the time is up."""
+    """A record of each reading by each row, of all contexts that are read by all rows when the time is up."""
     records, end = [], time.monotonic() + 60 * args.minutes
-    whole = replace(at_work[0].runner.plan, dtype=BYTES)
+    whole = replace(at_work[0].contest.dense, dtype=BYTES)
     for number, case in enumerate(every):
-        if time.monotonic() > end:
-            break
-        for reading in case.readings(args.settings):
+        wanted = [(reading, row, _unit(reading, row)) for reading in case.readings(args.settings) for row in at_work]
+        if time.monotonic() >= end and not all(unit in parts for _, _, unit in wanted):
+            continue
+        for reading, row, unit in wanted:
+            record = parts.of(unit, lambda row=row, reading=reading: reading.of(row))
             dense = sum(layer.dense_bytes for layer in whole.bytes(1, len(reading.ids)))
-            for row in at_work:
-                unit = {"stack": row.overrides, "read": reading.ids, "asked": reading.questions, "rest": case.rest}
-                record = parts.of(unit | {"setting": reading.setting}, lambda row=row, r=reading: r.of(row))
-                where = {"row": row.label, "text": case.text, "form": case.form, "setting": reading.setting}
-                records.append(record | where | {"case": number, "dense": dense})
+            where = {"row": row.label, "text": case.text, "form": case.form, "setting": reading.setting}
+            records.append(record | where | {"case": number, "dense": dense})
         print(f"{number + 1}/{len(every)} {case.text} {case.form}", file=sys.stderr, flush=True)
     return records
 
 
+def _unit(reading: Reading, row: Row) -> Record:
+    """What a record depends on."""
+    asked, setting = reading.questions or reading.case.rest, reading.setting
+    return {"stack": row.overrides, "read": reading.ids, "asked": asked, "setting": setting}
+
+
 def costs(args: argparse.Namespace, at_work: list[Row], case: Case, parts: Parts) -> Record:
     """By row, time of a prefill as a multiple of the uncompressed model's, and the most bytes that memory grows by."""
-    ids, dense = torch.tensor([case.context], dtype=torch.int64, device="cpu"), at_work[0].runner.model
-    found = {}
+    ids, found = torch.tensor([case.context], dtype=torch.int64, device="cpu"), {}
     for row in at_work if args.rounds else []:
 
         def timed(row: Row = row) -> Record:
-            both = compare({"dense": dense, "stack": row.runner.model}, ids, 1, args.rounds)
+            both = compare({"dense": at_work[0].runner.model, "stack": row.runner.model}, ids, 1, args.rounds)
             return {"prefills": 1 / both.prefill_ratio["stack"], "peak": both.speeds["stack"].peak_bytes}
 
         unit = {"stack": row.overrides, "tokens": args.tokens, "rounds": args.rounds, "threads": args.threads}
@@ -290,7 +295,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=12, help="of perplexity, in each text")
     parser.add_argument("--scored", type=int, default=96, help="tokens of a window")
     parser.add_argument("--rounds", type=int, default=0, help="prefills of each stack by itself")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further context after so long")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further context after so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", required=True)
     return parser.parse_args()

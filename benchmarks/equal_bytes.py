@@ -126,16 +126,27 @@ class Row:
 
     label: str
     overrides: tuple[str, ...]
-    runner: Runner
+    contest: Contest
+
+    @property
+    def entry(self) -> Entry:
+        """As a contest knows it."""
+        return Entry(" ".join(self.overrides) or FULL)
+
+    @property
+    def runner(self) -> Runner:
+        """Built, and calibrated where it asks for that, when it is first wanted."""
+        return self.contest.runner(self.entry)
 
 
 def rows(contest: Contest, planner: Planner, known: Sequence[Stack]) -> list[Row]:
     """The uncompressed model and every stack that fits; those that do not are said and left out."""
-    at_work = [Row(DENSE, (), contest.runner(Entry(FULL)))]
+    at_work = [Row(DENSE, (), contest)]
     for stack in known:
         try:
-            overrides = tuple(planner.fitted(stack))
-            at_work.append(Row(stack.label, overrides, contest.runner(Entry(" ".join(overrides)))))
+            row = Row(stack.label, tuple(planner.fitted(stack)), contest)
+            contest.require_possible([row.entry])
+            at_work.append(row)
         except KvcompileError as error:
             print(f"left out: {error}", file=sys.stderr)
     return at_work

@@ -36,6 +36,10 @@ class Parts:
         """How many parts of other settings the file holds."""
         return len(self._values) - self.reused - self.measured
 
+    def __contains__(self, unit: object) -> bool:
+        """Whether a part is measured already."""
+        return digest([self.settings, unit]) in self._values
+
     def of(self, unit: object, compute: Callable[[], Any]) -> Any:
         """The value of one part: as the file has it, or computed now and written there at once."""
         key = digest([self.settings, unit])
