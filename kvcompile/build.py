@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack
 
@@ -42,12 +43,13 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     from kvcompile.graph.blocks import inside_blocks
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import skeleton, trace
-    from kvcompile.graph.wiring import verify
+    from kvcompile.graph.wiring import outputs, verify
     from kvcompile.kernels.dispatch import choose
     from kvcompile.models.loading import align_weights
     from kvcompile.runtime.model import Compiled, adopt
 
     backend = choose(kernels, model.device)  # one that cannot run here fails before any work
+    _require_prompts(model, plan)
     align_weights(model)
     architecture = architecture_of(model.config)
     rotaries = latent_rotations(architecture.rotations(model), plan)
@@ -59,4 +61,21 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     if backend.linear is not None:
         changes["DecodeLinear"] = backend.linear(model)
     inside = inside_blocks(graph) if plan.blocks is not None else None
-    return adopt(model, Compiled(plan, graph, skeleton(model), rotaries, kernels, recipe, changes, inside=inside))
+    facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
+    return adopt(model, Compiled(*facts, inside=inside, outputs=outputs(graph.graph)))
+
+
+def _require_prompts(model: Any, plan: Plan) -> None:
+    """Raise KvcompileError where a replay has no prompts of the model's own tokens."""
+    replay = None if plan.replayed is None else plan.replayed.replay
+    if replay is None:
+        return
+    if replay.first is None or replay.later is None or replay.closing is None:
+        raise KvcompileError(
+            "a replay asks the model to repeat a text, in token ids",
+            "no tokenizer has made them",
+            "compile with tokenizer=, or give the ids (stack.kvzip.ids)",
+        )
+    known, most = model.get_input_embeddings().num_embeddings, max((*replay.first, *replay.later, *replay.closing, 0))
+    if most >= known:
+        raise KvcompileError(f"prompts of a replay are tokens of the model, 0 to {known - 1}", most)

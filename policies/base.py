@@ -137,10 +137,14 @@ class SelectionPolicy(TokenPolicy):
             score=self.score(),
             budget=Budget(self.budget),
             allocation=self.allocation(),
-            schedule=Schedule(self.between_chunks, self.decode_every),
+            schedule=self.schedule(),
             sinks=self.sinks,
             recent=self.recent,
         )
+
+    def schedule(self) -> Schedule:
+        """When tokens are dropped."""
+        return Schedule(self.between_chunks, self.decode_every)
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,10 @@ class AllocationPolicy(Policy):
 
     def over(self, before: Selection) -> Selection:
         """The selection `before` with this allocation and what this policy overrides."""
-        schedule = Schedule(
-            before.schedule.between_chunks if self.between_chunks is None else self.between_chunks,
-            before.schedule.decode_every if self.decode_every is None else self.decode_every,
+        schedule = replace(
+            before.schedule,
+            between_chunks=before.schedule.between_chunks if self.between_chunks is None else self.between_chunks,
+            decode_every=before.schedule.decode_every if self.decode_every is None else self.decode_every,
         )
         return replace(
             before,
@@ -227,7 +232,7 @@ class AllocationPolicy(Policy):
 def scored_by(name: str, **options: Any) -> Selection:
     """The selection of the policy called `name`, which must be one that ranks tokens (`SelectionPolicy`).
 
-    Raises KvcompileError for an unknown name, or a policy without a score.
+    Raises KvcompileError for an unknown name, a policy without a score, or one whose text is read again.
     """
     from kvcompile.stack import discover, policy_class
 
@@ -235,7 +240,14 @@ def scored_by(name: str, **options: Any) -> Selection:
     if not issubclass(cls, SelectionPolicy):
         known = [n for n, c in discover().items() if issubclass(c, SelectionPolicy)]
         raise KvcompileError("score must name a policy that ranks tokens", repr(name), f"one of {', '.join(known)}")
-    return cls(**options).selection()
+    selection = cls(**options).selection()
+    if selection.schedule.replay is not None:
+        raise KvcompileError(
+            f"{name} has the text read again before it selects, and brings the prompts for that itself",
+            f"score={name}",
+            f"policy=[{name},<the policy that splits or stores>], without score",
+        )
+    return selection
 
 
 def require_budget(policy: Policy, budget: float) -> None:

@@ -34,7 +34,8 @@ class Row:
     layers; `threshold`: there is no budget. whole: `(layer, head)` rows that keep everything beside the budget.
     recent: newest tokens that must stay (below 1: share of the budget). finds: what the needle oracle plants (None:
     the policy looks at nothing). everything: fields that keep all of a short prompt, besides a large budget.
-    stored: policies that store what is kept, after the others; tiered: this one does itself, in two tiers.
+    stored: policies that store what is kept, after the others; tiered: this one does itself, in two tiers. replays: the
+    text is read again before a selection.
     error: how far stored keys and values may be from true ones (none is larger than 10; half a step of 8 bits over that
     is 0.04). logits: how far logits may be from the uncompressed model's, as root mean square over theirs, where
     everything is kept.
@@ -48,6 +49,7 @@ class Row:
     everything: dict[str, Any] = field(default_factory=dict)
     stored: Options = field(default_factory=dict)
     tiered: bool = False
+    replays: bool = False
     error: float = 1e-5
     logits: float = 1e-5
 
@@ -86,6 +88,7 @@ class Row:
 
 LEAST = 16  # the smallest budget that the options below allow
 SNAPKV = {"window": 8, "kernel": 3}
+KVZIP = {"recent": 4, "chunk": 16, "overlap": 3, "ids": [[5, 6], [7, 8, 9], [10]]}  # a text of 60 tokens in 4 pieces
 RETRIEVING = ((0, 1), (2, 0), (2, 1))
 BITS8 = {"high": [8, 8], "low": [8, 8]}
 KIVI8: Options = {"kivi": {"bits": 8, "group": 4, "residual": 8}}
@@ -154,6 +157,9 @@ TABLE: dict[str, Row] = {
     "h2o": Row({"h2o": {}}, recent=0.5),
     "keydiff": Row({"keydiff": {}}, finds="different"),
     "knorm": Row({"knorm": {}}, finds="short"),
+    # the planted needle is in no text that could be read again
+    "kvzip": Row({"kvzip": KVZIP}, recent=4, finds=None, replays=True),
+    "kvzip, adakv": Row({"kvzip": KVZIP, "adakv": {}}, split="layer", recent=4, finds=None, replays=True),
     "pyramidkv": Row({"pyramidkv": {}}, split="model", recent=8, finds=None),  # no room for a needle in the last layer
     "pyramidkv over snapkv": Row({"snapkv": SNAPKV, "pyramidkv": {"beta": 2.0}}, split="model", recent=8),
     "random": Row({"random": {}}, finds=None),
@@ -224,6 +230,24 @@ TABLE: dict[str, Row] = {
         tiered=True,
         error=0.05,
         logits=0.02,
+    ),
+    "kvzip, rotate, kivi": Row(
+        {"kvzip": {**KVZIP, "normalise": False}},
+        recent=4,
+        finds=None,
+        replays=True,
+        stored={"rotate": {}, **KIVI8},
+        error=0.05,
+        logits=0.02,
+    ),
+    "kvzip, global_topk": Row({"kvzip": KVZIP, "global_topk": {}}, split="model", recent=4, finds=None, replays=True),
+    "kvzip, zigzag, paged, offload": Row(
+        {"kvzip": KVZIP, "zigzag": {"window": 8}},
+        split="model",
+        recent=4,
+        finds=None,
+        replays=True,
+        stored={"paged": {}, "offload": {}},
     ),
     "zigzag by head": Row({"zigzag": {"window": 8, "score": "expected_attention", "scope": "head"}}, split="model"),
 }

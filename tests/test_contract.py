@@ -220,7 +220,7 @@ def test_chunked_prefill_never_holds_more_than_budget_and_chunk(name: str, row: 
     cache.backend = replace(cache.backend, attend=attend)
     with torch.no_grad():
         model(tiny_ids(1, tokens), past_key_values=cache, logits_to_keep=1)
-    assert len(held) == LAYERS * -(-tokens // chunk)
+    assert row.replays or len(held) == LAYERS * -(-tokens // chunk)
     for entries, allocated, seen in held:
         room = LAYERS * HEADS * (chunk + row.rooms * cache.headroom)
         if row.split != "threshold":

@@ -89,7 +89,17 @@ def lengthwise_ropes(config: Any) -> list[str]:
 
 
 def require_turnable(plan: Plan, config: PretrainedConfig) -> None:
-    """Raise KvcompileError where a score turns queries on by positions whose angles depend on the prompt's length."""
+    """Raise KvcompileError where a score turns queries on by positions whose angles depend on the prompt's length.
+
+    Or where a text is read again behind itself, which makes it longer.
+    """
+    replayed = plan.selected[0].selection if plan.replayed is not None else None
+    if replayed is not None and lengthwise_ropes(config):
+        raise KvcompileError(
+            f"{replayed.policy}: a replay stands behind the text, and must not move the angles of what follows it",
+            f"rope {lengthwise_ropes(config)[0]!r}",
+            f"another score than that of {replayed.policy!r}, such as expected_attention",
+        )
     for p in plan.selected:
         if p.selection is not None and p.selection.score.needs.rotation and p.rotates and lengthwise_ropes(config):
             raise KvcompileError(

@@ -29,6 +29,7 @@ class Speed:
 
     prefill_s: median of the rounds. step_s: median decode step, step_min_s the fastest; of a block transformer, whose
     steps differ, of their means over a block. cache_bytes: after prefill.
+    read_again: tokens that a replay read in a prefill, its prompts included, over the whole batch.
     peak_bytes: growth of memory over the start of a prefill, on CPU of the process's resident set (approximate).
     """
 
@@ -40,6 +41,7 @@ class Speed:
     step_min_s: float
     cache_bytes: int
     peak_bytes: int
+    read_again: int = 0
 
     @property
     def decode_tokens_s(self) -> float:
@@ -54,6 +56,7 @@ class Round:
     prefill_s: float
     steps: tuple[float, ...]
     cache_bytes: int
+    read_again: int
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def _summary(ids: Tensor, new_tokens: int, rounds: list[Round], peak: int) -> Sp
         step_min_s=min(steps),
         cache_bytes=rounds[-1].cache_bytes,
         peak_bytes=peak,
+        read_again=rounds[-1].read_again,
     )
 
 
@@ -133,13 +137,13 @@ def _round(model: Any, ids: Tensor, new_tokens: int) -> Round:
     start = _now(ids)
     logits, cache = forward(model, ids)
     prefill = _now(ids) - start
-    nbytes = cache_bytes(cache)
+    nbytes, read_again = cache_bytes(cache), getattr(cache, "read_again", 0)
     steps = []
     for _ in range(new_tokens):
         start = _now(ids)
         logits, cache = forward(model, logits.argmax(-1, keepdim=True), cache)
         steps.append(_now(ids) - start)
-    return Round(prefill, tuple(_over_blocks(steps, _block(model))), nbytes)
+    return Round(prefill, tuple(_over_blocks(steps, _block(model))), nbytes, read_again)
 
 
 def _block(model: Any) -> int:

@@ -49,20 +49,13 @@ class InsertCompression(Pass):
         """Insert the nodes."""
         graph = module.graph
         watched, readers = observes(graph), last_readers(graph)
-        groups: dict[int, list[LayerPlan]] = {}
-        for p in self.plan.selected:
-            if p.selection is not None and p.selection.allocation.traits.cross_layer:
-                peers = [q.index for q in self.plan.selected if q.selection == p.selection]
-                groups.setdefault(peers[0], []).append(p)
-                continue
-            node = watched[p.index]
-            with graph.inserting_after(max(readers[p.index], node)):
-                graph.call_function(ops.compress, (node.args[0], node, node.args[3], p.index))
-        for group in groups.values():
-            indices = tuple(p.index for p in group)
-            step = watched[indices[0]].args[3]
+        for indices in self.plan.budgets:
+            selection, own = self.plan.layers[indices[0]].selection, watched[indices[0]]
             with graph.inserting_after(max(node for i in indices for node in (readers[i], watched[i]))):
-                graph.call_function(ops.allocate, (step, indices, *(watched[i] for i in indices)))
+                if selection is not None and selection.allocation.traits.cross_layer:
+                    graph.call_function(ops.allocate, (own.args[3], indices, *(watched[i] for i in indices)))
+                else:
+                    graph.call_function(ops.compress, (own.args[0], own, own.args[3], indices[0]))
         return len(self.plan.selected)
 
     def ensures(self, module: fx.GraphModule) -> None:

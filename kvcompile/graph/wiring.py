@@ -49,6 +49,16 @@ def wiring(graph: fx.Graph) -> dict[int, int]:
     return {index: int(node.args[1].args[4]) for index, node in attends(graph).items()}  # type: ignore[union-attr, arg-type]
 
 
+def outputs(graph: fx.Graph) -> dict[int, str]:
+    """{layer: the module that projects what its attention has summed}."""
+    return {
+        index: str(user.target)
+        for index, node in attends(graph).items()
+        for user in node.users
+        if user.op == "call_module"
+    }
+
+
 def verify(graph: fx.Graph, plan: Plan) -> dict[int, int]:
     """The wiring, if it is what the plan says.
 

@@ -28,6 +28,8 @@ def check(plan: Plan) -> None:
             _check_latent(p, p.latent)
         if p.selection is not None:
             _check_selection(plan, p, p.selection)
+            if p.selection.schedule.replay is not None:
+                _check_replay(plan, p, p.selection)
         if p.recall is not None:
             _check_recall(p, p.recall)
             if p.recall.far == "constant":
@@ -95,6 +97,24 @@ def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
                 f"{s.budget.value:g} tokens",
                 f"stack.{s.policy}.budget={sinks + recent} or more",
             )
+
+
+def _check_replay(plan: Plan, p: LayerPlan, s: Selection) -> None:
+    where = f"{s.policy}: layer {p.index}"
+    recalling = next((q.recall for q in plan.owners if q.recall is not None), None)
+    if recalling is not None:
+        raise KvcompileError(
+            f"{where}: a replay looks at all that is held, which a recall chooses from",
+            f"{recalling.policy!r} beside it",
+            "drop one",
+        )
+    other = next((q for q in plan.selected if q.selection and q.selection.schedule != s.schedule), None)
+    if other is not None:
+        raise KvcompileError(
+            f"{where}: all layers are replayed at once, so that all select at the same time",
+            f"another schedule in layer {other.index}",
+            "the same decode_every and between_chunks in every policy of the stack, or no skip_layers",
+        )
 
 
 def _check_recall(p: LayerPlan, recall: Recall) -> None:

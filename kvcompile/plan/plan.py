@@ -14,7 +14,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.plan import checks
 from kvcompile.plan.blocks import Blocks
 from kvcompile.plan.recall import GROUP_BYTES, RECEIVED_BYTES, Recall
-from kvcompile.plan.selection import Selection
+from kvcompile.plan.selection import Schedule, Selection
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.plan.structure import Fold, Heads, Latent
 
@@ -198,6 +198,22 @@ class Plan:
     def selected(self) -> tuple[LayerPlan, ...]:
         """Those of them that drop tokens."""
         return tuple(p for p in self.owners if p.selection is not None)
+
+    @property
+    def replayed(self) -> Schedule | None:
+        """The schedule of the layers that drop tokens, where it has them read again before; None: it has not."""
+        schedules = [p.selection.schedule for p in self.selected if p.selection is not None]
+        return next((s for s in schedules if s.replay is not None), None)
+
+    @property
+    def budgets(self) -> list[tuple[int, ...]]:
+        """The selected layers that share a budget, together; each of the others alone."""
+        groups: dict[int, tuple[int, ...]] = {}
+        for p in self.selected:
+            shares = p.selection is not None and p.selection.allocation.traits.cross_layer
+            peers = [q.index for q in self.selected if q.selection == p.selection] if shares else [p.index]
+            groups[peers[0]] = tuple(peers)
+        return list(groups.values())
 
     def rank(self, index: int) -> tuple[int, int]:
         """(place of layer `index` among the layers that share its selection and its span, how many those are)."""

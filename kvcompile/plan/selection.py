@@ -47,6 +47,7 @@ class Needs:
     rotation: by how many positions it turns queries on (`Observation.rotation`), so that angles must not depend on the
         length of the prompt; 0: it turns none.
     moments: mean and covariance of every how many-th query before rotation (1: of all); 0 none.
+    norms: how long what an entry adds is, and the states to which its queries add it (only under a `Replay`).
     traceable: `score` is made of tensor operations alone, as an exported program needs it.
 
     Raises KvcompileError for a value out of range.
@@ -58,6 +59,7 @@ class Needs:
     chunk: int | None = 1
     rotation: int = 0
     moments: int = 0
+    norms: bool = False
     traceable: bool = True
 
     def __post_init__(self) -> None:
@@ -196,12 +198,33 @@ class Uniform(Allocation):
         return (min(tokens, max(budget, floor)),) * heads
 
 
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How a model repeats what it has read, once more before each selection; scores see the queries of that alone.
+
+    What came since the last replay is cut into pieces of `chunk` tokens. For each the model reads `first` (at the start
+    of the text) or `later` and the `overlap` tokens before the piece, then `closing`, then the piece itself. A score
+    sees what the queries of that pay to the sinks, the piece and the replay; nothing of it stays in the cache.
+    `first`, `later` and `closing` are token ids: None until a tokenizer has made them.
+    """
+
+    chunk: int
+    overlap: int
+    first: Ids | None = None
+    later: Ids | None = None
+    closing: Ids | None = None
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When a selection is applied: always at the end of a prefill, and where switched on more often."""
 
     between_chunks: bool = True  # also after every prefill chunk (bounds the peak), not only after the last
     decode_every: int = 0  # also after this many decoded tokens; 0: never
+    replay: Replay | None = None  # what is read again before it is applied
 
 
 @dataclass(frozen=True)

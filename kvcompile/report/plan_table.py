@@ -152,6 +152,13 @@ def notes(plan: Plan) -> list[str]:
             f"block_transformer: an entry of layers 0 to {plan.blocks.split - 1} is a block of {plan.blocks.length} "
             f"tokens{also}; read per step is the mean over the steps of a block."
         )
+    replay = None if plan.replayed is None else plan.replayed.replay
+    if replay is not None:
+        policy = next(p.selection.policy for p in plan.selected if p.selection is not None)
+        lines.append(
+            f"{policy}: a text is read again before tokens are dropped, in pieces of {replay.chunk:,}. A prefill takes "
+            "two or three times as long, and a second copy of one sequence is held meanwhile."
+        )
     if plan.prefill_chunk and quantized:
         what = f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones"
         lines.append(f"{what} {chunks}. prefill_chunk=0 reads a prompt exactly.")

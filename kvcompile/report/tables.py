@@ -164,8 +164,11 @@ def _speed(speed: Comparison, proved: int) -> list[Row]:
     old, new = speed.speeds[first], speed.speeds[last]
     at = f"{new.context:,} tokens" + (f" x {new.batch}" if new.batch > 1 else "")
     cache = _change(f"cache, {at}", old.cache_bytes, new.cache_bytes, size, -1)
+    again = f"{new.read_again:,} tokens, {new.read_again / (new.context * new.batch):.2f} prefills"
+    replayed = (Cell("read again in a prefill, by its replay"), Cell("0"), Cell(again), Cell(""))
     return [
         _ratio(f"prefill, {at}", f"{old.prefill_s:.2f} s", f"{new.prefill_s:.2f} s", speed.prefill_ratio[last]),
+        *([replayed] if new.read_again else []),
         _ratio(
             f"decode, {at}",
             f"{old.decode_tokens_s:.1f} tokens/s",

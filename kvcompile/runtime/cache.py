@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.dispatch import SDPA
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.runtime.replay.transcript import Transcript
 from kvcompile.stores.plan_kernels import PlanKernels
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -37,6 +38,7 @@ class Step:
     coming: list[int] | None = None  # real tokens of each sequence's prompt after this pass (None: nowhere any)
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
     concerned: list[bool] | None = None  # sequences to which this pass, or its prompt, has brought tokens (None: all)
+    withheld: bool = False  # whether the selection that is due waits for a replay of the text
 
     @property
     def ended(self) -> list[bool]:
@@ -44,7 +46,9 @@ class Step:
         return [self.last] * len(self.cache.seen) if self.coming is None else [n == 0 for n in self.coming]
 
     def due(self, decode_every: int, between_chunks: bool = True) -> bool:
-        """Whether a schedule asks for a selection at the end of this pass."""
+        """Whether a schedule asks for a selection at the end of this pass, and nothing has to be read again before."""
+        if self.withheld:
+            return False
         if self.prefill:
             return self.last or between_chunks
         return decode_every > 0 and self.tick % decode_every == 0
@@ -79,6 +83,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, backend: Backend = SDPA) -> None:
         super().__init__(layers=[LayerCache(p, backend.encode, backend.compact) for p in plan.layers])
         self.plan, self.rotaries = plan, rotaries or []
+        self.replayed = plan.replayed
         self.kernels = PlanKernels(plan, backend)
         self.headroom = HEADROOM
         self._start()
@@ -99,6 +104,10 @@ class KVCache(Cache):  # type: ignore[misc]
         self.reads: dict[int, int] | None = None  # bytes that attention reads, by layer; None: they are not counted
         self.tick = 0
         self.croppable = 0
+        self.read_again = 0  # tokens that replays have read, their prompts included
+        self.withheld: Step | None = None  # the pass after which a replay is due
+        replay = None if self.replayed is None else self.replayed.replay
+        self.transcript = None if replay is None else Transcript(replay.overlap)
         self.chunk(prompting=False, last=True)
 
     def chunk(self, prompting: bool, last: bool, coming: list[int] | None = None) -> None:
@@ -133,7 +142,14 @@ class KVCache(Cache):  # type: ignore[misc]
             self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
         self.tick = 0 if prefill else self.tick + 1
         self.croppable = self.croppable + count if valid is None else 0
-        return Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
+        step = Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
+        if self.transcript is None or self.replayed is None:
+            return step
+        self.transcript.add(tokens, valid)
+        if not step.due(self.replayed.decode_every, self.replayed.between_chunks):
+            return step
+        self.withheld = replace(step, withheld=True)
+        return self.withheld
 
     def stays_inside(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether a pass over these new tokens completes no block of any sequence; only block transformers have any."""
@@ -237,6 +253,8 @@ class KVCache(Cache):  # type: ignore[misc]
         self.seen = [self.seen[int(b)] for b in sequences] if self.seen else []
         if self.shift is not None:
             self.shift = self.shift[sequences]
+        if self.transcript is not None:
+            self.transcript.select(sequences)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search picks sequences."""
@@ -328,6 +346,8 @@ class KVCache(Cache):  # type: ignore[misc]
                 layer.reading.choices.clear()
                 layer.columns -= count
                 layer.history.forget()
+        if self.transcript is not None:
+            self.transcript.drop_last(count)
         self.seen = [n - count for n in self.seen]
         self.croppable -= count
         self.tick = max(0, self.tick - count)

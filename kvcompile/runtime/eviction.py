@@ -77,19 +77,28 @@ def observe(
     scores = [_score_sequence(layer, b) if this else None for b, this in enumerate(concerned)] if due else None
     if not needs.carries:
         kv.history.column_sums = None
-    if (step.last and step.prefill and not s.schedule.decode_every) or (due and s.demotes):
+    if (step.last and step.prefill and not s.schedule.decode_every and not step.withheld) or (due and s.demotes):
         kv.history.forget()  # where attention is counted, each query counts once
     return scores
 
 
 @torch.no_grad()
-def score_remembered(kv: LayerCache, step: Step, plan: LayerPlan) -> SequenceScores:
-    """Scores of every sequence from the queries remembered so far, whether a selection is due or not."""
+def score_remembered(
+    kv: LayerCache, step: Step, plan: LayerPlan, concerned: list[bool] | None = None
+) -> SequenceScores:
+    """Scores of every sequence (of those `concerned`) from the queries remembered so far, be a selection due or not."""
     if plan.selection is None:
         return None
     layer = _Layer(kv, plan, plan.selection, step)
     _carry(layer, due=True)
-    return [_score_sequence(layer, b) for b in range(kv.held.batch)]
+    return [_score_sequence(layer, b) if concerned is None or concerned[b] else None for b in range(kv.held.batch)]
+
+
+def observation(kv: LayerCache, step: Step, plan: LayerPlan, score: Score) -> Observation:
+    """What `score` sees of the one sequence that a layer holds, and of the queries remembered so far."""
+    if plan.selection is None:
+        raise RuntimeError(f"layer {plan.index} selects nothing")
+    return _observation(_Layer(kv, plan, plan.selection, step), 0, score)
 
 
 def _carry(layer: _Layer, due: bool) -> None:
@@ -98,7 +107,7 @@ def _carry(layer: _Layer, due: bool) -> None:
     Where no selection is `due`, those of an unfinished chunk wait.
     """
     s, history, seen = layer.selection, layer.kv.history, layer.step.cache.seen
-    if not s.score.needs.carries:
+    if not s.score.needs.carries or s.schedule.replay is not None:  # a replay does that itself
         return
     unfinished = None if due else _unfinished(layer)
     left = unfinished or [0] * len(seen)
@@ -118,7 +127,7 @@ def _unfinished(layer: _Layer) -> list[int] | None:
 
 def _queries_needed(s: Selection, summed: bool) -> int | None:
     needs = s.score.needs
-    counts = [0 if summed and needs.carries else needs.queries]
+    counts = [0 if s.schedule.replay is not None or (summed and needs.carries) else needs.queries]
     if s.uncertainty:
         counts.append(s.uncertainty.needs.queries)
     return None if None in counts else max(n for n in counts if n is not None)
@@ -367,4 +376,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["SequenceScores", "compress", "observe", "score_remembered", "trim"]
+__all__ = ["SequenceScores", "compress", "observation", "observe", "score_remembered", "trim"]

@@ -179,6 +179,15 @@ class QueryHistory:
         carried = self.carried[b]
         return torch.nn.functional.pad(carried, (0, entries - carried.shape[1]))
 
+    def recount(self, b: int, batch: int, entries: Tensor, numbers: Tensor) -> None:
+        """Carry other `numbers`, row after row, for the `entries [H_kv, n]` (bool) of sequence b, one of `batch`."""
+        if self.carried is None:
+            self.carried = [numbers.new_zeros(len(entries), 0)] * batch
+        carried = self.carried[b].new_zeros(entries.shape)
+        carried[:, : self.carried[b].shape[1]] = self.carried[b]
+        carried[entries] = numbers
+        self.carried[b] = carried
+
     def receive(self, batch: int, heads: int, entries: int, room: int, device: torch.device) -> Tensor:
         """Where a kernel adds up the attention that entries receive, to what is there: float32 `[B * H_kv, entries]`.
 

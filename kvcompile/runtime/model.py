@@ -21,6 +21,7 @@ from kvcompile.runtime.blocks.cache import BlockCache
 from kvcompile.runtime.cache import KVCache, Rotary
 from kvcompile.runtime.live import LiveGraph, Skeleton, from_embeddings, with_states
 from kvcompile.runtime.prompt import Prompt
+from kvcompile.runtime.replay.finish import replay_and_select
 
 log = logging.getLogger(__name__)
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Compiled:
     changes: dict[str, int]
     healed: HealRecord | None = None
     inside: LiveGraph | None = None  # of a block transformer: for passes in which no block is completed
+    outputs: dict[int, str] = field(default_factory=dict)  # output projections by layer
     warned: bool = False  # that one pass over a text does not read its cache
     entries: dict[tuple[bool, bool, bool], LiveGraph] = field(default_factory=dict)
 
@@ -222,6 +224,8 @@ class CompiledMixin:
             tokens = prompt.ids[:, part.first : part.stop]
             graph = self.kvcompile.entry(tokens.ndim == 3, states, cache.stays_inside(tokens, seen))
             out = graph(tokens, seen, at, cache, logits_at)
+            if cache.withheld is not None:
+                self._replay(cache)
             logits, between = out if states else (out, ())
             pieces.append(logits)
             inner.append(between)
@@ -229,6 +233,10 @@ class CompiledMixin:
         every = list(range(count))
         hidden = tuple(prompt.restored(torch.cat(x, 1), every, every) for x in zip(*inner, strict=True))
         return logits if holding is None else prompt.restored(logits, holding, columns), hidden
+
+    @opaque
+    def _replay(self, cache: KVCache) -> None:
+        replay_and_select(self.kvcompile, cache)
 
     def _tell_of_one_pass(self) -> None:
         """Log once that logits of every token of a prompt, as a benchmark may score them, say nothing of the stack."""

@@ -40,6 +40,8 @@ class Observation:
     `mean_rotation(horizon)` is the rotation `[D, D]` averaged over the next `horizon` positions (row vectors: q @ R);
     `rotation(positions)` is the rotation `[D, D]` by so many positions (row vectors: q @ R), where a score needs it;
     `ghost` scores entries by what queries that were turned on look back at, as the backend does;
+    `value_norms [H_kv, g, n]`: ||W_O v_j||, how far an entry at weight 1 moves the state that query head g adds to, and
+    `hidden_norms [H_kv, g, W]`: ||h_i||, the length of that state where each query was made (None: not asked for).
     `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
     `layer` is the index in the model.
     """
@@ -62,6 +64,8 @@ class Observation:
     mean_rotation: Callable[[int], Tensor] | None = None
     rotation: Callable[[int], Tensor] | None = None
     ghost: Scorer = ghost_scores
+    value_norms: Tensor | None = None
+    hidden_norms: Tensor | None = None
     layer: int = 0
 
     @property

@@ -83,9 +83,9 @@ class PlanKernels:
         return self._specs(index, self._owner(index).storage)
 
     def first(self, index: int) -> list[KernelSpec]:
-        """The same while nothing is encoded yet."""
+        """The same while nothing is encoded yet, and for what reads a copy in plain numbers, as a replay does."""
         storage = self._owner(index).storage
-        return self._specs(index, PLAIN if storage.quantized else storage)
+        return self._specs(index, PLAIN if storage.quantized or self.plan.replayed is not None else storage)
 
     def recalling(self, index: int) -> list[KernelSpec]:
         """The kernels that layer `index` will need to decode over what is chosen: none, where it reads everything."""

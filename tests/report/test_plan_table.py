@@ -171,3 +171,8 @@ def test_plan_of_the_default_model_needs_no_weights() -> None:
     assert (len(p.layers), p.layers[0].kv_heads, p.layers[0].head_dim, p.prefill_chunk) == (30, 3, 64, 256)
     held, dense = plan_table.cache_bytes(p, 1, 1000)
     assert held * 2 == dense
+
+
+def test_a_plan_that_reads_a_text_again_says_so() -> None:
+    (note,) = plan_table.notes(contract_table.plan_of({"kvzip": {"chunk": 512}}))
+    assert "read again before tokens are dropped, in pieces of 512" in note

@@ -72,6 +72,16 @@ def line(text: str, start: str) -> str:
     return next(part for part in text.splitlines() if start in part)
 
 
+def test_what_a_replay_reads_again_stands_below_the_time_of_a_prefill(report: Report) -> None:
+    assert "read again" not in coloured(report)
+    assert report.speed is not None
+    replayed = replace(report.speed.speeds["compiled"], read_again=130)
+    speeds = {**report.speed.speeds, "compiled": replayed}
+    lines = coloured(replace(report, speed=replace(report.speed, speeds=speeds))).splitlines()
+    at = next(i for i, text in enumerate(lines) if "prefill, 100 tokens" in text)
+    assert "130 tokens, 1.30 prefills" in lines[at + 1]
+
+
 def test_what_is_written_is_read_back(report: Report, tmp_path) -> None:
     paths = write(report, tmp_path)
     assert [p.name for p in paths] == ["report.json", "report.md", "report.png"]

@@ -23,8 +23,9 @@ from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import LayerPlan, Plan, converts
 from kvcompile.plan.selection import Needs, Schedule, Score, Selection
 from kvcompile.policies.expected_attention import ExpectedAttention
-from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
+from kvcompile.runtime.replay.finish import select
+from kvcompile.runtime.replay.replay import replay
 from kvcompile.stores.encoded.quantized import QuantizedStore
 from kvcompile.stores.encoded.tiered import TieredStore
 
@@ -91,7 +92,7 @@ class Branching:
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
         self._shared: tuple[list[int], KVCache | None, Tensor | None] = ([], None, None)
-        self._scores: dict[Any, Tensor] = {}  # of what has been read
+        self._scores: dict[Any, Any] = {}  # of what has been read
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Run the prompt densely."""
@@ -161,23 +162,28 @@ class Branching:
             if mine.plan.storage.quantized:
                 kind = QuantizedStore if mine.plan.storage.low is None else TieredStore
                 mine.store = kind(mine.plan.storage, mine.store)
-        step = Step(branch, self._tensor([0]), None, prefill=True, last=True)
-        once = {p.index: self._once(p) for p in plan.selected}
-        scores = {i: eviction.score_remembered(branch.layers[i], step, p) for i, p in once.items()}
-        together = [p.index for p in plan.selected if p.selection and p.selection.allocation.traits.cross_layer]
-        if together:
-            eviction.compress(step, {i: scores[i] for i in together})
-        for i in set(scores) - set(together):
-            eviction.compress(step, {i: scores[i]})
-        for layer in branch.layers:
-            layer.group_new(step)
-            layer.flush(branch.headroom, release=True)
-            layer.to_host()
+        if branch.transcript is not None:
+            branch.transcript.add(self._tensor(self.ids), None)
+            self._replay(branch)
+        select(Step(branch, self._tensor([0]), None, prefill=True, last=True), plan.map(self._ranked))
         return branch
 
-    def _once(self, p: LayerPlan) -> LayerPlan:
-        s = p.selection  # one that demotes compares its two scores
-        return p if s is None or s.demotes else replace(p, selection=replace(s, score=Once(s.score, self._scores)))
+    def _replay(self, branch: KVCache) -> None:
+        """Have a branch carry what a replay counts; it is read once for all stacks that ask for the same."""
+        selections = [(p.index, p.selection) for p in branch.plan.selected if p.selection is not None]
+        asked = tuple((i, s.score, s.schedule.replay, s.sinks) for i, s in selections)
+        if asked not in self._scores:
+            replay(self.model.kvcompile, branch, [True])
+            self._scores[asked] = [branch.layers[i].history.carried for i, _ in selections]
+        for (i, _), carried in zip(selections, self._scores[asked], strict=True):
+            branch.layers[i].history.carried = None if carried is None else list(carried)
+
+    def _ranked(self, p: LayerPlan) -> LayerPlan:
+        """The layer with its score computed once; as it is where it compares two, or a replay has counted it."""
+        s = p.selection
+        if s is None or s.demotes or s.schedule.replay is not None:
+            return p
+        return replace(p, selection=replace(s, score=Once(s.score, self._scores)))
 
     def decode(self, cache: KVCache, count: int) -> list[int]:
         """Greedy continuation of the prompt over a branch."""

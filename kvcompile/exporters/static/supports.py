@@ -56,6 +56,12 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
         raise KvcompileError(
             f"{where}: keys keep their true positions", "positions=compact", f"stack.{s.policy}.positions=original"
         )
+    if s.schedule.replay is not None:
+        raise KvcompileError(
+            f"{where}: a program reads its prompt once",
+            "a replay of the text before anything is dropped",
+            "another score, such as policy=[expected_attention]",
+        )
     needs = s.score.needs
     if needs.queries is None and not needs.carries:
         raise KvcompileError(
