@@ -70,14 +70,14 @@ class GhostReplay(CarriedScore):
         start, count, window = int(seen.query_positions[0]), seen.query_positions.numel(), seen.sliding_window
         first = ((seen.positions >= 0) & (seen.positions < start)).sum(1, keepdim=True)
         own = first + torch.arange(count, device=scores.device, dtype=torch.int64)
-        keys, values = (x.gather(1, own.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for x in (seen.keys, seen.values))
+        rows = torch.arange(own.shape[0], device=own.device, dtype=torch.int64).unsqueeze(1)
         sinks = self._sinks_held(seen)
         turn = seen.rotation(min(self.shift, window // 2) if window else self.shift)
         new = seen.ghost(
             seen.queries,
             (seen.queries.float() @ turn).to(seen.queries.dtype),
-            keys,
-            values,
+            seen.keys[rows, own],
+            seen.values[rows, own],
             (seen.keys[:, :sinks], seen.values[:, :sinks]),
             rule,
             start,

@@ -135,14 +135,26 @@ def _changes(
     weights = softmax(logits, None if learned is None else learned[..., None, None])
     p, r = weights[..., : k.shape[1]], weights[..., k.shape[1] :]
     outputs = p @ v.unsqueeze(1) + r @ v[:, own:].unsqueeze(1)
-    p = p[..., outside:]
-    # not |v|^2 - 2 v o + |o|^2: where p is near 1, o is near v, and little would be left of the difference
-    exact = "donot_use_mm_for_euclid_dist"
-    moved = torch.cdist(outputs.flatten(1, 2), v[:, outside:], compute_mode=exact).view(p.shape)
-    change = (p / (1 - p).clamp(min=LEAST) * moved).square()
-    if rule.band:
-        change = change.masked_fill(distance.abs() > rule.band, 0.0)
-    return change.sum((1, 2))
+    return _summed(p[..., outside:], outputs, v[:, outside:], first, rule.band)
+
+
+def _summed(p: Tensor, outputs: Tensor, v: Tensor, first: int, band: int) -> Tensor:
+    """(p / (1 - p))^2 |v - o|^2 of entries near each token, summed over tokens and group, `[H_kv, n]`.
+
+    p `[H_kv, g, w, n]`, outputs `[H_kv, g, w, D_v]` of the tokens from the `first` of a chunk on, v `[H_kv, n, D_v]`.
+    Not |v|^2 - 2 v o + |o|^2: where p is near 1, o is near v, and little would be left of the difference.
+    """
+    if not band:
+        exact = "donot_use_mm_for_euclid_dist"
+        far = torch.cdist(outputs.flatten(1, 2), v, compute_mode=exact).view(p.shape)
+        return (p / (1 - p).clamp(min=LEAST) * far).square().sum((1, 2))
+    scores = torch.zeros_like(v[..., 0])
+    for offset in range(first - band, first + band + 1):
+        of_entry = p.diagonal(offset, 2, 3)  # p_tj with t = j - offset
+        tokens, entries = (slice(at, at + of_entry.shape[2]) for at in (max(0, -offset), max(0, offset)))
+        far = (outputs[:, :, tokens] - v[:, None, entries]).square().sum(-1)
+        scores[:, entries] += ((of_entry / (1 - of_entry).clamp(min=LEAST)).square() * far).sum(1)
+    return scores
 
 
 def _logits(q: Tensor, k: Tensor, rule: GhostRule) -> Tensor:
