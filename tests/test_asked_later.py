@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import tiny_config
+
+from kvcompile.adapters.architectures import describe
 
 FOLDER = str(Path(__file__).parents[1] / "benchmarks")
 OURS = ("asked_later", "equal_bytes", "haystacks", "cpu_kernels")
@@ -54,3 +58,36 @@ def test_questions_of_one_context_that_were_read_apart_are_matched_in_order(late
 
 def test_a_row_with_nothing_measured_has_an_empty_line(later: Any) -> None:
     assert later.line("ours", [record("dense", 0, [[1, 0.1]])], {}) == {"row": "ours"}
+
+
+class Asked:
+    """A row whose answers are its label; `contest.dense` is all that is read of the model."""
+
+    def __init__(self, label: str, asked: list[str]) -> None:
+        self.label, self.overrides, self.asked = label, (label,), asked
+        self.contest = SimpleNamespace(dense=describe(tiny_config("llama")))
+
+
+def test_a_second_run_goes_on_and_without_time_counts_complete_contexts_alone(
+    later: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(reading: Any, row: Asked) -> dict[str, Any]:
+        row.asked.append(f"{row.label} {reading.ids[0]}")
+        return {"held": 1, "answers": [[1.0, 0.1]]}
+
+    monkeypatch.setattr(later.Reading, "of", of)
+    asked: list[str] = []
+    one, other = Asked("one", asked), Asked("other", asked)
+    cases = [later.Case("python", "magic", (i,), (((7, 8), ((1,),)),)) for i in (4, 5)]
+
+    def run(minutes: float, every: list[Any], rows: list[Asked]) -> list[tuple[str, int]]:
+        args = SimpleNamespace(minutes=minutes, settings=["hidden"])
+        records = later.measure(args, every, rows, later.Parts(tmp_path / "parts", "settings"))
+        return [(r["row"], r["case"]) for r in records]
+
+    assert run(1, cases[:1], [one, other]) == [("one", 0), ("other", 0)]
+    assert run(1, cases, [one]) == [("one", 0), ("one", 1)]
+    assert run(0, cases, [one, other]) == [("one", 0), ("other", 0)], "of the second context one row is missing"
+    assert asked == ["one 4", "other 4", "one 5"]
+    assert len(run(1, cases, [one, other])) == 4
+    assert asked[3:] == ["other 5"]
