@@ -39,7 +39,7 @@ class CalibratedHeads(Allocation):
         return _counts(self.shares, budget, tokens, floor)[first : first + heads]
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(4096)  # an exported program asks for every length of a prompt
 def _counts(shares: tuple[tuple[float, ...], ...], budget: int, tokens: int, floor: int) -> tuple[int, ...]:
     """Tokens of all heads, layer after layer."""
     weights = [share + LEAST for row in shares for share in row]

@@ -26,6 +26,7 @@ ZIGZAG = [  # layers of the tiny models differ most like this
     *(f"stack.zigzag.{x}" for x in ("score=expected_attention", "budget=0.4", "mass=0.3", "floor=0", "window=8")),
 ]
 RETRIEVAL = [f"stack.retrieval_heads.{x}" for x in ("heads=[[0,1],[2,0]]", "recent=8", "budget=12", "decode_every=5")]
+SHARES = "stack.head_budgets.shares=[[0.3,0.1],[0.0,0.2],[0.2,0.0],[0.1,0.1]]"
 STACKS: dict[str, tuple[str, list[str]]] = {
     "dense": ("llama", []),
     "norms and sliding layers": ("gemma3_text", []),
@@ -49,6 +50,7 @@ STACKS: dict[str, tuple[str, list[str]]] = {
     "expected attention": ("llama", ["policy=expected_attention", "stack.expected_attention.budget=0.4"]),
     "expected attention, rotated": ("qwen3", ["policy=[expected_attention,rotate]"]),
     "heads of different lengths": ("llama", ["policy=retrieval_heads", *RETRIEVAL]),
+    "heads as calibrated": ("llama", ["policy=[snapkv,head_budgets]", *SNAPKV, SHARES]),
     "heads that compete": ("llama", ["policy=[snapkv,adakv]", "stack.snapkv.window=8", "budget=0.3"]),
     "heads that compete, by expectation": ("qwen3", ["policy=[cla,adakv,rotate]", "stack.adakv.budget=16"]),
     "heads that compete under windows": ("mistral", ["policy=[adakv]", "stack.adakv.budget=9"]),
