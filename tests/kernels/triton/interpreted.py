@@ -372,6 +372,27 @@ def test_a_selection_is_scored_by_the_window_pass(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_selection_is_scored_by_the_ghost_kernels(name: str) -> None:
+    """Soft-cap or learned sinks, a layer with a sliding window, chunked prompts: what the reference keeps is kept."""
+    from tiny import tiny_ids, tiny_model
+
+    from kvcompile.adapters.architectures import describe
+    from kvcompile.compiler import compile_plan
+    from kvcompile.stack import apply_stack, build_stack
+
+    stack = {"ghost": {"chunk": 16, "band": 3, "shift": 40, "recent": 2, "budget": 0.4}, "global_topk": {}}
+    kept = []
+    for kernels in ("reference", "triton"):
+        model = tiny_model(name, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+        plan = replace(describe(model.config), prefill_chunk=20)
+        built = compile_plan(model, apply_stack(plan, build_stack(list(stack), stack)), kernels)
+        with torch.no_grad():
+            cache = built(tiny_ids(2, 37)).past_key_values
+        kept.append([at.tolist() for layer in cache.layers for _, _, at in layer.held.rows()])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
 def test_a_whole_model_runs_on_it(name: str) -> None:
     """Soft-cap or sinks, sliding layers, left padding, a quantised cache and its residual; prefill and decoding."""
     from tiny import tiny_ids, tiny_model
