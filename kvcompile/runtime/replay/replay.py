@@ -41,8 +41,8 @@ def replay(compiled: Compiled, cache: KVCache, concerned: list[bool]) -> None:
     What scores carry of the new tokens is counted; nothing else in the cache changes.
     """
     asked, transcript = None if cache.replayed is None else cache.replayed.replay, cache.transcript
-    if asked is None or transcript is None:
-        raise RuntimeError("a replay without a plan for it")
+    if asked is None or transcript is None or None in (asked.first, asked.later, asked.closing):
+        raise RuntimeError("a replay without a plan for it, or without its prompts")
     normed = any(p.selection is not None and p.selection.score.needs.norms for p in cache.plan.selected)
     for b in (b for b, here in enumerate(concerned) if here and not _spared(cache, b)):
         start = cache.seen[b] - len(transcript.unrepeated(b))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract_table import dense
+from contract_table import KVZIP, dense, plan_of
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
@@ -15,6 +15,7 @@ from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 from kvcompile.policies.snapkv import SnapKV
+from kvcompile.runtime.replay import replay
 
 IDS = tiny_ids(1, 60, seed=11)[0].tolist()
 CONTEXT = 40
@@ -95,3 +96,22 @@ def test_stacks_that_rank_alike_share_the_scores_until_more_is_read(reads: tuple
     runs.read(IDS)
     runs.branch(plans[0])
     assert CALLS == [0, 1, 2, 3] * 2
+
+
+def test_a_text_is_repeated_once_for_all_stacks_that_ask_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts, pieces or scores are another replay; so is another text."""
+    pieces: list[int] = []
+    inner = replay._read
+    monkeypatch.setattr(replay, "_read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
+    runs = Branching(dense())
+    runs.read(IDS[:CONTEXT])
+    given = {**KVZIP, "chunk": 20}
+    once = [held(runs, plan_of({"kvzip": {**given, "budget": budget}})) for budget in (16, 24, 16)]
+    assert pieces == [0, 20]
+    assert all(torch.equal(a, b) for a, b in zip(once[0], once[2], strict=True))
+    held(runs, plan_of({"kvzip": {**given, "budget": 16, "normalise": False}}))
+    held(runs, plan_of({"kvzip": {**given, "budget": 16, "chunk": 10}}))
+    assert pieces == [0, 20, 0, 20, 0, 10, 20, 30]
+    runs.read(IDS[:50])
+    held(runs, plan_of({"kvzip": {**given, "budget": 16}}))
+    assert pieces[8:] == [0, 20, 40]
