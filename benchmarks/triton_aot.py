@@ -8,6 +8,7 @@ a score averages the attention of the last queries of a prompt, what adds that u
 entries that a selection keeps, by bytes of an entry (and tokens that share it), what scores the groups that a step may
 recall, and what scores entries by what their own text looks back at (ghosts).
 `--sample`: a few of them, for the tests. `--recall`: only attention to what a step chooses, and what scores groups.
+`--ghosts`: only what scores ghosts.
 What was compiled once comes from Triton's own cache. Exits with 1 where a kernel spills for an unknown reason, or takes
 more shared memory than the target has. Nothing is run.
 """
@@ -228,6 +229,12 @@ def looked(job: tuple[GhostSpec, str]) -> tuple[int, int, int]:
     return max(c.registers for c in both), max(c.spilled for c in both), max(c.shared for c in both)
 
 
+def reason(target: str, registers: int, spilled: int) -> str:
+    """Why a kernel spills."""
+    chosen = target.startswith("sm") and registers in THRESHOLDS and spilled <= FEW
+    return EXPLAINED if chosen else UNEXPLAINED
+
+
 def table_beside(
     kind: str,
     jobs: Sequence[tuple[CompactSpec | ChooseSpec | GhostSpec, str]],
@@ -240,7 +247,7 @@ def table_beside(
     for (one, target), (registers, spilled, shared) in zip(jobs, results, strict=True):
         cells.setdefault(one, {})[target] = cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
         if spilled:
-            wrong.append(f"{kind} {one.name} on {target}: {cell} ({UNEXPLAINED})")
+            wrong.append(f"{kind} {one.name} on {target}: {cell} ({reason(target, registers, spilled)})")
     rows = [
         [one.name, *(row.get(t, "") for t in TARGETS), ", ".join(recipes.get(one, []))] for one, row in cells.items()
     ]
@@ -281,9 +288,7 @@ def table(jobs: list[Job], results: list[list[tuple[str, int, int, int]]]) -> tu
             cell = f"{registers} / {spilled} / {shared / 1024:.0f}K"
             cells.setdefault((one.name, dtype, f"{tokens}: {name}", cut), {})[target] = cell
             if spilled or shared > SHARED[target]:
-                chosen = target.startswith("sm") and registers in THRESHOLDS and spilled <= FEW
-                chosen = chosen and shared <= SHARED[target]
-                why = EXPLAINED if chosen else UNEXPLAINED
+                why = reason(target, registers, spilled) if shared <= SHARED[target] else UNEXPLAINED
                 wrong.append(f"{one.name} {tokens} {name} on {target}: {cell} ({why})")
     rows = [[*key, *(row.get(t, "") for t in TARGETS)] for key, row in cells.items()]
     head = ["spec", "queries", "kernel", "rows x entries", *TARGETS]
@@ -302,22 +307,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--recall", action="store_true")
+    parser.add_argument("--ghosts", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out")
     args = parser.parse_args()
-    jobs = sample() if args.sample else of_recalls() if args.recall else jobs_of_all()
-    recipes = {} if args.sample or args.recall else compactions()
-    choosing = {} if args.sample else choosers()
+    part = args.sample or args.recall or args.ghosts
+    jobs = sample() if args.sample else of_recalls() if args.recall else [] if args.ghosts else jobs_of_all()
+    recipes = {} if part else compactions()
+    choosing = {} if args.sample or args.ghosts else choosers()
     moves = sample_of_moves() if args.sample else [(one, t) for one in recipes for t in TARGETS]
     choices = sample_of_choosers() if args.sample else [(one, t) for one in choosing for t in TARGETS]
+    looks = [] if args.recall else ghosts(args.sample)
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         results, moving = list(pool.map(compiled, jobs)), list(pool.map(moved, moves))
-        scoring, looking = list(pool.map(scored, choices)), list(pool.map(looked, ghosts(args.sample)))
-    text, wrong = table(jobs, results)
+        scoring, looking = list(pool.map(scored, choices)), list(pool.map(looked, looks))
+    text, wrong = table(jobs, results) if jobs else ("", list[str]())
     beside = [
         table_beside("compaction", moves, moving, recipes),
         table_beside("scores of groups", choices, scoring, choosing),
-        table_beside("ghost scores", ghosts(args.sample), looking, {}),
+        table_beside("ghost scores", looks, looking, {}),
     ]
     wrong += [line for _, lines in beside for line in lines]
     total = sum(map(len, results)) + len(moving) + len(scoring) + 2 * len(looking)
@@ -331,7 +339,7 @@ def main() -> int:
         f"{len(wrong)} of {total} kernels spill or take too much shared memory.",
     ]
     reasons = "\n".join(f"- {w}" for w in wrong)
-    shown = [] if args.sample or args.recall else ["## The recipes that lead to them", reached()]
+    shown = [] if part else ["## The recipes that lead to them", reached()]
     tables = (text, *(one for one, _ in beside))
     page = "\n\n".join(x for x in (title, "\n".join(notes), *tables, reasons, *shown) if x) + "\n"
     print(page)
