@@ -31,7 +31,7 @@ HEAD = """
     //   g_tj = $look   over sinks and chunk,
     //   l_tj = $again   over $own <= j <= t of the chunk,
     //   Z_t = $total.
-    // Logits are kept times log2(e): exp is then 2^x. Columns are sinks, then the chunk.
+    // Columns are sinks, then the chunk; exp(x) is 2^(x log2(e)).
     #include <vector>
 
     typedef $element Element;       // of queries, keys and values

@@ -71,7 +71,7 @@ def case(spec: GhostSpec, tokens: int = 21, start: int = 0, sinks: int = 4, head
 
     queries, ghosts = (rows(heads, spec.group, tokens, spec.head_dim) for _ in range(2))
     keys, values = rows(heads, tokens, spec.head_dim), rows(heads, tokens, spec.value_dim)
-    ghosts[:, :, 2::5] += 0.2 / (spec.rule.scale * spec.head_dim**0.5) * keys[:, 2::5].unsqueeze(1)
+    ghosts[:, :, 2::5] += 5 / (spec.rule.scale * spec.head_dim) * keys[:, 2::5].unsqueeze(1)
     firsts = [rows(heads, sinks, dim) for dim in (spec.head_dim, spec.value_dim)]
     for first, own in zip(firsts, (keys, values), strict=True):
         first[:, start:] = own[:, : max(0, sinks - start)]

@@ -19,7 +19,7 @@ from kvcompile.kernels.reference.ghost import GhostSpec
 from kvcompile.kernels.reference.ghost import ghost_scores as by_torch
 
 pytestmark = pytest.mark.skipif(build.available() is not None, reason="no C++ compiler here")
-ROUNDED = 0.02  # weights are rounded to bfloat16 where the processor multiplies that: 4 x 2^-9, and what it moves
+ROUNDED = 0.01  # weights are rounded to bfloat16 where the processor multiplies that: 4 x 2^-9, and what it moves
 LINEAR = GhostSpec(replace(RULE, chunk=256, band=8, scale=0.125), 3, 64, 64, "float32")  # of SmolLM2
 specs = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
