@@ -24,7 +24,8 @@ from kvcompile.stack import discover, policy_class
 
 SHIPPED = {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files("kvcompile.recipes.recipe").iterdir()}
 TOKENS, NEW = 400, 4  # longer than what any recipe keeps of it
-QUICK = {"retrieval_heads": ["stack.retrieval_heads.samples=1", "stack.retrieval_heads.tokens=128"]}
+CALIBRATED = {"retrieval_heads": "heads", "head_budgets": "shares"}
+QUICK = {name: [f"stack.{name}.samples=1", f"stack.{name}.tokens=256"] for name in CALIBRATED}
 
 every = pytest.mark.parametrize("name", sorted(SHIPPED))
 
@@ -97,5 +98,5 @@ def test_compiles_a_tiny_model_and_generates_in_less_memory(name: str) -> None:
         assert out.past_key_values.nbytes() < uncompressed
     config = from_recipe(model.kvcompile.recipe)
     assert config.recipe == name
-    if name == "retrieval_heads":
-        assert config.stack[name]["heads"], "the calibration must be in the recipe that is saved"
+    for policy in config.stack.keys() & CALIBRATED.keys():
+        assert config.stack[policy][CALIBRATED[policy]], "the calibration must be in the recipe that is saved"
