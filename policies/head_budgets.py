@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -82,7 +83,7 @@ class HeadBudgets(AllocationPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         every = [share for row in self.shares for share in row]
-        self.require(not every or (min(every) >= 0 and sum(every) > 0), "shares", "0 or more, and not all 0")
+        self.require(not every or (min(every) >= 0 and 0 < sum(every) < math.inf), "shares", "0 or more, and not all 0")
         self.require(self.samples >= 1, "samples", "1 or more")
         self.require(self.tokens >= 128, "tokens", "128 or more")
 

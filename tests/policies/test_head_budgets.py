@@ -84,6 +84,8 @@ def test_shares_of_another_model_are_refused(shares: list[list[float]]) -> None:
     [
         ({"shares": [[-0.1, 0.2]]}, "shares must be"),
         ({"shares": [[0.0, 0.0]]}, "shares must be"),
+        ({"shares": [[float("inf"), 0.0]]}, "shares must be"),
+        ({"shares": [[float("nan")]]}, "shares must be"),
         ({"samples": 0}, "samples must be"),
         ({"tokens": 60}, "tokens must be"),
     ],
