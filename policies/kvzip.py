@@ -38,10 +38,11 @@ class RepeatedAttention(CarriedScore):
 
     def update(self, state: Tensor, query_positions: Tensor, attention: Tensor, seen: Observation) -> Tensor:
         """The larger of what was seen so far and what these queries pay."""
-        if seen.value_norms is not None and seen.hidden_norms is not None:
-            states = seen.hidden_norms[..., query_positions - seen.query_positions[0]]
-            attention = attention * seen.value_norms.unsqueeze(2) / states.unsqueeze(-1)
-        return state.maximum(attention.amax(dim=(1, 2)))
+        if seen.value_norms is None or seen.hidden_norms is None:
+            return state.maximum(attention.amax(dim=(1, 2)))
+        states = seen.hidden_norms[..., query_positions - seen.query_positions[0]]
+        shares = (attention / states.unsqueeze(-1)).amax(2)  # ||W_O v|| is the same for all queries
+        return state.maximum((shares * seen.value_norms).amax(1))
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def notes(plan: Plan) -> list[str]:
         policy = next(p.selection.policy for p in plan.selected if p.selection is not None)
         lines.append(
             f"{policy}: a text is read again before tokens are dropped, in pieces of {replay.chunk:,}. A prefill takes "
-            "two or three times as long, and a second copy of one sequence is held meanwhile."
+            "several times as long, and a second copy of one sequence is held meanwhile."
         )
     if plan.prefill_chunk and quantized:
         what = f"{', '.join(quantized)}: later chunks of a prompt read the codes of earlier ones"
