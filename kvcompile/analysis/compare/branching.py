@@ -175,6 +175,8 @@ class Branching:
         if asked not in self._scores:
             replay(self.model.kvcompile, branch, [True])
             self._scores[asked] = [branch.layers[i].history.carried for i, _ in selections]
+        elif branch.transcript is not None:
+            branch.transcript.done(0)  # a later turn repeats what comes from here on
         for (i, _), carried in zip(selections, self._scores[asked], strict=True):
             branch.layers[i].history.carried = None if carried is None else list(carried)
 

@@ -115,3 +115,19 @@ def test_a_text_is_repeated_once_for_all_stacks_that_ask_for_the_same(monkeypatc
     runs.read(IDS[:50])
     held(runs, plan_of({"kvzip": {**given, "budget": 16}}))
     assert pieces[8:] == [0, 20, 40]
+
+
+def test_a_later_turn_repeats_what_came_since_in_every_stack_of_one_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in those whose first replay was another stack's."""
+    runs = Branching(dense())
+    runs.read(IDS[:CONTEXT])
+    plan = plan_of({"kvzip": {**KVZIP, "budget": 16}})
+    caches = [runs.branch(plan) for _ in range(2)]
+    pieces: list[int] = []
+    inner = replay._read
+    monkeypatch.setattr(replay, "_read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
+    model = runs.compiled(plan)
+    for cache in caches:
+        model(torch.tensor([IDS[CONTEXT:]]), past_key_values=cache)
+    assert pieces == [CONTEXT, CONTEXT + 16] * 2
+    assert caches[0].lengths() == caches[1].lengths()
