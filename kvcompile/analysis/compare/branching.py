@@ -174,11 +174,14 @@ class Branching:
         asked = tuple((i, s.score, s.schedule.replay, s.sinks) for i, s in selections)
         if asked not in self._scores:
             replay(self.model.kvcompile, branch, [True])
-            self._scores[asked] = [branch.layers[i].history.carried for i, _ in selections]
+            counted = [branch.layers[i].history.carried for i, _ in selections]
+            if any(carried is None for carried in counted):
+                return  # this budget holds all of it, so that nothing was read
+            self._scores[asked] = counted
         elif branch.transcript is not None:
             branch.transcript.done(0)  # a later turn repeats what comes from here on
         for (i, _), carried in zip(selections, self._scores[asked], strict=True):
-            branch.layers[i].history.carried = None if carried is None else list(carried)
+            branch.layers[i].history.carried = list(carried)
 
     def _ranked(self, p: LayerPlan) -> LayerPlan:
         """The layer with its score computed once; as it is where it compares two, or a replay has counted it."""

@@ -106,6 +106,7 @@ def test_a_text_is_repeated_once_for_all_stacks_that_ask_for_the_same(monkeypatc
     runs = Branching(dense())
     runs.read(IDS[:CONTEXT])
     given = {**KVZIP, "chunk": 20}
+    held(runs, plan_of({"kvzip": {**given, "budget": CONTEXT}}))  # holds all of it
     once = [held(runs, plan_of({"kvzip": {**given, "budget": budget}})) for budget in (16, 24, 16)]
     assert pieces == [0, 20]
     assert all(torch.equal(a, b) for a, b in zip(once[0], once[2], strict=True))
