@@ -15,10 +15,11 @@ def block_of(dim: int) -> int:
 
 @functools.cache
 def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while matrix.shape[0] < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    block: Tensor = (matrix / size**0.5).to(device, dtype)
+    with torch.inference_mode(False):  # whoever asks first: later ones may train with it
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        while matrix.shape[0] < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        block: Tensor = (matrix / size**0.5).to(device, dtype)
     return block
 
 

@@ -17,7 +17,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
-from kvcompile.stores.encoded.hadamard import block_of, matrix, turn_basis
+from kvcompile.stores.encoded.hadamard import _block, block_of, matrix, turn_basis
 
 TOKENS = 40
 
@@ -132,3 +132,12 @@ def test_shared_caches_are_rotated_once_and_read_rotated() -> None:
 def test_it_is_refused_under_compact_positions() -> None:
     with pytest.raises(KvcompileError, match="compact positions"):
         compiled({"streaming": {"positions": "compact"}, "rotate": {}})
+
+
+def test_a_basis_first_asked_for_in_inference_mode_serves_training_too() -> None:
+    _block.cache_clear()
+    with torch.inference_mode():
+        turn_basis(torch.ones(1, 48))
+    x = torch.ones(1, 48, requires_grad=True)
+    turn_basis(x).sum().backward()
+    assert x.grad is not None
