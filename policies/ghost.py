@@ -64,6 +64,8 @@ class GhostReplay(CarriedScore):
     def _add(self, scores: Tensor, seen: Observation) -> None:
         import torch
 
+        from kvcompile.kernels.reference.ghost import Reread
+
         rule = self.ghost_rule(seen.scale, seen.softcap, seen.sliding_window)
         if seen.rotation is None:
             raise RuntimeError("ghosts need a rotation")
@@ -73,16 +75,16 @@ class GhostReplay(CarriedScore):
         rows = torch.arange(own.shape[0], device=own.device, dtype=torch.int64).unsqueeze(1)
         sinks = self._sinks_held(seen)
         turn = seen.rotation(min(self.shift, window // 2) if window else self.shift)
-        new = seen.ghost(
+        text = Reread(
             seen.queries,
             (seen.queries.float() @ turn).to(seen.queries.dtype),
             seen.keys[rows, own],
             seen.values[rows, own],
             (seen.keys[:, :sinks], seen.values[:, :sinks]),
-            rule,
             start,
             seen.sinks,
         )
+        new = seen.ghost(text, rule)
         scores.scatter_add_(1, own, new)
 
     def _sinks_held(self, seen: Observation) -> int:

@@ -18,7 +18,7 @@ from kvcompile.kernels.cpp.emit.stored import ELEMENTS, decimal
 from kvcompile.kernels.cpp.emit.text import fill
 from kvcompile.kernels.pointers import address, opaque
 from kvcompile.kernels.reference import ghost as reference
-from kvcompile.kernels.reference.ghost import GhostSpec, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, Reread, spec_of
 from kvcompile.plan.ghost import GhostRule
 
 TYPES = ("float32", "float16", "bfloat16")
@@ -329,37 +329,26 @@ def source(spec: GhostSpec) -> str:
     return "\n".join((head, numbers, multiply("Number", "Vector"), block, score))
 
 
+NAMES = "queries", "ghosts", "keys", "values", "keys of sinks", "values of sinks"
+
+
 @opaque
-def ghost_scores(
-    queries: Tensor,
-    ghosts: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: tuple[Tensor, Tensor],
-    rule: GhostRule,
-    start: int = 0,
-    learned: Tensor | None = None,
-) -> Tensor:
+def ghost_scores(text: Reread, rule: GhostRule) -> Tensor:
     """Same contract as `kernels.reference.ghost.ghost_scores`, for tensors on the CPU, in float32."""
-    spec = spec_of(queries, values, rule, learned)
+    spec = spec_of(text, rule)
     kernel = _kernel(spec)
     if kernel is None:
-        return reference.ghost_scores(queries, ghosts, keys, values, sinks, rule, start, learned)
+        return reference.ghost_scores(text, rule)
+    queries, sinks, learned = text.queries, text.sinks, text.learned
     heads, group, tokens, dim = queries.shape
     numbers: list[int] = []
     rows = (heads, tokens, dim), (heads, tokens, spec.value_dim)
     firsts = (heads, sinks[0].shape[1], dim), (heads, sinks[0].shape[1], spec.value_dim)
-    for name, x, shape in (
-        ("queries", queries, queries.shape),
-        ("ghosts", ghosts, queries.shape),
-        ("keys", keys, rows[0]),
-        ("values", values, rows[1]),
-        ("keys of sinks", sinks[0], firsts[0]),
-        ("values of sinks", sinks[1], firsts[1]),
-    ):
+    shapes = queries.shape, queries.shape, *rows, *firsts
+    for name, x, shape in zip(NAMES, text.tensors, shapes, strict=True):
         numbers += [address(name, x, queries.dtype, tuple(shape), (1,)), *x.stride()[:-1]]
     scores = torch.empty(heads, tokens, dtype=torch.float32, device=queries.device)
-    numbers += [scores.data_ptr(), heads, tokens, start, sinks[0].shape[1], torch.get_num_threads()]
+    numbers += [scores.data_ptr(), heads, tokens, text.start, sinks[0].shape[1], torch.get_num_threads()]
     if learned is not None:
         logits = learned.float().contiguous()
         numbers.append(address("learned sinks", logits, torch.float32, (heads, group)))

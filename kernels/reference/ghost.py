@@ -5,8 +5,8 @@ Plain torch: the oracle of generated kernels, and what backends without one run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,40 +41,42 @@ class GhostSpec:
         return f"ghost-c{rule.chunk}-b{rule.band}-s{rule.own_from}-{self.dtype}-g{self.group}-{dims}{extras}"
 
 
-class Scorer(Protocol):
-    """A way to score: the contract of `ghost_scores`."""
+@dataclass(frozen=True)
+class Reread:
+    """W tokens of a text, one after the other, and the queries that read them once more.
 
-    def __call__(
-        self,
-        queries: Tensor,
-        ghosts: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        sinks: tuple[Tensor, Tensor],
-        rule: GhostRule,
-        start: int = 0,
-        learned: Tensor | None = None,
-    ) -> Tensor:
-        """Scores `[H_kv, W]`, float32."""
-        ...
+    queries: of these tokens, as they met the keys, `[H_kv, g, W, D]`. ghosts: the same queries, turned on.
+    keys, values: of these tokens, `[H_kv, W, D]` and `[H_kv, W, D_v]`.
+    sinks: keys `[H_kv, s, D]` and values `[H_kv, s, D_v]` of the tokens at true positions 0 to s - 1.
+    start: true position of the first of the W tokens.
+    learned: logits `[H_kv, g]` that weigh in every softmax and go to no entry; None: there are none.
+    """
+
+    queries: Tensor
+    ghosts: Tensor
+    keys: Tensor
+    values: Tensor
+    sinks: tuple[Tensor, Tensor]
+    start: int = 0
+    learned: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Queries, ghosts, keys, values, keys and values of sinks: all of one dtype."""
+        return self.queries, self.ghosts, self.keys, self.values, *self.sinks
 
 
-def spec_of(queries: Tensor, values: Tensor, rule: GhostRule, learned: Tensor | None = None) -> GhostSpec:
+Scorer = Callable[[Reread, GhostRule], Tensor]
+"""A way to score, by the contract of `ghost_scores`: `[H_kv, W]`, float32."""
+
+
+def spec_of(text: Reread, rule: GhostRule) -> GhostSpec:
     """The scorer that these need."""
-    dtype = str(queries.dtype).removeprefix("torch.")
-    return GhostSpec(rule, queries.shape[1], queries.shape[3], values.shape[2], dtype, learned is not None)
+    dtype, (_, group, _, dim) = str(text.queries.dtype).removeprefix("torch."), text.queries.shape
+    return GhostSpec(rule, group, dim, text.values.shape[2], dtype, text.learned is not None)
 
 
-def ghost_scores(
-    queries: Tensor,
-    ghosts: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: tuple[Tensor, Tensor],
-    rule: GhostRule,
-    start: int = 0,
-    learned: Tensor | None = None,
-) -> Tensor:
+def ghost_scores(text: Reread, rule: GhostRule) -> Tensor:
     """How much the outputs of a text's own queries, turned on, would change without each of its entries, `[H_kv, W]`.
 
     A query q'_t (a ghost) sees the sinks and all of its chunk, later entries too; the entries that q_t itself saw there
@@ -87,20 +89,9 @@ def ghost_scores(
 
     s_j is the squared change of the output where j alone is left out of it. In float32; float64 where tensors are.
     Sources: the change of the output, DropKV; what is looked at from further on, KVzip, arXiv 2505.23416.
-
-    Args:
-        queries: of W tokens one after the other, as they met the keys, `[H_kv, g, W, D]`.
-        ghosts: the same queries, turned on.
-        keys: of these tokens, `[H_kv, W, D]`.
-        values: theirs, `[H_kv, W, D_v]`.
-        sinks: keys `[H_kv, s, D]` and values `[H_kv, s, D_v]` of the tokens at true positions 0 to s - 1.
-        rule: of the layer.
-        start: true position of the first of the W tokens.
-        learned: logits `[H_kv, g]` that weigh in every softmax and go to no entry; None: there are none.
     """
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    keys, values = keys.to(dtype), values.to(dtype)
-    sink_keys, sink_values = (x.to(dtype) for x in sinks)
+    dtype, start = torch.promote_types(text.keys.dtype, torch.float32), text.start
+    keys, values, sink_keys, sink_values = (x.to(dtype) for x in (text.keys, text.values, *text.sinks))
     scores = torch.zeros(keys.shape[:2], dtype=dtype, device=keys.device)
     for begin, end in rule.chunks(start, keys.shape[1]):
         outside = min(sink_keys.shape[1], start + begin)  # sinks that are not of this chunk
@@ -109,8 +100,8 @@ def ghost_scores(
         own = min(outside + max(0, rule.own_from - start - begin), k.shape[1])
         for first in range(begin, end, QUERY_BLOCK):
             some = slice(first, min(first + QUERY_BLOCK, end))
-            q, ghost = (x[:, :, some].to(dtype) for x in (queries, ghosts))
-            scores[:, begin:end] += _changes(q, ghost, k, v, (own, outside, first - begin), rule, learned)
+            q, ghost = (x[:, :, some].to(dtype) for x in (text.queries, text.ghosts))
+            scores[:, begin:end] += _changes(q, ghost, k, v, (own, outside, first - begin), rule, text.learned)
     return scores.float()
 
 

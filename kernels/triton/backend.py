@@ -21,7 +21,7 @@ from kvcompile.kernels.choose import choose as choose_by_torch
 from kvcompile.kernels.compact import Arrays, CompactSpec
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.pointers import opaque
-from kvcompile.kernels.reference.ghost import GhostSpec
+from kvcompile.kernels.reference.ghost import GhostSpec, Reread
 from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton import tuning
@@ -118,23 +118,14 @@ def choose(
 
 
 @opaque
-def ghost(
-    queries: Tensor,
-    ghosts: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: tuple[Tensor, Tensor],
-    rule: GhostRule,
-    start: int = 0,
-    learned: Tensor | None = None,
-) -> Tensor:
+def ghost(text: Reread, rule: GhostRule) -> Tensor:
     """Same contract as `reference.ghost.ghost_scores`. Raises KvcompileError where there is no GPU or interpreter."""
-    ready(queries.device.type)
-    if queries.dtype not in QUERY_TYPES:
-        return ghost_by_torch(queries, ghosts, keys, values, sinks, rule, start, learned)
+    ready(text.queries.device.type)
+    if text.queries.dtype not in QUERY_TYPES:
+        return ghost_by_torch(text, rule)
     from kvcompile.kernels.triton.entries import ghost as generated
 
-    return generated.ghost_scores(queries, ghosts, keys, values, sinks, rule, start, learned)
+    return generated.ghost_scores(text, rule)
 
 
 def written(spec: KernelSpec) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.reference.ghost import GhostSpec, Scorer, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, Reread, Scorer, spec_of
 from kvcompile.plan.ghost import GhostRule
 
 RULE = GhostRule(8, 2, 0.3, None, 4)
@@ -40,13 +40,25 @@ class Case:
 
     def by(self, scorer: Scorer) -> Tensor:
         """What a scorer says."""
+        return scorer(self.text, self.rule)
+
+    def passed(self, scorer: Scorer, begin: int, end: int) -> Tensor:
+        """What it says of some of the tokens, in a pass of their own."""
+        q, ghosts, k, v = self.queries, self.ghosts, self.keys, self.values
+        some = slice(begin, end)
+        tokens = q[:, :, some], ghosts[:, :, some], k[:, some], v[:, some]
+        return scorer(Reread(*tokens, self.sinks, self.start + begin, self.learned), self.rule)
+
+    @property
+    def text(self) -> Reread:
+        """As a scorer takes it."""
         tokens = self.queries, self.ghosts, self.keys, self.values
-        return scorer(*tokens, self.sinks, self.rule, self.start, self.learned)
+        return Reread(*tokens, self.sinks, self.start, self.learned)
 
     @property
     def spec(self) -> GhostSpec:
         """What kernel it needs."""
-        return spec_of(self.queries, self.values, self.rule, self.learned)
+        return spec_of(self.text, self.rule)
 
     def double(self) -> Case:
         """The same in float64."""

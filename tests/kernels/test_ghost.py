@@ -56,10 +56,7 @@ def test_chunks_begin_at_true_positions() -> None:
 def test_passes_of_whole_chunks_are_one_pass() -> None:
     """To the bit: a chunk sees the sinks and itself."""
     c = case(SPEC, 40)
-    parts = []
-    for a, b in ((0, 16), (16, 32), (32, 40)):
-        q, ghosts, k, v = c.queries[:, :, a:b], c.ghosts[:, :, a:b], c.keys[:, a:b], c.values[:, a:b]
-        parts.append(ghost_scores(q, ghosts, k, v, c.sinks, RULE, a))
+    parts = [c.passed(ghost_scores, a, b) for a, b in ((0, 16), (16, 32), (32, 40))]
     assert torch.equal(torch.cat(parts, 1), c.by(ghost_scores))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.reference.ghost import GhostSpec, spec_of
+from kvcompile.kernels.reference.ghost import GhostSpec, Reread, spec_of
 from kvcompile.kernels.triton.files import assemble, load
 from kvcompile.kernels.triton.forms import SMALLEST, power_of_two
 from kvcompile.kernels.triton.parts import Argument, Lines, indent
@@ -189,24 +189,16 @@ def kernels(spec: GhostSpec) -> tuple[Ghosts, Any]:
     return generated, load(generated.text, "ghost")
 
 
-def ghost_scores(
-    queries: Tensor,
-    ghosts: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: tuple[Tensor, Tensor],
-    rule: GhostRule,
-    start: int = 0,
-    learned: Tensor | None = None,
-) -> Tensor:
+def ghost_scores(text: Reread, rule: GhostRule) -> Tensor:
     """Same contract as `kernels.reference.ghost.ghost_scores`; nothing waits for the device.
 
     Raises KvcompileError for tensors that are not of one dtype, or of other shapes than they must be.
     """
     from kvcompile.kernels.triton.launch import DOTS, checked, interpreted, launch
 
+    queries, sinks, learned = text.queries, text.sinks, text.learned
     heads, group, tokens, dim = queries.shape
-    spec, width = spec_of(queries, values, rule, learned), values.shape[2]
+    spec, width = spec_of(text, rule), text.values.shape[2]
     generated, module = kernels(spec)
     first = sinks[0].shape[1]
     shapes: dict[str, tuple[int, ...]] = {"queries": (heads, group, tokens, dim), "ghosts": (heads, group, tokens, dim)}
@@ -220,15 +212,15 @@ def ghost_scores(
         "sums": torch.empty(heads, tokens, dtype=float32, device=device),
         "learned": None if learned is None else checked("learned sinks", learned.float().contiguous(), (heads, group)),
         "DOT": DOTS[float32 if interpreted() else queries.dtype],
-        **dict(zip(NUMBERS, (tokens, start, first), strict=True)),
+        **dict(zip(NUMBERS, (tokens, text.start, first), strict=True)),
     }
-    for (name, axes), x in zip(TENSORS, (queries, ghosts, keys, values, *sinks), strict=True):
+    for (name, axes), x in zip(TENSORS, text.tensors, strict=True):
         if x.dtype is not queries.dtype:
             raise KvcompileError(f"a kernel reads {name} as {spec.dtype}", str(x.dtype).removeprefix("torch."))
         bound[name] = checked(name, x, shapes[name])
         bound |= {f"{name}_{axis}": stride for axis, stride in zip(axes, x.stride(), strict=False)}
     chunk = rule.chunk or tokens
-    chunks = -(-(start % rule.chunk + tokens) // chunk) if rule.chunk else 1
+    chunks = -(-(text.start % rule.chunk + tokens) // chunk) if rule.chunk else 1
     if tokens:
         longest = min(chunk, tokens)
         for name, tiles in (("look", -(-longest * group // generated.rows)), ("change", -(-longest // NEAR))):

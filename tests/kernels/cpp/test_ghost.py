@@ -62,10 +62,7 @@ def test_no_bit_depends_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_passes_of_whole_chunks_are_one_pass() -> None:
     """To the bit."""
     c = case(LINEAR, tokens=600)
-    parts = []
-    for a, b in ((0, 256), (256, 600)):
-        tokens = c.queries[:, :, a:b], c.ghosts[:, :, a:b], c.keys[:, a:b], c.values[:, a:b]
-        parts.append(generated.ghost_scores(*tokens, c.sinks, c.rule, a))
+    parts = [c.passed(generated.ghost_scores, a, b) for a, b in ((0, 256), (256, 600))]
     assert torch.equal(torch.cat(parts, 1), c.by(generated.ghost_scores))
 
 
