@@ -39,6 +39,7 @@ LAYERS = (
     ("exporters",),
     ("compiler",),
     ("analysis",),
+    ("tasks",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),

@@ -1,15 +1,25 @@
-"""English text that needs no download: the sentences of Python's own language reference, or of a file."""
+"""English text that needs no download: the sentences of Python's own documentation, or of a file."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvcompile.errors import KvcompileError
 
 SHORTEST, LONGEST = 20, 400  # characters of a sentence worth keeping
 HELD_OUT = 8  # one sentence in so many, those at the end
+REFERENCE, LIBRARY = "reference", "library"
+MODULES = (  # of the standard library, with much to say and nothing in common with the language reference
+    "argparse bisect codecs configparser contextlib csv datetime difflib doctest fractions ftplib functools getopt "
+    "gettext heapq imaplib inspect ipaddress locale mailbox mimetypes optparse os pathlib pdb pickle pickletools "
+    "platform plistlib pprint random shelve shutil smtplib socket socketserver ssl statistics string subprocess "
+    "tarfile tempfile textwrap threading timeit trace traceback turtle typing uuid warnings weakref zipfile"
+)
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"^(?:[*+-]|\d+\.)\s+")
@@ -44,9 +54,29 @@ def from_file(path: str | Path) -> list[str]:
     return sentences
 
 
+@functools.cache
+def _docstrings() -> tuple[str, ...]:
+    return tuple(from_text("\n\n".join(_documented(Path(os.__file__).parent))))
+
+
+def _documented(folder: Path) -> Iterator[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in (folder / f"{name}.py" for name in MODULES.split()):
+        if path.is_file():  # what a Python version does not have is left out
+            nodes = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, kinds))
+            yield from (text for text in map(ast.get_docstring, nodes) if text)
+
+
+def library() -> list[str]:
+    """Sentences of the docstrings of Python's standard library, in a fixed order, without repetitions."""
+    return list(_docstrings())
+
+
 def sentences(source: str | Path | None = None) -> list[str]:
-    """Sentences of the file `source`, or the built-in ones for None."""
-    return builtin() if source is None else from_file(source)
+    """Sentences of the file `source`, or of a text that needs none: `reference` (None too) or `library`."""
+    if source is None or source == REFERENCE:
+        return builtin()
+    return library() if source == LIBRARY else from_file(source)
 
 
 def split(text: Sequence[str]) -> tuple[list[str], list[str]]:

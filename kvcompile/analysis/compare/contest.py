@@ -61,7 +61,7 @@ class Contest:
         self.model, self.tokenizer, self.kernels, self.progress = model, tokenizer, kernels, progress
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.dense = describe(model.config, self.dtype)
-        self.stop = _stop_tokens(model, tokenizer)
+        self.stop = stop_tokens(model, tokenizer)
         self._calibrator = Remembering(model, tokenizer, progress)
         self._readers: dict[bool, Branching] = {}
         self._runners: dict[Entry, Runner] = {}
@@ -143,7 +143,7 @@ def _row(ids: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([list(ids)], dtype=torch.int64, device=device)
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """What ends an answer: the end tokens of the model's generation settings, and of its tokenizer."""
     settings = getattr(model, "generation_config", None)
     ends = getattr(settings, "eos_token_id", None)

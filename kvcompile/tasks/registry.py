@@ -1,0 +1,52 @@
+"""Tasks by name. A new one is a module and its line in `TASKS`, or an entry point of another package."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from kvcompile.errors import KvcompileError
+from kvcompile.options import filled, suggest
+from kvcompile.plan.extensions import with_extensions
+from kvcompile.tasks.base import Task
+
+GROUP = "kvcompile.tasks"
+TASKS = {
+    "needle": "kvcompile.tasks.needle:Needle",
+    "perplexity": "kvcompile.tasks.perplexity:Perplexity",
+}
+
+
+@functools.cache
+def discover() -> dict[str, type[Task]]:
+    """All tasks by name: those of `TASKS`, and entry points of the group `kvcompile.tasks`.
+
+    Raises KvcompileError if an entry point cannot be loaded, is no task, or takes a name that is taken.
+    """
+    classes: dict[str, type[Task]] = {}
+    for name, place in TASKS.items():
+        module, _, cls = place.partition(":")
+        classes[name] = getattr(import_module(module), cls)
+    return with_extensions(GROUP, "task", classes, "a Task", _is_task)
+
+
+def _is_task(loaded: Any, name: str) -> bool:
+    return isinstance(loaded, type) and issubclass(loaded, Task) and loaded.name == name
+
+
+def task_class(name: str) -> type[Task]:
+    """The task called `name`. Raises KvcompileError with the nearest name and the list of all."""
+    classes = discover()
+    if name not in classes:
+        raise KvcompileError("unknown task", repr(name), suggest(name, classes))
+    return classes[name]
+
+
+def build_tasks(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Task, ...]:
+    """The tasks with their options over the defaults, in order.
+
+    Raises KvcompileError for an unknown task or option, a value of the wrong type or out of range.
+    """
+    return tuple(filled(task_class(name), f"tasks.{name}", values or {}) for name, values in options.items())
