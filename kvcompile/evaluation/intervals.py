@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 Z = 1.959964
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share, in [0, 1]: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)."""
+def wilson(right: float, count: float) -> tuple[float, float]:
+    """Wilson's interval of a share, in [0, 1]: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+
+    Of scores in [0, 1] that need not be whole it is never too narrow: their variance is at most p (1 - p).
+    """
     share, spread = right / count, Z * Z / count
     middle = share + spread / 2
     reach = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
@@ -31,6 +37,26 @@ def mean(values: Sequence[float], draws: int = 2000) -> tuple[float, float, floa
     means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
     middle = sum(values) / len(values)
     return middle, min(middle, means[int(0.025 * draws)]), max(middle, means[int(0.975 * draws)])
+
+
+def ratio_of_sums(tops: Sequence[float], bottoms: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
+    """sum(tops) / sum(bottoms) and its percentile bootstrap interval over pairs: the same for the same values.
+
+    Draws whose bottoms are all 0 do not count. One pair has no interval: both ends are the ratio.
+    """
+    middle = sum(tops) / sum(bottoms)
+    if len(tops) == 1:
+        return middle, middle, middle
+    sums = ((sum(draw(tops)), sum(draw(bottoms))) for draw in _resamples(len(tops), draws))
+    ratios = sorted(top / bottom for top, bottom in sums if bottom)
+    return middle, min(middle, ratios[int(0.025 * len(ratios))]), max(middle, ratios[int(0.975 * len(ratios))])
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(count: int, draws: int) -> list[Callable[[Sequence[float]], Any]]:
+    """Functions that draw as many values as there are, with replacement."""
+    rng = random.Random(0)
+    return [itemgetter(*rng.choices(range(count), k=count)) for _ in range(draws)]
 
 
 def standard_error(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcompile.evaluation.intervals import mean, ratio, standard_error, wilson
+from kvcompile.evaluation.intervals import mean, ratio, ratio_of_sums, standard_error, wilson
 
 
 def test_intervals_are_those_of_the_books() -> None:
@@ -31,3 +31,11 @@ def test_a_standard_error_is_that_of_the_means_of_groups() -> None:
     assert standard_error([[1.0], [2.0], [3.0], [4.0]]) == pytest.approx((2.5, 0.6455), abs=1e-4)
     assert standard_error([[0.0, 2.0], [2.0], [3.0, 3.0, 3.0], [4.0]]) == standard_error([[1.0], [2.0], [3.0], [4.0]])
     assert standard_error([[1.0, 2.0]]) == (1.5, 0.0)
+
+
+def test_a_ratio_of_sums_draws_pairs() -> None:
+    assert ratio_of_sums([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == (0.5, 0.5, 0.5)  # every pair has the same ratio
+    middle, low, high = ratio_of_sums([0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0])
+    assert middle == pytest.approx(2 / 3)
+    assert 0 <= low < middle < high <= 1
+    assert ratio_of_sums([3.0], [4.0]) == (0.75, 0.75, 0.75)

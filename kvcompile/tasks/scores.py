@@ -1,0 +1,141 @@
+"""What records say: the mean score or the perplexity, its interval, and how it stands to the dense model's.
+
+Everything that is said of rows is said by these functions: on screen, in a report, on a board.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvcompile.evaluation.intervals import ratio_of_sums, wilson
+from kvcompile.tasks.rows import Record
+
+HIGHEST = 700.0  # nats; exp() of more is no float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and its interval of 95 %.
+
+    Attributes:
+        contexts: how many it rests on. answers: how many turns were scored over them, or texts read.
+    """
+
+    value: float
+    low: float
+    high: float
+    contexts: int
+    answers: int
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One context: what it weighs, the mean of its turns, and the dense model's of the same turns."""
+
+    weight: int
+    value: float
+    dense: float = 0.0
+
+
+def quality(records: Sequence[Record], exact: bool) -> Estimate:
+    """The mean score in [0, 1], or the perplexity exp(mean nll), with its interval.
+
+    The mean is that of the parts, a part's that of its contexts, a context's that of its turns. Turns over one context
+    need not be independent, so that a context counts as one answer however many were given:
+
+    exact: Wilson's interval of n = sum(w)^2 / sum(w^2) answers, w = 1 / (contexts of the part).
+    otherwise: percentile bootstrap over contexts. Where all score the same there is nothing to draw: Wilson's again.
+
+    records: one or more.
+    """
+    contexts = _contexts(records)
+    if read(records):
+        return _estimate(_mean_nll(contexts), contexts, records)
+    values, weights = [c.weight * c.value for c in contexts], [c.weight for c in contexts]
+    if exact or len({c.value for c in contexts}) == 1:
+        mean = sum(values) / sum(weights)
+        count = sum(weights) ** 2 / sum(w * w for w in weights)
+        return _estimate((mean, *wilson(mean * count, count)), contexts, records)
+    return _estimate(ratio_of_sums(values, weights), contexts, records)
+
+
+def against_dense(records: Sequence[Record], dense: Sequence[Record]) -> Estimate | None:
+    """The share of the dense model's score that is kept, or the ratio of the perplexities, on what both were asked.
+
+    Contexts are paired by name and turn, and drawn in pairs (percentile bootstrap). A score that changed in none of n
+    contexts may still change in a share c = z^2 / (n + z^2) of them (Wilson's bound of a share never seen), to 0 or to
+    the best.
+
+    None where they have nothing in common, and where the dense model scores 0.
+    """
+    theirs = {(record.sample, record.turn): record for record in dense}
+    common = [record for record in records if (record.sample, record.turn) in theirs]
+    if not common:
+        return None
+    contexts = _contexts(common, theirs)
+    if read(records):
+        shifts = [_Context(c.weight, c.value - c.dense) for c in contexts]
+        return _estimate(_mean_nll(shifts), contexts, common)
+    best = sum(c.weight * c.dense for c in contexts) / sum(c.weight for c in contexts)
+    if not best > 0:
+        return None
+    if all(c.value == c.dense for c in contexts):
+        changed = wilson(0, len(contexts))[1]
+        return _estimate((1.0, 1 - changed, min(1 + changed, 1 / best)), contexts, common)
+    drawn = ratio_of_sums([c.weight * c.value for c in contexts], [c.weight * c.dense for c in contexts])
+    return _estimate(drawn, contexts, common)
+
+
+def by_part(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by part, in the order in which parts came."""
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(record.part, []).append(record)
+    return parts
+
+
+def read(records: Sequence[Record]) -> bool:
+    """Whether texts were read, so that a perplexity was measured, and lower is better."""
+    return records[0].nll is not None if records else False
+
+
+def _contexts(records: Sequence[Record], dense: dict[tuple[str, int | None], Record] | None = None) -> list[_Context]:
+    """The contexts of every part, with whole numbers as weights: sums of right answers are exact."""
+    parts = [_by_sample(part) for part in by_part(records).values()]
+    common = math.lcm(*map(len, parts))
+    return [
+        _Context(
+            common // len(part),
+            statistics.fmean(_number(r) for r in turns),
+            statistics.fmean(_number(dense[r.sample, r.turn]) for r in turns) if dense else 0.0,
+        )
+        for part in parts
+        for turns in part
+    ]
+
+
+def _by_sample(records: Iterable[Record]) -> list[list[Record]]:
+    samples: dict[str, list[Record]] = {}
+    for record in records:
+        samples.setdefault(record.sample, []).append(record)
+    return list(samples.values())
+
+
+def _number(record: Record) -> float:
+    value = record.score if record.nll is None else record.nll
+    return math.nan if value is None else value
+
+
+def _mean_nll(contexts: Sequence[_Context]) -> tuple[float, float, float]:
+    drawn = ratio_of_sums([c.weight * c.value for c in contexts], [c.weight for c in contexts])
+    middle, low, high = (math.exp(min(nats, HIGHEST)) for nats in drawn)
+    return middle, low, high
+
+
+def _estimate(
+    interval: tuple[float, float, float], contexts: Sequence[_Context], records: Sequence[Record]
+) -> Estimate:
+    return Estimate(*interval, contexts=len(contexts), answers=len(records))
