@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import NoReturn
@@ -43,6 +44,9 @@ from kvcompile.stack import discover
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
 MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
+SUBCOMMANDS = {  # words that come first: what is called with the words behind them
+    "ls": "kvcompile.cli:ls",
+}
 
 
 def main() -> None:
@@ -60,8 +64,9 @@ def _command(arguments: Sequence[str]) -> None:
         import kvcompile
 
         sys.stdout.write(f"kvcompile {kvcompile.__version__}\n")
-    elif arguments[:1] == ["ls"]:
-        sys.stdout.write(f"{listing(arguments[1:])}\n")
+    elif arguments and (place := SUBCOMMANDS.get(arguments[0])):
+        module, _, function = place.partition(":")
+        getattr(import_module(module), function)(arguments[1:])
     else:
         _hydra(arguments)
 
@@ -177,6 +182,11 @@ def _export(artifact: str, config: Config) -> sweep.Done:
             line = f"export {exporter.name}: {folder}, {size(done.bytes)}"
             _console().print(line, markup=False, highlight=False, soft_wrap=True)
     return config.output, summary
+
+
+def ls(kinds: Sequence[str]) -> None:
+    """Print what `listing` says."""
+    sys.stdout.write(f"{listing(kinds)}\n")
 
 
 def listing(kinds: Sequence[str]) -> str:
