@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvcompile.compiler import compile as compile
     from kvcompile.errors import KvcompileError as KvcompileError
     from kvcompile.exporters.write import export
+    from kvcompile.tasks.run import evaluate
 
     __version__: str
 
@@ -19,9 +20,10 @@ _PUBLIC = {
     "save": "kvcompile.artifact.artifact",
     "from_pretrained": "kvcompile.artifact.artifact",
     "export": "kvcompile.exporters.write",
+    "evaluate": "kvcompile.tasks.run",
     "KvcompileError": "kvcompile.errors",
 }
-__all__ = ["KvcompileError", "__version__", "compile", "export", "from_pretrained", "load", "save"]
+__all__ = ["KvcompileError", "__version__", "compile", "evaluate", "export", "from_pretrained", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

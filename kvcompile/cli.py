@@ -40,6 +40,7 @@ from kvcompile.paths import require_here
 from kvcompile.plan.policy import Policy
 from kvcompile.policies.base import SelectionPolicy
 from kvcompile.stack import discover
+from kvcompile.tasks import registry as tasks
 
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
@@ -151,6 +152,10 @@ def _work(config: Config) -> sweep.Done:
 
         analysed = analyse_config(config, _console())
         return analysed.path, analysed.summary
+    if config.tasks:
+        from kvcompile.tasks.run import evaluate_config
+
+        return evaluate_config(config, _console())
     if config.artifact:
         return _export(config.artifact, config)
     if config.plan.mode == "only":
@@ -190,13 +195,14 @@ def ls(kinds: Sequence[str]) -> None:
 
 
 def listing(kinds: Sequence[str]) -> str:
-    """`kvcompile ls [recipes|policies|models|exports|analyses]`: one line each. Raises KvcompileError otherwise."""
+    """`kvcompile ls [recipes|policies|models|exports|analyses|tasks]`: a line each. Raises KvcompileError otherwise."""
     known = {
         "recipes": _headers("kvcompile.recipes", "recipe"),
         "policies": {name: f"{cls.family}: {cls.summary}{_unit(cls)}" for name, cls in discover().items()},
         "models": _headers(CONFIG_MODULE, "model"),
         "exports": {name: cls.summary for name, cls in registry.discover().items()},
         "analyses": {name: cls.summary for name, cls in analyses.discover().items()},
+        "tasks": {name: cls.summary for name, cls in tasks.discover().items()},
     }
     for kind in kinds:
         if kind not in known:

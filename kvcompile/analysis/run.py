@@ -126,13 +126,14 @@ def command(config: Config) -> str:
         *((f"analysis.{name}", options, defaults[name]) for name, options in config.analysis.items()),
     ]
     for where, values, default in settings:
-        words += [shlex.quote(f"{where}.{key}={_shown(v)}") for key, v in values.items() if v != default[key]]
+        words += [shlex.quote(f"{where}.{key}={shown(v)}") for key, v in values.items() if v != default[key]]
     return "kvcompile " + " ".join(words)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as on the command line; of a path, the last part alone: where a file lies is nobody's business."""
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(shown, value))}]"
     if isinstance(value, str):
         text = Path(value).name if value.startswith(PATHS) else value
         return text if re.fullmatch(r"[\w./-]+", text) else '"{}"'.format(text.replace('"', '\\"'))

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -32,19 +32,34 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kvcompile.analysis import registry as analyses
-from kvcompile.config.schema import Config
+from kvcompile.config.schema import OPTIONS, Config
 from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.exporters import registry
 from kvcompile.options import schema, suggest
-from kvcompile.stack import discover, orphan, policy_class
+from kvcompile.stack import discover, orphan
+from kvcompile.tasks import registry as tasks
 
-CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
-ONCE = {
-    "policy": "each policy may be in the stack once",
-    "export": "each exporter may be in export once",
-    "analysis": "each analysis may be in analysis once",
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group of the command line whose options are those of classes found by name.
+
+    discover: gives the classes by name. where: under which their options stand. one: what one is called in a sentence.
+    """
+
+    discover: Callable[[], Mapping[str, type[Any]]]
+    where: str
+    one: str
+
+
+GROUPS = {
+    "policy": Group(discover, "stack", "policy"),
+    "export": Group(registry.discover, "export", "exporter"),
+    "analysis": Group(analyses.discover, "analysis", "analysis"),
+    "evaluate": Group(tasks.discover, "tasks", "task"),
 }
+CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 FOREIGN = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what `one_line` makes ours
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
 PLUGINS = {
@@ -75,22 +90,16 @@ class RecipeFolder(SearchPathPlugin):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Give Hydra the recipes, the schema, every policy as an option of `policy`, every exporter as one of `export`."""
+    """Give Hydra the recipes, the schema, and every policy, exporter, analysis and task as an option of its group."""
     Plugins.instance().register(RecipeFolder)
     store = ConfigStore.instance()
     if not _STORED:
         store.store(name="kvcompile_schema", node=Config)
-    for name in discover().keys() - _STORED:
-        store.store(group="policy", name=name, node=schema(policy_class(name)), package=f"stack.{name}")
-        _STORED.add(name)
-    for name, cls in registry.discover().items():
-        if f"export={name}" not in _STORED:
-            store.store(group="export", name=name, node=schema(cls), package=f"export.{name}")
-            _STORED.add(f"export={name}")
-    for name, kind in analyses.discover().items():
-        if f"analysis={name}" not in _STORED:
-            store.store(group="analysis", name=name, node=schema(kind), package=f"analysis.{name}")
-            _STORED.add(f"analysis={name}")
+    for group, options in GROUPS.items():
+        for name, cls in options.discover().items():
+            if f"{group}={name}" not in _STORED:
+                store.store(group=group, name=name, node=schema(cls), package=f"{options.where}.{name}")
+                _STORED.add(f"{group}={name}")
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -145,11 +154,12 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     _one_budget(parsed)
     for override in parsed:
         group = override.key_or_group
-        value = override.value() if group in ONCE else None
+        value = override.value() if group in GROUPS else None
         named: list[str] = [str(name) for name in value] if isinstance(value, list) else []
         for name in named:
             if named.count(name) > 1:
-                raise KvcompileError(ONCE[group], f"{group}=[{','.join(named)}]")
+                place = "the stack" if group == "policy" else group
+                raise KvcompileError(f"each {GROUPS[group].one} may be in {place} once", f"{group}=[{','.join(named)}]")
     recipe, replaced = str(choices.get("recipe") or ""), any(o.key_or_group == "policy" for o in parsed)
     stack = cfg.stack
     chosen = [str(name) for name in stack if OmegaConf.get_type(stack, name) is not dict]
@@ -166,7 +176,7 @@ def resolve(cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str
     except OmegaConfBaseException as error:
         raise one_line(error) from error
     _require_set(cfg)
-    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("stack", "export", "analysis")}
+    plain = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in OPTIONS}
     return finish(Config(**{**vars(config), **plain}))
 
 
@@ -285,12 +295,10 @@ def one_line(error: BaseException) -> KvcompileError:
         names = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
         if cause.full_key == f"stack.{key}":
             return orphan(key, names)
-        for group, kind, known in (
-            ("export", "an exporter", registry.EXPORTERS),
-            ("analysis", "an analysis", analyses.discover()),
-        ):
-            if cause.full_key == f"{group}.{key}" and key in known:
-                rule = f"options of {kind} need it in {group}=[...]"
+        for group, options in GROUPS.items():
+            if cause.full_key == f"{options.where}.{key}" and key in options.discover():
+                article = "an" if options.one[0] in "aeiou" else "a"
+                rule = f"options of {article} {options.one} need it in {group}=[...]"
                 return KvcompileError(rule, cause.full_key, f"{group}=[{','.join([*names, key])}]")
         return KvcompileError("unknown setting", repr(cause.full_key or key), suggest(key, names) if names else None)
     if isinstance(cause, OmegaConfBaseException):
@@ -307,12 +315,7 @@ def one_line(error: BaseException) -> KvcompileError:
 def _missing(file: str, options: Sequence[str]) -> KvcompileError:
     """The error about a name that a group does not have, or a group that there is not."""
     group, _, name = file.removesuffix(".yaml").rpartition("/")
-    ours: dict[str, Mapping[str, Any]] = {
-        "policy": discover(),
-        "export": registry.EXPORTERS,
-        "analysis": analyses.discover(),
-    }
-    known = ours.get(group) or options
+    known = GROUPS[group].discover() if group in GROUPS else options
     kind, _, folder = group.partition("/")
     if not group:
         return KvcompileError(
@@ -327,7 +330,9 @@ def _missing(file: str, options: Sequence[str]) -> KvcompileError:
         return KvcompileError(
             "model names a group of settings", f"{folder}/{name}", f"model.pretrained={folder}/{name}"
         )
-    return KvcompileError(f"unknown {group or 'config'}", repr(name), suggest(name, known))
+    return KvcompileError(
+        f"unknown {GROUPS[group].one if group in GROUPS else group}", repr(name), suggest(name, known)
+    )
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from kvcompile.errors import KvcompileError
 from kvcompile.options import options_of
 from kvcompile.stack import build_stack
 
@@ -13,9 +15,12 @@ if TYPE_CHECKING:
     from kvcompile.analysis.base import Analysis
     from kvcompile.exporters.base import Exporter
     from kvcompile.plan.policy import Policy
+    from kvcompile.tasks.base import Question, Task
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES = ("run", "only")
+QUESTION = ("seen", "hidden", "both")
+OPTIONS = ("stack", "export", "analysis", "tasks")  # what a config maps from names to fields
 RECIPE_NODES = 20_000  # in a recipe of 126 layers and 128 heads, each named, there are fewer
 
 
@@ -132,6 +137,28 @@ class PromptsConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """How tasks are asked: `shard` k/n, every n-th sample from the k-th (0/1: all).
+
+    rows: the folder of results, shared by all jobs; what lies there is not measured again. baseline: the uncompressed
+    model is asked too, once for all stacks.
+    """
+
+    shard: str = "0/1"
+    rows: str = "outputs/rows"
+    baseline: bool = True
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(k, n). Raises KvcompileError for anything but k/n with 0 <= k < n."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if number >= count:
+            raise KvcompileError("evaluate.shard must be k/n with 0 <= k < n", self.shard, "evaluate.shard=0/1: all")
+        return number, count
+
+
+@dataclass
 class PlanConfig:
     """`only`: print the plan for a `batch` of prompts of `context` tokens, and what fits in `memory` GiB; then stop."""
 
@@ -144,12 +171,13 @@ class PlanConfig:
 @dataclass
 class Config:
     """Everything a compile depends on. `stack` maps each policy, in order, to its fields, `export` each exporter,
-    `analysis` each analysis.
+    `analysis` each analysis, `tasks` each task of `evaluate=[...]`.
 
     budget: shortcut, sets the budget of every policy in the stack that has one; folded into `stack` when resolved.
     prefill_chunk: prompt tokens per prefill step (0: all at once). kernels: its backend. output: artifact folder.
     artifact: nothing is compiled, what lies in this folder is exported, into `output`. analysis: nothing is compiled,
-    the original model is analysed on `prompts`.
+    the original model is analysed on `prompts`. tasks: they are asked, as `evaluate` says, and no artifact is written.
+    question: in sight while a cache is made (`seen`), after it (`hidden`), or `both`.
     """
 
     recipe: str | None = None
@@ -157,6 +185,8 @@ class Config:
     stack: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     analysis: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    question: str = "both"
     artifact: str | None = None
     budget: float | None = None
     prefill_chunk: int = 0
@@ -168,6 +198,7 @@ class Config:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
@@ -192,6 +223,17 @@ class Config:
         from kvcompile.analysis.registry import build_analyses
 
         return build_analyses(self.analysis)
+
+    def built_tasks(self) -> tuple[Task, ...]:
+        """The tasks with their options. Raises KvcompileError (see `build_tasks`)."""
+        from kvcompile.tasks.registry import build_tasks
+
+        return build_tasks(self.tasks)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The settings of the question that are asked for, in order."""
+        return cast("tuple[Question, ...]", QUESTION[:2] if self.question == "both" else (self.question,))
 
     def with_policies(self, policies: Iterable[Policy]) -> Config:
         """The config with these policies, e.g. after calibration."""

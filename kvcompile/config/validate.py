@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kvcompile.config.schema import DTYPES, MODES, Config, GateConfig, HealConfig, PerplexityConfig, PromptsConfig
+from kvcompile.config.schema import (
+    DTYPES,
+    MODES,
+    OPTIONS,
+    QUESTION,
+    Config,
+    GateConfig,
+    HealConfig,
+    PerplexityConfig,
+    PromptsConfig,
+)
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.kernels.names import names
 from kvcompile.options import options_of, suggest
@@ -24,20 +34,24 @@ def finish(config: Config) -> Config:
     """
     config = replace(_budgeted(_typed(config)), budget=None)
     config = replace(config.with_policies(config.policies()), export=options_of(config.exporters()))
-    config = replace(config, analysis=options_of(config.analyses()))
+    config = replace(config, analysis=options_of(config.analyses()), tasks=options_of(config.built_tasks()))
     _check(config)
+    if config.tasks:
+        return config
     default = f"{config.artifact.rstrip('/')}-export" if config.artifact else f"outputs/{config.label}"
     return replace(config, output=config.output or default)
 
 
 def _typed(config: Config) -> Config:
     """The config with every setting of its type and every `${...}` resolved; `build_stack` does so for policies."""
+    nothing: dict[str, Any] = {name: {} for name in OPTIONS}
+    options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
     try:
-        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, stack={}, export={}, analysis={})))
+        plain = OmegaConf.to_object(OmegaConf.structured(replace(config, **nothing)))
     except OmegaConfBaseException as error:
         where, said = getattr(error, "full_key", None), first_line(error)
         raise KvcompileError(f"{where}: {said}" if where else said) from error
-    return replace(cast(Config, plain), stack=config.stack, export=config.export, analysis=config.analysis)
+    return replace(cast(Config, plain), **options)
 
 
 def _budgeted(config: Config) -> Config:
@@ -59,11 +73,11 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", m.dtype, DTYPES)
     _one_of("kernels", config.kernels, ("auto", *names()))
     _one_of("plan", p.mode, MODES)
-    if config.artifact and not config.export:
+    if config.artifact and not config.export and not config.tasks:
         raise KvcompileError(
-            "artifact=<folder> only exports what is compiled, so it needs export=[...]",
+            "artifact=<folder> exports or evaluates what is compiled, so it needs export=[...] or evaluate=[...]",
             f"artifact={config.artifact}",
-            "export=[hf]",
+            "export=[hf] or evaluate=[needle]",
         )
     if config.artifact and p.mode == "only":
         raise KvcompileError(
@@ -83,6 +97,10 @@ def _check(config: Config) -> None:
     _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
     if config.analysis:
         _check_analysis(config)
+    _one_of("question", config.question, QUESTION)
+    config.evaluate.part  # noqa: B018  refused where it is none
+    if config.tasks:
+        _check_evaluation(config)
     _check_prompts(config.prompts)
     _check_quality(config.perplexity, config.gate, n.enabled)
     _check_heal(config.heal)
@@ -106,6 +124,22 @@ def _check_analysis(config: Config) -> None:
         raise KvcompileError(
             "an analysis is of the original model, and nothing is compiled",
             f"analysis=[{','.join(config.analysis)}] with {asked[0]}",
+            "drop one of the two",
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raise KvcompileError where something else is asked for in the same job."""
+    others = {
+        f"analysis=[{','.join(config.analysis)}]": config.analysis,
+        f"export=[{','.join(config.export)}]": config.export,
+        "plan=only": config.plan.mode == "only",
+        f"output={config.output}": config.output,
+    }
+    if given := [text for text, value in others.items() if value]:
+        raise KvcompileError(
+            "an evaluation asks tasks and writes rows into evaluate.rows, nothing else",
+            f"evaluate=[{','.join(config.tasks)}] with {given[0]}",
             "drop one of the two",
         )
 

@@ -24,4 +24,9 @@ def windows(model: Any, ids: Tensor, wanted: PerplexityConfig) -> Tensor:
 
 def longest(model: Any) -> int:
     """Positions that the model knows; where it does not say, more than anything here needs."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return longest_of(model.config)
+
+
+def longest_of(config: Any) -> int:
+    """The same, of a model's configuration."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

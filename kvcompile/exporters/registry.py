@@ -35,7 +35,7 @@ def discover() -> dict[str, type[Exporter]]:
 def exporter_class(name: str) -> type[Exporter]:
     """The exporter called `name`. Raises KvcompileError with the nearest name and the list of all."""
     if name not in EXPORTERS:
-        raise KvcompileError("unknown export", repr(name), suggest(name, EXPORTERS))
+        raise KvcompileError("unknown exporter", repr(name), suggest(name, EXPORTERS))
     return discover()[name]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from kvcompile.config.schema import ModelConfig
     from kvcompile.models.gguf import Contents
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+PIECE, PIECES = 4096, 256  # bytes, and how many of them are read of a file to tell it from others
 ALIGNMENT = 64  # bytes: where torch lets a tensor begin
 
 
@@ -63,11 +67,7 @@ def load(
 
     device = _device(model)
     dtype = _dtype(model, device)
-    if model.pretrained is None:
-        _require_default(model)
-        source, options = str(default_model(progress)), DATA_ONLY
-    else:
-        source, options = _source(model)
+    source, options = _place(model, progress)
     what = f"loading {model.pretrained or DEFAULT_FOLDER}"
     progress(what, 0, 0)
     with _plain_errors(model), no_foreign_bars():
@@ -87,6 +87,42 @@ def load(
     require_vocabulary(loaded, tokenizer)
     progress(what, 1, 1)
     return loaded.to(device).eval(), tokenizer
+
+
+def tokenizer_of(model: ModelConfig, progress: Progress = silent) -> Any:
+    """The tokenizer of the model, without its weights. Raises KvcompileError where it cannot be found."""
+    from transformers import AutoTokenizer
+
+    source, options = _place(model, progress)
+    with _plain_errors(model), no_foreign_bars():
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def fingerprint_of_files(model: ModelConfig, architecture: PretrainedConfig, progress: Progress = silent) -> str:
+    """What tells the checkpoint from others before it is loaded: a hash of pieces of its files, or its hub commit."""
+    source, options = _place(model, progress)
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{getattr(architecture, '_commit_hash', None) or options.get('revision')}"
+    names = [options["gguf_file"]] if "gguf_file" in options else [p.name for p in sorted(folder.iterdir())]
+    found = hashlib.sha256(json.dumps(architecture.to_diff_dict(), sort_keys=True, default=str).encode())
+    for path in (folder / name for name in names):
+        if path.suffix in WEIGHTS and path.is_file():
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, max(PIECE, size // PIECES)):
+                    file.seek(start)
+                    found.update(file.read(PIECE))
+    return found.hexdigest()
+
+
+def _place(model: ModelConfig, progress: Progress) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for the model, which is fetched first if it is the default one."""
+    if model.pretrained is None:
+        _require_default(model)
+        return str(default_model(progress)), DATA_ONLY
+    return _source(model)
 
 
 def _require_whole(model: ModelConfig, info: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def test_exporters_are_options_of_export() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["export=[hff]"], "unknown export, got 'hff'. Fix: did you mean 'hf'?"),
+        (["export=[hff]"], "unknown exporter, got 'hff'. Fix: did you mean 'hf'?"),
         (["export=[hf,hf]"], "each exporter may be in export once"),
         (
             ["export.hf.weights_only=true"],
@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(overrides: list[str], message: str) -> None:
 
 
 def test_python_names_exporters_as_the_command_line_does() -> None:
-    with pytest.raises(KvcompileError, match=r"unknown export, got 'hff'. Fix: did you mean 'hf'"):
+    with pytest.raises(KvcompileError, match=r"unknown exporter, got 'hff'. Fix: did you mean 'hf'"):
         kvcompile.export("nowhere", "hff", "out")
     with pytest.raises(KvcompileError, match=r"unknown field of export.hf, got 'weight'"):
         kvcompile.export("nowhere", "hf", "out", weight=True)
