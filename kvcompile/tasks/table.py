@@ -91,10 +91,9 @@ def _table(rows: Shown, asked: Sequence[Cell]) -> Table:
                 columns.append(("ratio", cell, dense))
     for heading, _, _ in columns:
         table.add_column(heading, justify="right")
+    percent = not scores.read(asked[0].records)
     for part in (*scores.by_part(asked[0].records), WHOLE):
-        table.add_row(
-            part, *(text(_estimate(cell, dense, part), not scores.read(cell.records)) for _, cell, dense in columns)
-        )
+        table.add_row(part, *(text(_estimate(cell, dense, part), percent) for _, cell, dense in columns))
     table.add_section()
     table.add_row("bytes held", *(_bytes(cell) if dense is None else "" for _, cell, dense in columns))
     return table
