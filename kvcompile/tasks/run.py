@@ -229,14 +229,14 @@ def evaluate(
         KvcompileError: for an unknown task, option or setting, and for samples that this model cannot read.
 
     Examples:
-        >>> small = kvcompile.compile(model, "snapkv")
+        >>> small = kvcompile.compile(model, "streaming", "budget=0.5")
         >>> options = {"tokens": 64, "scored": 8, "windows": 2, "texts": ["library"]}
         >>> (row,) = kvcompile.evaluate(small, {"perplexity": options}, tokenizer)
         >>> [(record.sample, record.size.tokens) for record in row.records]
         [('library 1', 64), ('library 2', 64)]
         >>> size = row.records[0].size
         >>> size.held / size.dense
-        0.25
+        0.5
     """
     if question not in (*QUESTIONS, "both"):
         raise KvcompileError("unknown question", repr(question), suggest(question, (*QUESTIONS, "both")))
