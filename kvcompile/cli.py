@@ -47,6 +47,7 @@ PIPE_WIDTH = 160
 MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 SUBCOMMANDS = {  # words that come first: what is called with the words behind them
     "ls": "kvcompile.cli:ls",
+    "board": "kvcompile.board.command:main",
 }
 
 

@@ -40,6 +40,7 @@ LAYERS = (
     ("compiler",),
     ("analysis",),
     ("tasks",),
+    ("board",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),

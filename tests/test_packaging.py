@@ -19,11 +19,11 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def shipped() -> set[str]:
-    """Every Python, YAML and C++ file of the tree, by its place in the installed package."""
+    """Every Python, YAML and C++ file of the tree, and of the page, by its place in the installed package."""
     found = {"kvcompile/py.typed"}
     for top in ("kvcompile", *MAPPED):
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".h"):
+            if path.suffix in (".py", ".yaml", ".h", ".html", ".css", ".js"):
                 inside = path.relative_to(ROOT).as_posix()
                 found.add(inside if top == "kvcompile" else f"kvcompile/{inside}")
     return found

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from kvcompile.evaluation.needle import NeedleResult
 from kvcompile.evaluation.speed import Comparison
 from kvcompile.heal.record import HealRecord
+from kvcompile.report.markdown import inline
 from kvcompile.report.units import size
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def tables(report: Report) -> list[Table]:
 
 def markdown(report: Report) -> str:
     """The report as Markdown; values worse than the uncompressed model's are bold and marked."""
-    parts = [f"# {_inline(report.title)}", _facts(report, _inline), "![Budget and needle](report.png)"]
-    parts += [f"> **Warning:** {_inline(w)}" for w in report.warnings]
+    parts = [f"# {inline(report.title)}", _facts(report, inline), "![Budget and needle](report.png)"]
+    parts += [f"> **Warning:** {inline(w)}" for w in report.warnings]
     shown = tables(report)
     if report.needle is not None:
         shown.append(_answers(*report.needle))
@@ -79,7 +80,7 @@ def before_and_after(report: Report) -> str:
 
 def _section(table: Table) -> str:
     mark: dict[Verdict, str] = {"better": "{}", "worse": "**{}** (worse)", "wrong": "**{}** (wrong)", "": "{}"}
-    rows = [[mark[c.verdict].format(_inline(c.text)) for c in row] for row in table.rows]
+    rows = [[mark[c.verdict].format(inline(c.text)) for c in row] for row in table.rows]
     align = ["left"] * table.first + ["right"] * (len(table.header) - table.first)
     grid = tabulate(rows, table.header, tablefmt="pipe", colalign=align, disable_numparse=True)
     return f"## {table.title}\n\n{grid}"
@@ -324,12 +325,6 @@ def _facts(report: Report, text: Callable[[str], str]) -> str:
         "kernels": ", ".join(f"{name} ({_count(times, 'layer')})" for name, times in Counter(report.kernels).items()),
     }
     return "\n".join(f"- {name}: {text(value)}" for name, value in lines.items() if value)
-
-
-def _inline(text: str) -> str:
-    """Text that cannot break a Markdown table or start markup."""
-    flat = " ".join(text.split())
-    return "".join("\\" + c if c in "\\`*_|<>[]" else c for c in flat)
 
 
 def _coloured(cell: Cell) -> str:

@@ -56,18 +56,25 @@ def quality(records: Sequence[Record], exact: bool) -> Estimate:
         return _estimate(_mean_nll(contexts), contexts, records)
     values, weights = [c.weight * c.value for c in contexts], [c.weight for c in contexts]
     if exact or len({c.value for c in contexts}) == 1:
-        mean = sum(values) / sum(weights)
+        share = sum(values) / sum(weights)
         count = sum(weights) ** 2 / sum(w * w for w in weights)
-        return _estimate((mean, *wilson(mean * count, count)), contexts, records)
+        return _estimate((share, *wilson(share * count, count)), contexts, records)
     return _estimate(ratio_of_sums(values, weights), contexts, records)
+
+
+def mean(records: Sequence[Record]) -> float:
+    """The value of `quality` without its interval."""
+    contexts = _contexts(records)
+    value = sum(c.weight * c.value for c in contexts) / sum(c.weight for c in contexts)
+    return math.exp(min(value, HIGHEST)) if read(records) else value
 
 
 def against_dense(records: Sequence[Record], dense: Sequence[Record]) -> Estimate | None:
     """The share of the dense model's score that is kept, or the ratio of the perplexities, on what both were asked.
 
-    Contexts are paired by name and turn, and drawn in pairs (percentile bootstrap). A score that changed in none of n
-    contexts may still change in a share c = z^2 / (n + z^2) of them (Wilson's bound of a share never seen), to 0 or to
-    the best.
+    Contexts are paired by name and turn, and drawn in pairs (percentile bootstrap). Where every draw of n has the same
+    share, a share c = z^2 / (n + z^2) of contexts may still be otherwise (Wilson's bound of what was never seen): the
+    interval is that of these scoring 0, and 1.
 
     None where they have nothing in common, and where the dense model scores 0.
     """
@@ -82,11 +89,11 @@ def against_dense(records: Sequence[Record], dense: Sequence[Record]) -> Estimat
     best = sum(c.weight * c.dense for c in contexts) / sum(c.weight for c in contexts)
     if not best > 0:
         return None
-    if all(c.value == c.dense for c in contexts):
-        changed = wilson(0, len(contexts))[1]
-        return _estimate((1.0, 1 - changed, min(1 + changed, 1 / best)), contexts, common)
-    drawn = ratio_of_sums([c.weight * c.value for c in contexts], [c.weight * c.dense for c in contexts])
-    return _estimate(drawn, contexts, common)
+    middle, low, high = ratio_of_sums([c.weight * c.value for c in contexts], [c.weight * c.dense for c in contexts])
+    if low == high:
+        other, score = wilson(0, len(contexts))[1], middle * best
+        low, high = middle * (1 - other), (score + other * (1 - score)) / best
+    return _estimate((middle, low, high), contexts, common)
 
 
 def by_part(records: Iterable[Record]) -> dict[str, list[Record]]:

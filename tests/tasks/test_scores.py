@@ -82,13 +82,12 @@ def test_a_ratio_to_dense_pairs_contexts_and_leaves_out_what_only_one_has() -> N
 
 
 def test_what_never_changed_may_still_change() -> None:
-    kept = against_dense(many(15, 20), many(15, 20))
-    assert kept is not None
     changed = 1.959964**2 / (20 + 1.959964**2)
-    assert (kept.value, kept.low, kept.high) == pytest.approx((1.0, 1 - changed, 1 + changed))
-    perfect = against_dense(many(20, 20), many(20, 20))
-    assert perfect is not None
-    assert perfect.high == 1.0
+    for right, of_dense, value in ((15, 15, 1.0), (20, 20, 1.0), (0, 15, 0.0)):
+        kept, best = against_dense(many(right, 20), many(of_dense, 20)), of_dense / 20
+        assert kept is not None
+        high = (value * best + changed * (1 - value * best)) / best
+        assert (kept.value, kept.low, kept.high) == pytest.approx((value, value * (1 - changed), high))
 
 
 def test_nothing_in_common_and_a_dense_model_that_finds_nothing_give_no_share() -> None:
