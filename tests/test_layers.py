@@ -41,6 +41,7 @@ LAYERS = (
     ("analysis",),
     ("tasks",),
     ("board",),
+    ("lm_eval",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kvcompile.errors import KvcompileError
 from kvcompile.progress import Progress, silent
@@ -53,7 +56,6 @@ def of_windows(model: Any, rows: Tensor, context: int, progress: Progress = sile
     return math.exp(_losses(model, rows.to(model.device), context, progress).mean().item())
 
 
-@torch.inference_mode()
 def cached_log_likelihood(model: Any, context: Tensor, continuation: Tensor) -> tuple[float, bool]:
     """Log-likelihood of a continuation read through the cache, as benchmarks of multiple choice need it.
 
@@ -80,21 +82,64 @@ def cached_log_likelihood(model: Any, context: Tensor, continuation: Tensor) -> 
         >>> nats < 0, greedy
         (True, False)
     """
-    context, continuation = (ids.reshape(1, -1).to(model.device) for ids in (context, continuation))
-    if not context.numel() or not continuation.numel():
+    return cached_log_likelihoods(model, context, [continuation])[0]
+
+
+@torch.inference_mode()
+def cached_log_likelihoods(
+    model: Any, context: Tensor, continuations: Sequence[Tensor], batch: int | None = None
+) -> list[tuple[float, bool]]:
+    """`cached_log_likelihood` of several continuations of one context, which is read once.
+
+    Args:
+        model: a compiled model, or any causal LM of transformers.
+        context: token ids `[n]`, at least one.
+        continuations: token ids `[m]` of each, at least one.
+        batch: how many continuations are read at once, each over its copy of the cache (None: all).
+
+    Returns:
+        For each continuation the log-likelihood in nats, and whether greedy decoding gives it.
+
+    Raises:
+        KvcompileError: if the context or a continuation is empty.
+    """
+    context = context.reshape(1, -1).to(model.device)
+    continuations = [ids.reshape(-1).to(model.device) for ids in continuations]
+    shortest = min(map(len, continuations))
+    if not context.numel() or not shortest:
         raise KvcompileError(
             "context and continuation must hold a token each",
-            f"{context.numel()} and {continuation.numel()}",
+            f"{context.numel()} and {shortest}",
             "give an empty context the token that texts begin with",
         )
     cache = forward(model, context[:, :-1])[1] if context.numel() > 1 else None
-    total, greedy, token = 0.0, True, context[:, -1:]
-    for target in continuation[0]:
-        logits, cache = forward(model, token, cache)
-        total += float(logits[0].float().log_softmax(-1)[target])
-        greedy = greedy and int(logits[0].argmax()) == int(target)
-        token = target.reshape(1, 1)
-    return total, greedy
+    logits, cache = forward(model, context[:, -1:], cache)  # predicts the first token of every continuation
+    nats, likeliest = logits[0].float().log_softmax(-1), int(logits[0].argmax())
+    scores = [(float(nats[ids[0]]), int(ids[0]) == likeliest) for ids in continuations]
+    longer = [n for n, ids in enumerate(continuations) if len(ids) > 1]
+    size = batch or len(continuations)
+    for start in range(0, len(longer), size):
+        numbers = longer[start : start + size]
+        own = copy.deepcopy(cache) if start + size < len(longer) else cache
+        for n, (more, greedy) in zip(numbers, _read_on(model, own, [continuations[n] for n in numbers]), strict=True):
+            scores[n] = scores[n][0] + more, scores[n][1] and greedy
+    return scores
+
+
+def _read_on(model: Any, cache: Any, continuations: Sequence[Tensor]) -> list[tuple[float, bool]]:
+    """Scores of all but the first token of each continuation, read as one batch over a cache of one sequence."""
+    rows = pad_sequence(list(continuations), batch_first=True)
+    if len(rows) > 1:
+        cache.batch_repeat_interleave(len(rows))
+    nats = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    greedy = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    lengths = torch.tensor([len(ids) for ids in continuations], dtype=torch.int64, device=rows.device)
+    for i in range(1, rows.shape[1]):
+        logits, cache = forward(model, rows[:, i - 1 : i], cache)
+        target, over = rows[:, i], lengths <= i  # rows that are over read on, and are not scored
+        nats += logits.float().log_softmax(-1).gather(1, target.unsqueeze(1))[:, 0].double().masked_fill(over, 0)
+        greedy &= (logits.argmax(-1) == target) | over
+    return list(zip(nats.tolist(), greedy.tolist(), strict=True))
 
 
 def spread(ids: Tensor, context: int, tokens: int, windows: int) -> Tensor:

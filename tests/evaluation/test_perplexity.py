@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +15,7 @@ from kvcompile.compiler import assemble
 from kvcompile.config.schema import Config
 from kvcompile.config.validate import finish
 from kvcompile.errors import KvcompileError
-from kvcompile.evaluation.perplexity import cached_log_likelihood, cached_perplexity
+from kvcompile.evaluation.perplexity import cached_log_likelihood, cached_log_likelihoods, cached_perplexity
 from kvcompile.models.sharing import shared
 
 
@@ -87,18 +83,22 @@ def test_log_likelihoods_are_read_through_the_compressed_cache() -> None:
         cached_log_likelihood(model, ids[0, :0], ids[0])
 
 
-def test_the_lm_eval_model_of_the_docs_reads_through_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stands on one method of lm-eval's HFLM: requests of (texts, context ids, continuation ids)."""
-    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
-    stub: Any = ModuleType("lm_eval.models.huggingface")
-    stub.HFLM = SimpleNamespace
-    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", stub)
-    scope: dict[str, Any] = {}
-    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], scope)
-    model, ids = compiled(STACK, kernels="sdpa"), tiny_ids(1, 60)
-    lm = scope["CachedLM"](model=model, max_length=40)
-    got = lm._loglikelihood_tokens([(("", ""), ids[0, :57].tolist(), ids[0, 57:].tolist())])
-    assert got == [pytest.approx(naive(model, ids[:, 20:], 37), abs=1e-4)]  # cut from the left to 40 tokens
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_continuations_of_one_context_share_its_cache(batch: int | None) -> None:
+    """Each has the score that it has alone; the context is read once."""
+    model, ids = compiled(STACK, kernels="sdpa"), tiny_ids(1, 60)[0]
+    continuations = [ids[40:43], ids[43:44], ids[44:50], ids[50:52]]
+    prompts: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, k: prompts.append(k["input_ids"].shape[1]) if k["input_ids"].shape[1] > 1 else None,
+        with_kwargs=True,
+    )
+    got = cached_log_likelihoods(model, ids[:40], continuations, batch)
+    hook.remove()
+    assert prompts == [39]
+    for (nats, greedy), ends in zip(got, continuations, strict=True):
+        wanted = naive(model, torch.cat([ids[:40], ends])[None], 40)
+        assert (nats, greedy) == (pytest.approx(wanted[0], abs=1e-4), wanted[1])
 
 
 @pytest.mark.parametrize("stack", [STACK, KIVI8, {}], ids=["evicting", "encoding", "dense"])
