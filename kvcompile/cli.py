@@ -48,6 +48,7 @@ MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 SUBCOMMANDS = {  # words that come first: what is called with the words behind them
     "ls": "kvcompile.cli:ls",
     "board": "kvcompile.board.command:main",
+    "lm_eval": "kvcompile.lm_eval:main",
 }
 
 

@@ -141,7 +141,8 @@ def test_without_lm_eval_one_line_says_what_to_install(monkeypatch: pytest.Monke
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "kvcompile.lm_eval", raising=False)
+    for name in ("kvcompile.lm_eval", "kvcompile.lm_eval.model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(KvcompileError, match=r"pip install 'kvcompile\[lm_eval\]'"):
         importlib.import_module("kvcompile.lm_eval")
 
