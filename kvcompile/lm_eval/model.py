@@ -26,7 +26,7 @@ Tokens = list[int]
 Request = tuple[Any, Tokens, Tokens]  # (texts, or None; context; continuation)
 
 
-@register_model("kvcompile")  # type: ignore[untyped-decorator]
+@register_model("kvcompile")
 class CompiledLM(HFLM):  # type: ignore[misc]
     """lm_eval's `HFLM` with every log-likelihood read through the compressed cache.
 
@@ -82,10 +82,10 @@ class CompiledLM(HFLM):  # type: ignore[misc]
         batch = None if self.batch_size == "auto" else int(self.batch_size)
         scores: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Log-likelihoods over the cache") as bar:
-            for context, numbers in by_context.items():
+            for prompt, numbers in by_context.items():
                 ends = [torch.tensor(requests[number][2], dtype=torch.int64, device="cpu") for number in numbers]
-                whole = torch.tensor(context, dtype=torch.int64, device="cpu")
-                scores |= zip(numbers, cached_log_likelihoods(self.model, whole, ends, batch), strict=True)
+                context_ids = torch.tensor(prompt, dtype=torch.int64, device="cpu")
+                scores |= zip(numbers, cached_log_likelihoods(self.model, context_ids, ends, batch), strict=True)
                 bar.update(len(numbers))
         for number, (texts, _, _) in enumerate(requests):
             if texts is not None:
