@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,9 +124,7 @@ class NeedleTask:
         The prompts of a group have the same tokens before the question; questions about other keys may be a few tokens
         longer.
         """
-        text = [
-            Sentence(s, len(tokenizer(" " + s, add_special_tokens=False)["input_ids"])) for s in sentences(self.source)
-        ]
+        text = measured(tokenizer, self.source)
         return [self._group(tokenizer, text, sample) for sample in range(self.samples)]
 
     def depth(self, sample: int) -> float:
@@ -141,7 +139,7 @@ class NeedleTask:
         form, depth = FORMS[self.form], self.depth(sample)
         count = 1 + form.others
         keys = [f"{a}-{n}" for a, n in zip(rng.sample(ADJECTIVES, count), rng.sample(NOUNS, count), strict=True)]
-        numbers = _draw_numbers(rng, count)
+        numbers = draw_numbers(rng, count)
         depths = [(depth + i / count) % 1 if i else depth for i in range(count)]
         needles = [(d, form.needle.format(key=k, number=n)) for d, k, n in zip(depths, keys, numbers, strict=True)]
         start = rng.randrange(len(text))
@@ -267,7 +265,7 @@ def _numbers(text: str) -> list[str]:
     return "".join(c if c.isdigit() else " " for c in text).split()
 
 
-def _draw_numbers(rng: random.Random, count: int) -> list[str]:
+def draw_numbers(rng: random.Random, count: int) -> list[str]:
     """Different numbers of different digits: small models drop repeated digits whatever their cache holds."""
     numbers: list[str] = []
     while len(numbers) < count:
@@ -275,6 +273,34 @@ def _draw_numbers(rng: random.Random, count: int) -> list[str]:
         if number[0] != "0" and number not in numbers:
             numbers.append(number)
     return numbers
+
+
+def measured(tokenizer: Any, source: str | None) -> list[Sentence]:
+    """The sentences of a text with their lengths."""
+    return [Sentence(s, len(tokenizer(" " + s, add_special_tokens=False)["input_ids"])) for s in sentences(source)]
+
+
+def filled(
+    tokenizer: Any,
+    source: str | None,
+    needles: list[tuple[float, str]],
+    tokens: int,
+    length: Callable[[str], int],
+    rng: random.Random,
+) -> str:
+    """A text of `source`, from a random sentence on, with each needle at its depth, as long as fits into `tokens`.
+
+    length: of a prompt around a text, in tokens. Raises KvcompileError where the needles alone are too long.
+    """
+    text = measured(tokenizer, source)
+    least = length(" ".join(_hide([], needles)))
+    if least > tokens:
+        raise KvcompileError("the needle prompt needs more tokens", tokens, f"{least} or more")
+    start = rng.randrange(len(text))
+    filler = _fill(text[start:] + text[:start], tokens - least)
+    while length(" ".join(_hide(filler, needles))) > tokens:
+        filler.pop()
+    return " ".join(_hide(filler, needles))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -103,7 +103,7 @@ class Respondent:
 
     def _record(self, task: Task, sample: Sample, number: int, said: str, size: Size) -> Record:
         turn = sample.turns[number]
-        return Record(sample.name, sample.part, number, size, said, task.score(said, turn, sample))
+        return Record(sample.name, task.part(sample, number), number, size, said, task.score(said, turn, sample))
 
     def _size(self, cache: KVCache, read: Sequence[int]) -> Size:
         """Bytes held after `read`, true positions of the entries apart, and those of the uncompressed cache."""

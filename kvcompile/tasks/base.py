@@ -75,6 +75,10 @@ class Task:
                 tokens,
             )
 
+    def part(self, sample: Sample, turn: int) -> str:
+        """What the score of a turn is shown by: the sample's own part."""
+        return sample.part
+
     def score(self, said: str, turn: Turn, sample: Sample) -> float:
         """How right an answer is, 0 to 1. Only samples with turns have answers."""
         raise NotImplementedError

@@ -16,6 +16,7 @@ GROUP = "kvcompile.tasks"
 TASKS = {
     "needle": "kvcompile.tasks.needle:Needle",
     "perplexity": "kvcompile.tasks.perplexity:Perplexity",
+    "multi_turn": "kvcompile.tasks.multi_turn.task:MultiTurn",
 }
 
 

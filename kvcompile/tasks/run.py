@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.analysis.parts import Parts, digest
 from kvcompile.analysis.run import PATHS, shown
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, first_line
 from kvcompile.models.provenance import versions
 from kvcompile.options import options_of, suggest
+from kvcompile.paths import require_here, require_short
 from kvcompile.progress import Progress, progress_bar, silent
 from kvcompile.tasks import rows
 from kvcompile.tasks.base import QUESTIONS, Question, Sample, Task
@@ -180,24 +181,29 @@ class Measured:
         return rows.read(path)
 
 
+def _folder(path: str | Path) -> Path:
+    """A folder of rows, which is there. Raises KvcompileError where that cannot be."""
+    require_here()
+    folder = Path(path).expanduser().resolve()
+    require_short(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = "rows need a folder that can be written to"
+        raise KvcompileError(rule, f"{folder}: {first_line(error)}", "another folder (evaluate.rows=...)") from error
+    return folder
+
+
 def evaluate_config(config: Config, console: Console) -> Done:
     """One job of the command line: find or measure its rows, print them; (folder of rows, numbers for a summary)."""
-    from kvcompile.paths import require_here, require_short
     from kvcompile.tasks import table
 
-    require_here()
-    folder = Path(config.evaluate.rows).expanduser().resolve()
-    require_short(folder)
+    folder = _folder(config.evaluate.rows)
     with progress_bar() as progress:
         subject = of_config(config, progress)
         wanted = trials(subject, config.built_tasks(), config.questions, config.evaluate.part)
         measured = Measured(folder, progress)
-        try:
-            found = measured.all(wanted)
-        except OSError as error:
-            raise KvcompileError(
-                "rows need a folder that can be written to", error, "evaluate.rows=<folder>"
-            ) from error
+        found = measured.all(wanted)
     shown_rows = table.Shown(found, subject.stacks[-1].name)
     table.show(shown_rows, console)
     for line in (*subject.notes, f"{folder}: {measured.measured} rows measured, {measured.reused} were there"):
@@ -248,4 +254,4 @@ def evaluate(
     wanted = trials(of_model(model, tokenizer), chosen, questions)
     if rows is None:
         return [trial.measure(lambda unit, compute: compute(), silent) for trial in wanted]
-    return Measured(Path(rows).expanduser()).all(wanted)
+    return Measured(_folder(rows)).all(wanted)

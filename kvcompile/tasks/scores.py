@@ -113,15 +113,25 @@ def _contexts(records: Sequence[Record], dense: dict[tuple[str, int | None], Rec
     """The contexts of every part, with whole numbers as weights: sums of right answers are exact."""
     parts = [_by_sample(part) for part in by_part(records).values()]
     common = math.lcm(*map(len, parts))
-    return [
-        _Context(
-            common // len(part),
-            statistics.fmean(_number(r) for r in turns),
-            statistics.fmean(_number(dense[r.sample, r.turn]) for r in turns) if dense else 0.0,
-        )
-        for part in parts
-        for turns in part
-    ]
+    pieces: dict[str, list[_Context]] = {}
+    for part in parts:
+        for turns in part:
+            piece = _Context(
+                common // len(part),
+                statistics.fmean(_number(r) for r in turns),
+                statistics.fmean(_number(dense[r.sample, r.turn]) for r in turns) if dense else 0.0,
+            )
+            pieces.setdefault(turns[0].sample, []).append(piece)
+    return [_together(each) for each in pieces.values()]
+
+
+def _together(pieces: Sequence[_Context]) -> _Context:
+    """One context that has turns in several parts."""
+    if len(pieces) == 1:
+        return pieces[0]
+    weight = sum(piece.weight for piece in pieces)
+    value, dense = (sum(p.weight * getattr(p, name) for p in pieces) / weight for name in ("value", "dense"))
+    return _Context(weight, value, dense)
 
 
 def _by_sample(records: Iterable[Record]) -> list[list[Record]]:

@@ -221,3 +221,6 @@ def test_python_asks_compiled_and_plain_models(place: Path, tmp_path: Path) -> N
     assert kvcompile.evaluate(compiled, {"perplexity": options}, tiny_tokenizer(), rows=tmp_path) == [row]
     with pytest.raises(KvcompileError, match="unknown question"):
         kvcompile.evaluate(model, ["needle"], tiny_tokenizer(), question="al")
+    (tmp_path / "file").touch()
+    with pytest.raises(KvcompileError, match="rows need a folder that can be written to"):
+        kvcompile.evaluate(compiled, {"perplexity": options}, tiny_tokenizer(), rows=tmp_path / "file")

@@ -38,6 +38,14 @@ def test_turns_of_one_context_do_not_narrow_an_interval() -> None:
     assert (estimate.low, estimate.high) == pytest.approx(wilson(0.95 * 5, 5))
 
 
+def test_a_context_with_turns_in_several_parts_counts_once() -> None:
+    turns = [record for n in range(4) for i in range(5) for record in said(f"{i}", float(n > 0 or i > 0), part=f"{n}")]
+    estimate = quality(turns, exact=True)
+    assert (estimate.value, estimate.contexts, estimate.answers) == (0.95, 5, 20)
+    assert (estimate.low, estimate.high) == pytest.approx(wilson(0.95 * 5, 5))
+    assert quality(by_part(turns)["0"], exact=True).value == 0.8
+
+
 def test_parts_weigh_the_same_and_a_small_one_widens_the_interval() -> None:
     records = many(2, 2, part="small") + many(0, 18, part="large")
     estimate = quality(records, exact=True)

@@ -1,0 +1,1 @@
+"""One context, several questions in turn."""
