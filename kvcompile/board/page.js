@@ -48,7 +48,7 @@
 
   const panels = () => board.panels.filter((p) => ["model", "task", "question"].every((k) => !state[k] || p[k] === state[k]));
   const wanted = (s) => s.stack.toLowerCase().includes(state.stack.toLowerCase());
-  const title = (p) => `${p.model}, ${p.task}, question ${p.question}`;
+  const title = (p) => `${p.model}, ${p.task}, ${p.setting}`;
   const metric = (p) => (p.perplexity ? "perplexity, lower is better" : `${p.metric}, higher is better`);
 
   function render() {
@@ -75,7 +75,7 @@
     const count = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
     const models = new Set(board.panels.map((p) => p.model));
     find("#summary").textContent = `${count(stacks.size, "stack")}, ${count(models.size, "model")}, ${count(board.panels.length, "contest")}`;
-    find("#legend").textContent = board.legend;
+    find("#legend").replaceChildren(...board.legend.map((line) => element("li", {}, line)));
     find("#notes").hidden = !board.notes.length;
     find("#notes summary").textContent = `${count(board.notes.length, "note")} on what is missing, double or measured otherwise`;
     find("#notes ul").replaceChildren(...board.notes.map((note) => element("li", {}, note)));
@@ -145,9 +145,9 @@
     }
     const drawings = [];
     const groups = [...together].map(([name, pair]) => {
-      const figures = pair.map((panel) => element("figure", {}, element("figcaption", {}, `question ${panel.question}: ${metric(panel)}`)));
+      const figures = pair.map((panel) => element("figure", {}, element("figcaption", {}, `${panel.setting}: ${metric(panel)}`)));
       pair.forEach((panel, i) => drawings.push([panel, pair, figures[i]]));
-      return element("section", {}, element("h2", {}, name), element("div", { class: "pair" }, ...figures));
+      return element("section", {}, element("h2", {}, name, element("small", {}, pair[0].options)), element("div", { class: "pair" }, ...figures));
     });
     find("#plots").replaceChildren(...groups);
     for (const [panel, pair, figure] of drawings) {

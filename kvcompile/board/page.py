@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
+from kvcompile.board.labels import flat
 from kvcompile.board.standings import KINDS, OTHER, Board, Panel, Standing
 from kvcompile.board.tables import LEGEND, of_dense, quality, share
 from kvcompile.report.units import size
@@ -44,7 +45,7 @@ def _data(board: Board) -> str:
         "panels": [_panel(panel) for panel in board.panels],
         "kinds": [*KINDS.values(), OTHER],
         "notes": list(board.notes),
-        "legend": LEGEND,
+        "legend": list(LEGEND),
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
@@ -52,7 +53,9 @@ def _data(board: Board) -> str:
 
 def _panel(panel: Panel) -> dict[str, Any]:
     standings = [_standing(standing, panel.perplexity) for standing in panel.standings]
-    return {**_finite(asdict(panel)), "standings": standings}
+    options = ", ".join(f"{key}={value}" for key, value in flat(panel.options))
+    setting = "text read" if panel.perplexity else f"question {panel.question}"
+    return {**_finite(asdict(panel)), "options": options, "setting": setting, "standings": standings}
 
 
 def _standing(standing: Standing, perplexity: bool) -> dict[str, Any]:

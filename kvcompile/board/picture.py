@@ -98,10 +98,10 @@ def _panel(ax: Axes, panel: Panel, ratio: bool) -> list[tuple[Standing, float]]:
             ax.axhline(
                 factor * estimate.value, color=LOOKS[standing.kind][0], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1
             )
-    measured = f"{panel.metric}, %" if not panel.perplexity else "perplexity over dense's" if ratio else "perplexity"
-    ax.set_title(
-        f"{panel.model}\n{panel.task}, question {panel.question}: {measured}", loc="left", fontsize=9, color=INK
-    )
+    measured = f"question {panel.question}: {panel.metric}, %"
+    if panel.perplexity:
+        measured = f"text read: {panel.metric}{', over that of dense' if ratio else ''}"
+    ax.set_title(f"{panel.model}\n{panel.task}, {measured}", loc="left", fontsize=9, color=INK)
     _style(ax)
     return [(standing, factor * estimate.value) for standing, estimate in shown]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ KINDS = {  # of a stack, by the places that its policies take: what it is called
     frozenset({"selection", "storage"}): "selection and storage",
 }
 OTHER = "with recall or structure"
+SHARD = r" '?evaluate\.shard=\d+/\d+'?"  # a standing is of all shards
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Panel:
     """One contest: standings by bytes, most first.
 
     Attributes:
-        metric: what a score of 1 means. perplexity: lower is better.
+        metric: what a score of 1 means. perplexity: texts were read, and lower is better.
         options: of the task.
     """
 
@@ -69,6 +71,11 @@ class Panel:
     perplexity: bool
     options: Mapping[str, Any]
     standings: tuple[Standing, ...]
+
+    @property
+    def setting(self) -> str:
+        """How was asked, as headings say it."""
+        return "read" if self.perplexity else self.question
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def _standing(label: str, cell: Cell, dense: Cell | None) -> Standing:
     return Standing(
         stack=label,
         kind=kind(cell.first.policies),
-        command=cell.first.command,
+        command=re.sub(SHARD, "", cell.first.command),
         share=_over(sum(s.held16 for s in sizes), sum(s.dense16 for s in sizes)),
         share_run=_over(sum(s.held for s in sizes), sum(s.dense for s in sizes)),
         held=sum(s.held16 for s in sizes) / len(sizes),

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.board.standings import Board, Panel, Standing
 from kvcompile.report.markdown import inline
-from kvcompile.tasks.scores import Estimate
+from kvcompile.tasks.scores import PROTOCOL, Estimate
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LEGEND = (
-    "bytes: held over those of the uncompressed cache in bfloat16, of the first setting in a line; true positions of "
-    "tokens are not in them. "
-    "[ ]: interval of 95 %. of dense: share of the uncompressed model's score, or ratio to its perplexity, on the same "
-    "samples. *: on the front, no stack has fewer bytes and is as good."
+    *PROTOCOL.values(),
+    "Bytes are said as a share of the uncompressed cache's; of a stack with two settings, the first one's.",
+    "Of dense: share of the uncompressed model's score, or ratio to its perplexity, on what both were asked.",
+    "On the front (*): no stack has as few bytes and scores as high, one of them better.",
 )
 
 
@@ -59,7 +59,7 @@ def show(board: Board, console: Console) -> None:
         for line in section.lines:
             grid.add_row(*map(escape, line))
         console.print(grid)
-    for sentence in (LEGEND, *board.notes):
+    for sentence in (*LEGEND, *board.notes):
         console.print(escape(sentence), highlight=False)
 
 
@@ -67,7 +67,7 @@ def markdown(board: Board) -> str:
     """The board in Markdown."""
     from tabulate import tabulate
 
-    parts = ["# Board", LEGEND]
+    parts = ["# Board", "\n".join(f"- {line}" for line in LEGEND)]
     parts += [f"> {inline(note)}" for note in board.notes]
     for section in sections(board):
         lines = [[inline(stack), *numbers] for stack, *numbers in section.lines]
@@ -127,7 +127,7 @@ def _section(panels: Sequence[Panel]) -> Section:
     lines = {stack: [stack, share(part)] for stack, part in sorted(bytes_of.items(), key=lambda item: -item[1])}
     header = ["stack", "bytes"]
     for panel in panels:
-        header += [f"{panel.question}{unit}", "of dense"]
+        header += [f"{panel.setting}{unit}", "of dense"]
         standings = {standing.stack: standing for standing in panel.standings}
         for stack, line in lines.items():
             line += _cells(standings[stack], panel.perplexity) if stack in standings else ["", ""]

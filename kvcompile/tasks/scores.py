@@ -13,6 +13,16 @@ from dataclasses import dataclass
 from kvcompile.evaluation.intervals import ratio_of_sums, wilson
 from kvcompile.tasks.rows import Record
 
+PROTOCOL = {  # what stands beside every table: how was asked, and what the numbers are
+    "seen": "seen: the question is in sight when the cache is made: of context and question but for its last token.",
+    "hidden": "hidden: the cache is made of the context alone; what is asked, or read, comes after it.",
+    "answers": "Answers are greedy, every token of them predicted over that cache.",
+    "intervals": (
+        "Intervals of 95 %: Wilson's for right answers, questions about one context counted as one; otherwise a "
+        "bootstrap over contexts. Parts weigh the same."
+    ),
+    "bytes": "Bytes: keys, values, scales and indices of a model in bfloat16, after the context.",
+}
 HIGHEST = 700.0  # nats; exp() of more is no float
 
 

@@ -12,7 +12,7 @@ from kvcompile.models.provenance import in_words
 from kvcompile.report.units import size
 from kvcompile.tasks import scores
 from kvcompile.tasks.rows import Cell, Record, Row, cells
-from kvcompile.tasks.scores import Estimate
+from kvcompile.tasks.scores import PROTOCOL, Estimate
 from kvcompile.tasks.stacks import DENSE
 
 if TYPE_CHECKING:
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 
     from kvcompile.config import sweep
 
-PROTOCOL = {
-    "seen": "seen: the question is in sight when the cache is made: of context and question but for its last token.",
-    "hidden": "hidden: the cache is made of the context alone; what is asked, or read, comes after it.",
-    "answers": "Answers are greedy, every token of them predicted over that cache.",
-    "intervals": (
-        "Intervals of 95 %: Wilson's for right answers, questions about one context counted as one; otherwise a "
-        "bootstrap over contexts. Parts weigh the same."
-    ),
-    "bytes": "Bytes: keys, values, scales and indices of a model in bfloat16, after the context.",
-}
 READ, WHOLE = "read", "all"  # headings of a text that is read, and of all parts
 
 

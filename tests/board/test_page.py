@@ -139,7 +139,7 @@ def test_a_browser_sorts_filters_and_draws_what_the_address_says(browser: str, t
     assert shown.of("title")[0][1] == "kvcompile board"
     assert not any("hidden" in a for a, _ in shown.of("details"))  # a shard is missing: that is said
     everything = opened(browser, path, "sort=bytes&order=ascending&stack=KIVI")
-    assert dict(groups(everything)) == {heading: ["kivi"], "SmolLM2-135M, perplexity, question hidden": ["kivi"]}
+    assert dict(groups(everything)) == {heading: ["kivi"], "SmolLM2-135M, perplexity, text read": ["kivi"]}
 
 
 KEYS = """<script>

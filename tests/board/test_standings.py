@@ -34,6 +34,14 @@ def test_a_standing_has_bytes_score_and_share_of_dense() -> None:
     assert snapkv.command == "kvcompile evaluate=[needle] recipe=snapkv"
 
 
+def test_the_command_measures_all_shards() -> None:
+    line = "kvcompile evaluate=[needle] recipe=snapkv {}question=hidden"
+    stands = standings(
+        *(row("snapkv", [1], shard=(n, 2), command=line.format(f"evaluate.shard={n}/2 ")) for n in (0, 1))
+    )
+    assert stands["snapkv"].command == line.format("")
+
+
 def test_a_perplexity_stands_as_a_ratio_and_less_is_better() -> None:
     rows = [row(scores=[2.0, 3.0], losses=True), row("kivi", [2.1, 3.1], 0.3, losses=True)]
     rows += [row("int8", [2.3, 3.3], 0.5, losses=True)]

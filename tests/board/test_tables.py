@@ -13,6 +13,7 @@ from rich.console import Console
 from kvcompile.board.standings import Board, board
 from kvcompile.board.tables import markdown, share, show, table
 from kvcompile.tasks.rows import Row
+from kvcompile.tasks.scores import PROTOCOL
 
 ODD = "<script>alert(1)</script> | [red]x[/red]"
 
@@ -40,8 +41,10 @@ def test_markdown_is_the_same_each_time_whatever_came_first(standings: Board) ->
     assert "| dense | 100 % | 100 [51, 100] * | 100 | 100 [51, 100] | 100 |" in lines
     assert "| snapkv | 6.25 % (1/16) | 50 [15, 85] * | 50 [0, 100] | 100 [51, 100] * | 100 [51, 100] |" in lines
     assert any(line.startswith("| kivi | 30 % (1/3.33) | 14.15 [") for line in lines)
+    assert "| stack | bytes | read | of dense |" in lines
     assert any("shards are missing of " in line for line in lines)
     assert text.count("(1 of 2 shards)") == 2
+    assert all(f"- {line}" in text for line in PROTOCOL.values())
 
 
 def test_names_cannot_break_the_table_or_become_markup(standings: Board) -> None:
