@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompile.analysis.files import read_text, rows_of
 from kvcompile.analysis.parts import digest
 from kvcompile.calibration.text import sentences
-from kvcompile.errors import KvcompileError, first_line
+from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.needle import common_prefix
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import PromptsConfig
 
 OFFLINE = "the offline text"
+OPTION = "prompts.source"
 QUESTION = (
     "Read the following passages, then answer the question about them.\n\n{context}\n\n"
     "Answer in a few words, without an explanation.\nQuestion: {input}\nAnswer:"
@@ -53,25 +54,15 @@ def prompts(tokenizer: Any, wanted: PromptsConfig, longest: int) -> list[Prompt]
     if wanted.source is None:
         return _pieces(tokenizer, " ".join(sentences()), OFFLINE, wanted.count, tokens)
     path = Path(wanted.source).expanduser()
-    text = _read(path)
     if path.suffix not in (".json", ".jsonl"):
-        return _pieces(tokenizer, text, path.name, wanted.count, tokens)
-    rows = _rows(path, text)
+        return _pieces(tokenizer, read_text(path, OPTION), path.name, wanted.count, tokens)
+    rows = rows_of(path, OPTION)
     if len(rows) < wanted.count:
         raise KvcompileError(
             "prompts.count must be the number of rows, or less", f"{wanted.count} of {len(rows)} in {path.name}"
         )
     wording = Wording(tokenizer, wanted.template or QUESTION, wanted.chat, tokens)
     return [wording.prompt(row, f"{path.name} {i + 1}") for i, row in enumerate(rows[: wanted.count])]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KvcompileError(
-            "prompts.source must be a text, .json or .jsonl file in UTF-8", f"{str(path)!r} ({first_line(error)})"
-        ) from error
 
 
 def _pieces(tokenizer: Any, text: str, name: str, count: int, tokens: int) -> list[Prompt]:
@@ -86,24 +77,6 @@ def _pieces(tokenizer: Any, text: str, name: str, count: int, tokens: int) -> li
     room = len(ids) // count
     starts = [i * room for i in range(count)]
     return [Prompt(f"{name} {i + 1}", tuple(ids[s : s + tokens]), tokens) for i, s in enumerate(starts)]
-
-
-def _rows(path: Path, text: str) -> list[Mapping[str, Any]]:
-    """The rows of a JSON list, or of a file of one JSON object a line."""
-    try:
-        parsed = (
-            json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(s) for s in text.splitlines() if s.strip()]
-        )
-    except ValueError as error:
-        raise KvcompileError(
-            f"{path.name} must be a JSON list, or one JSON object a line", first_line(error)
-        ) from error
-    for i, row in enumerate(parsed):
-        if not isinstance(row, dict):
-            raise KvcompileError(
-                f"{path.name}: every row must be a JSON object", f"row {i + 1}, a {type(row).__name__}"
-            )
-    return list(parsed)
 
 
 @dataclass(frozen=True)
@@ -124,7 +97,11 @@ class Wording:
         answers: list[object] = next((row[key] for key in ANSWERS if isinstance(row.get(key), list)), [])
         question = str(row.get("input") or "")
         if isinstance(row.get("gold"), list):
-            text = self._passages(row)
+            text = passages(
+                row,
+                lambda text: self.tokens - len(self._ids(text, question, self.template)),
+                lambda text: len(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
+            )
         elif isinstance(row.get("context"), str):
             text = row["context"]
         else:
@@ -162,20 +139,25 @@ class Wording:
         said = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(said, add_special_tokens=False)["input_ids"])
 
-    def _passages(self, row: Mapping[str, Any]) -> str:
-        """All gold passages among as many distractors as there is room for, in an order drawn from the question."""
-        gold = [_passage(each) for each in row["gold"]]
-        others = [_passage(each) for each in row.get("distractors") or []]
-        question = str(row.get("input") or "")
-        room = self.tokens - len(self._ids("\n\n".join(gold), question, self.template))
-        chosen = list(gold)
-        for text in others:
-            room -= len(self.tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"]) + 1
-            if room < 0:
-                break
-            chosen.append(text)
-        random.Random(question).shuffle(chosen)
-        return "\n\n".join(chosen)
+
+def passages(row: Mapping[str, Any], room: Callable[[str], int], length: Callable[[str], int]) -> str:
+    """All `gold` passages of a row among as many `distractors` as there is room for, in an order drawn from its input.
+
+    Args:
+        row: its passages have a `title` and a `text`.
+        room: tokens that a prompt has left with a context.
+        length: tokens of a text.
+    """
+    chosen = [_passage(each) for each in row["gold"]]
+    left = room("\n\n".join(chosen))
+    for each in row.get("distractors") or []:
+        text = _passage(each)
+        left -= length(f"{text}\n\n") + 1
+        if left < 0:
+            break
+        chosen.append(text)
+    random.Random(str(row.get("input") or "")).shuffle(chosen)
+    return "\n\n".join(chosen)
 
 
 def _passage(passage: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ TASKS = {
     "needle": "kvcompile.tasks.needle:Needle",
     "perplexity": "kvcompile.tasks.perplexity:Perplexity",
     "multi_turn": "kvcompile.tasks.multi_turn.task:MultiTurn",
+    "ruler": "kvcompile.tasks.ruler.task:Ruler",
 }
 
 
