@@ -23,7 +23,11 @@ def f1(prediction: str, reference: str) -> float:
 
     Source: LongBench, arXiv 2308.14508 (its `qa_f1_score`), after SQuAD, arXiv 1606.05250.
     """
-    said, wanted = normalized(prediction), normalized(reference)
+    return f1_of_words(normalized(prediction), normalized(reference))
+
+
+def f1_of_words(said: Sequence[str], wanted: Sequence[str]) -> float:
+    """`f1` of words that are as they shall be compared."""
     both = (Counter(said) & Counter(wanted)).total()
     return 2 * both / (len(said) + len(wanted)) if both else 0.0
 

@@ -18,6 +18,7 @@ TASKS = {
     "perplexity": "kvcompile.tasks.perplexity:Perplexity",
     "multi_turn": "kvcompile.tasks.multi_turn.task:MultiTurn",
     "ruler": "kvcompile.tasks.ruler.task:Ruler",
+    "longbench": "kvcompile.tasks.longbench.task:LongBench",
 }
 
 
