@@ -52,7 +52,6 @@ class LongBench(Task):
     segment: Literal["characters", "jieba"] = "characters"
 
     def __post_init__(self) -> None:
-        self.require(len(self.source) > 0, "source", "one or more .json or .jsonl files of LongBench's shape")
         self.require(self.tokens >= 1, "tokens", "1 or more")
         self.require(self.first is None or self.first >= 1, "first", "1 or more, or none for all rows")
         self.require(self.skip >= 0, "skip", "0 or more")
@@ -64,6 +63,7 @@ class LongBench(Task):
         from kvcompile.tasks.longbench.metrics import cutter
         from kvcompile.tasks.longbench.prompts import Writer
 
+        self.require(len(self.source) > 0, "source", "one or more .json or .jsonl files of LongBench's shape")
         cutter(self.segment)
         self.require_short(self.tokens, longest)
         writer = Writer(tokenizer, self.tokens, self.chat)

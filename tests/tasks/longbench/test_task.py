@@ -106,7 +106,6 @@ def test_rows_that_cannot_be_scored_are_refused(tmp_path: Path, row: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "source must be one or more .json or .jsonl files of LongBench's shape"),
         ({"source": ["a"], "dataset": "2wiki"}, "unknown dataset, got '2wiki'. Fix: did you mean '2wikimqa'"),
         ({"source": ["a"], "first": 0}, "first must be 1 or more"),
         ({"source": ["a"], "segment": "words"}, "segment must be one of characters, jieba"),
@@ -124,6 +123,10 @@ def test_more_rows_than_there_are_and_too_long_ones_are_refused(tmp_path: Path) 
         KvcompileError, match=r"must be rows of each file, got skip=5, first=2, and 6 rows in rows\.jsonl"
     ):
         LongBench(source=(source,), skip=5, first=2).make_samples(spelling(), LONG)
+    with pytest.raises(
+        KvcompileError, match=r"source must be one or more \.json or \.jsonl files of LongBench's shape"
+    ):
+        LongBench().make_samples(spelling(), LONG)
     with pytest.raises(KvcompileError, match="must not be longer than the 2,048 tokens that the model knows, got 3500"):
         LongBench(source=(source,)).make_samples(spelling(), 2048)
     (sample,) = LongBench(source=(source,), first=1).make_samples(spelling(), LONG)
