@@ -131,9 +131,15 @@
   function line(panel, s) {
     const name = element("button", { type: "button", onclick: (event) => open(panel, s, event.currentTarget, true) }, s.stack);
     const partial = s.partial ? [" ", element("small", {}, s.partial)] : [];
-    const cells = [[name, ...partial], [s.text.share], [s.text.score], [s.text.dense], [s.score.contexts], [s.front ? "yes" : ""]];
+    const cells = [[name, ...partial], said(s.text.share), said(s.text.score), said(s.text.dense), [s.score.contexts], [s.front ? "yes" : ""]];
     return element("tr", { "data-stack": s.stack, onmouseenter: () => mark(s.stack), onmouseleave: () => mark(pinned) },
       ...cells.map((content) => element("td", {}, ...content)));
+  }
+
+  // A number, and smaller what stands in brackets behind it.
+  function said(text) {
+    const [, number, rest] = text.match(/^(.*?)( [[(].*)?$/);
+    return rest ? [number, element("small", {}, rest)] : [number];
   }
 
   // The plots: quality over the logarithm of bytes, an SVG for each contest; hidden and seen side by side on one scale.

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 LEGEND = (
     *PROTOCOL.values(),
-    "Bytes are said as a share of the uncompressed cache's; of a stack with two settings, the first one's.",
     "Of dense: share of the uncompressed model's score, or ratio to its perplexity, on what both were asked.",
-    "On the front (*): no stack has as few bytes and scores as high, one of them better.",
+    "Front: no other stack has at most these bytes and at least this score, one of them better.",
+)
+MARKS = (
+    "*: on the front. Bytes: as a share of the uncompressed cache's; where a stack has two settings, the first one's."
 )
 
 
@@ -59,7 +61,7 @@ def show(board: Board, console: Console) -> None:
         for line in section.lines:
             grid.add_row(*map(escape, line))
         console.print(grid)
-    for sentence in (*LEGEND, *board.notes):
+    for sentence in (*LEGEND, MARKS, *board.notes):
         console.print(escape(sentence), highlight=False)
 
 
@@ -67,7 +69,7 @@ def markdown(board: Board) -> str:
     """The board in Markdown."""
     from tabulate import tabulate
 
-    parts = ["# Board", "\n".join(f"- {line}" for line in LEGEND)]
+    parts = ["# Board", "\n".join(f"- {line}" for line in (*LEGEND, MARKS))]
     parts += [f"> {inline(note)}" for note in board.notes]
     for section in sections(board):
         lines = [[inline(stack), *numbers] for stack, *numbers in section.lines]
