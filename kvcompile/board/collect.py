@@ -44,10 +44,10 @@ def contests(rows: Iterable[Row]) -> tuple[list[Contest], list[str]]:
     """Contests by model, task and question, and sentences about rows that are missing, double or not comparable."""
     notes: list[str] = []
     pooled = [_one_a_shard(cell, notes) for cell in cells(rows)]
-    models = told_apart(
-        [(row.model, {"dtype": row.dtype, "weights": row.weights[:WEIGHTS]}) for row in _firsts(pooled)]
-    )
-    tasks = told_apart([(row.task, row.options) for row in _firsts(pooled)])
+    weights = _weights([cell.first for cell in pooled], notes)
+    facts = [{"dtype": cell.first.dtype, "weights": of[:WEIGHTS]} for cell, of in zip(pooled, weights, strict=True)]
+    models = told_apart([(cell.first.model, fact) for cell, fact in zip(pooled, facts, strict=True)])
+    tasks = told_apart([(cell.first.task, cell.first.options) for cell in pooled])
     groups: dict[tuple[str, str, str], list[Cell]] = {}
     for model, task, cell in zip(models, tasks, pooled, strict=True):
         groups.setdefault((model, task, cell.first.question), []).append(cell)
@@ -57,14 +57,36 @@ def contests(rows: Iterable[Row]) -> tuple[list[Contest], list[str]]:
     ]
     _note_options(pooled, tasks, notes)
     for contest in made:
-        if contest.dense is None:
+        if contest.stacks and contest.dense is None:
             where = f"{contest.model}, {contest.task}, {contest.question}"
             notes.append(f"{where}: no row of the uncompressed model (dense), so that nothing is a share of it.")
     return made, notes
 
 
-def _firsts(pooled: Iterable[Cell]) -> list[Row]:
-    return [cell.first for cell in pooled]
+def _weights(rows: list[Row], notes: list[str]) -> list[str]:
+    """Whose weights each row counts as having.
+
+    A rotation or a structure changes weights: artifacts, and models in memory, no longer show whose they were. Such a
+    stack counts as made from the one dense model of its name and dtype, if there is one.
+    """
+    dense: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if not row.policies:
+            dense.setdefault((row.model, row.dtype), set()).add(row.weights)
+    weights, converted = [], set()
+    for row in rows:
+        originals = dense.get((row.model, row.dtype), set())
+        if row.weights not in originals and len(originals) == 1:
+            converted.add(row.stack)
+            weights.append(next(iter(originals)))
+        else:
+            weights.append(row.weights)
+    if converted:
+        notes.append(
+            f"{', '.join(sorted(converted))}: compared with the uncompressed model of the same name, though the "
+            "weights are others, as a rotation or a structure leaves them."
+        )
+    return weights
 
 
 def _one_a_shard(cell: Cell, notes: list[str]) -> Cell:
@@ -86,8 +108,8 @@ def _stacks(group: list[Cell], where: str, notes: list[str]) -> tuple[tuple[str,
     for cell in sorted(group, key=lambda c: (not c.complete, -len(c.records))):
         identity = key_of([cell.first.stack, cell.first.policies])
         if identity in best:
-            several = f"{best[identity].first.shard[1]} and {cell.first.shard[1]} shards"
-            notes.append(f"{where}: {cell.first.stack} was measured in {several}; the former count.")
+            several = f"in {best[identity].first.shard[1]} and in {cell.first.shard[1]} shards"
+            notes.append(f"{where}: {cell.first.stack} was measured twice, {several}; the former count.")
         else:
             best[identity] = cell
     chosen = list(best.values())

@@ -40,7 +40,7 @@ def test_the_same_in_other_shards_is_not_added_up() -> None:
     (contest,), notes = contests([row(), *half, row("snapkv", [1, 1], 0.25)])
     (cell,) = (cell for label, cell in contest.stacks if label == "snapkv")
     assert [record.score for record in cell.records] == [1, 1]
-    assert notes == ["SmolLM2-135M, needle, hidden: snapkv was measured in 1 and 2 shards; the former count."]
+    assert notes == ["SmolLM2-135M, needle, hidden: snapkv was measured twice, in 1 and in 2 shards; the former count."]
 
 
 def test_other_options_models_and_questions_are_contests_of_their_own() -> None:
@@ -60,6 +60,15 @@ def test_other_options_models_and_questions_are_contests_of_their_own() -> None:
         "needle was measured with different options, which are not compared: "
         "needle (tokens=[1024]), needle (tokens=[2048])."
     ]
+
+
+def test_converted_weights_stand_beside_the_one_model_that_they_can_come_from() -> None:
+    rotated = row("snapkv_kivi", [1], 0.05, weights="f" * 16)
+    (contest,), (note,) = contests([row(), row("snapkv"), rotated])
+    assert {label for label, _ in contest.stacks} == {"dense", "snapkv", "snapkv_kivi"}
+    assert note.startswith("snapkv_kivi: compared with the uncompressed model of the same name, though")
+    several, _ = contests([row(), row(weights="a" * 16), rotated])
+    assert [len(each.stacks) for each in several] == [1, 1, 1]
 
 
 def test_stacks_of_one_name_are_told_apart() -> None:
