@@ -21,7 +21,7 @@ from kvcompile.board.page import page
 from kvcompile.board.standings import board
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ODD = "</script><script>document.title = 'run'</script><img src=x onerror=alert(1)>"
+ODD = "<!--</script ><script>document.title = 'run'</script><img src=x onerror=alert(1)>"
 VOID = ("meta", "input", "br", "link", "img")
 
 

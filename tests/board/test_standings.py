@@ -58,6 +58,7 @@ def test_the_front_is_exact() -> None:
     points = [(1.0, 0.9), (0.5, 0.9), (0.25, 0.8), (0.25, 0.8), (0.25, 0.7), (0.1, 0.85), (0.05, 0.1), (0.04, math.nan)]
     assert on_front(points) == [False, True, False, False, False, True, True, False]
     assert on_front([(0.5, 0.5), (0.5, 0.5)]) == [True, True]
+    assert on_front([(0.5, 0.9), (0.5, 0.8)]) == on_front([(0.5, 0.9), (0.6, 0.9)]) == [True, False]
     assert on_front([]) == []
 
 
