@@ -85,6 +85,7 @@ def test_it_is_one_whole_file_that_fetches_nothing() -> None:
 def test_names_are_data_and_numbers_that_json_lacks_are_null() -> None:
     elements = Elements(html().removeprefix("<!doctype html>"))
     ((_, text),) = elements.of("script", type="application/json")
+    assert not {"<", ">", "&"} & set(text)  # nothing in it can end its element
     data = json.loads(text)
     stacks = {s["stack"] for panel in data["panels"] for s in panel["standings"]}
     assert stacks == {"dense", "snapkv", "kivi", "adakv", "zigzag", ODD}
