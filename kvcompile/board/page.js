@@ -138,7 +138,7 @@
 
   // A number, and smaller what stands in brackets behind it.
   function said(text) {
-    const [, number, rest] = text.match(/^(.*?)( [[(].*)?$/);
+    const [, number, rest] = text.match(/^(.*?)( \(.*)?$/);
     return rest ? [number, element("small", {}, rest)] : [number];
   }
 

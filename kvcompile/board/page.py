@@ -83,7 +83,7 @@ def _said_of_dense(estimate: Estimate | None, perplexity: bool) -> str:
 
 
 def _percent(text: str) -> str:
-    """`95 [76, 99]` with its unit: `95 % [76, 99]`."""
+    """`95 (76-99)` with its unit: `95 % (76-99)`."""
     value, _, rest = text.partition(" ")
     return f"{value} % {rest}".rstrip()
 

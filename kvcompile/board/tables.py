@@ -57,7 +57,7 @@ def show(board: Board, console: Console) -> None:
     for section in sections(board):
         grid = Table(title=escape(section.title), title_justify="left", title_style="bold")
         for place, name in enumerate(section.header):
-            grid.add_column(escape(name), justify="right" if place else "left")
+            grid.add_column(escape(name), justify="right" if place else "left", overflow="fold")
         for line in section.lines:
             grid.add_row(*map(escape, line))
         console.print(grid)
@@ -103,7 +103,7 @@ def share(value: float) -> str:
 
 
 def quality(estimate: Estimate, perplexity: bool) -> str:
-    """A score in percent, or a perplexity, with its interval: `95 [76, 99]`."""
+    """A score in percent, or a perplexity, with its interval: `95 (76-99)`."""
     return _interval(estimate, "{:,.2f}", 1) if perplexity else _interval(estimate, "{:.0f}", 100)
 
 
@@ -116,7 +116,7 @@ def of_dense(estimate: Estimate | None, perplexity: bool) -> str:
 
 def _interval(estimate: Estimate, form: str, factor: float) -> str:
     value, low, high = (form.format(factor * x) for x in (estimate.value, estimate.low, estimate.high))
-    return value if estimate.low == estimate.high or math.isnan(estimate.value) else f"{value} [{low}, {high}]"
+    return value if estimate.low == estimate.high or math.isnan(estimate.value) else f"{value} ({low}-{high})"
 
 
 def _section(panels: Sequence[Panel]) -> Section:

@@ -133,7 +133,7 @@ def test_a_browser_sorts_filters_and_draws_what_the_address_says(browser: str, t
     assert "partial" in points[ODD]["class"]
     assert [a["tabindex"] for a in points.values()].count("0") == 1
     assert [a["aria-label"] for a in points.values() if a["data-stack"] == "kivi"] == [
-        "kivi: 88 % [53, 98], 28 % (1/3.57) of the bytes"
+        "kivi: 88 % (53-98), 28 % (1/3.57) of the bytes"
     ]
     assert {text for _, text in shown.of("text", **{"class": "name"})} == {"snapkv", "kivi", "dense"}
     assert not shown.of("img")
