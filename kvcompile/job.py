@@ -6,7 +6,7 @@ import platform
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from kvcompile.artifact import artifact, weights
 from kvcompile.artifact.manifest import RECIPE
 from kvcompile.calibration.text import sentences
 from kvcompile.config.recipe import from_recipe
-from kvcompile.config.schema import Config, GateConfig
+from kvcompile.config.schema import Config, GateConfig, NeedleConfig
 from kvcompile.errors import KvcompileError, QualityError
 from kvcompile.evaluation import gate
 from kvcompile.evaluation.heldout import longest, windows
@@ -84,6 +84,7 @@ def _measured(
     text, tasks = material
     ids = _text(tokenizer, _proof_length(config, original))
     rows, planned_total = prove(compiled, ids)
+    before, seen, hidden = _needle(original, compiled, tokenizer, tasks, progress) if tasks else (None, None, None)
     return Report(
         title=config.label,
         model=config.model.pretrained or config.model.name,
@@ -99,7 +100,8 @@ def _measured(
         parameters=(original.num_parameters(), compiled.num_parameters()),
         perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
         healed=compiled.kvcompile.healed,
-        needle=_needle(original, compiled, tokenizer, tasks, progress) if tasks else None,
+        needle=(before, seen) if before and seen else None,
+        needle_hidden=(before, hidden) if before and hidden else None,
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
 
@@ -138,24 +140,41 @@ def _material(model: Any, tokenizer: Any, config: Config) -> Material:
     Raises KvcompileError for a text that cannot be read or is too short, and prompts too short to hide anything in.
     """
     wanted = config.needle
-    lengths = wanted.tokens if wanted.enabled else []
-    tasks = [NeedleTask(n, wanted.samples, tuple(wanted.depths), wanted.seed) for n in lengths]
+    tasks = _needle_tasks(wanted) if wanted.enabled else []
     for task in tasks:
         replace(task, samples=1).prompts(tokenizer)
     return windows(model, held_out(config, tokenizer), config.perplexity) if config.perplexity.enabled else None, tasks
 
 
+def _needle_tasks(wanted: NeedleConfig) -> list[NeedleTask]:
+    """One for each length and text; the texts share the depths where those are as many as all samples of a length."""
+    texts = len(wanted.haystacks)
+    step = texts if wanted.samples * texts == len(wanted.depths) else 1
+    depths = [tuple(wanted.depths[i % step :: step]) for i in range(texts)]
+    return [
+        NeedleTask(length, wanted.samples, own, wanted.seed, source=text)
+        for length in wanted.tokens
+        for text, own in zip(wanted.haystacks, depths, strict=True)
+    ]
+
+
 def _needle(
     original: Any, compiled: Any, tokenizer: Any, tasks: list[NeedleTask], progress: Progress
-) -> tuple[NeedleResult, NeedleResult]:
-    def measured(model: Any, when: str) -> NeedleResult:
+) -> tuple[NeedleResult, NeedleResult, NeedleResult]:
+    """Scores of the original, and of the compiled model with the question seen and hidden.
+
+    What the original keeps does not depend on where the question stands: it is asked once.
+    """
+
+    def measured(model: Any, when: str, question: Literal["seen", "hidden"]) -> NeedleResult:
         def show(what: str, done: int, total: int) -> None:
             progress(f"{what}, {when}", done, total)
 
-        first, *more = [score(model, tokenizer, task, show) for task in tasks]
+        first, *more = [score(model, tokenizer, task, show, question=question) for task in tasks]
         return sum(more, first)
 
-    return measured(original, "before"), measured(compiled, "after")
+    before = measured(original, "before", "seen")
+    return before, measured(compiled, "after", "seen"), measured(compiled, "after", "hidden")
 
 
 def _perplexity(original: Any, compiled: Any, rows: Tensor, config: Config, progress: Progress) -> tuple[float, float]:

@@ -37,11 +37,16 @@ class ModelConfig:
 
 @dataclass
 class NeedleConfig:
-    """Needle-in-a-haystack score before and after: `samples` per length in `tokens`, at `depths` in [0, 1]."""
+    """Needle-in-a-haystack score before and after, the question seen and hidden while the cache is made.
+
+    samples: of each length in `tokens` and each text in `haystacks` (`reference`, `library`, paths of text files).
+    depths: where the number is hidden, in [0, 1]; where they are as many as all samples of a length, each is used once.
+    """
 
     enabled: bool = True
     tokens: list[int] = field(default_factory=lambda: [1024])
-    samples: int = 4
+    haystacks: list[str] = field(default_factory=lambda: ["reference", "library"])
+    samples: int = 2
     depths: list[float] = field(default_factory=lambda: [0.1, 0.35, 0.6, 0.85])
     seed: int = 0
 
@@ -65,11 +70,12 @@ class GateConfig:
     """What makes a compile fail, its report kept: None asks for nothing.
 
     max_ppl_increase: largest relative increase of perplexity (0.1: a tenth more). min_needle: least needle score, as a
-    fraction of the uncompressed model's.
+    fraction of the uncompressed model's, with the question seen; min_needle_hidden: with the question hidden.
     """
 
     max_ppl_increase: float | None = None
     min_needle: float | None = None
+    min_needle_hidden: float | None = None
 
 
 @dataclass

@@ -93,6 +93,7 @@ def _check(config: Config) -> None:
         )
     _require(config.prefill_chunk >= 0, "prefill_chunk", config.prefill_chunk, "0 (whole prompt at once) or more")
     _require(len(n.tokens) > 0 and min(n.tokens) >= 64, "needle.tokens", n.tokens, "a list of lengths of 64 or more")
+    _require(len(n.haystacks) > 0, "needle.haystacks", n.haystacks, "one or more")
     _require(n.samples >= 1, "needle.samples", n.samples, "1 or more")
     _require(len(n.depths) > 0 and all(0 <= d <= 1 for d in n.depths), "needle.depths", n.depths, "a list in [0, 1]")
     if config.analysis:
@@ -154,11 +155,12 @@ def _check_prompts(p: PromptsConfig) -> None:
 def _check_quality(p: PerplexityConfig, gate: GateConfig, needle: bool) -> None:
     for name in ("context", "tokens", "windows"):
         _require(getattr(p, name) >= 1, f"perplexity.{name}", getattr(p, name), "1 or more")
-    most, least = gate.max_ppl_increase, gate.min_needle
+    most, seen, hidden = gate.max_ppl_increase, gate.min_needle, gate.min_needle_hidden
     _require(most is None or most >= 0, "gate.max_ppl_increase", most, "0 or more, as a fraction: 0.1 is a tenth more")
-    _require(least is None or 0 <= least <= 1, "gate.min_needle", least, "in [0, 1], a fraction of the score before")
-    for name, wanted, measured in (("perplexity", most, p.enabled), ("needle", least, needle)):
-        if wanted is not None and not measured:
+    for field, least in (("min_needle", seen), ("min_needle_hidden", hidden)):
+        _require(least is None or 0 <= least <= 1, f"gate.{field}", least, "in [0, 1], a fraction of the score before")
+    for name, wanted, measured in (("perplexity", [most], p.enabled), ("needle", [seen, hidden], needle)):
+        if wanted.count(None) < len(wanted) and not measured:
             raise KvcompileError(
                 "a gate needs what it judges to be measured", f"{name}.enabled=false", f"{name}.enabled=true"
             )

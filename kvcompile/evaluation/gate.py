@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import GateConfig
+    from kvcompile.evaluation.needle import NeedleResult
     from kvcompile.report.report import Report
 
 OPEN = "keep more of the cache, heal the model, or open the gate"
@@ -13,7 +14,12 @@ OPEN = "keep more of the cache, heal the model, or open the gate"
 
 def broken(report: Report, wanted: GateConfig) -> list[tuple[str, str]]:
     """What a report is worse in than `wanted` allows: (rule, what was measured). A perplexity that is no number is."""
-    return [text for text in (_perplexity(report, wanted), _needle(report, wanted)) if text]
+    rules = (
+        _perplexity(report, wanted),
+        _needle("min_needle", wanted.min_needle, report.needle),
+        _needle("min_needle_hidden", wanted.min_needle_hidden, report.needle_hidden),
+    )
+    return [text for text in rules if text]
 
 
 def _perplexity(report: Report, wanted: GateConfig) -> tuple[str, str] | None:
@@ -26,13 +32,16 @@ def _perplexity(report: Report, wanted: GateConfig) -> tuple[str, str] | None:
     return rule, f"{before:.3f} -> {after:.3f} ({after / before - 1:+.1%})"
 
 
-def _needle(report: Report, wanted: GateConfig) -> tuple[str, str] | None:
-    if not wanted.min_needle or report.needle is None:
+def _needle(
+    field: str, least: float | None, results: tuple[NeedleResult, NeedleResult] | None
+) -> tuple[str, str] | None:
+    if not least or results is None:
         return None
-    before, after = (result.mean for result in report.needle)
+    before, after = (result.mean for result in results)
     if not before:
-        return "gate.min_needle: the uncompressed model must answer some of the needle prompts", f"{before:.0%}"
-    if after >= before * wanted.min_needle:
+        return f"gate.{field}: the uncompressed model must answer some of the needle prompts", f"{before:.0%}"
+    if after >= before * least:
         return None
-    rule = f"gate.min_needle: {wanted.min_needle:.0%} of the uncompressed model's needle score must be left"
+    where = ", with the question hidden," if field == "min_needle_hidden" else ""
+    rule = f"gate.{field}: {least:.0%} of the uncompressed model's needle score{where} must be left"
     return rule, f"{before:.0%} -> {after:.0%}"

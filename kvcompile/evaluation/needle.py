@@ -6,13 +6,16 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kvcompile.calibration.text import sentences
+from kvcompile.calibration.text import REFERENCE, sentences
 from kvcompile.errors import KvcompileError
+from kvcompile.evaluation.intervals import wilson
+from kvcompile.evaluation.perplexity import forward
 from kvcompile.progress import Progress
 
 DIGITS = 7
@@ -90,7 +93,7 @@ class Sentence:
 class NeedleTask:
     """`samples` prompts of at most `tokens` tokens, spread over `depths` (0: start, 1: end of the text).
 
-    form: one of `FORMS`. source: path of a text file to hide the needle in (None: `calibration.text.builtin`).
+    form: one of `FORMS`. source: the text to hide it in, `reference` (None too), `library`, or the path of a file.
     `magic` is the form of RULER's niah_single_2 (arXiv 2404.06654) with other words, another haystack and, unlike
     there, numbers without repeated digits, which makes it a little easier: scores do not compare with RULER's.
     Raises KvcompileError for values out of range.
@@ -113,6 +116,11 @@ class NeedleTask:
             raise KvcompileError("needle depths must be one or more numbers in [0, 1]", self.depths)
         if self.max_new_tokens < DIGITS:
             raise KvcompileError(f"needle max_new_tokens must be {DIGITS} or more", self.max_new_tokens)
+
+    @property
+    def haystack(self) -> str:
+        """What the text is called."""
+        return REFERENCE if self.source is None else Path(self.source).name
 
     def prompts(self, tokenizer: Any) -> list[NeedlePrompt]:
         """The prompts, the same for the same task and tokenizer. Raises KvcompileError if `tokens` is too few."""
@@ -186,6 +194,7 @@ class NeedleRecord:
     answer: str
     text: str
     right: bool
+    haystack: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,11 @@ class NeedleResult:
         return sum(r.right for r in self.records) / len(self.records)
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval of 95 % of that share."""
+        return wilson(sum(r.right for r in self.records), len(self.records))
+
+    @property
     def by_depth(self) -> dict[float, float]:
         """Share answered at each depth."""
         groups: dict[float, list[bool]] = {}
@@ -212,30 +226,42 @@ class NeedleResult:
 
 
 def score(
-    model: Any, tokenizer: Any, task: NeedleTask, progress: Progress | None = None, batch: int = 1
+    model: Any,
+    tokenizer: Any,
+    task: NeedleTask,
+    progress: Progress | None = None,
+    batch: int = 1,
+    question: Literal["seen", "hidden"] = "seen",
 ) -> NeedleResult:
     """Let `model.generate` (greedy) answer every prompt of the task, `batch` of them at a time, left-padded.
 
-    An answer is right if its digits appear in the generated text as one whole number.
+    An answer is right if its digits appear in the generated text as one whole number. hidden: the cache is made of the
+    text alone, one prompt at a time, and the question comes as the next turn of a chat does.
     """
-    if batch < 1:
-        raise KvcompileError("needle batch must be 1 or more", batch)
+    if batch < 1 or (batch > 1 and question == "hidden"):
+        raise KvcompileError("needle batch must be 1 or more, and 1 where the question is hidden", batch)
     prompts = task.prompts(tokenizer)
     records: list[NeedleRecord] = []
     for start in range(0, len(prompts), batch):
         group = prompts[start : start + batch]
-        for prompt, new in zip(group, _generate(model, tokenizer, group, task.max_new_tokens), strict=True):
+        cache = None if question == "seen" else forward(model, _row(group[0].ids[: group[0].context], model.device))[1]
+        for prompt, new in zip(group, _generate(model, tokenizer, group, task.max_new_tokens, cache), strict=True):
             text = tokenizer.decode(new, skip_special_tokens=True)
             right = prompt.answer in _numbers(text)
             records.append(
-                NeedleRecord(task.form, prompt.length, len(prompt.ids), prompt.depth, prompt.answer, text, right)
+                NeedleRecord(
+                    task.form, prompt.length, len(prompt.ids), prompt.depth, prompt.answer, text, right, task.haystack
+                )
             )
         if progress:
-            progress(f"needle {task.form}, {task.tokens} tokens", len(records), len(prompts))
+            what = f"needle {task.form} in {task.haystack}, {task.tokens} tokens, {question}"
+            progress(what, len(records), len(prompts))
     return NeedleResult(tuple(records))
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], new_tokens: int) -> list[list[int]]:
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], new_tokens: int, cache: Any
+) -> list[list[int]]:
     ids, mask = _left_padded([p.ids for p in prompts], _pad(tokenizer))
     with torch.inference_mode():
         out = model.generate(
@@ -245,8 +271,13 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[NeedlePrompt], new_t
             do_sample=False,
             num_beams=1,
             pad_token_id=_pad(tokenizer),
+            **({} if cache is None else {"past_key_values": cache}),
         )
     return [list(row) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def _row(ids: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([list(ids)], dtype=torch.int64, device=device)
 
 
 def _pad(tokenizer: Any) -> int:

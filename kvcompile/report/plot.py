@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvcompile.report.report import Report
 
 INK, DENSE, KEPT, LOSS = "#333f48", "#b8c2cc", "#2a6fbb", "#c8402f"
+HIDDEN, HIDDEN_LOSS = "#8fb8e3", "#e7a69c"  # paler: with the question hidden
 
 
 def draw(report: Report, path: Path) -> None:
@@ -24,9 +25,9 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels: list[tuple[float, Callable[[Axes], None]]] = [(1.7, partial(_draw_layers, report))]
+    panels: list[tuple[float, Callable[..., None]]] = [(1.7, partial(_draw_layers, report))]
     if report.needle is not None:
-        panels.append((1.0, partial(_draw_needle, *report.needle)))
+        panels.append((1.0, partial(_draw_needle, *report.needle, *(report.needle_hidden or ())[1:])))
     if report.healed is not None:
         panels.append((1.4, partial(_draw_healed, report.healed)))
     widths = [width for width, _ in panels]
@@ -34,7 +35,7 @@ def draw(report: Report, path: Path) -> None:
     FigureCanvasAgg(figure)  # no global state, no window system
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for ax, (_, panel) in zip(axes, panels, strict=True):
-        panel(ax)
+        panel(ax=ax)
         look(ax)
     figure.suptitle(report.title.replace("$", r"\$"), x=0.01, ha="left", fontweight="bold", color=INK)
     figure.savefig(path)
@@ -81,21 +82,25 @@ def _draw_layers(report: Report, ax: Axes) -> None:
     ax.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
-def _draw_needle(before: NeedleResult, after: NeedleResult, ax: Axes) -> None:
-    depths = list(after.by_depth)
-    old, new = list(before.by_depth.values()), list(after.by_depth.values())
-    lost = [n < o for o, n in zip(old, new, strict=True)]
-    ax.bar([i - 0.2 for i in range(len(depths))], [100 * o for o in old], 0.38, color=DENSE)
-    colours = [LOSS if bad else KEPT for bad in lost]
-    bars = ax.bar([i + 0.2 for i in range(len(depths))], [100 * n for n in new], 0.38, color=colours)
-    ax.bar_label(bars, [f"{n:.0%}" for n in new], fontsize=7, color=INK, padding=1)
+def _draw_needle(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult, ax: Axes) -> None:
+    """By depth, side by side: the uncompressed model, and the compiled one with the question seen and hidden."""
+    depths, old = list(seen.by_depth), list(before.by_depth.values())
+    results = [(before, DENSE, DENSE), (seen, KEPT, LOSS), *((each, HIDDEN, HIDDEN_LOSS) for each in hidden)]
+    width = 0.8 / len(results)
+    for place, (result, usual, worse) in enumerate(results):
+        shares = list(result.by_depth.values())
+        colours = [worse if share < first else usual for share, first in zip(shares, old, strict=True)]
+        x = [i + (place - (len(results) - 1) / 2) * width for i in range(len(depths))]
+        bars = ax.bar(x, [100 * share for share in shares], 0.95 * width, color=colours)
+        if result is not before:
+            ax.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=6, color=INK, padding=1)
     ax.set_xticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=8 if len(depths) < 8 else 6)
     ax.set_ylim(0, 108)
     ax.set_xlabel("depth of the needle", color=INK)
     ax.set_ylabel("exact answers, %", color=INK)
-    totals = f"{before.mean:.0%} → {after.mean:.0%} of {len(after.records)} prompts"
-    ax.set_title(f"Needle: {totals}", fontsize=10, color=INK)
-    _needle_legend(ax, any(lost))
+    after = ", ".join([f"{seen.mean:.0%} seen", *(f"{each.mean:.0%} hidden" for each in hidden)])
+    ax.set_title(f"Needle: {before.mean:.0%} → {after}, {len(seen.records)} prompts", fontsize=10, color=INK)
+    _needle_legend(ax, len(hidden) > 0)
 
 
 def _draw_healed(record: HealRecord, ax: Axes) -> None:
@@ -128,13 +133,18 @@ def _draw_healed(record: HealRecord, ax: Axes) -> None:
     ax.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, **place)
 
 
-def _needle_legend(ax: Axes, lost: bool) -> None:
+def _needle_legend(ax: Axes, hidden: bool) -> None:
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 
-    names = [(DENSE, "uncompressed"), (KEPT, "compiled")] + [(LOSS, "compiled, worse")] * lost
-    handles = [Patch(color=colour, label=label) for colour, label in names]
+    names = {"uncompressed": (DENSE,), "question seen, worse": (KEPT, LOSS)}
+    if hidden:
+        names["hidden, worse"] = (HIDDEN, HIDDEN_LOSS)
+    handles = [tuple(Patch(color=colour) for colour in colours) for colours in names.values()]
     ax.legend(
-        handles=handles,
+        handles,
+        list(names),
+        handler_map={tuple: HandlerTuple(ndivide=None)},
         frameon=False,
         fontsize=8,
         labelcolor=INK,

@@ -21,9 +21,9 @@ class Report:
     """Everything measured in one compile, as plain data.
 
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
-    whose split depends on the input. needle, perplexity, parameters: (uncompressed, compiled). speed: the first is
-    uncompressed, the last compiled. kernels, passes: what runs in which layer, how often each pass rewrote the graph.
-    exports: bytes by exporter and file.
+    whose split depends on the input. needle (question seen), needle_hidden, perplexity, parameters: (uncompressed,
+    compiled). speed: the first is uncompressed, the last compiled. kernels, passes: what runs in which layer, how often
+    each pass rewrote the graph. exports: bytes by exporter and file.
     """
 
     title: str
@@ -38,6 +38,7 @@ class Report:
     kernels: list[str] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
     needle: tuple[NeedleResult, NeedleResult] | None = None
+    needle_hidden: tuple[NeedleResult, NeedleResult] | None = None
     speed: Comparison | None = None
     perplexity: tuple[float, float] | None = None
     parameters: tuple[int, int] | None = None
@@ -106,10 +107,11 @@ class Report:
         try:
             fields = {name: value for name, value in data.items() if name != "summary"}
             fields["rows"] = [LayerRow(**row) for row in fields["rows"]]
-            if fields["needle"] is not None:
-                fields["needle"] = tuple(
-                    NeedleResult(tuple(NeedleRecord(**r) for r in n["records"])) for n in fields["needle"]
-                )
+            for pair in ("needle", "needle_hidden"):  # a report of before has no needle_hidden
+                if fields.get(pair) is not None:
+                    fields[pair] = tuple(
+                        NeedleResult(tuple(NeedleRecord(**r) for r in n["records"])) for n in fields[pair]
+                    )
             if fields["speed"] is not None:
                 speeds = {name: Speed(**speed) for name, speed in fields["speed"]["speeds"].items()}
                 fields["speed"] = Comparison(**{**fields["speed"], "speeds": speeds})
@@ -128,6 +130,7 @@ class Report:
 def summary(report: Report) -> dict[str, float | int | str | None]:
     """The numbers that a summary of many compiles shows; None where not measured."""
     needle, perplexity = report.needle or (None, None), report.perplexity or (None, None)
+    hidden = report.needle_hidden or (None, None)
     parameters = report.parameters or (None, None)
     speeds = list(report.speed.speeds.values()) if report.speed else [None]
     before, after = speeds[0], speeds[-1]
@@ -147,6 +150,8 @@ def summary(report: Report) -> dict[str, float | int | str | None]:
         "parameters_after": parameters[1],
         "needle_before": needle[0].mean if needle[0] else None,
         "needle_after": needle[1].mean if needle[1] else None,
+        "needle_hidden_before": hidden[0].mean if hidden[0] else None,
+        "needle_hidden_after": hidden[1].mean if hidden[1] else None,
         "perplexity_before": perplexity[0],
         "perplexity_after": perplexity[1],
         "perplexity_converted": report.healed.perplexity[1] if report.healed else None,

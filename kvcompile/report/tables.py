@@ -54,7 +54,7 @@ def tables(report: Report) -> list[Table]:
     """The report's tables: summary, needle by length and depth, layers."""
     tables = [_summary(report)]
     if report.needle is not None:
-        tables.append(_needle(*report.needle))
+        tables.append(_needle(*report.needle, *(report.needle_hidden or ())[1:]))
     if report.healed is not None:
         tables.append(_healed(report.healed))
     if report.exports:
@@ -68,7 +68,7 @@ def markdown(report: Report) -> str:
     parts += [f"> **Warning:** {inline(w)}" for w in report.warnings]
     shown = tables(report)
     if report.needle is not None:
-        shown.append(_answers(*report.needle))
+        shown.append(_answers(*report.needle, *(report.needle_hidden or ())[1:]))
     parts += [_section(table) for table in shown]
     return "\n\n".join(parts) + "\n"
 
@@ -108,7 +108,9 @@ def _summary(report: Report) -> Table:
     if report.parameters is not None:
         rows.append(_change("parameters", *report.parameters, "{:,.0f}".format, -1))
     if report.needle is not None:
-        rows.append(_share("needle, exact answers", *report.needle))
+        rows.append(_share("needle, question seen", *report.needle))
+    if report.needle_hidden is not None:
+        rows.append(_share("needle, question hidden", *report.needle_hidden))
     if report.perplexity is not None:
         rows.append(_change("perplexity, cached", *report.perplexity, perplexity, -1))
     if report.speed is not None:
@@ -256,25 +258,34 @@ def _healed(record: HealRecord) -> Table:
     return Table("Healing: perplexity of held-out text", ("", "", "of the original's"), rows)
 
 
-def _needle(before: NeedleResult, after: NeedleResult) -> Table:
-    rows = [_share(f"all ({_count(len(after.records), 'prompt')})", before, after)]
-    for name, text in (("form", "form {}"), ("length", "{:,} tokens"), ("depth", "depth {:.0%}")):
-        values = sorted({getattr(r, name) for r in after.records})
+def _needle(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult) -> Table:
+    """Scores by text, form, length and depth: the uncompressed model's, and with the question seen and hidden."""
+    every = (before, seen, *hidden)
+    rows = [_shares_of(f"all ({_count(len(seen.records), 'prompt')})", every)]
+    for name, text in (
+        ("haystack", "in {}"),
+        ("form", "form {}"),
+        ("length", "{:,} tokens"),
+        ("depth", "depth {:.0%}"),
+    ):
+        values = sorted({getattr(r, name) for r in seen.records})
         if len(values) > 1:
-            rows += [_share(text.format(v), _only(before, name, v), _only(after, name, v)) for v in values]
-    return Table("Needle in a haystack", ("", "uncompressed", "compiled", "change"), rows)
+            rows += [_shares_of(text.format(v), [_only(result, name, v) for result in every]) for v in values]
+    settings = [heading for name in ("seen", "hidden")[: len(every) - 1] for heading in (f"question {name}", "change")]
+    return Table("Needle in a haystack", ("", "uncompressed", *settings), rows)
 
 
-def _answers(before: NeedleResult, after: NeedleResult) -> Table:
+def _answers(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult) -> Table:
     rows = [
         (
-            Cell(f"{new.form}, {new.tokens:,} tokens, depth {new.depth:.0%}"),
-            Cell(new.answer),
-            *(Cell(r.text.strip(), "" if r.right else "wrong") for r in (old, new)),
+            Cell(f"{old.form} in {old.haystack}, {old.tokens:,} tokens, depth {old.depth:.0%}"),
+            Cell(old.answer),
+            *(Cell(r.text.strip(), "" if r.right else "wrong") for r in (old, *new)),
         )
-        for old, new in zip(before.records, after.records, strict=True)
+        for old, *new in zip(before.records, *(result.records for result in (seen, *hidden)), strict=True)
     ]
-    return Table("Needle answers", ("prompt", "hidden", "uncompressed", "compiled"), rows, first=4)
+    settings = ("question seen", "question hidden")[: 1 + len(hidden)]
+    return Table("Needle answers", ("prompt", "number", "uncompressed", *settings), rows, first=3 + len(settings))
 
 
 def _only(result: NeedleResult, name: str, value: Any) -> NeedleResult:
@@ -282,10 +293,23 @@ def _only(result: NeedleResult, name: str, value: Any) -> NeedleResult:
 
 
 def _share(name: str, before: NeedleResult, after: NeedleResult) -> Row:
-    old, new = before.mean, after.mean
-    verdict = _verdict(old, new, 1)
-    points = f"{100 * (new - old):+.0f} points" if new != old else "none"
-    return (Cell(name), Cell(f"{old:.0%}"), Cell(f"{new:.0%}", verdict), Cell(points, verdict))
+    return _shares_of(name, (before, after))
+
+
+def _shares_of(name: str, results: Sequence[NeedleResult]) -> Row:
+    """Shares of right answers with their intervals; what changed against the first."""
+    before, *others = results
+    cells = [Cell(name), Cell(_interval(before))]
+    for after in others:
+        verdict = _verdict(before.mean, after.mean, 1)
+        points = f"{100 * (after.mean - before.mean):+.0f} points" if after.mean != before.mean else "none"
+        cells += [Cell(_interval(after), verdict), Cell(points, verdict)]
+    return tuple(cells)
+
+
+def _interval(result: NeedleResult) -> str:
+    low, high = result.interval
+    return f"{result.mean:.0%} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _change(name: str, old: float, new: float, text: Callable[[float], str], sign: int, noise: float = 0.0) -> Row:

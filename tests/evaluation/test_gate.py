@@ -41,7 +41,19 @@ def needle(right: int, of: int = 4) -> NeedleResult:
 def made() -> Report:
     row = LayerRow(0, 1, [9], [9], 90, 90, 90)
     scores = (needle(4), needle(3))
-    return Report("t", "m", "r", ["p"], 9, [row], needle=scores, perplexity=(10.0, 11.0), parameters=(100, 90))
+    hidden = (needle(4), needle(1))
+    return Report(
+        "t",
+        "m",
+        "r",
+        ["p"],
+        9,
+        [row],
+        needle=scores,
+        needle_hidden=hidden,
+        perplexity=(10.0, 11.0),
+        parameters=(100, 90),
+    )
 
 
 def compiled(folder: Path, *overrides: str) -> Any:
@@ -50,7 +62,7 @@ def compiled(folder: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "wanted", [GateConfig(), GateConfig(max_ppl_increase=0.1), GateConfig(min_needle=0.75), GateConfig(0.2, 0.5)]
+    "wanted", [GateConfig(), GateConfig(max_ppl_increase=0.1), GateConfig(min_needle=0.75), GateConfig(0.2, 0.5, 0.25)]
 )
 def test_what_is_good_enough_passes(made: Report, wanted: GateConfig, tmp_path: Path) -> None:
     judge(made, wanted, tmp_path / "out", "recipe")
@@ -64,6 +76,7 @@ def test_what_is_good_enough_passes(made: Report, wanted: GateConfig, tmp_path: 
         ({}, GateConfig(max_ppl_increase=0.09), r"10.000 -> 11.000 \(\+10.0%\)"),
         ({"perplexity": (10.0, math.nan)}, GateConfig(max_ppl_increase=9), "max_ppl_increase"),
         ({}, GateConfig(min_needle=0.8), "80% of the uncompressed model's needle score must be left, got 100% -> 75%"),
+        ({}, GateConfig(0.2, 0.5, 0.3), "gate.min_needle_hidden: 30% .* with the question hidden, .* 100% -> 25%"),
         ({"needle": (needle(0), needle(0))}, GateConfig(min_needle=0.1), "must answer some"),
         ({}, GateConfig(0.01, 0.9), "max_ppl_increase.*; gate.min_needle"),
     ],
@@ -185,6 +198,9 @@ def test_a_place_that_is_taken_is_told_before_the_model_is_looked_for(tmp_path: 
         (["gate.max_ppl_increase=-1"], "gate.max_ppl_increase must be 0 or more"),
         (["gate.min_needle=2"], "gate.min_needle must be in"),
         (["gate.min_needle=0.5", "needle.enabled=false"], "a gate needs .*Fix: needle.enabled=true"),
+        (["gate.min_needle_hidden=2"], "gate.min_needle_hidden must be in"),
+        (["gate.min_needle_hidden=0.5", "needle.enabled=false"], "a gate needs .*Fix: needle.enabled=true"),
+        (["needle.haystacks=[]"], "needle.haystacks must be one or more"),
         (["gate.max_ppl_increase=0.5", "perplexity.enabled=false"], "Fix: perplexity.enabled=true"),
         (["perplexity.tokens=0"], "perplexity.tokens must be 1 or more"),
     ],

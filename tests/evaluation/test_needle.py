@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from kvcompile.compiler import compile
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.needle import FORMS, NeedleRecord, NeedleResult, NeedleTask, score
 
@@ -129,6 +130,41 @@ def test_score_counts_exact_answers_by_depth(batch: int) -> None:
     assert half.mean == 0.5
     assert all(r.right == (r.text.strip(" .") == r.answer) for r in half.records)
     assert all(shape[0] <= batch and not kwargs["do_sample"] for shape, kwargs in model.calls)
+
+
+def test_a_hidden_question_comes_over_the_cache_of_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, task = Words(), NeedleTask(tokens=600, samples=2)
+    first, second = task.prompts(words)
+    model, read = Reader(words), []
+
+    def forward(model: Reader, ids: torch.Tensor) -> tuple[None, int]:
+        read.append(ids[0].tolist())
+        return None, len(read)
+
+    monkeypatch.setattr("kvcompile.evaluation.needle.forward", forward)
+    assert score(model, words, task, question="hidden").mean == 1.0
+    assert read == [prompt.ids[: prompt.context] for prompt in (first, second)]
+    assert [kwargs["past_key_values"] for _, kwargs in model.calls] == [1, 2], "each has its own"
+    with pytest.raises(KvcompileError, match="1 where the question is hidden"):
+        score(model, words, task, batch=2, question="hidden")
+
+
+def test_a_hidden_question_reads_the_compressed_cache_of_a_compiled_model() -> None:
+    words, task = Words(), NeedleTask(tokens=160, samples=1)
+    (prompt,) = task.prompts(words)
+    model = compile(tiny_model("llama", vocab_size=len(words.known)), "streaming", ["budget=0.3", "kernels=sdpa"])
+    ids = [torch.tensor([piece]) for piece in (prompt.ids[: prompt.context], prompt.ids[prompt.context :])]
+    said = []
+    with torch.inference_mode():
+        cache = model(ids[0]).past_key_values
+        assert max(map(max, cache.lengths())) < 0.4 * prompt.context
+        piece = ids[1]
+        for _ in range(task.max_new_tokens):
+            said.append(int(model(piece, past_key_values=cache).logits[0, -1].argmax()))
+            piece = torch.tensor([[said[-1]]])
+    (record,) = score(model, words, task, question="hidden").records
+    assert record.text == words.decode(said)
+    assert (record.haystack, record.tokens) == ("reference", len(prompt.ids))
 
 
 def test_results_of_several_lengths_add_up() -> None:

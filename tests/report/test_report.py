@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,7 @@ def report() -> Report:
         kernels=["sdpa"] * 3,
         passes={"swap": 3},
         needle=(needle(True, True, True), needle(True, False, True)),
+        needle_hidden=(needle(True, True, True), needle(False, False, True)),
         speed=Comparison(
             {"original": speed(2.0, 0.1, 300 * TOKEN), "compiled": speed(2.6, 0.05, 120 * TOKEN)},
             decode_ratio={"original": 1.0, "compiled": 2.0},
@@ -86,9 +88,22 @@ def test_what_is_written_is_read_back(report: Report, tmp_path) -> None:
     paths = write(report, tmp_path)
     assert [p.name for p in paths] == ["report.json", "report.md", "report.png"]
     assert read(tmp_path) == report
-    bare = replace(report, needle=None, speed=None, perplexity=None, planned_total=None)
+    bare = replace(report, needle=None, needle_hidden=None, speed=None, perplexity=None, planned_total=None)
     write(bare, tmp_path)
     assert read(tmp_path) == bare
+
+
+def test_a_report_of_before_is_read(report: Report, tmp_path) -> None:
+    """It told no text, and asked no hidden question."""
+    write(report, tmp_path)
+    old = json.loads((tmp_path / "report.json").read_text())
+    del old["needle_hidden"]
+    for result in old["needle"]:
+        for record in result["records"]:
+            del record["haystack"]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert read(tmp_path) == replace(report, needle_hidden=None)
+    write(read(tmp_path), tmp_path)
 
 
 def test_the_picture_is_one(report: Report, tmp_path) -> None:
@@ -96,7 +111,7 @@ def test_the_picture_is_one(report: Report, tmp_path) -> None:
 
     write(report, tmp_path)
     wide = matplotlib.image.imread(tmp_path / "report.png")
-    write(replace(report, needle=None), tmp_path)
+    write(replace(report, needle=None, needle_hidden=None), tmp_path)
     narrow = matplotlib.image.imread(tmp_path / "report.png")
     assert wide.shape[1] > narrow.shape[1] > 500  # one panel fewer
     assert wide[..., :3].std() > 0.1
@@ -110,7 +125,10 @@ def test_markdown_has_every_head_and_marks_the_losses(report: Report, tmp_path) 
     assert "| 7 41 " in text
     assert "| 20 each " in text
     assert "1 layer: every head, 2 layers: 80 tokens" in text
-    assert "**67%** (worse)" in line(text, "needle, exact")
+    assert "**67% (21-94)** (worse)" in line(text, "needle, question seen")
+    assert "100% (44-100)" in line(text, "needle, question seen")
+    assert "**33% (6-79)** (worse)" in line(text, "needle, question hidden")
+    assert line(text, "| all (3 prompts)").count("(worse)") == 4
     assert "**15.500** (worse)" in line(text, "perplexity")
     assert "**2.60 s** (worse)" in line(text, "prefill")
     assert "worse" not in line(text, "decode, 100")
@@ -176,7 +194,7 @@ def test_large_losses_are_factors(report: Report) -> None:
 def test_the_screen_shows_losses_in_red_and_savings_in_green(report: Report) -> None:
     text = coloured(report)
     red, green = "\x1b[1;31m", "\x1b[32m"
-    for loss in ("needle, exact", "depth 50%", "perplexity", "prefill"):
+    for loss in ("needle, question seen", "needle, question hidden", "depth 50%", "perplexity", "prefill"):
         assert red in line(text, loss)
     for gain in ("cache after 100", "decode, 100"):
         assert green in line(text, gain)
@@ -188,7 +206,11 @@ def test_the_screen_shows_losses_in_red_and_savings_in_green(report: Report) -> 
 def test_equal_scores_and_noise_are_neither(report: Report) -> None:
     same = needle(True, True, True)
     noisy = replace(report.speed, prefill_ratio={"original": 1.0, "compiled": 0.97})
-    text = coloured(replace(report, needle=(same, same), speed=noisy, perplexity=(15.0, 15.0), warnings=[]))
+    text = coloured(
+        replace(
+            report, needle=(same, same), needle_hidden=(same, same), speed=noisy, perplexity=(15.0, 15.0), warnings=[]
+        )
+    )
     assert "\x1b[1;31m" not in text
 
 
@@ -202,7 +224,8 @@ def test_summary_has_the_numbers_of_a_sweep(report: Report) -> None:
     assert got["kept"] == pytest.approx(120 / 600)
     assert (got["needle_before"], got["needle_after"]) == (1.0, pytest.approx(2 / 3))
     assert (got["decode_tokens_s_before"], got["decode_tokens_s_after"]) == (pytest.approx(10), pytest.approx(20))
-    empty = summary(replace(report, needle=None, speed=None, perplexity=None))
+    assert (got["needle_hidden_before"], got["needle_hidden_after"]) == (1.0, pytest.approx(1 / 3))
+    empty = summary(replace(report, needle=None, needle_hidden=None, speed=None, perplexity=None))
     assert empty.keys() == got.keys()
     assert empty["needle_after"] is None
 
