@@ -12,6 +12,7 @@
     ["contexts", "Contexts", (s) => s.score.contexts, "descending"],
     ["front", "Front", (s) => (s.front ? 1 : 0), "descending"],
   ];
+  const FEW = 16; // stacks of a plot that are all named
   const state = { model: "", task: "", question: "", stack: "", sort: "bytes", order: "descending" };
   const card = document.getElementById("card");
   const find = (selector) => document.querySelector(selector);
@@ -268,13 +269,14 @@
     return place.node;
   }
 
-  // Names of the stacks on the front, where there is room for them.
+  // Names where there is room for them: of the stacks on the front, then, where they are few, of the others.
   function names(places, box) {
     const pen = document.createElement("canvas").getContext("2d");
     pen.font = "12px system-ui, sans-serif";
     const taken = places.map((p) => ({ left: p.x - 6, right: p.x + 6, top: p.y - 6, bottom: p.y + 6, place: p }));
     const texts = [];
-    for (const place of places.filter((p) => p.s.front)) {
+    const others = places.length > FEW ? [] : places.filter((p) => !p.s.front);
+    for (const place of [...places.filter((p) => p.s.front), ...others]) {
       const text = place.s.stack.length > 30 ? place.s.stack.slice(0, 29) + "…" : place.s.stack;
       const width = pen.measureText(text).width;
       const sides = [[7, 17], [-7 - width, -8], [7, -8], [-7 - width, 17], [10, 4], [-10 - width, 4], [-width / 2, -11], [-width / 2, 20]];
@@ -284,7 +286,7 @@
         const free = taken.every((t) => t.place === place || area.right < t.left || t.right < area.left || area.bottom < t.top || t.bottom < area.top);
         if (!inside || !free) continue;
         taken.push(area);
-        texts.push(drawn("text", { class: "name", x: area.left, y: place.y + dy }, text));
+        texts.push(drawn("text", { class: place.s.front ? "name" : "name other", x: area.left, y: place.y + dy }, text));
         break;
       }
     }

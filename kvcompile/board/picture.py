@@ -25,6 +25,7 @@ LOOKS = dict(  # of each kind: colour and marker
 )
 WIDTH, HEIGHT = 4.9, 3.1  # inches of a panel
 LONGEST = 32  # characters of a name
+FEW = 16  # stacks of a panel that are all named
 SIDES = (  # where a name may stand: its alignment, points right and up
     ("left", 6, -12), ("right", -6, 6), ("left", 6, 6), ("right", -6, -12), ("left", 8, -3), ("right", -8, -3),
     ("center", 0, 8), ("center", 0, -15),
@@ -142,15 +143,14 @@ def _style(ax: Axes) -> None:
 
 
 def _names(ax: Axes, points: Sequence[tuple[Standing, float]]) -> None:
-    """Names of the stacks on the front, where there is room for them."""
+    """Names where there is room for them: of the stacks on the front, then, where they are few, of the others."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     pixels = {s.stack: ax.transData.transform((s.share, y)) for s, y in points}
     taken = [(Bbox.from_extents(x - 8, y - 8, x + 8, y + 8), stack) for stack, (x, y) in pixels.items()]
-    for standing, y in points:
-        if not standing.front:
-            continue
+    others = [] if len(points) > FEW else [point for point in points if not point[0].front]
+    for standing, y in [*(point for point in points if point[0].front), *others]:
         name = standing.stack if len(standing.stack) <= LONGEST else f"{standing.stack[: LONGEST - 1]}…"
         for side, right, up in SIDES:
             options: dict[str, Any] = {

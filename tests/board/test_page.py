@@ -136,6 +136,7 @@ def test_a_browser_sorts_filters_and_draws_what_the_address_says(browser: str, t
         "kivi: 88 % (53-98), 28 % (1/3.57) of the bytes"
     ]
     assert {text for _, text in shown.of("text", **{"class": "name"})} == {"snapkv", "kivi", "dense"}
+    assert "adakv" in {text for _, text in shown.of("text", **{"class": "name other"})}
     assert not shown.of("img")
     assert shown.of("title")[0][1] == "kvcompile board"
     assert not any("hidden" in a for a, _ in shown.of("details"))  # a shard is missing: that is said
