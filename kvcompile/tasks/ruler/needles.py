@@ -54,6 +54,13 @@ class Needles(Subtask):
         """Every needle takes the place of another sentence."""
         return self.keys * self.values
 
+    @property
+    def most(self) -> int | None:
+        """Half of all keys, where each needle has one of its own: drawing the last ones takes long."""
+        if self.haystack == "needles" and self.key == "words":
+            return len(self.words.first) * len(self.words.second) // 2
+        return None
+
     def draft(self, rng: Random, size: int, tokens: int) -> Draft:
         """size: words of the text, lines of the noise, or other needles."""
         keys = different(lambda: self._draw(rng, self.key), self.keys)

@@ -12,7 +12,7 @@ import pytest
 from kvcompile.calibration.text import sentences
 from kvcompile.tasks.ruler.needles import DEPTHS, SETTINGS, Needles, first_words, needles
 from kvcompile.tasks.ruler.wording import NOISE
-from kvcompile.tasks.ruler.words import words
+from kvcompile.tasks.ruler.words import Words, words
 
 READY = Path(__file__).parents[4] / "shared/data/ruler/4096_niah_multikey_3.first60.jsonl"
 NEEDLE = re.compile(r"One of the special magic (\w+) for ([\w-]+) is: ([\w-]+)\.")
@@ -54,6 +54,16 @@ def test_answers_are_the_values_of_the_keys_that_are_asked_for(name: str, seed: 
     assert sorted(draft.answers) == sorted(v for _, k, v in hidden if k in keys), "no other needle has such a key"
     assert draft.wording.tokens == 128
     assert not draft.wording.any
+
+
+def test_no_other_needle_has_the_key_that_is_asked_for() -> None:
+    """With 16 keys in all, half of which the others take, a draw of one twice is near."""
+    few = ("a", "b", "c", "d")
+    small = Needles(Words(few, few, few), (), haystack="needles")
+    assert small.most == 8
+    for seed in range(20):
+        prompt = small.draft(Random(seed), 8, 1024).prompt
+        assert len({key for _, key, _ in NEEDLE.findall(prompt.context)}) == 9
 
 
 def test_the_beginning_says_what_is_hidden() -> None:
