@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvcompile.compiler import compile as compile
     from kvcompile.errors import KvcompileError as KvcompileError
     from kvcompile.exporters.write import export
+    from kvcompile.searching.command import search
     from kvcompile.tasks.run import evaluate
 
     __version__: str
@@ -21,9 +22,20 @@ _PUBLIC = {
     "from_pretrained": "kvcompile.artifact.artifact",
     "export": "kvcompile.exporters.write",
     "evaluate": "kvcompile.tasks.run",
+    "search": "kvcompile.searching.command",
     "KvcompileError": "kvcompile.errors",
 }
-__all__ = ["KvcompileError", "__version__", "compile", "evaluate", "export", "from_pretrained", "load", "save"]
+__all__ = [
+    "KvcompileError",
+    "__version__",
+    "compile",
+    "evaluate",
+    "export",
+    "from_pretrained",
+    "load",
+    "save",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

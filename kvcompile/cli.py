@@ -49,6 +49,7 @@ SUBCOMMANDS = {  # words that come first: what is called with the words behind t
     "ls": "kvcompile.cli:ls",
     "board": "kvcompile.board.command:main",
     "lm_eval": "kvcompile.lm_eval:main",
+    "search": "kvcompile.searching.command:main",
 }
 
 

@@ -42,6 +42,7 @@ LAYERS = (
     ("tasks",),
     ("board",),
     ("lm_eval",),
+    ("searching",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),

@@ -40,6 +40,10 @@ class Parts:
         """Whether a part is measured already."""
         return digest([self.settings, unit]) in self._values
 
+    def refresh(self) -> None:
+        """Find what other processes have measured meanwhile."""
+        self._values = _values(_text(self.path)) | self._values
+
     def of(self, unit: object, compute: Callable[[], Any]) -> Any:
         """The value of one part: as the file has it, or computed now and written there at once."""
         key = digest([self.settings, unit])
@@ -61,17 +65,26 @@ class Parts:
 
 def _lines(path: Path) -> dict[str, Any]:
     """What the file holds; the last line may be torn where a run was killed, and is ended then."""
+    text = _text(path)
+    if text and not text.endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    return _values(text)
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.exists() else ""
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Of every line that is whole."""
     values: dict[str, Any] = {}
-    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         try:
             entry = json.loads(line)
             values[entry["key"]] = entry["value"]
         except (ValueError, KeyError, TypeError):
             continue
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
     return values
 
 

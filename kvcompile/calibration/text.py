@@ -14,6 +14,7 @@ from kvcompile.errors import KvcompileError
 SHORTEST, LONGEST = 20, 400  # characters of a sentence worth keeping
 HELD_OUT = 8  # one sentence in so many, those at the end
 REFERENCE, LIBRARY = "reference", "library"
+FIRST, LAST = ":first", ":last"  # behind the name of a text: half of it
 MODULES = (  # of the standard library, with much to say and nothing in common with the language reference
     "argparse bisect codecs configparser contextlib csv datetime difflib doctest fractions ftplib functools getopt "
     "gettext heapq imaplib inspect ipaddress locale mailbox mimetypes optparse os pathlib pdb pickle pickletools "
@@ -73,10 +74,18 @@ def library() -> list[str]:
 
 
 def sentences(source: str | Path | None = None) -> list[str]:
-    """Sentences of the file `source`, or of a text that needs none: `reference` (None too) or `library`."""
-    if source is None or source == REFERENCE:
+    """Sentences of the file `source`, or of a text that needs none: `reference` (None too) or `library`.
+
+    `:first` or `:last` behind the name takes that half, so that what was chosen on one is proven on the other.
+    """
+    name = REFERENCE if source is None else str(source)
+    if name.endswith((FIRST, LAST)):
+        whole = sentences(name.removesuffix(FIRST).removesuffix(LAST))
+        middle = len(whole) // 2
+        return whole[:middle] if name.endswith(FIRST) else whole[middle:]
+    if name == REFERENCE:
         return builtin()
-    return library() if source == LIBRARY else from_file(source)
+    return library() if name == LIBRARY else from_file(name)
 
 
 def split(text: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -116,15 +116,34 @@ def check(overrides: Sequence[str], multirun: bool, folder: str | None = None) -
 
     folder: of the user's own configs (`--config-dir`).
     """
-    if folder and not Path(folder).is_dir():
-        raise KvcompileError("--config-dir must name a folder that is there", folder)
-    own = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
+    own = searched(folder)
     with _own_hydra():
         if not multirun:
             _compose([*own, *overrides], sweeping=True)
             return
         for number, job in enumerate(expand([*own, *overrides])):
             _compose(job, sweeping=True, job=number)
+
+
+def searched(folder: str | None) -> list[str]:
+    """Overrides that have the user's own configs found (`--config-dir`). Raises KvcompileError where there are none."""
+    if folder and not Path(folder).is_dir():
+        raise KvcompileError("--config-dir must name a folder that is there", folder)
+    return [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
+
+
+def option(group: str, name: str, folder: str | None = None) -> dict[str, Any]:
+    """What one file of a group says, with its own defaults list: `conf/<group>/<name>.yaml`, or that of the user's.
+
+    Raises KvcompileError for a name that there is not, and for a file that is no mapping.
+    """
+    with _own_hydra():
+        try:
+            settings = hydra_compose(None, [*searched(folder), f"+{group}@_global_={name}"])
+            content = OmegaConf.to_container(settings, resolve=True)
+        except FOREIGN as error:
+            raise one_line(error) from error
+    return cast(dict[str, Any], content)
 
 
 def expand(overrides: Sequence[str]) -> Iterator[list[str]]:

@@ -165,6 +165,33 @@ class EvaluateConfig:
 
 
 @dataclass
+class SearchConfig:
+    """`kvcompile search`: the best stack for `bytes`, the fewest bytes for `quality`, or, with both open, the front.
+
+    bytes: at most such a share of the bfloat16 cache after `tokens` tokens, as `1/24` or `0.04`. quality: at least such
+    a share of the uncompressed model's answers. perplexity: at most such a multiple of its (null: any).
+    minutes: of this process, the proof included (0: only what is known already).
+    space: of stacks, a file of `conf/search`. rungs: contexts that stacks are asked about; a third climbs to the next.
+    study, storage: a name, and a database URL, that several processes share (null: a journal in `output`).
+    batch: stacks that are read in turns (null: one, or 6 where memory does not hold the prefills of all contexts).
+    memory: GiB for prefills that stay (null: a third of what is free). seed: of the draws.
+    """
+
+    bytes: str | None = None
+    quality: float | None = None
+    perplexity: float | None = 1.12
+    minutes: float = 60.0
+    tokens: int = 1024
+    space: str = "default"
+    rungs: list[int] = field(default_factory=lambda: [2, 6, 18])
+    study: str = "search"
+    storage: str | None = None
+    batch: int | None = None
+    memory: float | None = None
+    seed: int = 0
+
+
+@dataclass
 class PlanConfig:
     """`only`: print the plan for a `batch` of prompts of `context` tokens, and what fits in `memory` GiB; then stop."""
 
@@ -205,6 +232,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property

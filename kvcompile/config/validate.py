@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from kvcompile.config.schema import (
     HealConfig,
     PerplexityConfig,
     PromptsConfig,
+    SearchConfig,
 )
 from kvcompile.errors import KvcompileError, first_line
 from kvcompile.kernels.names import names
@@ -105,6 +107,7 @@ def _check(config: Config) -> None:
     _check_prompts(config.prompts)
     _check_quality(config.perplexity, config.gate, n.enabled)
     _check_heal(config.heal)
+    _check_search(config.search)
     _require(s.context >= 1, "speed.context", s.context, "1 or more")
     _require(s.tokens >= 1, "speed.tokens", s.tokens, "1 or more")
     _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
@@ -178,6 +181,25 @@ def _check_heal(h: HealConfig) -> None:
         _require(getattr(h, name) >= 0, f"heal.{name}", getattr(h, name), "0 or more")
     for name in ("batch", "accumulate", "rank"):
         _require(getattr(h, name) >= 1, f"heal.{name}", getattr(h, name), "1 or more")
+
+
+def _check_search(s: SearchConfig) -> None:
+    _require(_is_share(s.bytes), "search.bytes", s.bytes, "a share of the bytes, above 0 and at most 1, as 1/24")
+    _require(s.quality is None or 0 < s.quality <= 1, "search.quality", s.quality, "in (0, 1], as a share")
+    _require(s.perplexity is None or s.perplexity >= 1, "search.perplexity", s.perplexity, "a multiple of 1 or more")
+    _require(s.minutes >= 0, "search.minutes", s.minutes, "0 or more")
+    _require(s.tokens >= 64, "search.tokens", s.tokens, "64 or more")
+    rising = len(s.rungs) > 0 and min(s.rungs) >= 1 and s.rungs == sorted(set(s.rungs))
+    _require(rising, "search.rungs", s.rungs, "a list of contexts, each more than the one before: [2,6,18]")
+    _require(s.batch is None or s.batch >= 1, "search.batch", s.batch, "1 or more")
+    _require(s.memory is None or s.memory > 0, "search.memory", s.memory, "more than 0 GiB")
+
+
+def _is_share(text: str | None) -> bool:
+    try:
+        return text is None or 0 < Fraction(text) <= 1
+    except (ValueError, ZeroDivisionError):
+        return False
 
 
 def _require(ok: bool, name: str, got: object, rule: str) -> None:

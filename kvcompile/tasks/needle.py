@@ -20,8 +20,8 @@ class Needle(Task):
 
     forms: wordings (`magic`, `two_keys`, `four_keys`, `reference`, `story`, `passcode`); of several keys all are asked,
     each of a copy of the cache. haystacks: `reference` (Python's language reference), `library` (docstrings of its
-    standard library), or paths of text files. depths: where the number is hidden, 0 at the start and 1 at the end.
-    seed: of keys, numbers and places.
+    standard library), or paths of text files; `:first` or `:last` behind one takes that half. depths: where the
+    number is hidden, 0 at the start and 1 at the end. seed: of keys, numbers and places.
     A prompt is at most `tokens` long with its question.
     """
 

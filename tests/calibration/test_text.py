@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kvcompile.calibration.text import LONGEST, SHORTEST, builtin, from_file, from_text, sentences
@@ -14,6 +16,17 @@ def test_builtin_text_is_plentiful_clean_and_always_the_same() -> None:
     assert len(text) == len(set(text)) > 1000
     assert all(SHORTEST <= len(s) <= LONGEST and s[0].isupper() and s[-1] in ".!?" for s in text)
     assert not [s for s in text if "::" in s or "``" in s or ">>>" in s or "\n" in s or "  " in s]
+
+
+@pytest.mark.parametrize("name", ["reference", "library", "file"])
+def test_halves_of_a_text_have_nothing_in_common_and_make_the_whole(name: str, tmp_path: Path) -> None:
+    if name == "file":
+        name = str(tmp_path / "a.txt")
+        Path(name).write_text("\n\n".join(f"This is sentence number {i} of a text." for i in range(7)))
+    first, last = (sentences(f"{name}:{half}") for half in ("first", "last"))
+    assert first + last == sentences(name)
+    assert not set(first) & set(last)
+    assert len(last) - len(first) in (0, 1)
 
 
 def test_markup_goes_and_words_stay() -> None:

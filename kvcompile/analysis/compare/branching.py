@@ -29,6 +29,8 @@ from kvcompile.runtime.replay.replay import replay
 from kvcompile.stores.encoded.quantized import QuantizedStore
 from kvcompile.stores.encoded.tiered import TieredStore
 
+SCORINGS = 32  # different ways to rank whose numbers stay in memory, of each prompt
+
 
 @dataclass(frozen=True)
 class Recorder(Score):
@@ -73,15 +75,32 @@ class Once(Score):
         return self.known[key]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """The beginning of prompts as it was read: its cache, the logits after it, and scores of its entries."""
+
+    ids: list[int]
+    cache: KVCache | None
+    logits: Tensor | None
+    scores: dict[Any, Any]
+
+
 class Branching:
     """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left.
 
     stride: of the moments of queries, alike in all stacks that look at them. rotated: keys and values lie in the
-    Hadamard basis, which a stack with `rotate` needs and no other may have.
+    Hadamard basis, which a stack with `rotate` needs and no other may have. room: how many shared beginnings of prompts
+    stay in memory, with the scores of their entries. Beyond that the newest gives way: who reads the same prompts in
+    turns finds the first ones again.
     """
 
     def __init__(
-        self, model: Any, stride: int = ExpectedAttention().stride, rotated: bool = False, kernels: str = "auto"
+        self,
+        model: Any,
+        stride: int = ExpectedAttention().stride,
+        rotated: bool = False,
+        kernels: str = "auto",
+        room: int = 1,
     ) -> None:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
         identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
@@ -91,7 +110,7 @@ class Branching:
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
-        self._shared: tuple[list[int], KVCache | None, Tensor | None] = ([], None, None)
+        self.room, self._aside = room, list[_Read]()
         self._scores: dict[Any, Any] = {}  # of what has been read
 
     def prefill(self, ids: Sequence[int]) -> None:
@@ -111,19 +130,22 @@ class Branching:
 
         shared: so many of the first tokens begin other prompts too: what is read of them alone is put aside.
         """
-        if shared and self._shared[0] != list(ids[:shared]):
+        if shared and not any(each.ids == list(ids[:shared]) for each in self._aside):
             self._go_on_to(ids[:shared])
-            self._shared = self.ids, self.cache, self.logits
+            del self._aside[self.room - 1 :]
+            self._aside.append(_Read(self.ids, self.cache, self.logits, self._scores))
         self._go_on_to(ids)
 
     def _go_on_to(self, ids: Sequence[int]) -> None:
-        begun, cache, logits = self._shared
-        if not _begins(ids, self.ids) and _begins(ids, begun):
-            self.ids, self.cache, self.logits, self._scores = begun, cache, logits, {}
+        begun = [each for each in self._aside if _begins(ids, each.ids)]
+        if not _begins(ids, self.ids) and begun:
+            longest = max(begun, key=lambda each: len(each.ids))
+            self.ids, self.cache, self.logits = longest.ids, longest.cache, longest.logits
+            self._scores = longest.scores
         if not _begins(ids, self.ids):
             self.prefill(ids)
         elif len(self.ids) < len(ids):
-            if self.cache is self._shared[1] and self.cache is not None:
+            if self.cache is not None and any(self.cache is each.cache for each in self._aside):
                 self.cache = self.cache.fork()
             self.extend(ids[len(self.ids) :])
 
@@ -152,6 +174,8 @@ class Branching:
             raise KvcompileError(f"one prefill has moments of every {self.stride}th query", f"stride {strides}")
         if self.cache is None:
             raise RuntimeError("prefill first")
+        while len(self._scores) > SCORINGS * len(plan.layers):
+            del self._scores[next(iter(self._scores))]  # the oldest
         branch = KVCache(plan, self.cache.rotaries, self.cache.backend)
         branch.seen = list(self.cache.seen)
         for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):

@@ -55,10 +55,16 @@ class Runner:
 
 
 class Contest:
-    """One original model and any recipes over it; those that leave its weights alone share one prefill of a prompt."""
+    """One original model and any recipes over it; those that leave its weights alone share one prefill of a prompt.
 
-    def __init__(self, model: Any, tokenizer: Any, kernels: str = "auto", progress: Progress = silent) -> None:
+    room: of how many beginnings of prompts the prefill stays in memory (`Branching`), in each basis.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, kernels: str = "auto", progress: Progress = silent, room: int = 1
+    ) -> None:
         self.model, self.tokenizer, self.kernels, self.progress = model, tokenizer, kernels, progress
+        self.room = room
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.dense = describe(model.config, self.dtype)
         self.stop = stop_tokens(model, tokenizer)
@@ -79,6 +85,10 @@ class Contest:
         if entry not in self._runners:
             self._runners[entry] = self._built(entry)
         return self._runners[entry]
+
+    def forget(self, entry: Entry) -> None:
+        """Let a recipe's model go, where it was built."""
+        self._runners.pop(entry, None)
 
     @torch.inference_mode()
     def answer(self, entry: Entry, ids: Sequence[int], read: int, count: int) -> dict[str, Any]:
@@ -130,7 +140,7 @@ class Contest:
 
     def _reader(self, rotated: bool) -> Branching:
         if rotated not in self._readers:
-            self._readers[rotated] = Branching(self.model, rotated=rotated, kernels=self.kernels)
+            self._readers[rotated] = Branching(self.model, rotated=rotated, kernels=self.kernels, room=self.room)
         return self._readers[rotated]
 
 

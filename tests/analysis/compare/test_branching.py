@@ -61,6 +61,19 @@ def test_another_context_takes_its_place(reads: tuple[Branching, list[int]]) -> 
     assert lengths == [CONTEXT, CONTEXT, 9]
 
 
+def test_as_many_contexts_stay_as_there_is_room_for_and_the_newest_gives_way(
+    reads: tuple[Branching, list[int]],
+) -> None:
+    """Read in turns, the first ones are found again; the last one is read each time."""
+    runs, lengths = reads
+    runs.room = 2
+    contexts = [IDS[i : i + CONTEXT] for i in range(3)]
+    for context in contexts * 2:
+        runs.read(context, CONTEXT)
+        assert runs.ids == context
+    assert lengths == [CONTEXT] * 5  # of six, the first is there
+
+
 CALLS: list[int] = []
 
 
@@ -95,6 +108,17 @@ def test_stacks_that_rank_alike_share_the_scores_until_more_is_read(reads: tuple
     assert CALLS == [0, 1, 2, 3]
     runs.read(IDS)
     runs.branch(plans[0])
+    assert CALLS == [0, 1, 2, 3] * 2
+
+
+def test_scores_of_a_context_stay_with_it(reads: tuple[Branching, list[int]]) -> None:
+    runs, _ = reads
+    runs.room = 2
+    plan = Counting(budget=0.2).apply(describe(dense().config, "float32"))
+    CALLS.clear()
+    for start in (0, 1, 0, 1):
+        runs.read(IDS[start : start + CONTEXT], CONTEXT)
+        runs.branch(plan)
     assert CALLS == [0, 1, 2, 3] * 2
 
 

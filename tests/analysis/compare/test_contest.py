@@ -84,6 +84,15 @@ def test_recipes_that_leave_weights_alone_share_one_prefill_and_the_question_goe
     assert lengths == [40]
 
 
+def test_a_recipe_that_is_forgotten_is_built_again() -> None:
+    runs = Contest(dense(), Numbers(), kernels="sdpa")
+    first = runs.runner(Entry("snapkv"))
+    assert runs.runner(Entry("snapkv")) is first
+    runs.forget(Entry("snapkv"))
+    runs.forget(Entry("snapkv"))
+    assert runs.runner(Entry("snapkv")) is not first
+
+
 def test_an_end_token_ends_an_answer_and_is_no_part_of_it(contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *_ = contest.answer(Entry("full"), IDS, 59, 5)["text"].split()
     monkeypatch.setattr(contest, "stop", frozenset({int(first)}))
