@@ -91,26 +91,36 @@ class Search:
     say: Callable[[str], None] = print
 
     def run(self, clock: Clock) -> None:
-        """Search until the time is over, or nothing more is found. Raises KvcompileError where no stack can be."""
+        """Search until the time is over, or nothing more is found; a study without any score gets one in any case.
+
+        Raises KvcompileError where no stack can be.
+        """
         self.study.begin([self.space.begin(first) for first in self.space.first])
-        while not clock.over:
+        while not clock.over or (clock.seconds and not self._scored):
             self.study.rescue()
             self.meter.refresh()
             climbers = self.ask(clock)
             if not climbers:
                 break
             self.climb(climbers, clock)
-        if not clock.over and not self.study.tried():
+        if clock.seconds and not self.study.tried():
             raise KvcompileError(
                 f"search space {self.space.name} must hold a stack that can be", self.study.reason(), "more bytes"
             )
+
+    @property
+    def _scored(self) -> bool:
+        return any(t.scores for t in self.study.tried())
 
     def ask(self, clock: Clock) -> list[Climber]:
         """The next stacks; what cannot be is told at once, before anything is measured."""
         climbers: list[Climber] = []
         known = {each.stack.overrides for each in self.study.tried()}
         fruitless = 0
-        while len(climbers) < self.batch and fruitless < FRUITLESS and not clock.over:
+        batch = self.batch
+        while len(climbers) < batch and fruitless < FRUITLESS:
+            if clock.over:
+                batch = 1
             trial = self.study.ask()
             climber = self._planned(trial)
             if climber is None or climber.stack.overrides in known:
@@ -150,13 +160,14 @@ class Search:
     def climb(self, climbers: Sequence[Climber], clock: Clock) -> None:
         """Rung by rung: all are asked about its contexts, the best go on. Whatever happens, each trial is told."""
         left, done = list(climbers), 0
+        whatever = None if self._scored else climbers[0]  # the one that climbs a rung when there is no time
         for number, rung in enumerate(self.rungs):
             for i, context in enumerate(rung[done:]):
-                left = [c for c in left if self._measured(c, context, clock)]
+                left = [c for c in left if self._measured(c, context, clock, c is whatever)]
                 self.progress(f"rung {number + 1}, {len(left)} stacks", i + 1, len(rung) - done)
-            if clock.over:
+            if clock.over and whatever not in left:
                 break
-            done = len(rung)
+            done, whatever = len(rung), None
             for c in left:
                 c.scores.append(score(c.measured))
                 self.study.climbed(c.trial, c.scores)
@@ -165,9 +176,9 @@ class Search:
         for c in climbers:
             self._tell(c)
 
-    def _measured(self, c: Climber, context: Any, clock: Clock) -> bool:
-        """Whether a stack goes on after a context: it does unless it fails, or there is no time."""
-        if clock.over:
+    def _measured(self, c: Climber, context: Any, clock: Clock, whatever: bool) -> bool:
+        """Whether a stack goes on after a context: unless it fails, or the time is over and it counts."""
+        if clock.over and not whatever:
             return False
         try:
             c.measured.append((self.meter.of(c.stack, context), self.meter.dense(context)))

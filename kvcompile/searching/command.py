@@ -70,6 +70,13 @@ def search(
 
     Raises:
         KvcompileError: for a wish, a model or a space that no search can be of, and where no stack can be.
+
+    Examples:
+        >>> where = ["kernels=sdpa", f"output={folder}", "search.rungs=[1]"]
+        >>> result = kvcompile.search(model, tokenizer, where, bytes=1 / 4, tokens=128, minutes=0.02)
+        >>> result.best.share <= 1 / 4
+        True
+        >>> small = kvcompile.compile(model, overrides=result.overrides)
     """
     from kvcompile.searching.run import search_model
     from kvcompile.searching.write import write
@@ -100,15 +107,16 @@ def settings(overrides: Sequence[str], folder: str | None = None) -> tuple[Confi
     from kvcompile.config.compose import compose, option, searched
     from kvcompile.searching.space import parse
 
-    config = compose([*searched(folder), *overrides])
+    output = [text for text in overrides if text.startswith("output=")]  # composed, it would be that of an evaluation
+    config = compose([*searched(folder), *(text for text in overrides if text not in output)])
     others: dict[str, Any] = {"recipe or policy": config.stack, "export": config.export, "analysis": config.analysis}
     others |= {"artifact": config.artifact, "plan=only": config.plan.mode == "only"}
     for name, value in others.items():
         if value:
             raise KvcompileError("kvcompile search finds the stack itself, and nothing else is done", name, "drop it")
     typed = {text.partition("=")[0] for text in overrides}
-    if "output" not in typed:
-        config = replace(config, output=f"outputs/search-{config.model.name}")
+    place = output[-1].partition("=")[2].strip("'\"") if output else f"outputs/search-{config.model.name}"
+    config = replace(config, output=place)
     if "question" not in typed:
         config = replace(config, question="hidden")
     space = parse(config.search.space, option("search", config.search.space, folder))
