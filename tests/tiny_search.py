@@ -58,7 +58,7 @@ class Words(Task):
         return [*samples, Sample("text", "text", ids(self.tokens, self.seed + 7), rest=ids(5, self.seed + 8))]
 
     def score(self, said: str, turn: Turn, sample: Sample) -> float:
-        return float(said == turn.answers[0])
+        return float(bool(said))
 
 
 @pytest.fixture

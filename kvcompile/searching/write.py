@@ -157,8 +157,10 @@ def _verdict(result: Result, full: bool = False) -> str:
     seen, proof = result.best.scores[-1], result.proof
     kept = "no answers" if seen.quality is None else f"{seen.quality:.0%} of the answers"
     line = f"{as_part(result.best.share)} of the bytes; the search saw {kept} kept on {seen.contexts} contexts"
-    if proof is None or proof.quality is None:
+    if proof is None:
         return f"{line}; not verified."
+    if proof.quality is None:
+        return f"{line}; to unseen questions the uncompressed model gives no right answer."
     line += f"; on unseen ones {_percent(proof.quality)} stay"
     if proof.perplexity is not None:
         e = proof.perplexity
