@@ -170,7 +170,7 @@ class SearchConfig:
 
     bytes: at most such a share of the bfloat16 cache after `tokens` tokens, as `1/24` or `0.04`. quality: at least such
     a share of the uncompressed model's answers. perplexity: at most such a multiple of its (null: any).
-    minutes: of this process, the proof included (0: only what is known already).
+    minutes: of this process, the proof included (0: only what is known already). stacks: measured by it at most.
     space: of stacks, a file of `conf/search`. rungs: contexts that stacks are asked about; a third climbs to the next.
     study, storage: a name, and a database URL, that several processes share (null: a journal in `output`).
     batch: stacks that are read in turns (null: one, or 6 where memory does not hold the prefills of all contexts).
@@ -181,6 +181,7 @@ class SearchConfig:
     quality: float | None = None
     perplexity: float | None = 1.12
     minutes: float = 60.0
+    stacks: int | None = None
     tokens: int = 1024
     space: str = "default"
     rungs: list[int] = field(default_factory=lambda: [2, 6, 18])

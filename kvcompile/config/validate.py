@@ -188,6 +188,7 @@ def _check_search(s: SearchConfig) -> None:
     _require(s.quality is None or 0 < s.quality <= 1, "search.quality", s.quality, "in (0, 1], as a share")
     _require(s.perplexity is None or s.perplexity >= 1, "search.perplexity", s.perplexity, "a multiple of 1 or more")
     _require(s.minutes >= 0, "search.minutes", s.minutes, "0 or more")
+    _require(s.stacks is None or s.stacks >= 1, "search.stacks", s.stacks, "1 or more")
     _require(s.tokens >= 64, "search.tokens", s.tokens, "64 or more")
     rising = len(s.rungs) > 0 and min(s.rungs) >= 1 and s.rungs == sorted(set(s.rungs))
     _require(rising, "search.rungs", s.rungs, "a list of contexts, each more than the one before: [2,6,18]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,7 +78,8 @@ class Search:
     """Everything that a search goes by.
 
     rungs: contexts of each, every one beginning with those of the one before. batch: stacks that are read in turns,
-    so that a context is read once for them. say: gets a line about each stack that fails.
+    so that a context is read once for them. stacks: measured at most (None: any number). say: gets a line about each
+    stack that fails.
     """
 
     study: Study
@@ -87,6 +89,7 @@ class Search:
     meter: Measure
     rungs: Sequence[Sequence[Any]]
     batch: int = 6
+    stacks: int | None = None
     progress: Progress = silent
     say: Callable[[str], None] = print
 
@@ -96,10 +99,12 @@ class Search:
         Raises KvcompileError where no stack can be.
         """
         self.study.begin([self.space.begin(first) for first in self.space.first])
-        while not clock.over or (clock.seconds and not self._scored):
+        left = math.inf if self.stacks is None else self.stacks
+        while left and (not clock.over or (clock.seconds and not self._scored)):
             self.study.rescue()
             self.meter.refresh()
-            climbers = self.ask(clock)
+            climbers = self.ask(clock, int(min(self.batch, left)))
+            left -= len(climbers)
             if not climbers:
                 break
             self.climb(climbers, clock)
@@ -112,12 +117,11 @@ class Search:
     def _scored(self) -> bool:
         return any(t.scores for t in self.study.tried())
 
-    def ask(self, clock: Clock) -> list[Climber]:
-        """The next stacks; what cannot be is told at once, before anything is measured."""
+    def ask(self, clock: Clock, batch: int) -> list[Climber]:
+        """The next stacks, one where the time is over; what cannot be is told at once, before anything is measured."""
         climbers: list[Climber] = []
         known = {each.stack.overrides for each in self.study.tried()}
         fruitless = 0
-        batch = self.batch
         while len(climbers) < batch and fruitless < FRUITLESS:
             if clock.over:
                 batch = 1

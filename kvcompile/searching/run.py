@@ -110,7 +110,7 @@ def search_model(
     study = Study(wanted.study, wanted.storage, folder, wish.aims, settings, wanted.seed)
     fitter = Fitter(model.config, wanted.tokens)
     batch = wanted.batch or (1 if held >= len(rungs[-1]) else IN_TURNS)
-    search = Search(study, space, wish, fitter, meter, rungs, batch, progress, say)
+    search = Search(study, space, wish, fitter, meter, rungs, batch, wanted.stacks, progress, say)
     clock = Clock(wanted.minutes * MINUTE)
     search.run(Clock(SEARCHING * wanted.minutes * MINUTE))
     best, chosen = choose(search.found(), wish)

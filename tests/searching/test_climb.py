@@ -119,18 +119,18 @@ def test_a_space_of_nothing_that_can_be_says_why(tmp_path: Path, monkeypatch: py
 def test_trials_of_a_process_that_is_gone_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = fake_search(tmp_path, dense().config, BYTES, Fake())
     search.study.begin([space().begin(first) for first in space().first[:1]])
-    (mine,) = search.ask(clock(1000))[:1]
+    (mine,) = search.ask(clock(1000), 3)[:1]
     assert search.study.rescue() == 0
     monkeypatch.setattr(studies, "_started", lambda pid: "later")  # its number is another process's now
     assert search.study.rescue() == 3
     assert search.study.rescue() == 0
-    again = fake_search(tmp_path, dense().config, BYTES, Fake()).ask(clock(1000))
+    again = fake_search(tmp_path, dense().config, BYTES, Fake()).ask(clock(1000), 3)
     assert mine.stack.overrides in {c.stack.overrides for c in again}
 
 
 def test_a_silent_worker_elsewhere_counts_as_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = fake_search(tmp_path, dense().config, BYTES, Fake())
-    search.ask(clock(1000))
+    search.ask(clock(1000), 3)
     monkeypatch.setattr(studies.socket, "gethostname", lambda: "another")
     assert search.study.rescue() == 0
     monkeypatch.setattr(studies, "SILENT", -1.0)

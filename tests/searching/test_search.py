@@ -55,7 +55,7 @@ def run(own: Path, output: Path, *overrides: str, model: Any = None) -> Any:
 def test_a_wish_becomes_a_recipe_a_report_and_a_proof(own: Path, tmp_path: Path) -> None:
     model = tiny_model()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    result = run(own, tmp_path / "out", "search.minutes=0.25", model=model)
+    result = run(own, tmp_path / "out", "search.stacks=4", model=model)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert result.best is result.front[0]
     assert result.best.share <= 1 / 3
@@ -82,16 +82,17 @@ def test_a_wish_becomes_a_recipe_a_report_and_a_proof(own: Path, tmp_path: Path)
 
 def test_the_same_search_goes_on_and_zero_minutes_show_what_is_known(own: Path, tmp_path: Path) -> None:
     model = tiny_model()
-    first = run(own, tmp_path / "out", "search.minutes=0.1", model=model)
+    first = run(own, tmp_path / "out", "search.stacks=2", model=model)
+    assert len(first.every) == 2
     lines = (tmp_path / "out" / "measured.jsonl").read_text()
     shown = run(own, tmp_path / "out", "search.minutes=0", model=model)
     assert (tmp_path / "out" / "measured.jsonl").read_text() == lines
     assert shown.best.stack == first.best.stack
     assert len(shown.proofs) == len(first.proofs)
-    more = run(own, tmp_path / "out", "search.minutes=0.1", model=model)
-    assert len(more.every) > len(first.every)
+    more = run(own, tmp_path / "out", "search.stacks=1", model=model)
+    assert len(more.every) == 3
     with pytest.raises(KvcompileError, match=r"holds stacks of another search: search.tokens was 64 there"):
-        run(own, tmp_path / "out", "search.tokens=65", model=model)
+        run(own, tmp_path / "out", "search.tokens=65", "search.stacks=1", model=model)
 
 
 WORKER = """
@@ -130,17 +131,17 @@ def stacks(output: Path, states: set[str]) -> list[str]:
 
 def test_a_search_that_was_killed_goes_on_and_measures_nothing_twice(own: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = worker(own, output, "search.minutes=5")
+    process = worker(own, output, "search.stacks=50")
     deadline = time.monotonic() + 240
-    while len(keys(output)) < 12 and time.monotonic() < deadline and process.poll() is None:
+    while len(keys(output)) < 8 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = keys(output)
-    assert len(before) >= 12
+    assert len(before) >= 8
     begun = stacks(output, {"RUNNING"})
     assert begun
-    run(own, output, "search.minutes=0.3")
+    run(own, output, "search.stacks=3")
     assert max(Counter(keys(output)).values()) == 1
     assert keys(output)[: len(before)] == before
     assert not stacks(output, {"RUNNING"})
@@ -149,8 +150,8 @@ def test_a_search_that_was_killed_goes_on_and_measures_nothing_twice(own: Path, 
 
 def test_two_processes_join_one_study_and_lose_and_repeat_nothing(own: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    workers = [worker(own, output, "search.minutes=0.5") for _ in range(2)]
-    assert [process.wait(timeout=300) for process in workers] == [0, 0]
+    workers = [worker(own, output, "search.stacks=4") for _ in range(2)]
+    assert [process.wait(timeout=500) for process in workers] == [0, 0]
     complete = stacks(output, {"COMPLETE"})
     assert max(Counter(complete).values()) == 1
     assert not stacks(output, {"RUNNING"})
