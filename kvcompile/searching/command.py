@@ -66,7 +66,7 @@ def search(
         wanted: settings of `search.` by their names: `bytes=1/24`, `quality=0.95`, `minutes=5`, `tokens=2048`.
 
     Returns:
-        The stack, the front and the proof. `kvcompile.compile(model, overrides=result.overrides)` compiles the best.
+        The stack, the front and the proof. `kvcompile.compile(model, overrides=result.overrides, tokenizer=tokenizer)` compiles it.
 
     Raises:
         KvcompileError: for a wish, a model or a space that no search can be of, and where no stack can be.
@@ -76,7 +76,7 @@ def search(
         >>> result = kvcompile.search(model, tokenizer, where, bytes=1 / 4, tokens=128, minutes=0.02)
         >>> result.best.share <= 1 / 4
         True
-        >>> small = kvcompile.compile(model, overrides=result.overrides)
+        >>> small = kvcompile.compile(model, overrides=result.overrides, tokenizer=tokenizer)
     """
     from kvcompile.searching.run import search_model
     from kvcompile.searching.write import write
