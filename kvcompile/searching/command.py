@@ -66,7 +66,7 @@ def search(
         wanted: settings of `search.` by their names: `bytes=1/24`, `quality=0.95`, `minutes=5`, `tokens=2048`.
 
     Returns:
-        The stack, the front and the proof. `kvcompile.compile(model, overrides=result.overrides, tokenizer=tokenizer)` compiles it.
+        The stack, the front and the proof. `result.overrides` are what `kvcompile.compile` takes.
 
     Raises:
         KvcompileError: for a wish, a model or a space that no search can be of, and where no stack can be.

@@ -94,7 +94,7 @@ def test_when_time_is_over_what_has_a_score_is_told_and_the_rest_waits_for_the_n
     scored, *waiting = dict.fromkeys(overrides for overrides, _ in first.asked)
     assert second.asked[0][0] == waiting[0]
     assert set(waiting) <= {overrides for overrides, _ in second.asked}
-    assert [t.stack.overrides for t in search.study.tried()][0] == scored
+    assert search.study.tried()[0].stack.overrides == scored
 
 
 @pytest.mark.parametrize("wish", [Wish(), Wish(quality=0.9), Wish(bytes=Fraction(1, 4), quality=0.9)])
