@@ -5,11 +5,12 @@ READY := .venv/.ready
 DOCS := .venv/.docs
 DEMO := outputs/zigzag-llama
 
-.PHONY: help demo test model lint types docs clean
+.PHONY: help demo test model lint types scaling docs clean
 
 help:
 	@echo "make demo   set up, compile the default model with zigzag, show how to load it"
 	@echo "make test   set up, lint, types, all tests"
+	@echo "make scaling  install what runs sweeps on many machines, test it"
 	@echo "make docs   set up, build the documentation into site/"
 	@echo "make clean  remove .venv, caches and build files (not outputs)"
 
@@ -52,6 +53,11 @@ test: lint types model
 	@# tiny models: a second thread costs more than it does; what a file shares is built by one worker
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not real"
 	$(BIN)/pytest -q -m real
+
+# What runs sweeps on many machines; Ray is too large for every environment.
+scaling: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[joblib,ray,slurm]'
+	$(BIN)/pytest -q tests/test_launchers.py
 
 $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from importlib.resources import files
@@ -35,7 +36,7 @@ from kvcompile.config.compose import (
 from kvcompile.config.schema import Config
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters import registry
-from kvcompile.output import room_to_write, standard_output
+from kvcompile.output import named_output, room_to_write, standard_output
 from kvcompile.paths import require_here
 from kvcompile.plan.policy import Policy
 from kvcompile.policies.base import SelectionPolicy
@@ -88,6 +89,10 @@ def _hydra(arguments: Sequence[str]) -> None:
         _app()
     except FOREIGN as error:
         raise error if isinstance(error, KvcompileError) else one_line(error) from error
+    except Exception as error:
+        if (folder := sweep.SweepFolder.current) is None:
+            raise
+        raise sweep.interrupted(error, folder) from error
     finally:  # also after an interrupt: the jobs that are done are not lost
         failed, jobs = sweep.summarise(_console())
     if failed:
@@ -136,16 +141,34 @@ def _app(cfg: DictConfig) -> None:
 
 
 def _sweep_job(cfg: DictConfig, context: DictConfig) -> None:
-    """One job of a sweep: whatever becomes of it is written into its folder, as far as there is room for that."""
-    overrides = list(context.overrides.task)
-    folder = Path(context.runtime.output_dir)
+    """One job of a sweep: whatever becomes of it is written into its folder, as far as there is room for that.
+
+    A worker of a cluster starts anywhere: paths are those of where the command was given.
+    """
+    overrides, number = list(context.overrides.task), int(context.job.num)
+    start = Path(context.runtime.cwd)
+    folder = start / context.sweep.dir / str(context.sweep.subdir)
+    if not context.job.chdir:
+        _enter(start)
 
     def work() -> sweep.Done:
         config = resolve(cfg, context.runtime.choices, overrides)
-        place = Path(cfg.output, str(context.job.num)) if cfg.output else folder / config.label
+        place = Path(cfg.output, str(number)) if cfg.output else folder / config.label
         return _work(replace(config, output=str(place)))
 
-    sweep.run_job(folder, int(context.job.num), overrides, work)
+    one_by_one = str(context.launcher._target_).endswith(".BasicLauncher")
+    settings = "" if cfg.tasks else sweep.digest(cfg)  # jobs of tasks find their rows
+    with nullcontext() if one_by_one else named_output(f"job {number} | "):
+        sweep.run_job(folder, number, overrides, work, settings)
+
+
+def _enter(folder: Path) -> None:
+    """Work in a folder. Raises KvcompileError where this machine does not have it."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        fix = "start the sweep in a folder that all of them share"
+        raise KvcompileError("the folder of a sweep must be there on every machine", folder, fix) from error
 
 
 def _work(config: Config) -> sweep.Done:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from kvcompile.errors import KvcompileError
 from kvcompile.paths import shortened
@@ -52,6 +52,45 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Named:
+    """A text stream that hands on whole lines, each behind a name: many processes may write where it leads."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        self._stream, self._name, self._begun = stream, name, ""
+
+    def write(self, text: str) -> int:
+        """Write the lines that are whole; blank ones are left out."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        self._stream.write("".join(f"{self._name}{line}\n" for line in lines if line.strip()))
+        return len(text)
+
+    def finish(self) -> None:
+        """Write what was begun."""
+        self.write("\n")
+        self.flush()
+
+    def isatty(self) -> bool:
+        """No: nothing can be drawn over."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def named_output(name: str) -> Iterator[None]:
+    """Begin each line of standard output and standard error with a name."""
+    streams = sys.stdout, sys.stderr
+    out, err = named = Named(sys.stdout, name), Named(sys.stderr, name)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in named:
+            stream.finish()
 
 
 @contextmanager

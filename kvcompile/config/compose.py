@@ -62,8 +62,9 @@ GROUPS = {
 CONFIG_MODULE, CONFIG_NAME, VERSION_BASE = "kvcompile.conf", "config", "1.3"
 FOREIGN = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what `one_line` makes ours
 CHECKED_JOBS = 64  # of a sweep, composed before its first job starts
+EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm", "submitit_local": "slurm"}  # of launchers
 PLUGINS = {
-    "hydra/launcher": "pip install hydra-joblib-launcher for hydra/launcher=joblib",
+    "hydra/launcher": "pip install 'kvcompile[joblib]' for hydra/launcher=kv_joblib",
     "hydra/sweeper": "pip install hydra-optuna-sweeper for hydra/sweeper=optuna",
 }
 FIXES = {  # of Hydra's messages, by a part of them
@@ -342,6 +343,9 @@ def _missing(file: str, options: Sequence[str]) -> KvcompileError:
             f"--config-name {name}",
             "put settings of your own into D/recipe/x.yaml, and give --config-dir D recipe=x",
         )
+    if group == "hydra/launcher" and name in EXTRAS:
+        fix = f"pip install 'kvcompile[{EXTRAS[name]}]'"
+        return KvcompileError("this launcher needs a plugin of Hydra", f"none called {name!r}", fix)
     if group in PLUGINS:
         fix = f"{suggest(name, known)}; others come with packages, e.g. {PLUGINS[group]}"
         return KvcompileError(f"a {kind} {folder} must be installed", repr(name), fix)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kvcompile.errors import KvcompileError, QualityError, first_line
+from kvcompile.models.provenance import versions
 from kvcompile.output import room_to_write
 from kvcompile.report.units import size
 
@@ -30,7 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JobResult:
-    """One job of a sweep. `status` is running, ok or failed; `overrides` as on the command line."""
+    """One job of a sweep. `status` is running, ok or failed; `overrides` as on the command line.
+
+    settings: digest of all that the job was told; the same job of a repeated sweep has the same.
+    """
 
     job: int
     overrides: list[str]
@@ -38,41 +43,76 @@ class JobResult:
     error: str | None = None
     output: str | None = None
     summary: dict[str, Cell] = field(default_factory=dict)
+    settings: str = ""
 
 
 class SweepFolder(Callback):  # type: ignore[misc]
     """Remembers where this process's sweep puts its jobs: Hydra tells nobody else."""
 
     current: Path | None = None
-    started: float = 0.0
+    before: Mapping[Path, int] = MappingProxyType({})  # when each result was written that was there already
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the folder and the time, so that results of an earlier sweep in it are not counted."""
+        """Note the folder and what lies in it, so that results of an earlier sweep are not counted."""
         SweepFolder.current = Path(config.hydra.sweep.dir).absolute()
-        SweepFolder.started = time.time()
+        SweepFolder.before = written(SweepFolder.current)
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # to Ray, lines of two jobs that differ in numbers alone are one
 
 
-def run_job(
-    folder: Path, job: int, overrides: Sequence[str], work: Callable[[], tuple[str | None, dict[str, Cell]]]
-) -> None:
+def written(folder: Path) -> dict[Path, int]:
+    """The results below a folder, and when each was written, in ns of the file system's clock."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(RESULT)}
+
+
+def digest(cfg: DictConfig) -> str:
+    """What a job's composed settings, and the versions that it runs with, come to."""
+    return hashlib.sha256(json.dumps([OmegaConf.to_yaml(cfg), versions()]).encode()).hexdigest()
+
+
+def finished(folder: Path, settings: str) -> JobResult | None:
+    """The result that a job of the same settings has left in its folder, if it went well and its output is there."""
+    try:
+        result = JobResult(**json.loads((folder / RESULT).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    same = result.status == "ok" and result.settings == settings != ""
+    return result if same and result.output and Path(result.output).exists() else None
+
+
+def run_job(folder: Path, job: int, overrides: Sequence[str], work: Callable[[], Done], settings: str = "") -> None:
     """Do `work`, which returns (output, summary), and write what came of it; an error is logged and recorded.
 
+    settings: digest of them; a job that has been done with the same is not done again ("": it is).
     Raises OSError where that cannot be written: on a full device no job after it could be recorded either.
     """
-    _write(folder, JobResult(job, list(overrides), "running"))
+    if finished(folder, settings):
+        log.info("job %d is done already: %s; remove that to do it again", job, folder / RESULT)
+        os.utime(folder / RESULT)  # so that it counts as a job of this sweep
+        return
+    started = JobResult(job, list(overrides), "running", settings=settings)
+    _write(folder, started)
     try:
         with room_to_write():
             output, summary = work()
-        result = JobResult(job, list(overrides), "ok", None, output, dict(summary))
+        result = replace(started, status="ok", output=output, summary=dict(summary))
     except KvcompileError as error:
         log.error("job %d: %s", job, error)
-        result = JobResult(job, list(overrides), "failed", str(error))
+        result = replace(started, status="failed", error=str(error))
         if isinstance(error, QualityError):
             result = replace(result, output=error.output, summary=error.summary)
     except Exception as error:
         log.exception("job %d", job)
-        result = JobResult(job, list(overrides), "failed", f"{type(error).__name__}: {first_line(error)}")
+        result = replace(started, status="failed", error=f"{type(error).__name__}: {first_line(error)}")
     _write(folder, result)
+
+
+def interrupted(error: Exception, folder: Path) -> KvcompileError:
+    """The error about a launcher that gave up: jobs do not raise, but the process of one may die."""
+    return KvcompileError(
+        "every job of a sweep must come back to its launcher",
+        f"{type(error).__name__}: {first_line(error)}",
+        f"the same command with hydra.sweep.dir={folder}, which leaves out jobs that are done",
+    )
 
 
 def _write(folder: Path, result: JobResult) -> None:
@@ -82,11 +122,11 @@ def _write(folder: Path, result: JobResult) -> None:
     os.replace(scratch, folder / RESULT)
 
 
-def collect(folder: Path, since: float = 0.0) -> list[JobResult]:
-    """The results below `folder` written after `since`, by job; a job whose process died counts as failed."""
+def collect(folder: Path, before: Mapping[Path, int] = MappingProxyType({})) -> list[JobResult]:
+    """The results below `folder` but those of `before`, by job; a job whose process died counts as failed."""
     results = []
-    for path in folder.rglob(RESULT):
-        if path.stat().st_mtime < int(since):
+    for path, time in written(folder).items():
+        if before.get(path) == time:
             continue
         result = JobResult(**json.loads(path.read_text()))
         if result.status == "running":
@@ -182,7 +222,7 @@ def summarise(console: Console) -> tuple[int, int]:
     if folder is None:
         return 0, 0
     SweepFolder.current = None
-    results = collect(folder, SweepFolder.started) if folder.is_dir() else []
+    results = collect(folder, SweepFolder.before) if folder.is_dir() else []
     if not results:
         return 0, 0
     write_summary(results, folder)

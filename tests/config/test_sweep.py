@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
+import logging
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from kvcompile.config.sweep import (
     summarise,
     summary_table,
     write_summary,
+    written,
 )
 from kvcompile.errors import KvcompileError
 
@@ -63,8 +65,38 @@ def test_a_job_whose_process_died_counts_as_failed(tmp_path: Path) -> None:
 
 
 def test_results_of_an_earlier_sweep_in_the_folder_are_not_counted(sweep: Path) -> None:
-    os.utime(sweep / "10" / RESULT, (1e9, 1e9))
-    assert [r.job for r in collect(sweep, since=1.5e9)] == [0, 1]
+    before = written(sweep)
+    run_job(sweep / "1", 1, ["recipe=zigzag"], good)
+    assert [(r.job, r.status) for r in collect(sweep, before)] == [(1, "ok")]
+
+
+def test_a_job_is_done_once_for_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As long as what it made is there; and it counts as a job of the sweep that leaves it out."""
+    calls = []
+
+    def work() -> Done:
+        calls.append(1)
+        (tmp_path / "made").mkdir(exist_ok=True)
+        return str(tmp_path / "made"), {"n": len(calls)}
+
+    def again(settings: str, work: Callable[[], Done] = work) -> int:
+        run_job(tmp_path / "0", 0, ["recipe=zigzag"], work, settings)
+        return len(calls)
+
+    assert again("a") == 1
+    before = written(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert again("a") == 1
+    assert "job 0 is done already" in caplog.text
+    assert [r.summary for r in collect(tmp_path, before)] == [{"n": 1}]
+    assert again("b") == 2, "other settings"
+    (tmp_path / "made").rmdir()
+    assert again("b") == 3, "what it made is gone"
+    again("c", broken)
+    assert again("c") == 4, "it had failed"
+    (tmp_path / "0" / RESULT).write_text("{")
+    assert again("c") == 5, "its result cannot be read"
+    assert again("") == again("") - 1, "without settings always"
 
 
 def test_rows_have_one_column_per_override_and_measure(sweep: Path) -> None:
@@ -90,7 +122,7 @@ def test_csv_and_markdown_hold_every_job(sweep: Path) -> None:
 
 def test_summarise_prints_brackets_and_errors_and_counts_failures(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SweepFolder, "current", sweep)
-    monkeypatch.setattr(SweepFolder, "started", 0.0)
+    monkeypatch.setattr(SweepFolder, "before", {})
     out = StringIO()
     assert summarise(Console(file=out, width=160)) == (2, 3)
     text = out.getvalue()
