@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcompile.errors import KvcompileError
+from kvcompile.output import named_output
 from kvcompile.paths import require_short
 
 FAKE = """
@@ -118,3 +119,16 @@ def test_a_path_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> N
     done = shell(tmp_path, f"kvcompile recipe=snapkv output={'x' * 300}")
     assert "got 3" in done.stderr
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+
+
+def test_lines_of_a_job_begin_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole lines alone are handed on, so that those of two processes do not mix; what was begun is not lost."""
+    with named_output("job 3 | "):
+        print("one\ntw", end="")
+        assert capsys.readouterr().out == "job 3 | one\n"
+        print("o\n\n  \nthree", end="")
+        print("wrong", file=sys.stderr)
+        assert not sys.stdout.isatty()
+    assert capsys.readouterr() == ("job 3 | two\njob 3 | three\n", "job 3 | wrong\n")
+    print("four")
+    assert capsys.readouterr().out == "four\n"
