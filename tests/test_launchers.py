@@ -59,7 +59,8 @@ def command(model: Path, launcher: str, *words: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # what presets set
+    own = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # what presets set
+    return {**own, "RAY_raylet_start_wait_time_s": "300"}  # of a busy machine
 
 
 def run(where: Path, words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -143,7 +143,7 @@ def test_output_names_the_policies_where_there_is_no_recipe() -> None:
         (["output=größe"], """Fix: 'output="größe"'"""),
         (["output=~/x"], """Fix: 'output="~/x"'"""),
         (["output=a#b"], """Fix: 'output="a#b"'"""),
-        (["hydra/launcher=joblib"], "must be installed, got 'joblib'. Fix: .*pip install hydra-joblib-launcher"),
+        (["hydra/launcher=nonesuch"], r"must be installed, got 'nonesuch'. Fix: .*pip install 'kvcompile\[joblib\]'"),
     ],
 )
 def test_mistakes_are_one_line(overrides: list[str] | str, message: str) -> None:
