@@ -259,9 +259,9 @@ def _healed(record: HealRecord) -> Table:
 
 
 def _needle(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult) -> Table:
-    """Scores by text, form, length and depth: the uncompressed model's, and with the question seen and hidden."""
+    """Scores by text, form, length and depth: uncompressed, and compiled with the question seen and hidden."""
     every = (before, seen, *hidden)
-    rows = [_shares_of(f"all ({_count(len(seen.records), 'prompt')})", every)]
+    rows = [_scores_of(f"all ({_count(len(seen.records), 'prompt')})", every)]
     for name, text in (
         ("haystack", "in {}"),
         ("form", "form {}"),
@@ -270,9 +270,8 @@ def _needle(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult) -> 
     ):
         values = sorted({getattr(r, name) for r in seen.records})
         if len(values) > 1:
-            rows += [_shares_of(text.format(v), [_only(result, name, v) for result in every]) for v in values]
-    settings = [heading for name in ("seen", "hidden")[: len(every) - 1] for heading in (f"question {name}", "change")]
-    return Table("Needle in a haystack", ("", "uncompressed", *settings), rows)
+            rows += [_scores_of(text.format(v), [_only(result, name, v) for result in every]) for v in values]
+    return Table("Needle in a haystack", ("", "uncompressed", "seen", "hidden")[: 1 + len(every)], rows)
 
 
 def _answers(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult) -> Table:
@@ -293,18 +292,16 @@ def _only(result: NeedleResult, name: str, value: Any) -> NeedleResult:
 
 
 def _share(name: str, before: NeedleResult, after: NeedleResult) -> Row:
-    return _shares_of(name, (before, after))
+    verdict = _verdict(before.mean, after.mean, 1)
+    points = f"{100 * (after.mean - before.mean):+.0f} points" if after.mean != before.mean else "none"
+    return (*_scores_of(name, (before, after)), Cell(points, verdict))
 
 
-def _shares_of(name: str, results: Sequence[NeedleResult]) -> Row:
-    """Shares of right answers with their intervals; what changed against the first."""
+def _scores_of(name: str, results: Sequence[NeedleResult]) -> Row:
+    """Shares of right answers with their intervals; the first is the uncompressed model's."""
     before, *others = results
-    cells = [Cell(name), Cell(_interval(before))]
-    for after in others:
-        verdict = _verdict(before.mean, after.mean, 1)
-        points = f"{100 * (after.mean - before.mean):+.0f} points" if after.mean != before.mean else "none"
-        cells += [Cell(_interval(after), verdict), Cell(points, verdict)]
-    return tuple(cells)
+    after = (Cell(_interval(result), _verdict(before.mean, result.mean, 1)) for result in others)
+    return (Cell(name), Cell(_interval(before)), *after)
 
 
 def _interval(result: NeedleResult) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -17,8 +18,10 @@ import kvcompile
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import from_recipe, to_recipe
 from kvcompile.errors import KvcompileError
+from kvcompile.progress import silent
 from kvcompile.tasks import rows
 from kvcompile.tasks.ask import Respondent
+from kvcompile.tasks.claims import Claims
 from kvcompile.tasks.run import Measured, trials
 from kvcompile.tasks.stacks import of_config
 
@@ -116,6 +119,43 @@ def test_a_killed_job_goes_on_inside_its_row(place: Path, tmp_path: Path, monkey
     _, found = measured(place, tmp_path)
     assert len(asked) == 1 + sum(len({r.sample for r in row.records}) for row in found), "the first is not asked again"
     assert sorted(p.suffixes[-2:] for p in tmp_path.iterdir()) == [[".row", ".json"]] * 3
+
+
+def test_a_row_that_another_process_measures_is_waited_for_and_not_measured_twice(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = compose([word for word in job(place, "evaluate=[perplexity]") if "needle" not in word])
+    (trial,) = trials(of_config(config), config.built_tasks(), config.questions)
+    other = Measured(tmp_path, poll=0.01)
+    waits: list[float] = []
+    row = trial.measure(lambda unit, compute: compute(), silent)
+
+    def look_away(seconds: float) -> None:  # instead of sleeping: the other process comes to its end
+        waits.append(seconds)
+        if len(waits) == 3:
+            rows.write(tmp_path, row)
+            claim.__exit__(None, None, None)
+
+    claim = Claims(tmp_path).claim(trial.key)
+    assert claim.__enter__()
+    monkeypatch.setattr("kvcompile.tasks.run.time.sleep", look_away)
+    monkeypatch.setattr(Respondent, "ask", None)
+    assert other.all([trial]) == [row]
+    assert (len(waits), other.measured, other.reused) == (3, 0, 1)
+
+
+def test_the_summary_of_a_sweep_shows_scores(place: Path, tmp_path: Path) -> None:
+    words = [word for word in job(place, "recipe=snapkv,streaming") if "needle" not in word]
+    command = [sys.executable, "-m", "kvcompile", "-m", "evaluate=[perplexity]", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with next(tmp_path.glob("multirun/*/*/summary.csv")).open() as file:
+        jobs = list(csv.DictReader(file))
+    assert [each["recipe"] for each in jobs] == ["snapkv", "streaming"]
+    assert len({each["perplexity_dense"] for each in jobs}) == 1
+    assert all(float(each["perplexity"]) > 1 and 0 < float(each["kept"]) < 1 for each in jobs)
+    assert len(list((tmp_path / "outputs" / "rows").glob("*.row.json"))) == 3
 
 
 def test_shards_are_rows_of_their_own_and_pool_to_one_cell(place: Path, tmp_path: Path) -> None:
