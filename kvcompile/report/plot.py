@@ -93,7 +93,7 @@ def _draw_needle(before: NeedleResult, seen: NeedleResult, *hidden: NeedleResult
         x = [i + (place - (len(results) - 1) / 2) * width for i in range(len(depths))]
         bars = ax.bar(x, [100 * share for share in shares], 0.95 * width, color=colours)
         if result is not before:
-            ax.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=6, color=INK, padding=1)
+            ax.bar_label(bars, [f"{100 * share:.0f}" for share in shares], fontsize=6, color=INK, padding=1)
     ax.set_xticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=8 if len(depths) < 8 else 6)
     ax.set_ylim(0, 108)
     ax.set_xlabel("depth of the needle", color=INK)
