@@ -19,7 +19,7 @@ from kvcompile.searching.wish import Wish
 from kvcompile.tasks.ask import respondent
 from kvcompile.tasks.base import Question
 from kvcompile.tasks.rows import Record
-from kvcompile.tasks.scores import Estimate, against_dense, read
+from kvcompile.tasks.scores import Estimate, against_dense
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,3 @@ class Verifier:
     def _unit(self, stack: Stack, context: Context, question: Question) -> dict[str, Any]:
         task = options_of([context.task])
         return {"proof": stack.overrides, "context": context.unit, "question": question, "task": task}
-
-
-def asked(records: Sequence[Record]) -> list[Record]:
-    """Those of answers."""
-    return [record for record in records if not read([record])]
