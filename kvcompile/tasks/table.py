@@ -101,9 +101,11 @@ def _estimate(cell: Cell, dense: Cell | None, part: str) -> Estimate | None:
 
 
 def text(estimate: Estimate | None, percent: bool) -> str:
-    """`95% (76-99)`, or `12.3 (11.9-12.8)`; nothing of nothing."""
+    """`95% (76-99)`, or `12.3 (11.9-12.8)`; a single text has no interval, and nothing is said of nothing."""
     if estimate is None:
         return ""
+    if estimate.low == estimate.high:
+        return f"{estimate.value:.0%}" if percent else f"{estimate.value:.4g}"
     if percent:
         return f"{estimate.value:.0%} ({100 * estimate.low:.0f}-{100 * estimate.high:.0f})"
     return f"{estimate.value:.4g} ({estimate.low:.4g}-{estimate.high:.4g})"
