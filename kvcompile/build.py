@@ -74,7 +74,7 @@ def _require_prompts(model: Any, plan: Plan) -> None:
         raise KvcompileError(
             "a replay asks the model to repeat a text, in token ids",
             "no tokenizer has made them",
-            "compile with tokenizer=, or give the ids (stack.kvzip.ids)",
+            "compile with tokenizer=, or give the ids (stack.kvzip.ids, stack.attention_matching.ids)",
         )
     known, most = model.get_input_embeddings().num_embeddings, max((*replay.first, *replay.later, *replay.closing, 0))
     if most >= known:

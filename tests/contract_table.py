@@ -34,7 +34,7 @@ class Row:
     layers; `threshold`: there is no budget. whole: `(layer, head)` rows that keep everything beside the budget.
     recent: newest tokens that must stay (below 1: share of the budget). finds: what the needle oracle plants (None:
     the policy looks at nothing). everything: fields that keep all of a short prompt, besides a large budget.
-    stored: policies that store what is kept, after the others; tiered: this one does itself, in two tiers. replays: the
+    stored: policies that store or change what is kept, after the others; tiered: this one does itself, in two tiers. replays: the
     text is read again before a selection.
     error: how far stored keys and values may be from true ones (none is larger than 10; half a step of 8 bits over that
     is 0.04). logits: how far logits may be from the uncompressed model's, as root mean square over theirs, where
@@ -89,6 +89,7 @@ class Row:
 LEAST = 16  # the smallest budget that the options below allow
 SNAPKV = {"window": 8, "kernel": 3}
 KVZIP = {"recent": 4, "chunk": 16, "overlap": 3, "ids": [[5, 6], [7, 8, 9], [10]]}  # a text of 60 tokens in 4 pieces
+FIT = {key: KVZIP[key] for key in ("recent", "chunk", "overlap", "ids")}
 RETRIEVING = ((0, 1), (2, 0), (2, 1))
 BITS8 = {"high": [8, 8], "low": [8, 8]}
 KIVI8: Options = {"kivi": {"bits": 8, "group": 4, "residual": 8}}
@@ -130,6 +131,13 @@ DIVIDED: dict[str, Options] = {
 
 TABLE: dict[str, Row] = {
     "adakv": Row({"adakv": {}}, split="layer"),
+    "attention_matching": Row(
+        {"snapkv": SNAPKV},
+        recent=8,
+        replays=True,
+        stored={"attention_matching": FIT},
+        error=10.0,  # of keys too: what values must be stands in runtime/replay/test_refit.py
+    ),
     "adakv over snapkv": Row({"snapkv": SNAPKV, "adakv": {"safeguard": 0.0}}, split="layer", recent=8),
     "corm": Row({"corm": {"window": 8, "recent": 4}}, split="threshold", recent=4, everything={"window": 200}),
     "dropkv": Row({"dropkv": {"window": 8}}, recent=8, finds=None),  # the planted values are all alike

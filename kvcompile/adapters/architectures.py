@@ -96,9 +96,9 @@ def require_turnable(plan: Plan, config: PretrainedConfig) -> None:
     replayed = plan.selected[0].selection if plan.replayed is not None else None
     if replayed is not None and lengthwise_ropes(config):
         raise KvcompileError(
-            f"{replayed.policy}: a replay stands behind the text, and must not move the angles of what follows it",
+            f"{replayed.replayer}: a replay stands behind the text, and must not move the angles of what follows it",
             f"rope {lengthwise_ropes(config)[0]!r}",
-            f"another score than that of {replayed.policy!r}, such as expected_attention",
+            f"another policy than {replayed.replayer!r}, such as expected_attention",
         )
     for p in plan.selected:
         if p.selection is not None and p.selection.score.needs.rotation and p.rotates and lengthwise_ropes(config):

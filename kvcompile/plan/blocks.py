@@ -94,8 +94,8 @@ def _check_block_layer(p: LayerPlan) -> None:
         )
     if p.selection is not None and p.selection.schedule.replay is not None:
         raise KvcompileError(
-            f"{p.selection.policy}: a replay repeats a text token by token, and layer {p.index} holds blocks",
-            f"{p.selection.policy!r} after 'block_transformer'",
+            f"{p.selection.replayer}: a replay repeats a text token by token, and layer {p.index} holds blocks",
+            f"{p.selection.replayer!r} after 'block_transformer'",
             "another score, as in policy=[block_transformer,snapkv]",
         )
     if p.recall is not None and p.selection is not None:

@@ -100,7 +100,7 @@ def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
 
 
 def _check_replay(plan: Plan, p: LayerPlan, s: Selection) -> None:
-    where = f"{s.policy}: layer {p.index}"
+    where = f"{s.replayer}: layer {p.index}"
     recalling = next((q.recall for q in plan.owners if q.recall is not None), None)
     if recalling is not None:
         raise KvcompileError(

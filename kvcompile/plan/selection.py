@@ -203,12 +203,13 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Replay:
-    """How a model repeats what it has read, once more before each selection; scores see the queries of that alone.
+    """How a model repeats what it has read, once more before each selection.
 
     What came since the last replay is cut into pieces of `chunk` tokens. For each the model reads `first` (at the start
     of the text) or `later` and the `overlap` tokens before the piece, then `closing`, then the piece itself. A score
     sees what the queries of that pay to the sinks, the piece and the replay; nothing of it stays in the cache.
     `first`, `later` and `closing` are token ids: None until a tokenizer has made them.
+    `scores`: scores see the queries of that alone; else they rank what the first reading has shown, as ever.
     """
 
     chunk: int
@@ -216,6 +217,7 @@ class Replay:
     first: Ids | None = None
     later: Ids | None = None
     closing: Ids | None = None
+    scores: bool = True
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,23 @@ class Schedule:
     between_chunks: bool = True  # also after every prefill chunk (bounds the peak), not only after the last
     decode_every: int = 0  # also after this many decoded tokens; 0: never
     replay: Replay | None = None  # what is read again before it is applied
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What stays gets other values, so that queries of a replay get what the whole cache would give them.
+
+    policy: that asks for it. queries: of each piece and query head, how many are asked, spread evenly over the piece.
+    ridge: how dear a change is, as a multiple of the mean weight that the asked queries give an entry, squared.
+    most: heads that keep a larger share of their entries have nothing to make up for. recent: newest tokens that keep
+    their values.
+    """
+
+    policy: str
+    queries: int
+    ridge: float
+    most: float
+    recent: int
 
 
 @dataclass(frozen=True)
@@ -256,7 +275,7 @@ class Selection:
     `budget` None means a threshold decides: the allocation then sees budget = row length.
     `sinks` first and `recent` last tokens of a sequence are always kept and count towards the budget;
     `recent` below 1 is a fraction of the budget (see `protected`).
-    `tiers`: what stays is held in two precisions.
+    `tiers`: what stays is held in two precisions. `refit`: it gets other values.
     `uncertainty` is a second score whose values reach the allocation as `LayerScores.mass`.
     """
 
@@ -270,6 +289,17 @@ class Selection:
     uncertainty: Score | None = None
     positions: Literal["original", "compact"] = "original"
     tiers: Tiers | None = None
+    refit: Refit | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether its score counts the queries of a replay in place of those that read the text."""
+        return self.schedule.replay is not None and self.schedule.replay.scores
+
+    @property
+    def replayer(self) -> str:
+        """The policy for which a text is read again."""
+        return self.policy if self.refit is None else self.refit.policy
 
     @property
     def demotes(self) -> bool:

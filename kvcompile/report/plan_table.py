@@ -154,7 +154,7 @@ def notes(plan: Plan) -> list[str]:
         )
     replay = None if plan.replayed is None else plan.replayed.replay
     if replay is not None:
-        policy = next(p.selection.policy for p in plan.selected if p.selection is not None)
+        policy = next(p.selection.replayer for p in plan.selected if p.selection is not None)
         lines.append(
             f"{policy}: a text is read again before tokens are dropped, in pieces of {replay.chunk:,}. A prefill takes "
             "several times as long, and a second copy of one sequence is held meanwhile."

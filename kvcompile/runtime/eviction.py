@@ -5,6 +5,7 @@ Everything happens per sequence and per KV head, so that a batch of N is N batch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -107,7 +108,7 @@ def _carry(layer: _Layer, due: bool) -> None:
     Where no selection is `due`, those of an unfinished chunk wait.
     """
     s, history, seen = layer.selection, layer.kv.history, layer.step.cache.seen
-    if not s.score.needs.carries or s.schedule.replay is not None:  # a replay does that itself
+    if not s.score.needs.carries or s.replays:  # a replay does that itself
         return
     unfinished = None if due else _unfinished(layer)
     left = unfinished or [0] * len(seen)
@@ -127,7 +128,7 @@ def _unfinished(layer: _Layer) -> list[int] | None:
 
 def _queries_needed(s: Selection, summed: bool) -> int | None:
     needs = s.score.needs
-    counts = [0 if s.schedule.replay is not None or (summed and needs.carries) else needs.queries]
+    counts = [0 if s.replays or (summed and needs.carries) else needs.queries]
     if s.uncertainty:
         counts.append(s.uncertainty.needs.queries)
     return None if None in counts else max(n for n in counts if n is not None)
@@ -245,13 +246,23 @@ def _received(layer: _Layer, b: int, seen: Observation, mean: Tensor) -> Tensor:
     return sums / (seen.tokens - since)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Entries that stay, by layer and row, ascending (layers that select nothing now are not there); the high ones."""
+
+    entries: dict[int, list[Tensor]]
+    high: dict[int, list[Tensor]]
+
+
 def compress(step: Step, scores: dict[int, SequenceScores]) -> None:
     """Keep what the selection of these layers allows; layers given together share one budget."""
+    keep(step, scores, choose(step, scores))
+
+
+def choose(step: Step, scores: dict[int, SequenceScores]) -> Chosen:
+    """What the selection of these layers allows; layers given together share one budget."""
     if all(of_layer is None for of_layer in scores.values()):
-        for i in scores:
-            trim(step.cache.layers[i], step, step.cache.plan.layers[i])
-            demote(step.cache.layers[i], step)
-        return
+        return Chosen({}, {})
     indices: dict[int, list[Tensor]] = {i: [] for i in scores}
     high: dict[int, list[Tensor]] = {i: [] for i in scores}
     for b in range(len(step.cache.seen)):
@@ -266,11 +277,20 @@ def compress(step: Step, scores: dict[int, SequenceScores]) -> None:
             tiers = _tiers(step, i)
             if tiers is not None:
                 high[i] += highest(scored[i].scores, high_counts(tiers, scored[i], counts[i]))
-    for i, of_layer in scores.items():
-        if of_layer is not None and _tiers(step, i) is not None:
-            _divide(step, i, indices[i], high[i])
-        elif of_layer is not None:
-            _keep(step, i, indices[i])
+    due = [i for i, of_layer in scores.items() if of_layer is not None]
+    return Chosen({i: indices[i] for i in due}, high)
+
+
+def keep(step: Step, layers: Iterable[int], chosen: Chosen) -> None:
+    """Free what is not `chosen` of these layers; of the others what no later token can see."""
+    for i in layers:
+        if i in chosen.entries and _tiers(step, i) is not None:
+            _divide(step, i, chosen.entries[i], chosen.high[i])
+        elif i in chosen.entries:
+            _keep(step, i, chosen.entries[i])
+        elif not chosen.entries:
+            trim(step.cache.layers[i], step, step.cache.plan.layers[i])
+            demote(step.cache.layers[i], step)
 
 
 def _tiers(step: Step, index: int) -> Tiers | None:
@@ -376,4 +396,4 @@ def trim(kv: LayerCache, step: Step, plan: LayerPlan) -> None:
     _drop(step, kv, [i for b in range(kv.held.batch) for i in _all(kv, b, step.cache.seen[b])])
 
 
-__all__ = ["SequenceScores", "compress", "observation", "observe", "score_remembered", "trim"]
+__all__ = ["SequenceScores", "choose", "compress", "keep", "observation", "observe", "score_remembered", "trim"]

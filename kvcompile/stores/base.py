@@ -20,7 +20,7 @@ POSITION_TYPE = torch.int32
 
 Row = tuple[Tensor, Tensor, Tensor]  # keys [n, D], values, positions
 Chosen = Tensor | list[Tensor] | EntryTable  # ascending entries of each row: `[R, n]`, or one tensor `[n_r]` a row
-Stretches = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and keys for its entries, `[n, D]`
+Stretches = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and numbers for its entries, `[n, D]`
 Orders = dict[int, tuple[int, Tensor]]  # by row: a stretch's first entry, and the order its entries get, `[n]` int64
 Move = Callable[[Tensor], Tensor]
 
@@ -114,6 +114,10 @@ class Store(Protocol):
 
     def rewrite(self, keys: Stretches) -> None:
         """Replace the keys of a stretch of some rows, in place. Raises KvcompileError where any are encoded."""
+        ...
+
+    def revalue(self, values: Stretches) -> None:
+        """Replace the values of a stretch of some rows, in place; none of its entries may be encoded (`fixed`)."""
         ...
 
     def stretch(self, row: int, start: int, stop: int) -> Tensor:
@@ -215,6 +219,12 @@ class Plain(ABC):
         rows = self.rows()
         for row, (start, new) in keys.items():
             rows[row][0][start : start + len(new)] = new
+
+    def revalue(self, values: Stretches) -> None:
+        """Replace the values of a stretch of some rows, in place."""
+        rows = self.rows()
+        for row, (start, new) in values.items():
+            rows[row][1][start : start + len(new)] = new
 
 
 class Stacked(Plain):

@@ -162,12 +162,20 @@ class PagedStore(Paged, Plain):
     @alone
     def rewrite(self, keys: Stretches) -> None:
         """Replace the keys of a stretch of some rows, in place; pages that others share are copied first."""
+        self._replace("keys", keys)
+
+    @alone
+    def revalue(self, values: Stretches) -> None:
+        """Replace the values of a stretch of some rows, in place; pages that others share are copied first."""
+        self._replace("values", values)
+
+    def _replace(self, what: str, stretches: Stretches) -> None:
         pages = self.pages
-        pages.open([keys[r][0] if r in keys else n for r, n in enumerate(self.lengths)])
-        starts, new = zip(*keys.values(), strict=True)
+        pages.open([stretches[r][0] if r in stretches else n for r, n in enumerate(self.lengths)])
+        starts, new = zip(*stretches.values(), strict=True)
         of, entries = placed([len(x) for x in new], list(starts), self.device)
-        rows = torch.tensor(list(keys), dtype=torch.int64, device=self.device)[of]
-        pages.write(pages.slots(rows, entries), {"keys": torch.cat(new)})
+        rows = torch.tensor(list(stretches), dtype=torch.int64, device=self.device)[of]
+        pages.write(pages.slots(rows, entries), {what: torch.cat(new)})
 
     @alone
     def drop_last(self, count: int) -> None:

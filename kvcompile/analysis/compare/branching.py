@@ -157,7 +157,8 @@ class Branching:
         """Whether a stack of this plan reads a prompt as this does: all at once, with the weights as they are."""
         wanted = {p.selection.score.needs.moments for p in plan.selected if p.selection} - {0, self.stride}
         reads_in_part = any(p.recall is not None and p.recall.prompts for p in plan.layers)
-        return not (plan.prefill_chunk or wanted or reads_in_part or self._rewrites(plan))
+        refits = any(p.selection is not None and p.selection.refit is not None for p in plan.layers)
+        return not (plan.prefill_chunk or wanted or reads_in_part or refits or self._rewrites(plan))
 
     def _rewrites(self, plan: Plan) -> bool:
         return converts(plan) or any(p.storage.rotated != self.rotated for p in plan.layers)
@@ -210,7 +211,7 @@ class Branching:
     def _ranked(self, p: LayerPlan) -> LayerPlan:
         """The layer with its score computed once; as it is where it compares two, or a replay has counted it."""
         s = p.selection
-        if s is None or s.demotes or s.schedule.replay is not None:
+        if s is None or s.demotes or s.replays:
             return p
         return replace(p, selection=replace(s, score=Once(s.score, self._scores)))
 

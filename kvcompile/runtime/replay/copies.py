@@ -61,4 +61,4 @@ def _sequence(store: Store, b: int, p: LayerPlan) -> Store:
     return RaggedStore.of(rows, 1, store.heads, 0, latent)
 
 
-__all__ = ["copy_of"]
+__all__ = ["Recorder", "copy_of"]

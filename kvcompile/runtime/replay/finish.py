@@ -10,6 +10,7 @@ import torch
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
+from kvcompile.runtime.replay.refit import refit
 from kvcompile.runtime.replay.replay import replay
 
 if TYPE_CHECKING:
@@ -27,18 +28,20 @@ def replay_and_select(compiled: Compiled, cache: KVCache) -> None:
         concerned = waiting[0] or concerned
         for p in cache.plan.selected:
             cache.layers[p.index].history.waiting = None
-    replay(compiled, cache, concerned)
-    select(replace(withheld, withheld=False), cache.plan, concerned)
+    if cache.replayed is not None and cache.replayed.replay is not None and cache.replayed.replay.scores:
+        replay(compiled, cache, concerned)
+    select(replace(withheld, withheld=False), cache.plan, concerned, compiled)
 
 
 @torch.no_grad()
-def select(step: Step, plan: Plan, concerned: list[bool] | None = None) -> None:
+def select(step: Step, plan: Plan, concerned: list[bool] | None = None, compiled: Compiled | None = None) -> None:
     """Drop what no selection keeps, then group, encode and park what stays.
 
     Args:
         step: a pass that has ended, at the end of which selections are due.
         plan: that of the cache, with the scores that are to be asked.
         concerned: sequences that are scored (None: all).
+        compiled: the model, for selections that give what stays other values (None: there is none).
     """
     cache, scores = step.cache, {}
     for p in plan.selected:
@@ -47,8 +50,11 @@ def select(step: Step, plan: Plan, concerned: list[bool] | None = None) -> None:
             scores[p.index] = eviction.score_remembered(layer, step, p, concerned)
         if step.last and step.prefill and not (p.selection and p.selection.schedule.decode_every):
             layer.history.forget()
-    for together in cache.plan.budgets:
-        eviction.compress(step, {i: scores[i] for i in together})
+    chosen = [(group, eviction.choose(step, {i: scores[i] for i in group})) for group in cache.plan.budgets]
+    if compiled is not None:
+        refit(compiled, cache, {i: rows for _, each in chosen for i, rows in each.entries.items()})
+    for group, each in chosen:
+        eviction.keep(step, group, each)
     for p in cache.plan.owners:
         layer = cache.layers[p.index]
         if p.selection is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.plan.plan import LayerPlan
-from kvcompile.plan.selection import Replay
+from kvcompile.plan.selection import Replay, Score
 from kvcompile.runtime import eviction
 from kvcompile.runtime.cache import KVCache, Step
 from kvcompile.runtime.observation import Observation
@@ -48,13 +48,19 @@ def replay(compiled: Compiled, cache: KVCache, concerned: list[bool]) -> None:
         start = cache.seen[b] - len(transcript.unrepeated(b))
         copy = copy_of(cache, b)
         for piece in pieces(asked, transcript.before(b), transcript.unrepeated(b), start):
-            norms = _read(compiled, copy, piece, normed)
+            norms = read(compiled, copy, piece, normed)
             for p in cache.plan.selected:
                 _count(cache, b, copy, p, piece, norms)
             copy.crop(-len(piece.ids))
             cache.read_again += len(piece.ids)
         transcript.done(b)
     cache.summed()
+
+
+def seen_by(copy: KVCache, p: LayerPlan, score: Score, device: torch.device) -> Observation:
+    """What a layer of the copy of a cache holds after `read`, and those queries of that which a score needs."""
+    step = Step(copy, torch.empty(1, 0, dtype=torch.int64, device=device), None, prefill=True, last=False)
+    return eviction.observation(copy.layers[p.index], step, p, score)
 
 
 def _spared(cache: KVCache, b: int) -> bool:
@@ -78,7 +84,7 @@ def pieces(asked: Replay, before: Tensor, text: Tensor, start: int) -> Iterator[
         yield Piece(start + first, start + first + len(piece), torch.cat((words, overlap, closing, piece)))
 
 
-def _read(compiled: Compiled, copy: KVCache, piece: Piece, normed: bool) -> Norms | None:
+def read(compiled: Compiled, copy: KVCache, piece: Piece, normed: bool) -> Norms | None:
     """Read a piece into the copy of a cache; the norms of that pass, where scores ask for them (`normed`)."""
     ids = piece.ids.unsqueeze(0)
     at = torch.arange(copy.seen[0], copy.seen[0] + ids.shape[1], device=ids.device, dtype=torch.int64).unsqueeze(0)
@@ -93,8 +99,7 @@ def _count(cache: KVCache, b: int, copy: KVCache, p: LayerPlan, piece: Piece, no
     s, read = p.selection, cache.seen[b]
     if s is None:
         raise RuntimeError(f"layer {p.index} selects nothing")
-    step = Step(copy, torch.empty(1, 0, dtype=torch.int64, device=piece.ids.device), None, prefill=True, last=False)
-    seen = eviction.observation(layer, step, p, s.score)
+    seen = seen_by(copy, p, s.score, piece.ids.device)
     repeated = (seen.positions >= piece.first) & (seen.positions < piece.stop)
     shown = repeated | ((seen.positions >= 0) & (seen.positions < s.sinks)) | (seen.positions >= read)
     part = _narrowed(seen, shown)

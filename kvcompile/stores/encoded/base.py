@@ -101,6 +101,10 @@ class EncodedStore(ABC):
             )
         self.residual.rewrite(keys)
 
+    def revalue(self, values: Stretches) -> None:
+        """Replace the values of a stretch of some rows that is not encoded, in place."""
+        self.residual.revalue({row: (start - self.fixed(row), new) for row, (start, new) in values.items()})
+
     def fixed(self, row: int) -> int:
         """Encoded entries of a row, whose codes say where they lie."""
         return self.encoded[row]

@@ -26,7 +26,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def scores(model: Any, ids: Tensor, mask: Tensor | None = None) -> list[list[Tensor]]:
         with monkeypatch.context() as patch:
-            patch.setattr(finish, "select", lambda step, plan, concerned: None)
+            patch.setattr(finish, "select", lambda *_: None)
             cache = prefilled(model, ids, mask)
         return [layer.history.carried for layer in cache.layers]
 
@@ -37,13 +37,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Any:
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[int]]]:
     """What replays read: (first, stop, ids) of each piece."""
     seen: list[tuple[int, int, list[int]]] = []
-    inner = replay._read
+    inner = replay.read
 
     def reading(compiled: Any, copy: Any, piece: Any, normed: bool) -> Any:
         seen.append((piece.first, piece.stop, piece.ids.tolist()))
         return inner(compiled, copy, piece, normed)
 
-    monkeypatch.setattr(replay, "_read", reading)
+    monkeypatch.setattr(replay, "read", reading)
     return seen
 
 
