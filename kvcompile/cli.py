@@ -45,6 +45,12 @@ from kvcompile.tasks import registry as tasks
 
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
+RECOMMENDED = "begin with"
+BEGIN_WITH = {  # what won where it was measured: docs/results.md
+    "no answer may change": "kivi",
+    "questions about a text come after it": "attention_matching",
+    "the question ends the prompt": "snapkv_kivi",
+}
 MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 SUBCOMMANDS = {  # words that come first: what is called with the words behind them
     "ls": "kvcompile.cli:ls",
@@ -237,6 +243,8 @@ def listing(kinds: Sequence[str]) -> str:
     blocks = []
     for kind in kinds or known:
         blocks.append("\n".join([kind, *(f"  {name:{width}}  {line}" for name, line in known[kind].items())]))
+        if kind == "recipes":
+            blocks[-1] += "".join(f"\n  {RECOMMENDED:{width}}  {wish}: {name}" for wish, name in BEGIN_WITH.items())
     return "\n\n".join(blocks)
 
 

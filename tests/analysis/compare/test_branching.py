@@ -125,8 +125,8 @@ def test_scores_of_a_context_stay_with_it(reads: tuple[Branching, list[int]]) ->
 def test_a_text_is_repeated_once_for_all_stacks_that_ask_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other prompts, pieces or scores are another replay; so is another text."""
     pieces: list[int] = []
-    inner = replay._read
-    monkeypatch.setattr(replay, "_read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
+    inner = replay.read
+    monkeypatch.setattr(replay, "read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
     runs = Branching(dense())
     runs.read(IDS[:CONTEXT])
     given = {**KVZIP, "chunk": 20}
@@ -149,8 +149,8 @@ def test_a_later_turn_repeats_what_came_since_in_every_stack_of_one_replay(monke
     plan = plan_of({"kvzip": {**KVZIP, "budget": 16}})
     caches = [runs.branch(plan) for _ in range(2)]
     pieces: list[int] = []
-    inner = replay._read
-    monkeypatch.setattr(replay, "_read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
+    inner = replay.read
+    monkeypatch.setattr(replay, "read", lambda *args: (pieces.append(args[2].first), inner(*args))[1])
     model = runs.compiled(plan)
     for cache in caches:
         model(torch.tensor([IDS[CONTEXT:]]), past_key_values=cache)
