@@ -34,8 +34,8 @@ class Row:
     layers; `threshold`: there is no budget. whole: `(layer, head)` rows that keep everything beside the budget.
     recent: newest tokens that must stay (below 1: share of the budget). finds: what the needle oracle plants (None:
     the policy looks at nothing). everything: fields that keep all of a short prompt, besides a large budget.
-    stored: policies that store or change what is kept, after the others; tiered: this one does itself, in two tiers. replays: the
-    text is read again before a selection.
+    stored: policies that store or change what is kept, after the others; tiered: this one does itself, in two tiers.
+    replays: the text is read again before a selection.
     error: how far stored keys and values may be from true ones (none is larger than 10; half a step of 8 bits over that
     is 0.04). logits: how far logits may be from the uncompressed model's, as root mean square over theirs, where
     everything is kept.
