@@ -15,14 +15,18 @@ from kvcompile.policies.replay import ReplayPolicy
 class AttentionMatching(ReplayPolicy):
     """Give the entries that stay values with which queries get what the whole cache would give them.
 
-    After a policy that drops tokens. The text is read again (`chunk` to `ids`: see `kvzip`); with the weights p of a
+    After a policy that drops tokens. The text is read again, as for `kvzip`; with the weights p of a
     query of that over everything and p' over what stays, the values V of a head are changed by
 
         D = argmin sum over queries of || p V - p' (V + D) ||^2 + ridge w ||D||^2
 
     w: mean over the entries of the sum over queries of p'^2. Keys stay, so that true positions mean what they did.
-    queries: of each piece and query head, spread evenly. most: heads that keep more than this part stay as they are.
+
+    queries: of each piece and query head, spread evenly.
+    ridge: how dear a change of values is.
+    most: heads that keep more than this part stay as they are.
     recent: newest tokens that keep their values, since what comes next reads them with other weights than a replay.
+
     Source: Attention Matching, arXiv 2602.16284, section 3, of which this is the value fit; the ridge is ours.
     """
 
