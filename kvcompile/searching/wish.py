@@ -24,6 +24,7 @@ class Score:
             contexts. error: its standard error.
         quality: exact answers as a share of the uncompressed model's; None where that gives none.
         perplexity: of text after a context, as a multiple of the uncompressed model's; None where none was read.
+        surely: what it is at the least, a standard error below; 0 of a single text, which says nothing of others.
     """
 
     contexts: int
@@ -31,6 +32,7 @@ class Score:
     error: float
     quality: float | None
     perplexity: float | None
+    surely: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """As data."""
@@ -50,13 +52,20 @@ def score(measured: Iterable[tuple[Measured, Measured]]) -> Score:
             asked.append(list(zip(stack["answers"], dense["answers"], strict=True)))
     excess, error = standard_error([[a[1] - b[1] for a, b in context] for context in asked])
     right, best = (statistics.fmean(statistics.fmean(pair[i][0] for pair in c) for c in asked) for i in (0, 1))
+    middle = statistics.fmean(losses) if losses else 0.0
+    error_of_losses = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
     return Score(
         contexts=len(asked),
         excess=_finite(excess),
         error=_finite(error),
         quality=right / best if best else None,
-        perplexity=math.exp(min(statistics.fmean(losses), math.log(WORST))) if losses else None,
+        perplexity=_exp(middle) if losses else None,
+        surely=_exp(middle - error_of_losses) if losses else None,
     )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, math.log(WORST)))
 
 
 def _finite(value: float) -> float:
@@ -84,14 +93,15 @@ class Wish:
         return [found.excess, share][: self.aims]
 
     def constraints(self, share: float, found: Score) -> dict[str, float]:
-        """By what a stack misses the wish: 0 or less where it does not."""
+        """By what a stack misses the wish: 0 or less where it does not. Few texts make it miss only what is sure."""
         misses = {}
         if self.bytes is not None:
             misses["bytes"] = share / float(self.bytes) - 1
         if self.quality is not None and found.quality is not None:
             misses["quality"] = self.quality - found.quality
         if self.perplexity is not None and found.perplexity is not None:
-            misses["perplexity"] = found.perplexity - self.perplexity
+            least = found.perplexity if found.surely is None else found.surely
+            misses["perplexity"] = least - self.perplexity
         return misses
 
     def standing(self, number: int, share: float, found: Score) -> Standing:

@@ -55,3 +55,17 @@ def test_bytes_alone_leave_one_aim_and_everything_else_two() -> None:
     assert Wish().aims == Wish(bytes=Fraction(1, 2), quality=0.9).aims == 2
     assert Wish(quality=0.95).standing(3, 0.04, GOOD).missed == pytest.approx(0.05)
     assert wish.standing(3, 1 / 24, GOOD).missed == 0
+
+
+def test_few_texts_make_a_stack_miss_a_perplexity_only_where_it_is_surely_worse() -> None:
+    wish = Wish(perplexity=1.1)
+
+    def missed(*losses: float) -> float:
+        asked = {"answers": [[1.0, 0.1]]}
+        texts = [({"loss": loss}, {"loss": 0.0}) for loss in losses]
+        return wish.constraints(0.1, score([(asked, asked), *texts]))["perplexity"]
+
+    assert missed(0.5) < 0  # one text says nothing of others
+    assert missed(0.0, 0.3) < 0
+    assert missed(0.2, 0.21) > 0
+    assert missed(0.0, 0.01) < 0
