@@ -88,7 +88,7 @@ def test_exporters_are_options_of_export() -> None:
         ),
         (["export=[hf]", "export.hf.weight=true"], "did you mean 'weights_only'?"),
         (["export=[hf]", "export.hf.weights_only=5.5"], "5.5"),
-        (["artifact=x"], "artifact=<folder> only exports what is compiled"),
+        (["artifact=x"], "artifact=<folder> exports or evaluates what is compiled"),
         (["artifact=x", "export=[hf]", "policy=[gqa]"], "compiled already, got artifact=x with policies"),
         (["artifact=x", "export=[hf]", "recipe=gqa"], "with recipe=gqa"),
     ],

@@ -157,8 +157,7 @@ class Branching:
         """Whether a stack of this plan reads a prompt as this does: all at once, with the weights as they are."""
         wanted = {p.selection.score.needs.moments for p in plan.selected if p.selection} - {0, self.stride}
         reads_in_part = any(p.recall is not None and p.recall.prompts for p in plan.layers)
-        refits = any(p.selection is not None and p.selection.refit is not None for p in plan.layers)
-        return not (plan.prefill_chunk or wanted or reads_in_part or refits or self._rewrites(plan))
+        return not (plan.prefill_chunk or wanted or reads_in_part or self._rewrites(plan))
 
     def _rewrites(self, plan: Plan) -> bool:
         return converts(plan) or any(p.storage.rotated != self.rotated for p in plan.layers)
@@ -180,7 +179,8 @@ class Branching:
         branch = KVCache(plan, self.cache.rotaries, self.cache.backend)
         branch.seen = list(self.cache.seen)
         for mine, theirs in zip(branch.layers, self.cache.layers, strict=True):
-            copied = copy.deepcopy if mine.plan.recall else copy.copy  # its entries may change places
+            changed = mine.plan.recall or (mine.plan.selection and mine.plan.selection.refit)
+            copied = copy.deepcopy if changed else copy.copy  # its entries may change places or values
             mine.store, mine.columns, mine.is_initialized = copied(theirs.store), theirs.columns, True
             mine.history = copy.copy(theirs.history)
             mine.history.segments = [copy.copy(s) for s in theirs.history.segments]
@@ -189,8 +189,10 @@ class Branching:
                 mine.store = kind(mine.plan.storage, mine.store)
         if branch.transcript is not None:
             branch.transcript.add(self._tensor(self.ids), None)
-            self._replay(branch)
-        select(Step(branch, self._tensor([0]), None, prefill=True, last=True), plan.map(self._ranked))
+            if any(p.selection is not None and p.selection.replays for p in plan.selected):
+                self._replay(branch)
+        step = Step(branch, self._tensor([0]), None, prefill=True, last=True)
+        select(step, plan.map(self._ranked), compiled=self.model.kvcompile)
         return branch
 
     def _replay(self, branch: KVCache) -> None:

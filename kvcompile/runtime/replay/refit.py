@@ -115,9 +115,9 @@ def _add(fits: list[Fit | None], copy: KVCache, p: LayerPlan, chosen: list[Tenso
 def _of_head(seen: Observation, head: int, queries: int, repeated: int) -> Observation:
     """What one head holds, and as many of its queries, spread evenly over the newest `repeated`."""
     total = seen.queries.shape[2]
-    count = min(queries, repeated, total)
-    spread = torch.linspace(total - min(repeated, total), total - 1, count, dtype=torch.float64).round().long()
-    at = spread.to(seen.queries.device)
+    first, device = total - min(repeated, total), seen.queries.device
+    count = min(queries, total - first)
+    at = torch.linspace(first, total - 1, count, dtype=torch.float64, device=device).round().long()
     one = slice(head, head + 1)
     return replace(
         seen,
