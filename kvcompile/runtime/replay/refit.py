@@ -62,16 +62,17 @@ def refit(compiled: Compiled, cache: KVCache, chosen: dict[int, list[Tensor]]) -
     for b in range(len(cache.seen)):
         fits = {p.index: _begun(cache, b, p, chosen[p.index]) for p in layers}
         text = cache.transcript.unrepeated(b)
-        if any(fit is not None for heads in fits.values() for fit in heads) and len(text):
-            copy = copy_of(cache, b)
-            for piece in pieces(asked, cache.transcript.before(b), text, cache.seen[b] - len(text)):
-                read(compiled, copy, piece, normed=False)
-                for p in layers:
-                    _add(fits[p.index], copy, p, chosen[p.index], b, piece.stop - piece.first)
-                copy.crop(-len(piece.ids))
-                cache.read_again += len(piece.ids)
+        if not any(fit is not None for heads in fits.values() for fit in heads) or not len(text):
+            continue  # a text that is kept whole is read again once it no longer is
+        copy = copy_of(cache, b)
+        for piece in pieces(asked, cache.transcript.before(b), text, cache.seen[b] - len(text)):
+            read(compiled, copy, piece, normed=False)
             for p in layers:
-                _write(cache, b, p, chosen[p.index], fits[p.index])
+                _add(fits[p.index], copy, p, chosen[p.index], b, piece.stop - piece.first)
+            copy.crop(-len(piece.ids))
+            cache.read_again += len(piece.ids)
+        for p in layers:
+            _write(cache, b, p, chosen[p.index], fits[p.index])
         cache.transcript.done(b)
     cache.summed()
 

@@ -132,3 +132,11 @@ def test_heads_that_keep_much_stay_as_they_are() -> None:
     for layer, reference in zip(cache.layers, plain.layers, strict=True):
         for (_, values, at), (_, old, _) in zip(layer.held.rows(), reference.held.rows(), strict=True):
             assert torch.equal(values, old) == (len(at) > 0.3 * TOKENS)
+
+
+def test_a_text_within_the_budget_is_read_again_once_it_is_not() -> None:
+    ids, model = tiny_ids(1, TOKENS), compiled(stack(), kernels="sdpa")
+    cache = prefilled(model, ids[:, :18])
+    assert cache.read_again == 0
+    prefilled(model, ids[:, 18:], cache=cache)
+    assert cache.read_again == sum(len(again) for _, _, again in replays(ids[0].tolist()))
