@@ -46,9 +46,9 @@ from kvcompile.tasks import registry as tasks
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
 RECOMMENDED = "begin with"
-BEGIN_WITH = {  # what won where it was measured: docs/results.md
+BEGIN_WITH = {  # what won where it was measured: docs/results.md, docs/limits.md
     "no answer may change": "kivi",
-    "questions about a text come after it": "attention_matching",
+    "questions about a text come after it (won on SmolLM2, fails on Qwen2.5)": "attention_matching",
     "the question ends the prompt": "snapkv_kivi",
 }
 MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from kvcompile.analysis.base import Analysis
-from kvcompile.errors import KvcompileError
-from kvcompile.options import filled, suggest
-from kvcompile.plan.extensions import with_extensions
+from kvcompile.options import filled
+from kvcompile.plan.extensions import imported, is_a, named, with_extensions
 
 GROUP = "kvcompile.analyses"
 ANALYSES = {
@@ -28,23 +26,12 @@ def discover() -> dict[str, type[Analysis]]:
 
     Raises KvcompileError if an entry point cannot be loaded, is no analysis, or takes a name that is taken.
     """
-    classes: dict[str, type[Analysis]] = {}
-    for name, place in ANALYSES.items():
-        module, _, cls = place.partition(":")
-        classes[name] = getattr(import_module(module), cls)
-    return with_extensions(GROUP, "analysis", classes, "an Analysis", _is_analysis)
-
-
-def _is_analysis(loaded: Any, name: str) -> bool:
-    return isinstance(loaded, type) and issubclass(loaded, Analysis) and loaded.name == name
+    return with_extensions(GROUP, "analysis", imported(ANALYSES), "an Analysis", is_a(Analysis))
 
 
 def analysis_class(name: str) -> type[Analysis]:
     """The analysis called `name`. Raises KvcompileError with the nearest name and the list of all."""
-    classes = discover()
-    if name not in classes:
-        raise KvcompileError("unknown analysis", repr(name), suggest(name, classes))
-    return classes[name]
+    return named("analysis", name, discover())
 
 
 def build_analyses(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Analysis, ...]:

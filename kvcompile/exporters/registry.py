@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.base import Exporter
-from kvcompile.options import filled, suggest
+from kvcompile.options import filled
+from kvcompile.plan.extensions import imported, named
 from kvcompile.plan.plan import Plan
 
 EXPORTERS = {  # in the order in which an error recommends them
@@ -25,18 +25,12 @@ EXPORTERS = {  # in the order in which an error recommends them
 @functools.cache
 def discover() -> dict[str, type[Exporter]]:
     """All exporters by name."""
-    classes = {}
-    for name, place in EXPORTERS.items():
-        module, _, cls = place.partition(":")
-        classes[name] = getattr(import_module(module), cls)
-    return classes
+    return imported(EXPORTERS)
 
 
 def exporter_class(name: str) -> type[Exporter]:
     """The exporter called `name`. Raises KvcompileError with the nearest name and the list of all."""
-    if name not in EXPORTERS:
-        raise KvcompileError("unknown exporter", repr(name), suggest(name, EXPORTERS))
-    return discover()[name]
+    return named("exporter", name, discover())
 
 
 def build_exporters(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Exporter, ...]:

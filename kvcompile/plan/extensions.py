@@ -1,12 +1,14 @@
-"""What other packages bring, found by their entry points: policies, formats, backends, architectures, analyses."""
+"""Things by name: ours, and what other packages bring by their entry points: policies, formats, backends, tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from kvcompile.errors import KvcompileError
+from kvcompile.options import suggest
 
 T = TypeVar("T")
 
@@ -39,3 +41,21 @@ def with_extensions(
             got = f"{entry.value} and {found[entry.name]}"
             raise KvcompileError(f"{what} {entry.name!r} is there twice", got, "rename or remove one of the two")
     return found
+
+
+def imported(places: Mapping[str, str]) -> dict[str, Any]:
+    """Classes by name, of places as `package.module:Class`."""
+    parts = {name: place.partition(":") for name, place in places.items()}
+    return {name: getattr(import_module(module), cls) for name, (module, _, cls) in parts.items()}
+
+
+def named(what: str, name: str, known: Mapping[str, T]) -> T:
+    """The one of this name. Raises KvcompileError with the nearest name and the list of all."""
+    if name not in known:
+        raise KvcompileError(f"unknown {what}", repr(name), suggest(name, known))
+    return known[name]
+
+
+def is_a(base: Any) -> Callable[[Any, str], bool]:
+    """Whether something is a subclass of `base` that calls itself by a name, for `with_extensions`."""
+    return lambda loaded, name: isinstance(loaded, type) and issubclass(loaded, base) and loaded.name == name  # type: ignore[attr-defined]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
-from kvcompile.errors import KvcompileError
-from kvcompile.options import filled, suggest
-from kvcompile.plan.extensions import with_extensions
+from kvcompile.options import filled
+from kvcompile.plan.extensions import imported, is_a, named, with_extensions
 from kvcompile.tasks.base import Task
 
 GROUP = "kvcompile.tasks"
@@ -28,23 +26,12 @@ def discover() -> dict[str, type[Task]]:
 
     Raises KvcompileError if an entry point cannot be loaded, is no task, or takes a name that is taken.
     """
-    classes: dict[str, type[Task]] = {}
-    for name, place in TASKS.items():
-        module, _, cls = place.partition(":")
-        classes[name] = getattr(import_module(module), cls)
-    return with_extensions(GROUP, "task", classes, "a Task", _is_task)
-
-
-def _is_task(loaded: Any, name: str) -> bool:
-    return isinstance(loaded, type) and issubclass(loaded, Task) and loaded.name == name
+    return with_extensions(GROUP, "task", imported(TASKS), "a Task", is_a(Task))
 
 
 def task_class(name: str) -> type[Task]:
     """The task called `name`. Raises KvcompileError with the nearest name and the list of all."""
-    classes = discover()
-    if name not in classes:
-        raise KvcompileError("unknown task", repr(name), suggest(name, classes))
-    return classes[name]
+    return named("task", name, discover())
 
 
 def build_tasks(options: Mapping[str, Mapping[str, Any] | None]) -> tuple[Task, ...]:
