@@ -20,6 +20,7 @@ from kvcompile.kernels.demote import demote as demote_by_torch
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.reference.ghost import GhostSpec, Scorer
 from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
+from kvcompile.kernels.selfcheck.verdict import Verdict
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.plan.storage import Codec
 
@@ -94,6 +95,7 @@ class Backend:
 
     ready: raises KvcompileError where the backend cannot run on a device: nothing installed, no compiler, no GPU.
     supports: whether it attends over a spec for queries of a dtype; the library does where it does not.
+    checked: what a check on this device found of its kernel for a spec; None: no kernel of it needs one.
     differentiable: whether gradients pass; the library attends where they are wanted and they do not.
     library_prompts: whether a prompt that sees nothing but itself may be left to the library, where that is faster.
     column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
@@ -107,6 +109,7 @@ class Backend:
     attend: Attention
     ready: Callable[[torch.device], None] = anywhere
     supports: Callable[[KernelSpec, torch.dtype], bool] = everything
+    checked: Callable[[KernelSpec, torch.dtype], Verdict] | None = None
     differentiable: bool = False
     library_prompts: bool = False
     column_sums: ColumnSums | None = None
@@ -117,3 +120,7 @@ class Backend:
     ghost: Scorer = ghost_by_torch
     linear: Callable[[nn.Module], int] | None = None
     sources: Sources = field(default_factory=Sources)
+
+    def takes(self, spec: KernelSpec, dtype: torch.dtype) -> bool:
+        """Whether it is to attend over a spec: it has a kernel, and no check on this device speaks against that."""
+        return self.supports(spec, dtype) and (self.checked is None or self.checked(spec, dtype).taken)

@@ -12,6 +12,7 @@ from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.backend import CPP
 from kvcompile.kernels.names import GROUP, names
+from kvcompile.kernels.selfcheck.trust import trusted
 from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton.backend import TRITON
 from kvcompile.plan.extensions import with_extensions
@@ -44,23 +45,37 @@ def named(name: str) -> Backend:
 def choose(requested: str, device: torch.device | str = "cpu") -> Backend:
     """The backend that `kernels=<requested>` means on a device: `auto` is the fastest of ours that runs there.
 
+    On a GPU that is Triton's, each kernel of which is checked there when it is first needed (`kernels/selfcheck/`).
+
     Raises KvcompileError for a name that is none, and for a backend that cannot run there.
     """
+    place = torch.device(device)
     if requested == "auto":
-        return SDPA if why(device) else CPP
+        if why(place):
+            return SDPA
+        return CPP if place.type == "cpu" else trusted(TRITON, place)
     backend = named(requested)
-    backend.ready(torch.device(device))
+    backend.ready(place)
     return backend
 
 
 def why(device: torch.device | str = "cpu") -> str:
     """Why `kernels=auto` falls back to the library on a device; empty where it does not."""
-    place = torch.device(device).type
-    if place == "cuda":  # compiled ahead of time and interpreted, but measured on no GPU yet
-        return "kernels=triton has to be asked for"
-    if place != "cpu":
-        return f"no kernels are generated for {place}"
+    place = torch.device(device)
+    if place.type == "cuda":
+        return _unready(TRITON, place)
+    if place.type != "cpu":
+        return f"no kernels are generated for {place.type}"
     return build.available() or ""
+
+
+def _unready(backend: Backend, device: torch.device) -> str:
+    """Why a backend cannot run on a device; empty where it can."""
+    try:
+        backend.ready(device)
+    except KvcompileError as error:
+        return error.rule
+    return ""
 
 
 def serving(backend: Backend, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Backend:
@@ -69,7 +84,7 @@ def serving(backend: Backend, spec: KernelSpec, dtype: torch.dtype, gradients: b
     gradients: whether they must pass.
     """
     for each in (backend, SDPA):
-        if each.supports(spec, dtype) and (each.differentiable or not gradients):
+        if each.takes(spec, dtype) and (each.differentiable or not gradients):
             return each
     return REFERENCE
 
@@ -78,5 +93,7 @@ def describe(backend: Backend, spec: KernelSpec, dtype: torch.dtype) -> str:
     """What attends over a spec for queries of a dtype: the backend, or who does in its place."""
     served = serving(backend, spec, dtype)
     if served is backend:
-        return backend.name
+        return backend.name if backend.checked is None else f"{backend.name} ({backend.checked(spec, dtype).reason})"
+    if backend.checked is not None and backend.supports(spec, dtype):
+        return f"{served.name} ({backend.name}: {backend.checked(spec, dtype).reason})"
     return f"{served.name} ({backend.name} has no kernel for it in {str(dtype).removeprefix('torch.')})"

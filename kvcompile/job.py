@@ -220,8 +220,10 @@ def _kernels(model: Any) -> list[str]:
 
 def warnings(model: Any, measured: Report) -> list[str]:
     """What a reader of the numbers must know."""
+    from kvcompile.kernels.selfcheck.trust import complaints
+
     plan: Plan = model.kvcompile.plan
-    lines = notes(plan)
+    lines = [*complaints(model.device), *notes(plan)]
     before, after = measured.perplexity or (1.0, 1.0)
     if plan.blocks is not None and measured.healed is None:
         lines.append(

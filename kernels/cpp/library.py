@@ -45,19 +45,19 @@ def publish(built: Path, library: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, doing: str = "compiles") -> Iterator[None]:
     """Hold the lock of a file, which is made where it is missing.
 
     Without locks (some network folders), or where another process holds it for `LOCK_SECONDS`, two may build the same,
-    which is harmless.
+    which is harmless. doing: what such a process does, for a warning.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         with contextlib.suppress(ImportError, OSError):
             if not _locked(handle):
                 warnings.warn(
-                    f"waited {LOCK_SECONDS:.0f} s for the process that compiles {path}, is it stopped? It is compiled "
-                    "here as well",
+                    f"waited {LOCK_SECONDS:.0f} s for the process that {doing} {path}, is it stopped? This one "
+                    f"{doing} it as well",
                     stacklevel=4,
                 )
         yield

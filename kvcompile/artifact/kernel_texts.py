@@ -47,11 +47,15 @@ def files(plan: Plan, backend: Backend, device: str = "") -> dict[str, str]:
 
 
 def of_model(model: Any) -> dict[str, str]:
-    """The files of a compiled model, for the backend and the device that it runs on."""
-    from kvcompile.kernels.dispatch import choose
+    """The files of a compiled model, for the backend and the device that it runs on.
+
+    Also of kernels that a check on this device has found slow or wrong: another machine makes the same texts.
+    """
+    from kvcompile.kernels.dispatch import choose, named
 
     compiled = model.kvcompile
-    return files(compiled.plan, choose(compiled.kernels, model.device), _device_name(model.device))
+    backend = named(choose(compiled.kernels, model.device).name)
+    return files(compiled.plan, backend, _device_name(model.device))
 
 
 def verify(plan: Plan, folder: Path, facts: Manifest) -> None:

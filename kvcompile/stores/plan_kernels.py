@@ -62,12 +62,14 @@ class PlanKernels:
         """Whether the kernels of layer `index` over these parts add up column sums for queries of a dtype."""
         key = index, parts, dtype
         if key not in self.scoring:
-            self.scoring[key] = self.backend.supports(replace(self.spec(index, parts), scores=True), dtype)
+            self.scoring[key] = self.backend.takes(replace(self.spec(index, parts), scores=True), dtype)
         return self.scoring[key]
 
     def column_sums(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> ColumnSums | None:
         """What adds up attention of the last queries alone over these parts; None: a score computes it itself."""
-        return self.backend.column_sums if self.scores(index, parts, dtype) else None
+        if self.backend.column_sums is None or not self.scores(index, parts, dtype):
+            return None
+        return self.backend.column_sums if self.backend.takes(self.window_spec(index, parts), dtype) else None
 
     def group(self, index: int) -> int:
         """Query heads per KV head of layer `index`, those of all layers that read it."""

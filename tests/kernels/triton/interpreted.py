@@ -19,9 +19,11 @@ from kvcompile.kernels.choose import ChooseSpec
 from kvcompile.kernels.codecs import encode
 from kvcompile.kernels.compact import Arrays
 from kvcompile.kernels.demote import Rule
-from kvcompile.kernels.dispatch import REFERENCE, TRITON, choose
-from kvcompile.kernels.layout import DenseView, Queries
+from kvcompile.kernels.dispatch import REFERENCE, SDPA, TRITON, choose, describe, serving
+from kvcompile.kernels.layout import DenseView, MixedView, Queries, View, parts
 from kvcompile.kernels.reference.ghost import GhostSpec
+from kvcompile.kernels.selfcheck import check as selfcheck
+from kvcompile.kernels.selfcheck.trust import trusted
 from kvcompile.kernels.spec import KernelSpec, Part, plain
 from kvcompile.kernels.triton import backend, launch, tuning
 from kvcompile.kernels.triton import fragments as f
@@ -490,6 +492,27 @@ def test_two_tiers_and_a_new_token_under_one_softmax() -> None:
         assert store.low == [29, 21]
     for a, b in zip(stores[0].rows(), stores[1].rows(), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_check_trusts_what_is_right_and_leaves_what_is_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `kernels=auto` does on a GPU. Interpreted, every kernel is slow; one that misreads a scale is not right."""
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "TIMED_ON_CPU", selfcheck.Shape(8, batch=1, heads=1))
+    monkeypatch.setattr(selfcheck, "CALLS", 1)
+    int8 = Codec("int8", "token")
+    spec = KernelSpec((Part("ragged", int8, int8), *plain("ragged", "float32")), 2, 32, 32, 0.2)
+    auto = trusted(TRITON, torch.device("cpu"))
+    assert serving(auto, spec, torch.float32) is SDPA
+    assert "sdpa (triton: not faster than the library here" in describe(auto, spec, torch.float32)
+
+    def misread(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
+        codes, rest = parts(view)
+        return backend.attend(queries, MixedView((replace(codes, key_scales=codes.value_scales), rest)), spec, sums)
+
+    wrong = trusted(replace(TRITON, attend=misread), torch.device("cpu"))
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path / "another"))
+    with pytest.warns(UserWarning, match=r"the triton kernel ragged-int8t.* differs from the reference"):
+        assert serving(wrong, spec, torch.float32) is SDPA
 
 
 @pytest.mark.parametrize("spec", GHOSTS, ids=lambda spec: spec.name)
