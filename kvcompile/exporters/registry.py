@@ -19,6 +19,7 @@ EXPORTERS = {  # in the order in which an error recommends them
     "deepseek": "kvcompile.exporters.deepseek:Deepseek",
     "torch": "kvcompile.exporters.torch_export:TorchProgram",
     "aoti": "kvcompile.exporters.aoti:AOTI",
+    "vllm": "kvcompile.exporters.vllm:VLLM",
 }
 
 

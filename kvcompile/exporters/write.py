@@ -25,7 +25,8 @@ def export(model: Any, exporter: str, folder: str | Path, tokenizer: Any = None,
 
     Args:
         model: a compiled model, or the folder of an artifact, whose tokenizer and report then go with it.
-        exporter: its name, as `kvcompile ls` lists them: `hf`, `gguf`, `deepseek`, `torch`, `aoti`, `onnx`.
+        exporter: its name, as `kvcompile ls` lists them: `hf`, `gguf`, `deepseek`, `torch`, `aoti`,
+            `onnx`, `vllm`.
         folder: where to write, new or empty. It appears when it is complete; an interrupt leaves it as it was.
         tokenizer: goes into the folder with the model; some exporters need one.
         options: the exporter's own, as `export.<name>.<option>` on the command line.

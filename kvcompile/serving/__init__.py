@@ -1,0 +1,1 @@
+"""Engines that serve a compiled model to many requests at once."""

@@ -1,0 +1,169 @@
+"""Worker side on CPUs: stock attention over what is left of each prompt, and compaction where a prompt ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcompile.errors import KvcompileError
+from kvcompile.serving.vllm.choice import Prompt, stay
+from kvcompile.serving.vllm.private import (
+    CommonAttentionMetadata,
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+    ops,
+)
+from kvcompile.serving.vllm.rules import PromptRule
+from kvcompile.serving.vllm.spec import KeptSpec
+
+ISA = "vec"  # of vLLM's kernels: the one whose blocks are known, K as `[D, B]`, V as `[B, D]`
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A prompt that ends in this step: its row in the batch, its n tokens, those that stay, and its blocks."""
+
+    row: int
+    tokens: int
+    kept: int
+    blocks: Tensor
+
+
+@dataclass
+class KeptMetadata(CPUAttentionMetadata):  # type: ignore[misc]
+    """Stock metadata over what is left of each prompt, and the prompts that end in this step."""
+
+    rule: PromptRule | None = None
+    endings: tuple[Ending, ...] = ()
+
+
+class KeptBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """Shows stock attention the block table without its gap, and sequences shorter by it."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if isinstance(kv_cache_spec, KeptSpec):
+            _require_known(self.isa, kv_cache_spec)
+            self.isa: str = ISA  # never AMX, whose blocks are laid out in tiles
+            self._set_isa_to_layers(layer_names)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        """Metadata of one step; stock where the layers of this group keep everything."""
+        if not isinstance(self.kv_cache_spec, KeptSpec):
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        shown, endings = compacted(common_attn_metadata, self.kv_cache_spec)
+        built = super().build(common_prefix_len, shown, fast_build)
+        stock = {f.name: getattr(built, f.name) for f in fields(built)}
+        return KeptMetadata(**stock, rule=self.kv_cache_spec.rule, endings=endings)
+
+
+def compacted(seen: Any, spec: KeptSpec) -> tuple[Any, tuple[Ending, ...]]:
+    """The metadata `seen` without what earlier steps have freed of each prompt, and the prompts that end now."""
+    if seen.rswa_prefix_lens is None:
+        raise KvcompileError("kvcompile needs the lengths of the prompts", "none in the metadata of vLLM")
+    block, rule = spec.block_size, spec.rule  # of the kernel; whole ones of the scheduler's are freed
+    starts, table = seen.query_start_loc_cpu.tolist(), seen.block_table_tensor
+    gaps, endings = [], []
+    for row, (tokens, end) in enumerate(zip(seen.rswa_prefix_lens.tolist(), seen.seq_lens.tolist(), strict=True)):
+        computed = end - (starts[row + 1] - starts[row])
+        gap = rule.gap(tokens, spec.granularity) * spec.granularity // block
+        gaps.append(gap if computed >= tokens else 0)
+        if gap and computed < tokens <= end:
+            blocks = table[row, : -(-tokens // block)].long()
+            endings.append(Ending(row, tokens, tokens - gap * block, blocks))
+    if any(gaps):
+        gone = torch.tensor(gaps, device=table.device, dtype=torch.int64)
+        at = torch.arange(table.shape[1], device=table.device, dtype=torch.int64) + gone.unsqueeze(1)
+        shown = table.gather(1, at.clamp(max=table.shape[1] - 1))
+        lengths = seen.seq_lens - (gone * block).to(seen.seq_lens.dtype)
+        seen = seen.replace(block_table_tensor=shown, seq_lens=lengths)
+    return seen, tuple(endings)
+
+
+def _require_known(isa: str, spec: KeptSpec) -> None:
+    """Raise KvcompileError for blocks whose layout is not known."""
+    if isa not in (ISA, "amx"):
+        raise KvcompileError(
+            "kvcompile moves entries in blocks of vLLM's 'vec' kernels",
+            f"{isa!r}, for blocks of {spec.block_size} tokens and heads of {spec.head_size}",
+            "--block-size 32, on an x86 CPU",
+        )
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise KvcompileError(
+            "kvcompile moves entries of a cache in the model's dtype", spec.dtype, "--kv-cache-dtype auto"
+        )
+
+
+class KeptImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
+    """Stock attention, then the compaction of the prompts that end in this step."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Attention of one layer in one step, `[tokens, H_q, D]`."""
+        result: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        if isinstance(attn_metadata, KeptMetadata) and attn_metadata.rule is not None:
+            for ending in attn_metadata.endings:
+                self._compact(attn_metadata, attn_metadata.rule, ending, kv_cache, query)
+        return result
+
+    def _compact(self, m: KeptMetadata, rule: PromptRule, ending: Ending, cache: Tensor, query: Tensor) -> None:
+        first, last, end = (int(x) for x in (*m.query_start_loc[ending.row : ending.row + 2], m.seq_lens[ending.row]))
+        keys, values = (x[:, : ending.tokens] for x in read_blocks(cache, ending.blocks))
+        newest = query[first : last - (end - ending.tokens)]
+        prompt = Prompt(keys, values, newest, self.scale, self.logits_soft_cap or None)
+        chosen = stay(rule, prompt, ending.kept).unsqueeze(-1)
+        write_last(cache, ending.blocks, ending.tokens, *(x.take_along_dim(chosen, 1) for x in (keys, values)))
+
+
+class KeptBackend(CPUAttentionBackend):  # type: ignore[misc]
+    """vLLM's CPU backend; a model without a plan runs it as it is."""
+
+    @staticmethod
+    def get_impl_cls() -> type[KeptImpl]:
+        """Attention that compacts."""
+        return KeptImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KeptBuilder]:
+        """Metadata without the gap."""
+        return KeptBuilder
+
+
+def halves(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of K `[blocks, H, D, B]` and V `[blocks, H, B, D]` in pages `[blocks, H, B, 2 D]` of the kernels 'vec'."""
+    blocks, heads, block, _ = cache.shape
+    keys, values = cache.view(blocks, heads, 2 * block, -1).chunk(2, 2)
+    return keys.view(blocks, heads, -1, block), values
+
+
+def read_blocks(cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of one request, `[H, len(blocks) B, D]` each, copies."""
+    keys, values = halves(cache)
+    return tuple(x.transpose(0, 1).flatten(1, 2) for x in (keys[blocks].mT, values[blocks]))  # type: ignore[return-value]
+
+
+def write_last(cache: Tensor, blocks: Tensor, tokens: int, keys: Tensor, values: Tensor) -> None:
+    """Put `keys, values [H, kept, D]` into the last slots of a prompt of `tokens`."""
+    block = cache.shape[2]
+    at = torch.arange(tokens - keys.shape[1], tokens, device=blocks.device, dtype=torch.int64)
+    slots = blocks[at // block] * block + at % block
+    k, v = cache.view(*cache.shape[:2], 2 * block, -1).chunk(2, 2)
+    new = (x.transpose(0, 1).contiguous() for x in (keys, values))
+    ops.cpu_attn_reshape_and_cache(*new, k, v, slots, ISA)
