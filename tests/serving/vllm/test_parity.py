@@ -1,4 +1,4 @@
-"""vLLM says what the compiled model says, token for token, however its requests are batched, cut, shared or preempted."""
+"""vLLM says what the compiled model says, token for token, however its requests are batched, cut, shared, preempted."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def test_what_would_see_a_compacted_prompt_as_a_whole_one_is_refused(place: Path
     folder = str(served("snapkv", place))
     wrong = {"kv_cache_dtype": "fp8", "async_scheduling": True, "max_num_batched_tokens": 40}
     for option, value in wrong.items():
-        with pytest.raises((KvcompileError, ValueError), match="kvcompile|read in one step"):
+        with pytest.raises((KvcompileError, ValueError), match=r"kvcompile|read in one step"):
             EngineArgs(model=folder, max_num_seqs=16, max_model_len=2048, **{option: value}).create_engine_config()
