@@ -1,4 +1,4 @@
-"""The command line: `kvcompile recipe=... model=...`, `kvcompile ls`, `kvcompile --help`, `kvcompile --version`."""
+"""The command line: `kvcompile recipe=... model=...`, its subcommands (`kvcompile ls`), `--help`, `--version`."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
 SUBCOMMANDS = {  # words that come first: what is called with the words behind them
     "ls": "kvcompile.cli:ls",
     "board": "kvcompile.board.command:main",
+    "doctor": "kvcompile.doctor.command:main",
     "lm_eval": "kvcompile.lm_eval:main",
     "search": "kvcompile.searching.command:main",
 }

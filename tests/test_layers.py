@@ -44,6 +44,7 @@ LAYERS = (
     ("board",),
     ("lm_eval",),
     ("searching",),
+    ("doctor",),
     ("job",),
     ("cli",),
     ("__init__", "__main__"),

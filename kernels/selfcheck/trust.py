@@ -26,6 +26,7 @@ from kvcompile.kernels.spec import KernelSpec
 Key = tuple[Backend, KernelSpec, torch.dtype, torch.device]
 
 _verdicts: dict[Key, Verdict] = {}
+_warned: set[Key] = set()
 _lock = threading.RLock()
 
 
@@ -37,7 +38,7 @@ def trusted(backend: Backend, device: torch.device) -> Backend:
     """
     return replace(
         backend,
-        checked=partial(verdict, backend, device),
+        checked=partial(_warning, backend, device),
         encode=encode_by_torch,
         compact=compact_by_torch,
         choose=choose_by_torch,
@@ -51,7 +52,7 @@ def trusted(backend: Backend, device: torch.device) -> Backend:
 def verdict(
     backend: Backend, device: torch.device, spec: KernelSpec, dtype: torch.dtype, again: bool = False
 ) -> Verdict:
-    """What a check found, once a process: on disk, or now. A kernel that is wrong is warned of, with a bug report.
+    """What a check found, once a process: on disk, or now.
 
     again: check now, whatever is known.
     Raises KvcompileError where the device does not work any more after the check.
@@ -60,11 +61,18 @@ def verdict(
     with _lock:
         if again or key not in _verdicts:
             facts = identity(backend, spec, dtype, device)
-            found = records.remembered(facts, partial(_checked, key, facts), again)
-            _verdicts[key] = found
-            if not found.right:
-                warnings.warn(complaint(backend, device, spec, found), stacklevel=2)
+            _verdicts[key] = records.remembered(facts, partial(_checked, key, facts), again)
         return _verdicts[key]
+
+
+@opaque
+def _warning(backend: Backend, device: torch.device, spec: KernelSpec, dtype: torch.dtype) -> Verdict:
+    """The same, with a warning, once a process, of a kernel that is wrong."""
+    found, key = verdict(backend, device, spec, dtype), (backend, spec, dtype, device)
+    if not found.right and key not in _warned:
+        _warned.add(key)
+        warnings.warn(complaint(backend, device, spec, found), stacklevel=3)
+    return found
 
 
 def complaints(device: torch.device) -> list[str]:

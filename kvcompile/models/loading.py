@@ -65,7 +65,7 @@ def load(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = _device(model)
+    device = device_of(model)
     dtype = _dtype(model, device)
     source, options = _place(model, progress)
     what = f"loading {model.pretrained or DEFAULT_FOLDER}"
@@ -231,7 +231,8 @@ def _plain_errors(model: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def _device(model: ModelConfig) -> Any:
+def device_of(model: ModelConfig) -> Any:
+    """The device that a model goes to. Raises KvcompileError for none of this machine."""
     import torch
 
     if model.device == "auto":

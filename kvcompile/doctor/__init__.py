@@ -1,0 +1,1 @@
+"""What this machine can run: devices, compilers, backends, and whether generated kernels are right here."""
