@@ -44,6 +44,7 @@ def assemble(
     from kvcompile.models.loading import require_vocabulary
     from kvcompile.models.sharing import shared
     from kvcompile.plan.plan import text_wanted
+    from kvcompile.structure.center import center_keys
     from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
 
@@ -63,6 +64,7 @@ def assemble(
     calibrator = ModelCalibrator(model, tokenizer, progress, shape)
     others = tuple(p.calibrated(calibrator) for p in stack.others)
     plan = stack.plan if structure + others == stack.policies else apply_stack(shape, others)
+    center_keys(model, plan, tokenizer)
     fold_rotation(model, plan)
     built = build(model, plan, config.kernels, to_recipe(config.with_policies(structure + others)))
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
@@ -93,8 +95,8 @@ def _planned(model: Any, config: Config, stack: StackPlan | None) -> StackPlan:
     return stack
 
 
-def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
-    """Compile a loaded model to a plan made by hand, without recipe and config. Nothing is calibrated.
+def compile_plan(model: Any, plan: Plan, kernels: str = "auto", tokenizer: Any = None) -> Any:
+    """Compile a loaded model to a plan made by hand, without recipe and config. Nothing is calibrated but mean keys.
 
     Such a model cannot be saved as an artifact, which holds a recipe.
 
@@ -103,6 +105,7 @@ def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
             asks for that.
         plan: made from `kvcompile.adapters.architectures.describe(model.config)`, which keeps everything.
         kernels: which kernels attend: `auto`, `cpp`, `triton`, `sdpa` or `reference`.
+        tokenizer: the model's own, wanted where the plan stores keys centred.
 
     Returns:
         The compiled model, still its transformers class.
@@ -120,11 +123,13 @@ def compile_plan(model: Any, plan: Plan, kernels: str = "auto") -> Any:
         [50, 50]
     """
     from kvcompile.adapters.architectures import require_turnable
+    from kvcompile.structure.center import center_keys
     from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
 
     require_turnable(plan, model.config)
     convert(model, plan)
+    center_keys(model, plan, tokenizer)
     fold_rotation(model, plan)
     return build(model, plan, kernels)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Dissimilarity(Score):
     """s[h, j] = -cos(k_j, mean_i k_i / ||k_i||). Source: KeyDiff, arXiv 2504.15364, section 3."""
+
+    needs = Needs(absolute=True)
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; the mean runs over the entries the next query can see."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvcompile.plan.selection import Score
+from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LowNorm(Score):
     """s[h, j] = -||k_j||_2. Source: arXiv 2406.11430, section 3."""
+
+    needs = Needs(absolute=True)
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`."""

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
@@ -279,7 +279,8 @@ def plan_of(stack: Options, architecture: str = "llama", **changes: Any) -> Plan
 
 @functools.lru_cache(256)
 def _compiled(stack: str, architecture: str, kernels: str, changes: tuple[tuple[str, Any], ...]) -> Any:
-    return compile_plan(shared(dense(architecture)), plan_of(json.loads(stack), architecture, **dict(changes)), kernels)
+    plan = plan_of(json.loads(stack), architecture, **dict(changes))
+    return compile_plan(shared(dense(architecture)), plan, kernels, tiny_tokenizer())
 
 
 def compiled(stack: Options, architecture: str = "llama", kernels: str = "auto", **changes: Any) -> Any:

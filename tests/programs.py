@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import tiny_config, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 import kvcompile
@@ -17,7 +17,9 @@ from kvcompile.plan.plan import Plan
 
 def compiled(architecture: str, overrides: list[str], **over: Any) -> Any:
     """A tiny compiled model; programs have kernels of their own, so it runs the library's."""
-    return kvcompile.compile(tiny_model(architecture, **over), overrides=["kernels=sdpa", *overrides])
+    return kvcompile.compile(
+        tiny_model(architecture, **over), overrides=["kernels=sdpa", *overrides], tokenizer=tiny_tokenizer()
+    )
 
 
 def planned(architecture: str, overrides: list[str], dtype: str = "float32") -> tuple[Plan, Any]:

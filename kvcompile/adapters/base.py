@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
+from kvcompile.adapters.center import Center
 from kvcompile.adapters.latent import Latent
 from kvcompile.adapters.layout import Layout
 from kvcompile.errors import KvcompileError
@@ -36,12 +37,13 @@ class Attention(nn.Module):
     k_proj: nn.Module
     v_proj: nn.Module
     latent: Latent
+    center: Center
     sinks: nn.Parameter
 
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         children = dict(original.named_children())
-        keeps = {*self.keeps, "latent"} if plan.latent else {*self.keeps}
+        keeps = {*self.keeps, *(["latent"] if plan.latent else []), *(["center"] if plan.storage.centred else [])}
         own = dict(original.named_parameters(recurse=False))
         if set(children) != keeps or set(own) != {*self.learned}:
             raise KvcompileError(
@@ -54,7 +56,7 @@ class Attention(nn.Module):
         for name, parameter in own.items():
             self.register_parameter(name, parameter)
         self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
-        self.compresses = plan.latent is not None
+        self.compresses, self.centred = plan.latent is not None, plan.storage.centred > 0
         self.reads = plan.owner != plan.index or self.compresses
         self.train(original.training)
 
@@ -94,6 +96,8 @@ class Attention(nn.Module):
         queries = unrotated
         if self.rotary:
             queries, keys = self.rotate(queries, keys, position_embeddings)
+        if self.centred:
+            keys = self.center(keys)
         kv, sinks = ops.kv_append(past_key_values, keys, values, step, layer), self._sinks()
         states = ops.attend(queries, kv, step, layer, **sinks)
         ops.observe(kv, queries, unrotated, step, layer, **sinks)

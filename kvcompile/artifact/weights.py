@@ -116,12 +116,15 @@ def write(model: Any, folder: Path, tokenizer: Any = None) -> None:
 def _write_checkpoint(model: Any, folder: Path, tokenizer: Any, variant: str | None) -> None:
     from transformers import PreTrainedModel
 
+    from kvcompile.adapters.center import without_centers
+
     with (
         _borrowed_config(model),
         wrapped_errors("transformers must be able to save the model", SAVEABLE),
         room_to_write(ROOM),
     ):
-        PreTrainedModel.save_pretrained(model, folder, variant=variant)
+        state = model.state_dict() if variant else without_centers(model.state_dict())
+        PreTrainedModel.save_pretrained(model, folder, variant=variant, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompile.calibration.text import sentences
 from kvcompile.errors import KvcompileError
+from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Score, Selection
 from kvcompile.runtime.observation import Observation
 
@@ -48,8 +49,11 @@ class Recorder(Score):
 
 
 @torch.no_grad()
-def keys_values(model: Any, ids: Tensor) -> list[LayerKV]:
-    """Keys and values of every layer of an uncompiled model over `ids [1, n]`, as its own graph caches them."""
+def keys_values(model: Any, ids: Tensor, plan: Plan | None = None) -> list[LayerKV]:
+    """Keys and values of every layer that caches some, of an uncompiled model over `ids [1, n]`, as its graph does.
+
+    plan: that of its weights, where they were converted (None: as they are).
+    """
     from kvcompile.adapters.architectures import describe
     from kvcompile.build import build
     from kvcompile.calibration.probe import Everything
@@ -57,10 +61,10 @@ def keys_values(model: Any, ids: Tensor) -> list[LayerKV]:
 
     recorder = Recorder()
     selection = Selection("recorder", recorder, None, Everything())
-    plan = describe(model.config, str(model.dtype).removeprefix("torch."))
-    plan = plan.map(lambda p: replace(p, selection=selection))
+    plan = plan or describe(model.config, str(model.dtype).removeprefix("torch."))
+    plan = plan.map(lambda p: replace(p, selection=selection), [p.index for p in plan.owners])
     build(shared(model), plan)(ids.to(model.device), logits_to_keep=1)
-    return [recorder.layers[p.index] for p in plan.layers]
+    return [recorder.layers[p.index] for p in plan.owners]
 
 
 @torch.no_grad()

@@ -57,11 +57,11 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
 
 
 def acting(p: LayerPlan) -> str | None:
-    """The policy that acts on a layer's cache at run time; None: none. A rotation alone changes no result."""
+    """The policy that acts on a layer's cache at run time; None: none. Rotation and mean keys alone change nothing."""
     for part in (p.selection, p.recall):
         if part is not None:
             return part.policy
-    s = replace(p.storage, rotated=False, policy="")
+    s = replace(p.storage, rotated=False, centred=0, policy="")
     if s == PLAIN:
         return None
     return "paged" if s.page else "offload" if s.offload else p.storage.policy

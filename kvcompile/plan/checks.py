@@ -23,6 +23,9 @@ def check(plan: Plan) -> None:
     if plan.blocks is not None:
         check_blocks(plan, plan.blocks)
         plan = plan.decoder
+        if any(p.storage.centred for p in plan.layers):
+            rule = "center: mean keys are found in a model that attends to tokens, not to blocks"
+            raise KvcompileError(rule, "'center' after 'block_transformer'", "drop one")
     for p in plan.layers:
         if p.latent is not None:
             _check_latent(p, p.latent)
@@ -160,7 +163,7 @@ def _check_recall(p: LayerPlan, recall: Recall) -> None:
 def _check_far(plan: Plan, p: LayerPlan, recall: Recall) -> None:
     """Of a recall at a constant distance: positions of all layers move alike, and keys can be turned."""
     where, fix = f"{recall.policy}: layer {p.index}", f"stack.{recall.policy}.far=original"
-    if p.storage.quantized or p.storage.rotated:
+    if p.storage.quantized or p.storage.rotated or p.storage.centred:
         raise KvcompileError(
             f"{where}: keys are turned to one distance, and must be stored plain for that",
             p.storage.text("the model's dtype"),
@@ -201,7 +204,7 @@ def _check_latent(p: LayerPlan, latent: Latent) -> None:
             f"{where}: a latent row has 1 to {dense} numbers (rank + rope), as many as all keys and values",
             f"rank {latent.rank}, rope {latent.rope}",
         )
-    if p.storage.quantized or p.storage.rotated:
+    if p.storage.quantized or p.storage.rotated or p.storage.centred:
         raise KvcompileError(
             f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
             f"{p.storage.policy!r} after 'mla'",
@@ -231,15 +234,32 @@ def _check_storage(p: LayerPlan) -> None:
             f"pages of {s.page}, groups of {s.block}",
             "put paged last in the stack",
         )
-    if p.selection is not None and p.selection.positions == "compact" and (s.quantized or s.rotated):
+    if p.selection is not None and p.selection.positions == "compact" and (s.quantized or s.rotated or s.centred):
         raise KvcompileError(
             f"{where}: compact positions rotate stored keys, which must then be plain",
-            s.text("the model's dtype") if s.quantized else "rotated",
+            s.text("the model's dtype") if s.quantized else "rotated" if s.rotated else "centred",
             f"stack.{p.selection.policy}.positions=original",
         )
+    if s.centred:
+        _check_centred(where, p)
     for codec in (s.key, s.value):
         if codec is not None:
             _check_codec(where, codec, p.head_dim)
+
+
+def _check_centred(where: str, p: LayerPlan) -> None:
+    """Nothing may see what all keys of a head have in common."""
+    if p.softcap or p.sink:
+        kind = "a soft-cap of its logits" if p.softcap else "a sink beside its keys"
+        raise KvcompileError(
+            f"{where}: keys may lose their mean where a softmax sees differences of logits alone", kind, "drop center"
+        )
+    if p.selection is not None and p.selection.score.needs.absolute:
+        raise KvcompileError(
+            f"{where}: the score measures keys themselves, which are less their mean",
+            f"{p.selection.policy!r} and 'center' in one stack",
+            "drop one, or take a score by attention (snapkv, ghost, kvzip)",
+        )
 
 
 def _check_tiers(p: LayerPlan) -> None:

@@ -363,6 +363,11 @@ def reprojects(plan: Plan) -> bool:
     return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
 
 
+def centred(plan: Plan) -> int:
+    """Tokens of the text over which keys are averaged; 0: keys of no layer are centred."""
+    return max(p.storage.centred for p in plan.layers)
+
+
 def text_wanted(plan: Plan) -> int:
     """Tokens of text that `convert` needs."""
     aligned = [p.heads.tokens for p in plan.layers if p.heads and p.heads.align != "none"]

@@ -48,6 +48,7 @@ class Needs:
         length of the prompt; 0: it turns none.
     moments: mean and covariance of every how many-th query before rotation (1: of all); 0 none.
     norms: how long what an entry adds is, and the states to which its queries add it (only under a `Replay`).
+    absolute: it measures keys themselves, not only what queries make of their differences.
     traceable: `score` is made of tensor operations alone, as an exported program needs it.
 
     Raises KvcompileError for a value out of range.
@@ -60,6 +61,7 @@ class Needs:
     rotation: int = 0
     moments: int = 0
     norms: bool = False
+    absolute: bool = False
     traceable: bool = True
 
     def __post_init__(self) -> None:

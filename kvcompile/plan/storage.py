@@ -76,7 +76,8 @@ class Storage:
     """How one layer's cache is held; `None` as a codec means the model's own dtype.
 
     `residual` newest tokens of each row stay in the model's dtype; older ones are encoded in blocks (see `block`).
-    `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis.
+    `page`: tokens a page (0: rows are contiguous). `rotated`: keys and values lie in the Hadamard basis. `centred`:
+    keys are less their mean over so many tokens of text (0: they are as they are).
     `offload`: the store lies in host memory between its uses. `policy`: who chose the codecs, for messages.
     `low`: codecs (key, value) of a second, lower tier, for the entries that the layer's selection puts there (see
     `Selection.tiers`); `key` and `value` are then those of the high tier, which new tokens enter.
@@ -87,6 +88,7 @@ class Storage:
     residual: int = 0
     page: int = 0
     rotated: bool = False
+    centred: int = 0
     offload: bool = False
     policy: str = ""
     low: tuple[Codec, Codec] | None = None
@@ -124,7 +126,7 @@ class Storage:
 
     def text(self, dtype: str) -> str:
         """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`, `offloaded`."""
-        basis, place = " rotated" if self.rotated else "", ", offloaded" if self.offload else ""
+        basis, place = " centred" * bool(self.centred) + " rotated" * self.rotated, ", offloaded" * self.offload
         if not self.quantized:
             return dtype + basis + place
         kinds = " or ".join(_kinds(*codecs) for codecs in (self.codecs(dtype), self.low) if codecs)

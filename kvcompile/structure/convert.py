@@ -19,6 +19,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import LayerPlan, Plan, converts, reprojects
 from kvcompile.structure.absorb import factorise, modules_of
 from kvcompile.structure.blocks import add_blocks
+from kvcompile.structure.center import hollow_centers
 from kvcompile.structure.heads import fold_layers, merge_heads
 from kvcompile.structure.latent import Factors
 
@@ -65,6 +66,7 @@ def reshape(model: Any, plan: Plan) -> None:
         add_blocks(model, plan.blocks)
     if reprojects(plan):
         _rewrite(architecture_of(model.config), model, plan, {}, {})
+    hollow_centers(model, plan)
 
 
 def _rewrite(architecture: Architecture, model: Any, plan: Plan, turns: Turns, factors: dict[int, Factors]) -> None:

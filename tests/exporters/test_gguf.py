@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_ids, tiny_model
+from tiny import tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 
 import kvcompile
 from kvcompile.adapters.architectures import describe
@@ -76,7 +76,9 @@ def llama_cpp(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def compiled(name: str, *stack: str, **over: Any) -> Any:
-    return kvcompile.compile(tiny_model(name, **{**WIDE, **over}), overrides=[f"policy=[{','.join(stack)}]"])
+    return kvcompile.compile(
+        tiny_model(name, **{**WIDE, **over}), overrides=[f"policy=[{','.join(stack)}]"], tokenizer=tiny_tokenizer()
+    )
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "llama-biases": ("llama", ("mqa",), {"attention_bias": True, "mlp_bias": True}),
     "llama-long": ("llama", ("gqa",), {"rope_parameters": LLAMA3}),
     "mistral-gqa": ("mistral", ("gqa",), {"sliding_window": None}),
-    "qwen2-gqa": ("qwen2", ("gqa",), {"head_dim": 8}),
+    "qwen2-gqa": ("qwen2", ("gqa", "center"), {"head_dim": 8}),
     "qwen3-mqa": ("qwen3", ("mqa",), {}),
 }
 
@@ -345,7 +347,6 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 
 def test_unknown_tokenizers_are_refused() -> None:
-    from tiny import tiny_tokenizer
     from tokenizers import pre_tokenizers
 
     with pytest.raises(KvcompileError, match=r"byte-level BPE tokenizers, got WordLevel"):

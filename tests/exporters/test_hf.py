@@ -85,6 +85,7 @@ STACKS = {
     "dense": "policy=[]",
     "gqa": "policy=[gqa]",
     "rotated": "policy=[mqa,rotate]",
+    "centred": "policy=[center]",
 }
 
 # the kind that changes most weights: a rotation needs a layer that sees everything, gpt_neox has no KV heads to merge

@@ -89,9 +89,10 @@ class Branching:
     """A model prefilled once per prompt; `branch(plan)` gives the cache that a stack would have left.
 
     stride: of the moments of queries, alike in all stacks that look at them. rotated: keys and values lie in the
-    Hadamard basis, which a stack with `rotate` needs and no other may have. room: how many shared beginnings of prompts
-    stay in memory, with the scores of their entries. Beyond that the newest gives way: who reads the same prompts in
-    turns finds the first ones again.
+    Hadamard basis, which a stack with `rotate` needs and no other may have. centred: keys are less their mean over so
+    many tokens of text that `tokenizer` reads, as a stack with `center` needs. room: how many shared beginnings of
+    prompts stay in memory, with the scores of their entries. Beyond that the newest gives way: who reads the same
+    prompts in turns finds the first ones again.
     """
 
     def __init__(
@@ -101,12 +102,15 @@ class Branching:
         rotated: bool = False,
         kernels: str = "auto",
         room: int = 1,
+        centred: int = 0,
+        tokenizer: Any = None,
     ) -> None:
         identity = describe(model.config, str(model.dtype).removeprefix("torch."))
-        identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated)))
+        identity = identity.map(lambda p: replace(p, storage=replace(p.storage, rotated=rotated, centred=centred)))
         recorder = Selection("recorder", Recorder(stride), None, Everything(), Schedule(True, 1 << 30))
-        self.base, self.identity, self.stride, self.rotated = model, identity, stride, rotated
-        self.model = compile_plan(shared(model), identity.map(lambda p: replace(p, selection=recorder)), kernels)
+        self.base, self.identity, self.stride, self.tokenizer = model, identity, stride, tokenizer
+        recorded = identity.map(lambda p: replace(p, selection=recorder))
+        self.model = compile_plan(shared(model), recorded, kernels, tokenizer)
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
@@ -151,7 +155,7 @@ class Branching:
 
     def compiled(self, plan: Plan) -> Any:
         """The model of a stack over the same weights: it goes on with the branches of its plan."""
-        return compile_plan(shared(self.base), plan)
+        return compile_plan(shared(self.base), plan, tokenizer=self.tokenizer)
 
     def serves(self, plan: Plan) -> bool:
         """Whether a stack of this plan reads a prompt as this does: all at once, with the weights as they are."""
@@ -160,7 +164,8 @@ class Branching:
         return not (plan.prefill_chunk or wanted or reads_in_part or self._rewrites(plan))
 
     def _rewrites(self, plan: Plan) -> bool:
-        return converts(plan) or any(p.storage.rotated != self.rotated for p in plan.layers)
+        stored = [(p.storage.rotated, p.storage.centred) for p in (*plan.layers, *self.identity.layers)]
+        return converts(plan) or len(set(stored)) > 1
 
     def branch(self, plan: Plan) -> KVCache:
         """A copy of the cache after the selection, grouping and encoding of `plan`.

@@ -17,7 +17,7 @@ from kvcompile.build import identity_plan, plan_of
 from kvcompile.calibration.probe import Remembering
 from kvcompile.compiler import assemble, compile_plan
 from kvcompile.models.sharing import shared
-from kvcompile.plan.plan import Plan, converts
+from kvcompile.plan.plan import Plan, centred, converts
 from kvcompile.progress import Progress, silent
 from kvcompile.runtime.cache import KVCache
 from kvcompile.stack import plan_stack
@@ -69,7 +69,7 @@ class Contest:
         self.dense = describe(model.config, self.dtype)
         self.stop = stop_tokens(model, tokenizer)
         self._calibrator = Remembering(model, tokenizer, progress)
-        self._readers: dict[bool, Branching] = {}
+        self._readers: dict[tuple[bool, int], Branching] = {}
         self._runners: dict[Entry, Runner] = {}
 
     def require_possible(self, entries: Iterable[Entry]) -> None:
@@ -133,15 +133,22 @@ class Contest:
             return Runner(own.kvcompile.plan, own, None)
         policies = tuple(policy.calibrated(self._calibrator) for policy in stack.policies)
         plan = plan_of(self.model.config, self.dtype, config, policies)
-        reader = self._reader(any(p.storage.rotated for p in plan.layers))
-        return Runner(
-            plan, compile_plan(shared(self.model), plan, config.kernels), reader if reader.serves(plan) else None
-        )
+        reader = self._reader(any(p.storage.rotated for p in plan.layers), centred(plan))
+        model = compile_plan(shared(self.model), plan, config.kernels, self.tokenizer)
+        return Runner(plan, model, reader if reader.serves(plan) else None)
 
-    def _reader(self, rotated: bool) -> Branching:
-        if rotated not in self._readers:
-            self._readers[rotated] = Branching(self.model, rotated=rotated, kernels=self.kernels, room=self.room)
-        return self._readers[rotated]
+    def _reader(self, rotated: bool, centred: int) -> Branching:
+        if (rotated, centred) not in self._readers:
+            reader = Branching(
+                self.model,
+                rotated=rotated,
+                centred=centred,
+                kernels=self.kernels,
+                room=self.room,
+                tokenizer=self.tokenizer,
+            )
+            self._readers[rotated, centred] = reader
+        return self._readers[rotated, centred]
 
 
 def tokens_read(ids: Sequence[int], context: int, question: Question) -> int:

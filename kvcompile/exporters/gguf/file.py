@@ -12,6 +12,7 @@ from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quantize
 from torch import Tensor
 
+from kvcompile.adapters.center import without_centers
 from kvcompile.errors import KvcompileError
 from kvcompile.exporters.gguf.tokenizer import add_tokenizer
 
@@ -55,7 +56,7 @@ def tensors(model: Any, family: str) -> Iterator[tuple[str, Tensor]]:
     names = get_tensor_name_map(number, config.num_hidden_layers)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for key, weight in model.state_dict().items():
+    for key, weight in without_centers(model.state_dict()).items():
         if tied and key == "lm_head.weight":
             continue
         name = names.get_name(key, (".weight", ".bias"))

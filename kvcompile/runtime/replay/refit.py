@@ -1,7 +1,8 @@
 """Values of what stays, fitted so that queries get what the whole cache would have given them.
 
 Attention matching (arXiv 2602.16284, section 3) in the form that paid here: values alone, towards the old ones, by the
-queries of a replay, of which every layer sees the whole cache.
+queries of a replay, of which every layer sees the whole cache. What is left is taken as it will be stored: a fit to
+exact keys leans on weights that few bits do not reproduce.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcompile.kernels.codecs import decode, encode
 from kvcompile.plan.plan import LayerPlan
 from kvcompile.plan.selection import Refit
+from kvcompile.plan.storage import Storage
 from kvcompile.runtime.cache import KVCache
 from kvcompile.runtime.observation import Observation
 from kvcompile.runtime.replay.copies import Recorder, copy_of
@@ -21,8 +24,6 @@ from kvcompile.runtime.replay.replay import pieces, read, seen_by
 
 if TYPE_CHECKING:
     from kvcompile.runtime.model import Compiled
-
-LEAST = 1e-6  # of a query's weights that must be left, so that dividing by them says anything
 
 
 @dataclass
@@ -84,16 +85,17 @@ def _asked(p: LayerPlan) -> Refit:
 
 
 def _begun(cache: KVCache, b: int, p: LayerPlan, chosen: list[Tensor]) -> list[Fit | None]:
-    """A fit for each head of a sequence; None where nothing is dropped, or too little to make up for."""
+    """A fit for each head of a sequence; None where little is dropped, or most of what stays is encoded already."""
     fits: list[Fit | None] = []
     asked = _asked(p)
     with cache.layers[p.index].at_hand() as store:
         rows = store.rows()
         for row in range(b * store.heads, (b + 1) * store.heads):
             (_, values, positions), kept = rows[row], chosen[row]
-            older = positions[kept] < cache.seen[b] - asked.recent
-            free = (older & (kept >= store.fixed(row))).nonzero().squeeze(-1)  # what is encoded stays as it is
-            if kept.numel() == len(values) or kept.numel() > asked.most * len(values) or not free.numel():
+            encoded, older = kept < store.fixed(row), positions[kept] < cache.seen[b] - asked.recent
+            free = (older & ~encoded).nonzero().squeeze(-1)
+            much = kept.numel() == len(values) or kept.numel() > asked.most * len(values)
+            if much or free.numel() <= encoded.sum():  # a few cannot make up for all, and would be bent out of shape
                 fits.append(None)
                 continue
             sizes = (free.numel(), free.numel()), (free.numel(), values.shape[-1])
@@ -109,7 +111,8 @@ def _add(fits: list[Fit | None], copy: KVCache, p: LayerPlan, chosen: list[Tenso
         for head, fit in enumerate(fits):
             if fit is not None:
                 held = int(seen.lengths[head]) - seen.queries.shape[2]
-                _count(fit, _of_head(seen, head, _asked(p).queries, repeated), chosen[b * len(fits) + head], held)
+                one = _of_head(seen, head, _asked(p).queries, repeated)
+                _count(fit, one, chosen[b * len(fits) + head], held, p.storage)
     history.forget()
 
 
@@ -132,18 +135,31 @@ def _of_head(seen: Observation, head: int, queries: int, repeated: int) -> Obser
     )
 
 
-def _count(fit: Fit, seen: Observation, kept: Tensor, held: int) -> None:
-    """Count what one head's queries lose where of the `held` first entries only those `kept [m]` are left.
+def _count(fit: Fit, seen: Observation, kept: Tensor, held: int, storage: Storage) -> None:
+    """Count what one head's queries lose where of the `held` first entries only those `kept [m]` are left, as stored.
 
-    p = softmax over everything,  p'_j = p_j / (1 - sum over dropped k of p_k),  A = p',  R = p V - p' V
+    p = softmax over everything,  p' = softmax over what is left, with its keys as codes say,  A = p',  R = p V - p' V
     """
-    weights = seen.attention()[0].flatten(0, 1)
-    dropped = torch.ones(weights.shape[-1], dtype=torch.bool, device=weights.device)
-    dropped[kept] = False
-    dropped[held:] = False
-    left = weights.masked_fill(dropped, 0.0)
-    left = left / (1 - weights[:, dropped].sum(-1, keepdim=True)).clamp_min(LEAST)
-    fit.add(left[:, kept[fit.free]], (weights - left) @ seen.values[0].float())
+    values = seen.values[0].float()
+    left = torch.cat((kept, torch.arange(held, len(values), dtype=torch.int64, device=kept.device)))
+    keys = torch.cat((_decoded(seen.keys[0, kept], storage), seen.keys[0, held:]))
+    rest = replace(
+        seen,
+        keys=keys.unsqueeze(0),
+        values=seen.values[:, left],
+        positions=seen.positions[:, left],
+        lengths=seen.lengths - held + kept.numel(),
+    )
+    weights = rest.attention()[0].flatten(0, 1)
+    fit.add(weights[:, fit.free], seen.attention()[0].flatten(0, 1) @ values - weights @ values[left])
+
+
+def _decoded(keys: Tensor, storage: Storage) -> Tensor:
+    """Keys `[m, D]` of a row as they come back: the oldest ones encoded, those of the residual as they are."""
+    encoded = storage.encoded(len(keys))
+    if storage.key is None or not encoded:
+        return keys
+    return torch.cat((decode(*encode(keys[:encoded], storage.key), storage.key, keys.dtype), keys[encoded:]))
 
 
 def _write(cache: KVCache, b: int, p: LayerPlan, chosen: list[Tensor], fits: list[Fit | None]) -> None:

@@ -68,6 +68,7 @@ STACKS: dict[str, tuple[str, list[str]]] = {
     "selection under windows": ("gemma2", ["policy=snapkv", *SNAPKV, "stack.snapkv.decode_every=4"]),
     "8 bits": ("llama", ["policy=int8", "stack.int8.residual=5"]),
     "8 bits per channel, rotated": ("llama", ["policy=[rotate,kivi]", *KIVI, "stack.kivi.bits=8"]),
+    "8 bits per channel, centred": ("qwen2", ["policy=[center,rotate,kivi]", *KIVI, "stack.kivi.bits=8"]),
     "4 bits after a selection": ("llama", ["policy=[snapkv,kivi]", *SNAPKV, *KIVI]),
     "8-bit floats": ("llama", ["policy=fp8"]),
     "structure": ("qwen3", ["policy=[mqa,cla]"]),

@@ -11,6 +11,11 @@ from repeating import OPTIONS, doubled, prefilled, read, replays
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
 
+from kvcompile.kernels.codecs import decode, encode
+from kvcompile.plan.storage import PLAIN, Codec, Storage
+from kvcompile.runtime.observation import Observation
+from kvcompile.runtime.replay.refit import Fit, _count
+
 TOKENS, RECENT, RIDGE = 60, 4, 0.5
 FIT = {**{key: OPTIONS[key] for key in ("chunk", "overlap", "ids")}, "recent": RECENT, "ridge": RIDGE}
 SCORE = {"snapkv": {"budget": 20, "window": 4, "kernel": 3}}
@@ -123,6 +128,38 @@ def test_a_second_turn_leaves_encoded_entries_alone() -> None:
             kept = [(v, places[j]) for j, v in zip(at.tolist(), values, strict=True) if j in places]
             assert kept
             assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_a_question_after_encoded_entries_keeps_its_values() -> None:
+    """Its few entries would be bent to make up for all that the second turn drops; those of a long turn are not few."""
+    ids = tiny_ids(1, 4 * TOKENS)
+    model = compiled(stack(after={"int8": {"residual": 0}}, most=1.0), kernels="sdpa")
+    cache = prefilled(model, ids[:, :TOKENS])
+    first = cache.read_again
+    prefilled(model, ids[:, TOKENS : TOKENS + 12], cache=cache)
+    assert cache.read_again == first > 0
+    prefilled(model, ids[:, TOKENS + 12 :], cache=cache)
+    assert cache.read_again > first + 3 * TOKENS - 12
+
+
+def test_what_is_left_is_taken_as_it_will_be_stored() -> None:
+    """A fit to exact keys leans on weights that few bits do not reproduce: it loses more, one to the codes less."""
+    random, n, m = torch.Generator().manual_seed(0), 80, 24
+    queries, keys, values = (torch.randn(1, k, 16, generator=random) for k in (60, n, n))
+    seen = Observation(
+        queries.unsqueeze(0) * 2, torch.full((60,), n), keys, values, torch.arange(n)[None], torch.tensor([n]), n, 0.25
+    )
+    kept, codec = torch.arange(0, 72, 3), Codec("int2", "token", 16)
+    lost = []
+    for storage in (PLAIN, Storage(key=codec, value=codec)):
+        fit = Fit(torch.arange(m), torch.zeros(m, m), torch.zeros(m, 16))
+        _count(fit, seen, kept, n, storage)
+        stored = decode(*encode(keys[0, kept], codec), codec, torch.float32)
+        weights = torch.softmax(queries[0] * 2 @ stored.T * 0.25, -1)
+        wanted = torch.softmax(queries[0] * 2 @ keys[0].T * 0.25, -1) @ values[0]
+        lost.append(float((weights @ (values[0, kept] + fit.change(1e-3)) - wanted).square().mean()))
+        before = float((weights @ values[0, kept] - wanted).square().mean())
+    assert lost[1] < 0.7 * lost[0] < 0.7 * before
 
 
 def test_heads_that_keep_much_stay_as_they_are() -> None:
