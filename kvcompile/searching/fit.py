@@ -22,6 +22,20 @@ PARTS = 1000  # a budget is so many thousandths of the tokens
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes in bfloat16 after a prompt: held with scales and indices, true positions beside them, and uncompressed."""
+
+    held: int
+    positions: int
+    dense: int
+
+    @property
+    def share(self) -> Fraction:
+        """Of the uncompressed bytes."""
+        return Fraction(self.held + self.positions, self.dense)
+
+
+@dataclass(frozen=True)
 class Fitter:
     """Plans stacks on a model for prompts of `tokens` tokens.
 
@@ -47,14 +61,24 @@ class Fitter:
         """Bytes held after a prompt, as a share. Raises KvcompileError for a stack that cannot be on this model."""
         return self._share(stack.policies())
 
+    def sizes(self, stack: Stack) -> Sizes:
+        """The same, in bytes."""
+        return self._sizes(stack.policies())
+
     def _share(self, policies: Iterable[Policy]) -> Fraction:
+        return self._sizes(policies).share
+
+    def _sizes(self, policies: Iterable[Policy]) -> Sizes:
         from kvcompile.adapters.architectures import require_turnable
 
         plan = apply_stack(self.identity, policies)
         require_turnable(plan, self.architecture)
         layers = plan.bytes(1, self.tokens)
-        held = sum(layer.bytes + layer.index_bytes + layer.kept_total * POSITION_TYPE.itemsize for layer in layers)
-        return Fraction(held, sum(layer.dense_bytes for layer in layers))
+        return Sizes(
+            sum(layer.bytes + layer.index_bytes for layer in layers),
+            sum(layer.kept_total for layer in layers) * POSITION_TYPE.itemsize,
+            sum(layer.dense_bytes for layer in layers),
+        )
 
     def fitted(self, stack: Stack, most: Fraction) -> tuple[Stack, Fraction]:
         """The stack with the largest budget whose share is at most `most`, and that share.

@@ -48,7 +48,7 @@ class Result:
         proofs: of `best`, and of others of the front where the wish is open; what they made of unseen contexts.
         tried, refused: how many stacks were measured, and how many were refused by their plan.
         minutes: of this process.
-        folder: where everything lies.
+        folder: where everything lies. fitter: what plans stacks on the model.
     """
 
     wish: Wish
@@ -59,6 +59,7 @@ class Result:
     refused: int
     minutes: float
     folder: Path
+    fitter: Fitter
 
     @property
     def stack(self) -> Stack:
@@ -119,7 +120,7 @@ def search_model(
     proofs = verifier.prove(stacks, clock, least=1 if wanted.minutes else 0) if stacks else []
     spent = (time.monotonic() - begun) / MINUTE
     every = tuple(t for t in study.tried() if t.scores)
-    return Result(wish, best, tuple(chosen), tuple(proofs), every, study.refused(), spent, folder)
+    return Result(wish, best, tuple(chosen), tuple(proofs), every, study.refused(), spent, folder, fitter)
 
 
 def target(config: Config) -> Path:

@@ -25,6 +25,7 @@ class Score:
         quality: exact answers as a share of the uncompressed model's; None where that gives none.
         perplexity: of text after a context, as a multiple of the uncompressed model's; None where none was read.
         surely: what it is at the least, a standard error below; 0 of a single text, which says nothing of others.
+        answers: right ones of the uncompressed model.
     """
 
     contexts: int
@@ -33,6 +34,7 @@ class Score:
     quality: float | None
     perplexity: float | None
     surely: float | None = None
+    answers: int = 0
 
     def plain(self) -> dict[str, Any]:
         """As data."""
@@ -61,6 +63,7 @@ def score(measured: Iterable[tuple[Measured, Measured]]) -> Score:
         quality=right / best if best else None,
         perplexity=_exp(middle) if losses else None,
         surely=_exp(middle - error_of_losses) if losses else None,
+        answers=round(sum(pair[1][0] for context in asked for pair in context)),
     )
 
 

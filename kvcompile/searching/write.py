@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from kvcompile.searching.fit import as_part
+from kvcompile.searching.page import html
 from kvcompile.searching.run import Result
 from kvcompile.searching.study import Tried
 from kvcompile.searching.verify import Proof
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from kvcompile.config.schema import Config
 
 RECIPE = "found"
-REPORT, DATA, PICTURE = "report.md", "search.json", "front"
+REPORT, DATA, PICTURE, PAGE = "report.md", "search.json", "front", "front.html"
 DPI = 150
 
 
@@ -34,6 +35,7 @@ def write(result: Result, config: Config) -> None:
     (folder / REPORT).write_text(report(result, config), encoding="utf-8")
     if result.every:
         _draw(result, config, [folder / f"{PICTURE}.{kind}" for kind in ("png", "svg")])
+        (folder / PAGE).write_text(html(result, config, _model(config)), encoding="utf-8")
     if result.best is not None:
         path = folder / "recipe" / f"{RECIPE}.yaml"
         path.parent.mkdir(exist_ok=True)

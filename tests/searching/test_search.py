@@ -62,7 +62,7 @@ def test_a_wish_becomes_a_recipe_a_report_and_a_proof(own: Path, tmp_path: Path)
     assert result.proof.records
     assert not {r.sample for r in result.proof.records} & {"words 4", "words 5"}  # the unseen task has four
     written = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"report.md", "search.json", "front.png", "front.svg", "recipe", "study.journal"} <= written
+    assert {"report.md", "search.json", "front.png", "front.svg", "front.html", "recipe", "study.journal"} <= written
     report = (tmp_path / "out" / "report.md").read_text()
     assert "# Search: at most 1/3.0 of the bfloat16 bytes" in report
     assert "## Verified on what the search never saw" in report
