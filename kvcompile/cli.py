@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -46,6 +46,7 @@ from kvcompile.tasks import registry as tasks
 COMMANDS = ("run", "multirun", "cfg", "info", "shell_completion")  # flags of which Hydra takes one
 PIPE_WIDTH = 160
 RECOMMENDED = "begin with"
+BY_NAME = "model=<name>"
 BEGIN_WITH = {  # what won where it was measured: docs/results.md, docs/limits.md
     "no answer may change": "kivi",
     "questions about a text come after it (won on SmolLM2, fails on Qwen2.5)": "attention_matching",
@@ -229,24 +230,34 @@ def ls(kinds: Sequence[str]) -> None:
 
 def listing(kinds: Sequence[str]) -> str:
     """`kvcompile ls [recipes|policies|models|exports|analyses|tasks]`: a line each. Raises KvcompileError otherwise."""
-    known = {
-        "recipes": _headers("kvcompile.recipes", "recipe"),
-        "policies": {name: f"{cls.family}: {cls.summary}{_unit(cls)}" for name, cls in discover().items()},
-        "models": _headers(CONFIG_MODULE, "model"),
-        "exports": {name: cls.summary for name, cls in registry.discover().items()},
-        "analyses": {name: cls.summary for name, cls in analyses.discover().items()},
-        "tasks": {name: cls.summary for name, cls in tasks.discover().items()},
+    listed: dict[str, Callable[[], dict[str, str]]] = {
+        "recipes": lambda: _headers("kvcompile.recipes", "recipe"),
+        "policies": lambda: {name: f"{cls.family}: {cls.summary}{_unit(cls)}" for name, cls in discover().items()},
+        "models": _models,
+        "exports": lambda: {name: cls.summary for name, cls in registry.discover().items()},
+        "analyses": lambda: {name: cls.summary for name, cls in analyses.discover().items()},
+        "tasks": lambda: {name: cls.summary for name, cls in tasks.discover().items()},
     }
     for kind in kinds:
-        if kind not in known:
-            raise KvcompileError("kvcompile ls lists " + ", ".join(known), repr(kind))
+        if kind not in listed:
+            raise KvcompileError("kvcompile ls lists " + ", ".join(listed), repr(kind))
+    known = {kind: listed[kind]() for kind in kinds or listed}
     width = max(len(name) for entries in known.values() for name in entries)
     blocks = []
-    for kind in kinds or known:
+    for kind in known:
         blocks.append("\n".join([kind, *(f"  {name:{width}}  {line}" for name, line in known[kind].items())]))
         if kind == "recipes":
             blocks[-1] += "".join(f"\n  {RECOMMENDED:{width}}  {wish}: {name}" for wish, name in BEGIN_WITH.items())
+        if kind == "models":
+            named = ", ".join(_headers(CONFIG_MODULE, "model"))
+            blocks[-1] += f"\n  {BY_NAME:{width}}  {named}; any other by model.pretrained=<folder, GGUF file or hub id>"
     return "\n\n".join(blocks)
+
+
+def _models() -> dict[str, str]:
+    from kvcompile.adapters.catalogue import catalogue  # imports torch
+
+    return catalogue()
 
 
 def _unit(policy: type[Policy]) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def by_head_dim(config: Any) -> float:
     """Attention scaled by D^-1/2, D the channels of a head."""
-    return float(_head_dim(config) ** -0.5)
+    return float(channels(config) ** -0.5)
 
 
 def by_scalar(config: Any) -> float:
@@ -45,53 +45,91 @@ def typed_window(config: Any, layer: int) -> int | None:
     return config.sliding_window if kind == "sliding_attention" else None
 
 
+def by_config(config: Any, layer: int) -> tuple[int, int]:
+    """Query heads and KV heads, the same in all layers."""
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def channels(config: Any) -> int:
+    """Channels of a head: what the config says, or what the hidden size leaves each."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def turning(config: Any, layer: int) -> int:
+    """Channels of a head that RoPE turns: all, or the factor of the layer's type."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" not in rope and getattr(config, "layer_types", None):
+        rope = rope.get(config.layer_types[layer]) or {}
+    return int(channels(config) * (rope.get("partial_rotary_factor") or 1.0))
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One `model_type` of transformers: how its attention is adapted, and the facts of its layers by its config.
 
-    adapter: of the attention modules, which each decoder layer has under the name `attention`.
-    scale: what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of
-    c tanh(x / c) over the logits (None: none). rotates: whether a layer has position embeddings.
-    rotary_per_type: the rotary module wants the type of the layer. angles_once: it gives each angle once, not for both
-    halves of a head. grouped: the stock class can have fewer KV heads
-    than query heads.
+    adapter: of the attention modules, which each decoder layer has under the name `attention`. layers: the list of
+    decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each. scale:
+    what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of c tanh(x / c)
+    over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
+    turn. rotary_module: what gives angles, in the base model. rotary_per_type: it wants the type of the layer. refuses:
+    what of a config is not compiled (None: nothing). normed: whether a config has the norms of its adapter. grouped:
+    the stock class can have fewer KV heads than query heads.
     """
 
     adapter: type[Attention]
     attention: str = "self_attn"
+    layers: str = "layers"
+    heads: Callable[[Any, int], tuple[int, int]] = by_config
+    head_dim: Callable[[Any], int] = channels
     scale: Callable[[Any], float] = by_head_dim
     window: Callable[[Any, int], int | None] = lambda config, layer: None
     softcap: Callable[[Any], float | None] = lambda config: None
     rotates: Callable[[Any, int], bool] = lambda config, layer: True
+    turning: Callable[[Any, int], int] = turning
+    rotary_module: Callable[[Any], nn.Module] = lambda base: base.rotary_emb
     rotary_per_type: bool = False
-    angles_once: bool = False
+    normed: Callable[[Any], bool] = lambda config: True
+    refuses: Callable[[Any], str | None] = lambda config: None
     grouped: bool = True
 
     def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
         """The identity plan of a model, from its config alone: every layer owns its cache and keeps all."""
-        heads: int = config.num_attention_heads
-        layers = tuple(
-            LayerPlan(
-                index=index,
-                query_heads=heads,
-                kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-                head_dim=_head_dim(config),
-                owner=index,
-                scale=self.scale(config),
-                sliding_window=self.window(config, index),
-                softcap=self.softcap(config),
-                rotates=self.rotates(config, index),
-                rotary=_rotary(config) if self.rotates(config, index) else 0,
-                key_norm="k_norm" in self.adapter.keeps,
-                sink="sinks" in self.adapter.learned,
-            )
-            for index in range(config.num_hidden_layers)
-        )
+        layers = tuple(self._facts(config, index) for index in range(config.num_hidden_layers))
         return Plan(architecture=config.model_type, dtype=dtype, layers=layers)
+
+    def require_known(self, config: Any) -> None:
+        """Raise KvcompileError where a config of this type asks for what is not compiled."""
+        reason = self.refuses(config)
+        if reason is not None:
+            raise KvcompileError(f"{config.model_type} is compiled, but not where {reason}", fix="another checkpoint")
+
+    def _facts(self, config: Any, index: int) -> LayerPlan:
+        query_heads, kv_heads = self.heads(config, index)
+        rotates = self.rotates(config, index)
+        return LayerPlan(
+            index=index,
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            head_dim=self.head_dim(config),
+            owner=index,
+            scale=self.scale(config),
+            sliding_window=self.window(config, index),
+            softcap=self.softcap(config),
+            rotates=rotates,
+            rotary=self.turning(config, index) if rotates else 0,
+            turnable=self.adapter.turnable,
+            key_norm=bool(self.adapter.norms) and self.normed(config),
+            sink="sinks" in self.adapter.learned,
+        )
+
+    def decoders(self, model: PreTrainedModel) -> Any:
+        """The decoder layers of a model."""
+        return _base(model).get_submodule(self.layers)
 
     def attentions(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention modules of a model, by layer."""
-        return [getattr(layer, self.attention) for layer in _base(model).layers]
+        return [layer.get_submodule(self.attention) for layer in self.decoders(model)]
 
     def layouts(self, model: PreTrainedModel, plan: Plan, converted: bool = False) -> list[Layout]:
         """The projections of the attentions of an uncompiled model, by layer.
@@ -125,8 +163,8 @@ class Architecture:
         for original, facts in zip(self.attentions(model), plan.layers, strict=True):
             _require_plain(original, facts)
             adapters.append(self.adapter(original, facts))
-        for layer, adapter in zip(_base(model).layers, adapters, strict=True):
-            setattr(layer, self.attention, adapter)
+        for layer, adapter in zip(self.decoders(model), adapters, strict=True):
+            layer.set_submodule(self.attention, adapter)
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
     def rotary(self, model: PreTrainedModel, layer: int) -> Rotary:
@@ -136,17 +174,15 @@ class Architecture:
         the longest position seen must not be disturbed by a question.
         """
         config = model.config
-        module = copy.deepcopy(_base(model).rotary_emb)
         kind = {"layer_type": config.layer_types[layer]} if self.rotary_per_type else {}
-        width, turns = _head_dim(config), self.rotates(config, layer)
+        width, turns = self.head_dim(config), self.rotates(config, layer)
+        module = copy.deepcopy(self.rotary_module(_base(model))) if turns else None
 
         def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
             like = torch.empty(0, dtype=torch.float32, device=positions.device)
-            if not turns:
+            if module is None:
                 return like.new_ones(len(positions), width), like.new_zeros(len(positions), width)
-            cos, sin = module(like, position_ids=positions.unsqueeze(0), **kind)
-            if self.angles_once:
-                cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+            cos, sin = self.adapter.angles(module(like, position_ids=positions.unsqueeze(0), **kind))
             return cos[0], sin[0]
 
         return rotation
@@ -166,39 +202,30 @@ class Architecture:
 
     def require_as_configured(self, model: PreTrainedModel) -> None:
         """Raise KvcompileError where a model is not what its config says, or would not run as it stands once traced."""
-        config, base = model.config, _base(model)
-        if len(base.layers) != config.num_hidden_layers:
+        config, layers = model.config, self.decoders(model)
+        if len(layers) != config.num_hidden_layers:
             raise KvcompileError(
                 f"a model has as many layers as its config says, {config.num_hidden_layers}",
-                f"{len(base.layers)}",
-                f"after layers were taken out, set config.num_hidden_layers={len(base.layers)}, and lists of the "
+                f"{len(layers)}",
+                f"after layers were taken out, set config.num_hidden_layers={len(layers)}, and lists of the "
                 "config by layer (layer_types) to match",
             )
-        require_unhooked("the base model", base)
-        for index, layer in enumerate(base.layers):
+        require_unhooked("the base model", _base(model))
+        for index, layer in enumerate(layers):
             require_unhooked(f"layer {index}", layer)
-            require_unhooked(f"layer {index}: {self.attention}", getattr(layer, self.attention))
+            require_unhooked(f"layer {index}: {self.attention}", layer.get_submodule(self.attention))
 
 
 def _base(model: PreTrainedModel) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rotary(config: Any) -> int:
-    """Channels of a head that RoPE turns."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return int(_head_dim(config) * (rope.get("partial_rotary_factor") or 1.0))
-
-
 def _require_plain(original: nn.Module, facts: LayerPlan) -> None:
     if isinstance(original, Attention):
         raise KvcompileError("a model is compiled once", "one that is compiled already", "load it afresh")
     scale = getattr(original, "scaling", facts.scale)
-    window = getattr(original, "sliding_window", facts.sliding_window)
+    sliding = getattr(original, "is_sliding", True)
+    window = getattr(original, "sliding_window", facts.sliding_window) if sliding else None
     turns = bool(getattr(original, "use_rope", facts.rotates))
     if (scale, window, turns) != (facts.scale, facts.sliding_window, facts.rotates):
         raise KvcompileError(

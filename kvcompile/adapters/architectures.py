@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.built_in import BUILT_IN, Family
+from kvcompile.adapters.refused import REFUSED
 from kvcompile.errors import KvcompileError
 from kvcompile.models.outside import GROUP, outside
 from kvcompile.plan.plan import Plan
@@ -14,29 +16,12 @@ from kvcompile.plan.plan import Plan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-BUILT_IN = {
-    "gemma2": "llama:GEMMA2",
-    "gemma3_text": "qwen3:GEMMA3",
-    "gpt_neox": "gpt_neox:GPT_NEOX",
-    "gpt_oss": "gpt_oss:GPT_OSS",
-    "granite": "llama:GRANITE",
-    "llama": "llama:LLAMA",
-    "mistral": "llama:MISTRAL",
-    "mixtral": "llama:MIXTRAL",
-    "olmo2": "olmo2:OLMO2",
-    "phi3": "phi3:PHI3",
-    "qwen2": "llama:QWEN2",
-    "qwen3": "qwen3:QWEN3",
-    "smollm3": "llama:SMOLLM3",
-}
-
-
 FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
 
 
 @functools.cache
-def known() -> dict[str, str | Architecture]:
-    """Every known architecture, sorted by `model_type`: ours as `module:name`, not imported yet, and outside ones.
+def known() -> dict[str, Family | Architecture]:
+    """Every known architecture, sorted by `model_type`: ours by their places, not imported yet, and outside ones.
 
     Raises KvcompileError for one of another package that is no `Architecture`, or has the name of one of ours.
     """
@@ -49,8 +34,15 @@ def known() -> dict[str, str | Architecture]:
 
 
 def architecture(model_type: str) -> Architecture:
-    """The architecture called `model_type`. Raises KvcompileError, listing the known ones, for any other."""
+    """The architecture called `model_type`.
+
+    Raises KvcompileError for any other: with the reason where it is a causal LM of transformers, else with the known.
+    """
     entry = known().get(model_type)
+    if entry is None and model_type in REFUSED:
+        raise KvcompileError(
+            f"{model_type} is not compiled: {REFUSED[model_type]}", fix="kvcompile ls models shows what is"
+        )
     if entry is None:
         raise KvcompileError(
             "the architecture must be one that kvcompile has an adapter for",
@@ -59,14 +51,15 @@ def architecture(model_type: str) -> Architecture:
         )
     if isinstance(entry, Architecture):
         return entry
-    module, _, name = entry.partition(":")
-    loaded: Architecture = getattr(import_module(f"kvcompile.adapters.{module}"), name)
+    module, _, name = entry.place.partition(":")
+    loaded: Architecture = getattr(import_module(f"kvcompile.adapters.families.{module}"), name)
     return loaded
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a model's config. Raises KvcompileError for one that is not known, or not causal."""
     entry = architecture(config.model_type)
+    entry.require_known(config)
     if getattr(config, "use_bidirectional_attention", False):
         raise KvcompileError(
             "a KV cache needs causal attention", "use_bidirectional_attention=True", "use a causal checkpoint"

@@ -20,19 +20,28 @@ from kvcompile.runtime.cache import Step
 class Attention(nn.Module):
     """Base adapter: keeps the original's submodules under their names and calls the graph's ops in between.
 
-    A family overrides `keeps` (its submodules), `learned` (its own parameters; `sinks [H_q]` are logits that weigh in
-    every softmax), `out`, `project` and `layout` (None: its weights cannot be converted). `rotary` is False
-    for layers without position embedding, `reads` is True for those without keys and values of their own, which are
-    traced, then dropped: they read another layer's cache, or compress into a `latent`.
-    Numbers of heads are read off the tensors, never off the plan: heads may be sharded.
+    A family overrides `keeps` (its submodules), `optional` (modules and parameters that a config may leave out),
+    `norms` (the ones that norm queries and keys), `learned` (its own parameters; `sinks [H_q]` are logits that weigh
+    in every softmax), `out`, `project`, `angles`, `rotate`, `finish` and `layout` (None: its weights cannot be
+    converted). `pairs`: the channels that turn together lie side by side, not half a head apart. `in_float`: queries
+    and keys are turned in float32, then cast back. `turnable`: stored keys can be turned on to another position,
+    which nothing between rotation and product forbids. `rotary` is False for layers without position embedding,
+    `reads` is True for those without keys and values of their own, which are traced, then dropped: they read another
+    layer's cache, or compress into a `latent`. Numbers of heads are read off the tensors, never off the plan: heads
+    may be sharded.
     Raises KvcompileError where the original has other submodules or parameters than its family.
     """
 
     layout: ClassVar[type[Layout] | None] = None
     kvcompile_traced: ClassVar[bool] = True  # see `graph.tracer.TRACED`
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    optional: ClassVar[tuple[str, ...]] = ()
+    norms: ClassVar[tuple[str, ...]] = ()
     out: ClassVar[str] = "o_proj"
     learned: ClassVar[tuple[str, ...]] = ()
+    pairs: ClassVar[bool] = False
+    in_float: ClassVar[bool] = False
+    turnable: ClassVar[bool] = True
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -45,7 +54,7 @@ class Attention(nn.Module):
         children = dict(original.named_children())
         keeps = {*self.keeps, *(["latent"] if plan.latent else []), *(["center"] if plan.storage.centred else [])}
         own = dict(original.named_parameters(recurse=False))
-        if set(children) != keeps or set(own) != {*self.learned}:
+        if {*children} - {*self.optional} != keeps - {*self.optional} or {*own} - {*self.optional} != {*self.learned}:
             raise KvcompileError(
                 f"layer {plan.index}: the attention must have exactly {', '.join(sorted({*keeps, *self.learned}))}",
                 f"{type(original).__name__} with {', '.join((*children, *own))}",
@@ -56,6 +65,7 @@ class Attention(nn.Module):
         for name, parameter in own.items():
             self.register_parameter(name, parameter)
         self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
+        self.turning = plan.rotary
         self.compresses, self.centred = plan.latent is not None, plan.storage.centred > 0
         self.reads = plan.owner != plan.index or self.compresses
         self.train(original.training)
@@ -64,14 +74,39 @@ class Attention(nn.Module):
         """`[B, Q, H * D]` to `[B, H, Q, D]`."""
         return torch.unflatten(states, -1, (-1, self.head_dim)).transpose(1, 2)
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, H, Q, D]` of `states [B, Q, hidden]`, normed, before rotation."""
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values `[B, H, Q, D]` of `states [B, Q, hidden]`, normed, before rotation.
+
+        A fourth, `[B, Q, H_q * D]` or `[B, Q, H_q]`, is what attended values are multiplied by.
+        """
         return self.heads(self.q_proj(states)), self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
+
+    @classmethod
+    def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, Q, D_rot]`, half-split, of what the model's rotary module gives."""
+        cos, sin = position_embeddings
+        return cos, sin
 
     def rotate(self, queries: Tensor, keys: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
         """Rotary position embedding of queries and keys."""
-        cos, sin = position_embeddings
-        return ops.rope(queries, cos, sin), ops.rope(keys, cos, sin)
+        cos, sin = self.angles(position_embeddings)
+        if not self.in_float:
+            return ops.rope(queries, cos, sin), ops.rope(keys, cos, sin)
+        return (
+            ops.rope(queries.float(), cos, sin).type_as(queries),
+            ops.rope(keys.float(), cos, sin).type_as(keys),
+        )
+
+    def finish(self, queries: Tensor, keys: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What is done to queries and keys behind their rotation: nothing in most families.
+
+        kwargs: what else the decoder layer hands to its attention, `position_ids` among it.
+        """
+        return queries, keys
+
+    def close(self, attended: Tensor) -> Tensor:
+        """What the output projection reads of the attended values `[B, Q, H_q * D]`: themselves in most families."""
+        return attended
 
     def forward(
         self,
@@ -92,16 +127,21 @@ class Attention(nn.Module):
             return self._through_latent(hidden_states, position_embeddings, attention_mask, past_key_values), None
         step: Any = attention_mask
         layer = self.layer_idx
-        unrotated, keys, values = self.project(hidden_states)
+        unrotated, keys, values, *gates = self.project(hidden_states)
+        if self.pairs and self.rotary:
+            unrotated, keys = ops.halves(unrotated, self.turning), ops.halves(keys, self.turning)
         queries = unrotated
         if self.rotary:
             queries, keys = self.rotate(queries, keys, position_embeddings)
+        queries, keys = self.finish(queries, keys, **kwargs)
         if self.centred:
             keys = self.center(keys)
         kv, sinks = ops.kv_append(past_key_values, keys, values, step, layer), self._sinks()
         states = ops.attend(queries, kv, step, layer, **sinks)
         ops.observe(kv, queries, unrotated, step, layer, **sinks)
-        return getattr(self, self.out)(states), None
+        for gate in gates:
+            states = ops.gated(states, gate)
+        return getattr(self, self.out)(self.close(states)), None
 
     def _sinks(self) -> dict[str, Any]:
         """The argument that an attention with sinks hands on, in the dtype that kernels read."""
@@ -110,7 +150,7 @@ class Attention(nn.Module):
     def _through_latent(self, hidden_states: Tensor, position_embeddings: Any, step: Any, cache: Any) -> Tensor:
         """Absorbed queries over rows `[k_R; c]`, the same for all heads (see `kvcompile.adapters.latent`)."""
         latent, layer = self.latent, self.layer_idx
-        plain, _, _ = self.project(hidden_states)
+        plain = self.project(hidden_states)[0]
         queries = unrotated = latent.absorb(plain)
         rows = latent.down(hidden_states).unsqueeze(1)
         if latent.frequencies:

@@ -70,6 +70,25 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @leaf
+def halves(states: Tensor, width: int) -> Tensor:
+    """`[B, H, Q, D]` whose first `width` channels turn in adjacent pairs, in the half-split layout that `rope` turns.
+
+    Queries and keys alike, so that their products stay.
+    """
+    pairs = torch.unflatten(states[..., :width], -1, (-1, 2))
+    return torch.cat((pairs[..., 0], pairs[..., 1], states[..., width:]), -1)
+
+
+@leaf
+def gated(attended: Tensor, gate: Tensor) -> Tensor:
+    """Attended values `[B, Q, H_q * D]` times a gate of each number, or of each head `[B, Q, H_q]`."""
+    if gate.shape[-1] == attended.shape[-1]:
+        return attended * gate
+    by_head = torch.unflatten(attended, -1, (gate.shape[-1], -1))
+    return (by_head * gate.unsqueeze(-1)).flatten(-2)
+
+
+@leaf
 def frequencies(angles: Tensor, chosen: tuple[int, ...]) -> Tensor:
     """`cos` or `sin [B, Q, D_rot]` of some frequencies only, half-split: `[B, Q, 2 F]`."""
     return angles.index_select(-1, _twice(chosen, angles.device))
@@ -210,4 +229,6 @@ EFFECTS = (begin, kv_append, observe, recall, compress, allocate, trim, index, f
 for op in EFFECTS:
     has_side_effect(op)
 
-NAMES: dict[Any, str] = {f: f.__name__ for f in (*EFFECTS, rope, frequencies, hadamard, together, attend)}
+NAMES: dict[Any, str] = {
+    f: f.__name__ for f in (*EFFECTS, rope, halves, gated, frequencies, hadamard, together, attend)
+}

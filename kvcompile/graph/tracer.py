@@ -65,15 +65,15 @@ class Entry(nn.Module):
 
 
 class KVTracer(fx.Tracer):
-    """Traces through the causal LM, its base model, its decoder layers and our adapters; all else is a leaf."""
+    """Traces through the causal LM, its decoder layers, what holds an adapter, and our adapters; all else is a leaf."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__(param_shapes_constant=True)
         self.thread = threading.get_ident()
         self.transparent: set[int] = set()
         if model is not None:
-            base = getattr(model, str(model.base_model_prefix))
-            self.transparent = {id(model), id(base), *(id(layer) for layer in decoder_layers(model))}
+            holders = (m for m in model.modules() if any(getattr(below, TRACED, False) for below in m.modules()))
+            self.transparent = {id(model), *map(id, holders), *(id(layer) for layer in decoder_layers(model))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Everything but the skeleton and our adapters."""

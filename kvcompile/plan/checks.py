@@ -37,9 +37,24 @@ def check(plan: Plan) -> None:
             _check_recall(p, p.recall)
             if p.recall.far == "constant":
                 _check_far(plan, p, p.recall)
+        if not p.turnable:
+            _check_turning(p)
         if p.storage != PLAIN:
             _check_storage(p)
         _check_tiers(p)
+
+
+def _check_turning(p: LayerPlan) -> None:
+    """Of a layer whose keys stand for good where they were read: nothing turns them, or queries, to other positions."""
+    s, far = p.selection, p.recall is not None and p.recall.far == "constant"
+    turns = s is not None and bool(s.score.needs.rotation or (p.rotates and s.score.needs.moments))
+    if far or turns or (s is not None and s.positions == "compact"):
+        policy = s.policy if s is not None and not far else p.recall.policy if p.recall is not None else ""
+        raise KvcompileError(
+            f"{policy}: layer {p.index}: keys and queries are turned to other positions, which the attention of this "
+            "model does not allow: a norm or a factor stands behind the rotation, or positions are learned",
+            fix="a score that looks at keys or at attention, with original positions",
+        )
 
 
 def _check_heads(p: LayerPlan) -> None:

@@ -40,6 +40,7 @@ class LayerPlan:
     storage: Storage = PLAIN
     rotates: bool = True  # whether queries and keys get rotary positions
     rotary: int = 0  # channels of a head that they turn, where `rotates`
+    turnable: bool = True  # whether stored keys, and queries, can be turned on to other positions
     key_norm: bool = False  # whether keys are normed after their projection
     heads: Heads | None = None  # how its KV heads were merged
     fold: Fold = "owner"  # what an owner's projections take from those of its readers
@@ -347,6 +348,8 @@ def split_evenly(total: int, rows: int) -> tuple[int, ...]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, LayerPlan) and value.turnable:
+            del fields["turnable"]  # which plans saved before it do not have
         return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]

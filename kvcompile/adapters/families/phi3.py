@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, one_window
 from kvcompile.adapters.base import Attention
+from kvcompile.adapters.families.llama import Clips
 from kvcompile.adapters.layout import Layout, Projection, Weights, linear_of, plain
 
 NAME = "qkv_proj"
@@ -38,18 +39,50 @@ class FusedLayout(Layout):
 class Fused(Attention):
     """One projection of all there is."""
 
-    layout: ClassVar[type[Layout]] = FusedLayout
+    layout: ClassVar[type[Layout] | None] = FusedLayout
     keeps: ClassVar[tuple[str, ...]] = ("o_proj", NAME)
     qkv_proj: nn.Module
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, states: Tensor) -> Tensor:
+        """What the one projection gives."""
+        rows: Tensor = self.qkv_proj(states)
+        return rows
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
         """`[B, Q, (g + 2) * H_kv * D]` cut into g + 2 equal parts: g of queries, one of keys, one of values."""
         if self.reads:  # only the rows of the queries are left, and only the queries will be used
-            queries = self.heads(self.qkv_proj(states))
+            queries = self.heads(self.projected(states))
             return queries, queries, queries
-        parts = torch.unflatten(self.qkv_proj(states), -1, (self.group + 2, -1))
+        parts = torch.unflatten(self.projected(states), -1, (self.group + 2, -1))
         queries, keys, values = torch.split(parts, [self.group, 1, 1], 2)
         return self.heads(queries.flatten(2)), self.heads(keys.flatten(2)), self.heads(values.flatten(2))
 
 
+class Dbrx(Clips, Fused):
+    """The same, clipped, called `Wqkv` and `out_proj`: dbrx."""
+
+    layout = None
+    keeps: ClassVar[tuple[str, ...]] = ("Wqkv", "out_proj")
+    out: ClassVar[str] = "out_proj"
+    Wqkv: nn.Module
+
+    def projected(self, states: Tensor) -> Tensor:
+        """Within the config's `clip_qkv`."""
+        return self.clip(self.Wqkv(states))
+
+
+def dbrx_heads(config: Any, layer: int) -> tuple[int, int]:
+    """KV heads stand in a config of the attention alone."""
+    return int(config.n_heads), int(config.attn_config.kv_n_heads)
+
+
 PHI3 = Architecture(Fused, window=one_window)
+DBRX = Architecture(
+    Dbrx,
+    attention="norm_attn_norm.attn",
+    layers="blocks",
+    heads=dbrx_heads,
+    head_dim=lambda config: int(config.d_model // config.n_heads),
+    scale=lambda config: float((config.d_model // config.n_heads) ** -0.5),
+    grouped=False,
+)

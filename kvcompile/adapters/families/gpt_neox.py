@@ -60,12 +60,12 @@ class InterleavedLayout(Layout):
 class Interleaved(Attention):
     """One projection of all there is, and an output called `dense`."""
 
-    layout: ClassVar[type[Layout]] = InterleavedLayout
+    layout: ClassVar[type[Layout] | None] = InterleavedLayout
     keeps: ClassVar[tuple[str, ...]] = (NAME, "dense")
     out: ClassVar[str] = "dense"
     query_key_value: nn.Module
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
         """`[B, Q, H_kv * (g + 2) * D]` to `[B, H_kv, Q, (g + 2) * D]`, cut into g queries, a key and a value."""
         if self.reads:  # only the rows of the queries are left, and only the queries will be used
             queries = self.heads(self.query_key_value(states))
@@ -91,4 +91,61 @@ class Interleaved(Attention):
         return super().forward(hidden_states, position_embeddings, attention_mask, cache)
 
 
+class Japanese(Interleaved):
+    """The same, whose layers add a bias of the last attention behind it: gpt_neox_japanese."""
+
+    layout = None
+    optional: ClassVar[tuple[str, ...]] = ("attention_dropout", "dense_bias")
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:  # type: ignore[override]
+        """As the base, and the bias (None where the layer has none)."""
+        states, weights = super().forward(*args, **kwargs)
+        return states, weights, self.dense_bias if "dense_bias" in self._parameters else None
+
+
+class Persimmon(Interleaved):
+    """The same, queries and keys normed head by head where the config says so: persimmon."""
+
+    layout = None
+    norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
+    optional: ClassVar[tuple[str, ...]] = (*norms, "attention_dropout")
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """With the norms."""
+        queries, keys, values = super().project(states)
+        query_norm, key_norm = (getattr(self, name, None) for name in self.norms)
+        if query_norm is None or key_norm is None:
+            return queries, keys, values
+        return query_norm(queries), key_norm(keys), values
+
+
+class Falcon(Interleaved):
+    """The same with groups of queries: falcon."""
+
+    layout = None
+    optional: ClassVar[tuple[str, ...]] = ("attention_dropout",)
+
+    def forward(self, *args: Any, alibi: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
+        """As the base; `alibi` is None."""
+        return super().forward(*args, **kwargs)
+
+
+def falcon_heads(config: Any, layer: int) -> tuple[int, int]:
+    """Query heads and KV heads of the three shapes that falcon has."""
+    heads = int(config.num_attention_heads)
+    if config.new_decoder_architecture:
+        return heads, int(config.num_kv_heads)
+    return heads, 1 if config.multi_query else heads
+
+
+def without_alibi(config: Any) -> str | None:
+    """Of falcon, what has rotary positions."""
+    return "scores depend on the distance of tokens (alibi=True)" if config.alibi else None
+
+
 GPT_NEOX = Architecture(Interleaved, attention="attention", grouped=False)
+GPT_NEOX_JAPANESE = Architecture(Japanese, attention="attention", grouped=False)
+PERSIMMON = Architecture(Persimmon, grouped=False)
+FALCON = Architecture(
+    Falcon, attention="self_attention", layers="h", heads=falcon_heads, refuses=without_alibi, grouped=False
+)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, typed_window
 from kvcompile.adapters.base import Attention
+from kvcompile.adapters.families.llama import SeparateLayout
 from kvcompile.adapters.layout import Layout, Weights
-from kvcompile.adapters.llama import SeparateLayout
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class WithSinks(Attention):
     """softmax over [q k_j * scale, sink_h]; the sink's weight is dropped."""
 
     learned: ClassVar[tuple[str, ...]] = ("sinks",)
-    layout: ClassVar[type[Layout]] = SinkLayout
+    layout: ClassVar[type[Layout] | None] = SinkLayout
 
-    def rotate(self, queries: Tensor, keys: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
-        """By angles that come once for both halves of a head."""
+    @classmethod
+    def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Each angle comes once, for both halves of a head."""
         cos, sin = position_embeddings
-        return super().rotate(queries, keys, (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)))
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
-GPT_OSS = Architecture(WithSinks, window=typed_window, angles_once=True)
+GPT_OSS = Architecture(WithSinks, window=typed_window)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architecture import Architecture, typed_window
 from kvcompile.adapters.base import Absent, Attention
+from kvcompile.adapters.families.llama import Clips, SeparateLayout
 from kvcompile.adapters.layout import Layout, Weights, norm_of
-from kvcompile.adapters.llama import SeparateLayout
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,38 @@ class WidthNormedLayout(SeparateLayout):
 
 
 class WidthNormed(Attention):
-    """Norms over the channels of all heads."""
+    """Norms over the channels of all heads; cos and sin are float32 whatever the model's dtype."""
 
-    layout: ClassVar[type[Layout]] = WidthNormedLayout
+    in_float: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
+    layout: ClassVar[type[Layout] | None] = WidthNormedLayout
     keeps: ClassVar[tuple[str, ...]] = (*Attention.keeps, "q_norm", "k_norm")
     q_norm: nn.Module
     k_norm: nn.Module
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
         """Norms over `H * D` before the heads are split."""
         queries, keys = self.q_norm(self.q_proj(states)), self.k_norm(self.k_proj(states))
         return self.heads(queries), self.heads(keys), self.heads(self.v_proj(states))
 
-    def rotate(self, queries: Tensor, keys: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
-        """In float32, which this family's cos and sin have whatever the model's dtype, then cast back."""
-        turned, keys_turned = super().rotate(queries, keys, position_embeddings)
-        return turned.type_as(queries), keys_turned.type_as(keys)
+
+class WidthNormedAsIs(WidthNormed):
+    """The same, turned in the model's dtype: minimax_m2."""
+
+    in_float: ClassVar[bool] = False
+
+
+class WidthNormedClipped(Clips, WidthNormed):
+    """The same, clipped behind the norms: olmoe."""
+
+    layout = None
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Each number within the config's `clip_qkv`."""
+        return tuple(self.clip(part) for part in super().project(states))
 
 
 OLMO2 = Architecture(WidthNormed)
+OLMO3 = Architecture(WidthNormed, window=typed_window)
+OLMOE = Architecture(WidthNormedClipped)
+MINIMAX_M2 = Architecture(WidthNormedAsIs)

@@ -1,0 +1,43 @@
+"""What is known of each model type, in words: for `kvcompile ls models` and the page on models."""
+
+from __future__ import annotations
+
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architectures import architecture, known
+from kvcompile.adapters.built_in import BUILT_IN
+from kvcompile.adapters.refused import REFUSED
+
+
+def limits(known_as: Architecture) -> list[str]:
+    """What of kvcompile an architecture cannot have."""
+    adapter = known_as.adapter
+    return [
+        text
+        for text, limited in (
+            ("no policies that convert weights", adapter.layout is None),
+            ("keys are not turned on (compact positions, infllm, ghost)", not adapter.turnable),
+        )
+        if limited
+    ]
+
+
+def catalogue() -> dict[str, str]:
+    """A line for each known model type: a checkpoint that has it, and its limits."""
+    lines = {}
+    for name in known():
+        example = BUILT_IN[name].example if name in BUILT_IN else ""
+        of = f"such as {example}" if example else "compiled" if name in BUILT_IN else "of another package"
+        lines[name] = "; ".join([of, *limits(architecture(name))])
+    return lines
+
+
+def page() -> str:
+    """The tables of the page on models, as Markdown."""
+    rows = ["| `model_type` | for example | limits |", "|---|---|---|"]
+    for name, family in BUILT_IN.items():
+        rows.append(f"| `{name}` | {family.example} | {'; '.join(limits(architecture(name)))} |")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    refused = ["| refused | because |", "|---|---|", *(f"| {', '.join(n)} | {r} |" for r, n in reasons.items())]
+    return "\n".join([*rows, "", *refused, ""])

@@ -1,0 +1,1 @@
+"""Families of attention layers: an adapter, where its weights lie, and the architectures that have it, a file each."""

@@ -1,0 +1,97 @@
+"""Angles that each attention has a table of, and channels that turn together side by side: gptj, codegen."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.base import Attention
+from kvcompile.plan.plan import LayerPlan
+
+
+class Sinusoids(nn.Module):
+    """A table of angles `[positions, D_rot]`, sines in front of cosines, as a rotary module."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Buffer(table, persistent=False)
+
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, Q, D_rot / 2]` of positions `[B, Q]`, in the dtype of `like`."""
+        sin, cos = self.table[position_ids].to(like.dtype).chunk(2, -1)
+        return cos, sin
+
+
+class GptJ(Attention):
+    """Three projections and an output called `out_proj`."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    optional: ClassVar[tuple[str, ...]] = ("attn_dropout", "resid_dropout")
+    out: ClassVar[str] = "out_proj"
+    pairs: ClassVar[bool] = True
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        self.sinusoids = Sinusoids(original.get_buffer("embed_positions"))
+
+    @classmethod
+    def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Each angle comes once."""
+        cos, sin = position_embeddings
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+    def forward(self, hidden_states: Tensor, layer_past: Any = None, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """As the base; this family's layers call the cache `layer_past` and look angles up themselves."""
+        kwargs["position_embeddings"] = self.sinusoids(hidden_states, kwargs["position_ids"])
+        return super().forward(hidden_states, past_key_values=layer_past, **kwargs)
+
+
+class CodeGen(GptJ):
+    """One projection: in each of four parts the queries, values and keys of a fourth of the heads."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("qkv_proj", "out_proj")
+    qkv_proj: nn.Module
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, Q, 4, 3, H / 4 * D]`, by kind."""
+        parts = torch.unflatten(self.qkv_proj(states), -1, (4, 3, -1))
+        queries, values, keys = torch.unbind(parts, -2)
+        return self.heads(queries.flatten(-2)), self.heads(keys.flatten(-2)), self.heads(values.flatten(-2))
+
+
+def table(base: Any) -> nn.Module:
+    """The rotary module of a base model: the table of its first layer."""
+    return Sinusoids(base.h[0].attn.embed_positions)
+
+
+def rotary_dim(config: Any, layer: int) -> int:
+    """Channels of a head that turn."""
+    return int(config.rotary_dim)
+
+
+def without_rotary_dim(config: Any) -> str | None:
+    """Of both, what turns a part of a head."""
+    return None if config.rotary_dim else "rotary_dim is not set"
+
+
+GPTJ = Architecture(
+    GptJ,
+    attention="attn",
+    layers="h",
+    turning=rotary_dim,
+    rotary_module=table,
+    refuses=without_rotary_dim,
+    grouped=False,
+)
+CODEGEN = Architecture(
+    CodeGen,
+    attention="attn",
+    layers="h",
+    turning=rotary_dim,
+    rotary_module=table,
+    refuses=without_rotary_dim,
+    grouped=False,
+)

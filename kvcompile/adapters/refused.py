@@ -1,0 +1,42 @@
+"""The causal-LM types of transformers that are not compiled, each with its reason."""
+
+from __future__ import annotations
+
+_TYPES = {
+    "an encoder-decoder, or the decoder of one, whose cross-attention has a cache of its own": (
+        "bart bigbird_pegasus blenderbot blenderbot-small marian mbart moshi musicgen musicgen_melody mvp pegasus "
+        "plbart prophetnet trocr whisper"
+    ),
+    "an encoder, which has no KV cache unless it is made a decoder": (
+        "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+        "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+    ),
+    "it has no attention, so no keys and values to compress": "falcon_mamba mamba mamba2 rwkv xlstm",
+    "tokens attend in an order, or over a memory, that no KV cache of rows holds": "reformer xlm xlnet",
+    "an indexer chooses which entries each token reads, and keeps keys of its own": (
+        "deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"
+    ),
+    "an image or audio model around a text model, not yet: compile the text model of the same family": (
+        "emu3 fuyu gemma3 gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal "
+        "qwen3_5 qwen3_5_moe"
+    ),
+    "an image model, whose image tokens see each other both ways": "git",
+    "its layers share keys and values, not yet": (
+        "gemma3n gemma3n_text gemma4_assistant gemma4_text gemma4_unified_assistant gemma4_unified_text"
+    ),
+    "an attention that caches one latent a token in place of keys and values, not yet": (
+        "axk1 axk2 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu"
+    ),
+    "layers that keep a state in place of keys and values, not yet": (
+        "bailing_hybrid bamba falcon_h1 granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 "
+        "lfm2_moe lfm3 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma "
+        "zamba zamba2 zaya"
+    ),
+    "scores depend on the distance of tokens (ALiBi or a learned bias), not yet": "bloom cpmant mpt",
+    "another attention than the ones that are known, not yet": (
+        "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text "
+        "flint granite_swa granitemoe_swa hrm_text "
+        "jetmoe llama4_text mimo_v2_flash openai-gpt "
+    ),
+}
+REFUSED: dict[str, str] = {name: reason for reason, names in _TYPES.items() for name in names.split()}

@@ -1,0 +1,134 @@
+"""Tiny seeded models of every model type that is compiled, two layers each: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import BASE, WINDOW
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+SLIDES = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXED = {**EXPERTS, "mlp_layer_types": ["dense", "sparse"]}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+GRANITE = {"attention_multiplier": 0.1, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+BY_TYPE = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+    }
+}
+GEMMA2 = {**SLIDES, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}
+# what a config needs to be tiny, and to use what is special about its family
+TINY: dict[str, dict[str, Any]] = {
+    "afmoe": {**SLIDES, **EXPERTS, "num_dense_layers": 1, "mup_enabled": True},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "bitnet": {"head_dim": None},
+    "codegen": {"rotary_dim": 8, "n_ctx": 512},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": SLIDES,
+    "cohere2_moe": {**SLIDES, **EXPERTS, "mlp_layer_types": ["dense", "sparse"]},
+    "cwm": SLIDES,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+    },
+    "dots1": {**SLIDES, **ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
+    "exaone4": SLIDES,
+    "exaone_moe": {**SLIDES, **EXPERTS, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": GEMMA2,
+    "gemma3_text": {**SLIDES, "query_pre_attn_scalar": 24},
+    "glm": HALF,
+    "glm4": HALF,
+    "glm4_moe": {**ROUTED, **HALF, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "gpt_neo": {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW},
+    "gpt_oss": {**SLIDES, **LOCAL},
+    "granite": GRANITE,
+    "granitemoe": {**GRANITE, **LOCAL},
+    "granitemoeshared": {**GRANITE, **LOCAL, "shared_intermediate_size": 32},
+    "gptj": {"rotary_dim": 8, "n_positions": 512},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**EXPERTS, "mlp_layer_types": ["dense", "sparse"]},
+    "hyperclovax": GRANITE,
+    "kolibri1": {**SLIDES, **MIXED, "n_group": 1, "topk_group": 1},
+    "laguna": {
+        **SLIDES,
+        **EXPERTS,
+        **BY_TYPE,
+        "num_attention_heads_per_layer": [4, 2],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
+    "minimax_m2": {**LOCAL, **HALF},
+    "ministral": SLIDES,
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": {"sliding_window": WINDOW},
+    "mixtral": LOCAL,
+    "modernbert-decoder": SLIDES,
+    "olmo": {"clip_qkv": 1.0},
+    "olmo3": SLIDES,
+    "olmoe": {**EXPERTS, "clip_qkv": 1.0},
+    "persimmon": HALF,
+    "phi": {**HALF, "qk_layernorm": True},
+    "phi3": {"sliding_window": WINDOW, "partial_rotary_factor": 0.5},
+    "phimoe": LOCAL,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": EXPERTS,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "solar_open": ROUTED,
+    "stablelm": {"qk_layernorm": True},
+    "starcoder2": {"sliding_window": WINDOW},
+    "vaultgemma": GEMMA2,
+}
+EAGER = ("gemma2", "vaultgemma", "gpt_oss")  # SDPA of transformers knows neither soft-caps nor sinks
+NO_KV_HEADS = (
+    "gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gptj opt "
+    "persimmon xglm"
+)
+
+
+def family_config(name: str, window: int = WINDOW, full: bool = False, **over: Any) -> Any:
+    """Config of a model of 2 layers, hidden 64, 4 query and 2 KV heads of 16, where the family can have those.
+
+    full: layers do not slide where all of them would.
+    """
+    settings = {**BASE, "num_hidden_layers": 2, **TINY.get(name, {}), **over}
+    if settings.get("sliding_window"):
+        settings["sliding_window"] = None if full and "layer_types" not in settings else window
+    for dropped in ("num_key_value_heads", "head_dim") if name in NO_KV_HEADS.split() else ():
+        del settings[dropped]
+    unset = ("head_dim",) if settings.get("head_dim") is None else ()
+    return CONFIG_MAPPING[name](**{key: value for key, value in settings.items() if key not in unset})
+
+
+def family_model(name: str, window: int = WINDOW, full: bool = False, **over: Any) -> PreTrainedModel:
+    """The seeded model, fp32, in eval mode; norms and biases are random, so that a test notices when one is dropped."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"attn_implementation": "eager"} if name in EAGER else {}
+        config = family_config(name, window, full, **over)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()

@@ -1,0 +1,142 @@
+"""Every causal-LM type of transformers is compiled, exactly, or refused with its reason: the contract of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import TINY, family_config, family_model
+from tiny import tiny_ids
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import kvcompile
+from kvcompile.adapters.architectures import architecture, describe
+from kvcompile.adapters.built_in import BUILT_IN
+from kvcompile.adapters.refused import REFUSED
+from kvcompile.compiler import compile_plan
+from kvcompile.errors import KvcompileError
+from kvcompile.stack import apply_stack, build_stack
+
+TOKENS = 40
+FAMILIES = sorted(BUILT_IN)
+WIDE = 64  # a window that nothing leaves
+STREAMING = {"streaming": {"budget": 10, "sinks": 2}}  # the same tokens in all heads
+SNAPKV = {"snapkv": {"budget": 10, "window": 4, "kernel": 1, "sinks": 0}}  # each head its own
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def compiled(name: str, stack: dict[str, dict[str, Any]], window: int = WIDE) -> Any:
+    model = family_model(name, window)
+    return compile_plan(model, apply_stack(describe(model.config), build_stack(list(stack), stack)), "sdpa")
+
+
+def logits(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Tensor:
+    """Of the real tokens, `[n, vocabulary]`, read in the pieces that `cuts` say."""
+    cache, pieces = None, []
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for a, b in pairwise(cuts):
+        told = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b]}
+        out = model(ids[:, a:b], past_key_values=cache, use_cache=True, **told)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    return torch.cat(pieces, 1)[mask.bool()]
+
+
+def equal(got: Tensor, expected: Tensor) -> None:
+    """Up to rounding: of logits as large as `expected` are."""
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5 * float(expected.std()))
+
+
+def test_every_type_is_compiled_or_refused() -> None:
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert not set(BUILT_IN) & set(REFUSED)
+    assert known <= {*BUILT_IN, *REFUSED}, "a type of transformers is neither compiled nor refused with its reason"
+    assert set(REFUSED) <= known
+    assert set(TINY) <= set(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_type_says_why(name: str) -> None:
+    with pytest.raises(KvcompileError) as caught:
+        architecture(name)
+    assert REFUSED[name] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_dropped_is_the_same_model(name: str) -> None:
+    """A prompt and three decoded tokens, whole and left-padded; then beams, and a second turn on one cache."""
+    original, model, ids = family_model(name), compiled(name, {}, window=16), tiny_ids(2, TOKENS)
+    for pads in (0, 9):
+        mask = torch.ones_like(ids)
+        mask[0, :pads] = 0
+        cuts = [0, TOKENS - 3, TOKENS - 2, TOKENS - 1, TOKENS]
+        equal(logits(model, ids, mask, cuts), logits(original, ids, mask, cuts))
+    prompt = ids[:1, :24]
+    beams = {**GREEDY, "num_beams": 2, "max_new_tokens": 3}
+    assert torch.equal(model.generate(prompt, **beams), original.generate(prompt, **beams))
+    cache = model.new_cache()
+    first = model.generate(prompt, past_key_values=cache, max_new_tokens=2, **GREEDY)
+    turn = torch.cat((first, ids[1:, :5]), 1)
+    second = model.generate(turn, past_key_values=cache, max_new_tokens=2, **GREEDY)
+    assert torch.equal(second, original.generate(turn, max_new_tokens=2, **GREEDY))
+
+
+@pytest.mark.parametrize("stack", [STREAMING, SNAPKV], ids=["uniform", "per head"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_kept_is_what_is_attended_to(name: str, stack: dict[str, dict[str, Any]]) -> None:
+    """After a selection the next token is that of the original model with the same entries in its own cache."""
+    original, model, ids = family_model(name, WIDE), compiled(name, stack), tiny_ids(1, TOKENS)
+    prompt, token = ids[:, :-1], ids[:, -1:]
+    ours, theirs = model(prompt).past_key_values, DynamicCache()
+    original(prompt, past_key_values=theirs)
+    plan = model.kvcompile.plan
+    for p, kept in zip(plan.layers, ours.lengths(), strict=True):
+        assert tuple(kept) == plan.kept(p.index, prompt.shape[1])
+    assert ours.nbytes() == sum(row.bytes for row in plan.bytes(1, prompt.shape[1]))
+    for layer, held in zip(theirs.layers, ours.layers, strict=True):
+        places = torch.stack([positions for _, _, positions in held.held.rows()])
+        places = places.repeat_interleave(layer.keys.shape[1] // len(places), 0)[None, :, :, None]
+        layer.keys, layer.values = (
+            x.gather(2, places.expand(-1, -1, -1, x.shape[3])) for x in (layer.keys, layer.values)
+        )
+    at = torch.tensor([[prompt.shape[1]]])
+    expected = original(token, past_key_values=theirs, position_ids=at).logits
+    equal(model(token, past_key_values=ours).logits, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stored_in_8_bits_and_saved(name: str, tmp_path: Path) -> None:
+    """Logits stay near, bytes are those of the plan, and what is loaded says the same to the bit."""
+    original, model, ids = family_model(name, WIDE, full=True), family_model(name, WIDE, full=True), tiny_ids(1, TOKENS)
+    model = kvcompile.compile(model, overrides=["policy=[int8]", "stack.int8.residual=4", "kernels=sdpa"])
+    prompt, token = ids[:, :-1], ids[:, -1:]
+    cache = model(prompt).past_key_values
+    assert cache.nbytes() == sum(row.bytes for row in model.kvcompile.plan.bytes(1, prompt.shape[1]))
+    got, expected = model(token, past_key_values=cache).logits, original(ids).logits[:, -1:]
+    assert 0 < (got - expected).square().mean().sqrt() < 0.1 * expected.std()
+    kvcompile.save(model, tmp_path / "artifact")
+    loaded = kvcompile.load(tmp_path / "artifact")
+    assert torch.equal(loaded(token, past_key_values=loaded(prompt).past_key_values).logits, got)
+
+
+def test_tiny_configs_use_what_is_special() -> None:
+    """Layers that slide, turn in part or not at all, soft-caps, sinks and norms all occur."""
+    plans = [describe(family_config(name)) for name in FAMILIES]
+    layers = [p for plan in plans for p in plan.layers]
+    for fact in ("sliding_window", "softcap", "sink", "key_norm"):
+        assert any(getattr(p, fact) for p in layers)
+    assert any(not p.rotates for p in layers)
+    assert any(p.rotates and p.rotary < p.head_dim for p in layers)
