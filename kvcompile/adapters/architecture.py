@@ -72,7 +72,7 @@ class Architecture:
     decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each. scale:
     what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of c tanh(x / c)
     over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
-    turn. rotary_module: what gives angles, in the base model. rotary_per_type: it wants the type of the layer. refuses:
+    turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the layer. refuses:
     what of a config is not compiled (None: nothing). normed: whether a config has the norms of its adapter. grouped:
     the stock class can have fewer KV heads than query heads.
     """
@@ -87,7 +87,7 @@ class Architecture:
     softcap: Callable[[Any], float | None] = lambda config: None
     rotates: Callable[[Any, int], bool] = lambda config, layer: True
     turning: Callable[[Any, int], int] = turning
-    rotary_module: Callable[[Any], nn.Module] = lambda base: base.rotary_emb
+    rotary_module: Callable[[Any, int], nn.Module] = lambda base, layer: base.rotary_emb
     rotary_per_type: bool = False
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
@@ -176,7 +176,7 @@ class Architecture:
         config = model.config
         kind = {"layer_type": config.layer_types[layer]} if self.rotary_per_type else {}
         width, turns = self.head_dim(config), self.rotates(config, layer)
-        module = copy.deepcopy(self.rotary_module(_base(model))) if turns else None
+        module = copy.deepcopy(self.rotary_module(_base(model), layer)) if turns else None
 
         def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
             like = torch.empty(0, dtype=torch.float32, device=positions.device)
@@ -189,12 +189,15 @@ class Architecture:
 
     def rotations(self, model: PreTrainedModel) -> list[Rotary]:
         """`rotary` of every layer; layers that turn alike share one, so that a pass need ask for an angle only once."""
-        config = model.config
-        shared: dict[tuple[str | None, bool], Rotary] = {}
-        kinds = [
-            (config.layer_types[layer] if self.rotary_per_type else None, self.rotates(config, layer))
-            for layer in range(config.num_hidden_layers)
+        config, base = model.config, _base(model)
+        modules = [
+            self.rotary_module(base, i) if self.rotates(config, i) else None for i in range(len(self.decoders(model)))
         ]
+        kinds = [
+            (id(module), config.layer_types[layer] if self.rotary_per_type and module is not None else None)
+            for layer, module in enumerate(modules)
+        ]
+        shared: dict[tuple[int, str | None], Rotary] = {}
         for layer, kind in enumerate(kinds):
             if kind not in shared:
                 shared[kind] = self.rotary(model, layer)

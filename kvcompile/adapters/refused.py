@@ -35,7 +35,7 @@ _TYPES = {
     "scores depend on the distance of tokens (ALiBi or a learned bias), not yet": "bloom cpmant mpt",
     "another attention than the ones that are known, not yet": (
         "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text "
-        "flint granite_swa granitemoe_swa hrm_text "
+        "hrm_text "
         "jetmoe llama4_text mimo_v2_flash openai-gpt "
     ),
 }

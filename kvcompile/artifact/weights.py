@@ -159,13 +159,14 @@ def original_config(folder: Path, stored: Stored) -> Any:
         foreign = next((name for name in RUNTIME if data.get(name) is not None), None)
         if foreign:
             raise KvcompileError("an artifact holds plain weights", foreign)
-        layers = data["num_hidden_layers"]
-        if type(layers) is not int or not 1 <= layers <= stored.tensors:
-            raise KvcompileError(f"num_hidden_layers must be in 1 to {stored.tensors}, the tensors stored", layers)
         said = data["kvcompile"]["original"]
         named = {key: said[key] for key in ("model_type", "architectures")}
         architecture(named["model_type"])  # that of another package makes its config known to transformers
         known = CONFIG_MAPPING[named["model_type"]]
+        count = known.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        layers = data[count]
+        if type(layers) is not int or not 1 <= layers <= stored.tensors:
+            raise KvcompileError(f"{count} must be in 1 to {stored.tensors}, the tensors stored", layers)
         # attention is `eager` because ours replaces it: no name in the config can fetch a kernel
         config = known.from_dict({**data, **named}, attn_implementation="eager")
         architecture_of(config)

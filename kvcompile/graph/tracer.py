@@ -14,9 +14,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from kvcompile.errors import KvcompileError
 from kvcompile.graph import ops
-from kvcompile.runtime.live import LiveGraph, Skeleton
+from kvcompile.runtime.live import LiveGraph, Skeleton, decoder_layers
 
 TRACED = "kvcompile_traced"  # attribute of the modules that are looked through: our adapters
 _TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
@@ -73,7 +72,7 @@ class KVTracer(fx.Tracer):
         self.transparent: set[int] = set()
         if model is not None:
             holders = (m for m in model.modules() if any(getattr(below, TRACED, False) for below in m.modules()))
-            self.transparent = {id(model), *map(id, holders), *(id(layer) for layer in decoder_layers(model))}
+            self.transparent = {id(model), *map(id, holders), *(id(layer) for layer in decoder_layers(model)[1])}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Everything but the skeleton and our adapters."""
@@ -108,17 +107,6 @@ class KVTracer(fx.Tracer):
         if node.op == "placeholder" and node.target == "cache":
             return CacheProxy(node, self)
         return super().proxy(node)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the one as long as the config says."""
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise KvcompileError(
-        "the model must have one list of decoder layers", f"none of length {count} in {type(model).__name__}"
-    )
 
 
 def skeleton(model: nn.Module) -> Skeleton:

@@ -58,12 +58,24 @@ def with_states(graph: LiveGraph) -> LiveGraph:
     base = f"model.{model.base_model_prefix}"
     modules = [node for node in rewritten.graph.nodes if node.op == "call_module"]
     calls = [node for node in modules if str(node.target).startswith(f"{base}.")]
-    layers = [f"{base}.layers.{i}." for i in range(model.config.num_hidden_layers)]
+    path = f"{base}.{decoder_layers(getattr(model, model.base_model_prefix))[0]}"
+    layers = [f"{path}.{i}." for i in range(model.config.num_hidden_layers)]
     states: list[Any] = [_first_call(calls, layer).args[0] for layer in layers]
     (end,) = (node for node in rewritten.graph.nodes if node.op == "output")
     end.args = ((end.args[0], (*states, calls[-1])),)  # the norm is the last module that the base model calls
     rewritten.recompile()
     return rewritten
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the list as long as the config says. Raises KvcompileError without one."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise KvcompileError(
+        "the model must have one list of decoder layers", f"none of length {count} in {type(model).__name__}"
+    )
 
 
 def _first_call(calls: list[fx.Node], inside: str) -> fx.Node:

@@ -46,6 +46,7 @@ TINY: dict[str, dict[str, Any]] = {
     "exaone4": SLIDES,
     "exaone_moe": {**SLIDES, **EXPERTS, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "flint": {**SLIDES, **EXPERTS},
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma2": GEMMA2,
     "gemma3_text": {**SLIDES, "query_pre_attn_scalar": 24},
@@ -55,6 +56,8 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW},
     "gpt_oss": {**SLIDES, **LOCAL},
     "granite": GRANITE,
+    "granite_swa": {**GRANITE, **SLIDES, "layer_rope_theta": [1e4, 0.0]},
+    "granitemoe_swa": {**GRANITE, **SLIDES, **LOCAL, "layer_rope_theta": [1e4, 1e5]},
     "granitemoe": {**GRANITE, **LOCAL},
     "granitemoeshared": {**GRANITE, **LOCAL, "shared_intermediate_size": 32},
     "gptj": {"rotary_dim": 8, "n_positions": 512},
@@ -99,10 +102,17 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": GEMMA2,
 }
-EAGER = ("gemma2", "vaultgemma", "gpt_oss")  # SDPA of transformers knows neither soft-caps nor sinks
+EAGER = (
+    "gemma2",
+    "vaultgemma",
+    "gpt_oss",
+    "flint",
+    "granite_swa",
+    "granitemoe_swa",
+)  # SDPA of transformers knows neither soft-caps nor sinks
 NO_KV_HEADS = (
-    "gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gptj opt "
-    "persimmon xglm"
+    "gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gptj "
+    "opt persimmon xglm"
 )
 
 
@@ -112,8 +122,9 @@ def family_config(name: str, window: int = WINDOW, full: bool = False, **over: A
     full: layers do not slide where all of them would.
     """
     settings = {**BASE, "num_hidden_layers": 2, **TINY.get(name, {}), **over}
-    if settings.get("sliding_window"):
-        settings["sliding_window"] = None if full and "layer_types" not in settings else window
+    for key in ("sliding_window", "window_size"):
+        if settings.get(key):
+            settings[key] = None if full and "layer_types" not in settings and key == "sliding_window" else window
     for dropped in ("num_key_value_heads", "head_dim") if name in NO_KV_HEADS.split() else ():
         del settings[dropped]
     unset = ("head_dim",) if settings.get("head_dim") is None else ()

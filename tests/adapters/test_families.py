@@ -140,3 +140,11 @@ def test_tiny_configs_use_what_is_special() -> None:
         assert any(getattr(p, fact) for p in layers)
     assert any(not p.rotates for p in layers)
     assert any(p.rotates and p.rotary < p.head_dim for p in layers)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "dbrx"])
+def test_hidden_states_whatever_layers_are_called(name: str) -> None:
+    ids = tiny_ids(1, 9)
+    got = compiled(name, {})(ids, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(got, family_model(name, WIDE)(ids, output_hidden_states=True).hidden_states, strict=True):
+        equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""Three projections, and in every softmax a learned logit of the query head, which goes to no value: gpt_oss."""
+"""Three projections, and in every softmax a learned logit of the query head, which goes to no value: gpt_oss, granite_swa, flint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, typed_window
 from kvcompile.adapters.base import Attention
-from kvcompile.adapters.families.llama import SeparateLayout
+from kvcompile.adapters.families.glm import slides
+from kvcompile.adapters.families.llama import SeparateLayout, by_multiplier
+from kvcompile.adapters.families.qwen3 import HeadNormed
 from kvcompile.adapters.layout import Layout, Weights
 
 
@@ -34,6 +36,17 @@ class WithSinks(Attention):
     learned: ClassVar[tuple[str, ...]] = ("sinks",)
     layout: ClassVar[type[Layout] | None] = SinkLayout
 
+
+class NormedWithSinks(HeadNormed):
+    """The same, each query and key head normed by itself: flint."""
+
+    layout = None
+    learned: ClassVar[tuple[str, ...]] = WithSinks.learned
+
+
+class GptOss(WithSinks):
+    """The same, each angle given once."""
+
     @classmethod
     def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
         """Each angle comes once, for both halves of a head."""
@@ -41,4 +54,20 @@ class WithSinks(Attention):
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
-GPT_OSS = Architecture(WithSinks, window=typed_window)
+def has_theta(config: Any, layer: int) -> bool:
+    """Rotary positions in layers that have a base of their angles."""
+    return bool(config.layer_rope_theta[layer])
+
+
+def by_theta(base: Any, layer: int) -> nn.Module:
+    """The rotary module of the layer's base."""
+    theta = base.config.layer_rope_theta[layer]
+    module: nn.Module = next(m for m in base.rotary_embs if m.config.rope_parameters["rope_theta"] == theta)
+    return module
+
+
+GPT_OSS = Architecture(GptOss, window=typed_window)
+FLINT = Architecture(NormedWithSinks, window=typed_window, rotates=slides)
+GRANITE_SWA = Architecture(
+    WithSinks, scale=by_multiplier, window=typed_window, rotates=has_theta, rotary_module=by_theta
+)

@@ -62,9 +62,9 @@ class CodeGen(GptJ):
         return self.heads(queries.flatten(-2)), self.heads(keys.flatten(-2)), self.heads(values.flatten(-2))
 
 
-def table(base: Any) -> nn.Module:
-    """The rotary module of a base model: the table of its first layer."""
-    return Sinusoids(base.h[0].attn.embed_positions)
+def table(base: Any, layer: int) -> nn.Module:
+    """The rotary module of a base model: the table of a layer."""
+    return Sinusoids(base.h[layer].attn.embed_positions)
 
 
 def rotary_dim(config: Any, layer: int) -> int:
