@@ -72,9 +72,9 @@ class Architecture:
     decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each. scale:
     what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of c tanh(x / c)
     over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
-    turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the layer. refuses:
-    what of a config is not compiled (None: nothing). normed: whether a config has the norms of its adapter. grouped:
-    the stock class can have fewer KV heads than query heads.
+    turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
+    layer. refuses: what of a config is not compiled (None: nothing). normed: whether a config has the norms of its
+    adapter. grouped: the stock class can have fewer KV heads than query heads.
     """
 
     adapter: type[Attention]

@@ -1,4 +1,4 @@
-"""Three projections, and in every softmax a learned logit of the query head, which goes to no value: gpt_oss, granite_swa, flint."""
+"""In every softmax a learned logit of the query head, which goes to no value: gpt_oss, granite_swa, flint."""
 
 from __future__ import annotations
 
