@@ -54,7 +54,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     architecture = architecture_of(model.config)
     rotaries = latent_rotations(architecture.rotations(model), plan)
     architecture.swap(model, plan)
-    graph = trace(model)
+    graph = trace(model, plan.state_bytes > 0, architecture.grid)
     changes = rewrite(graph, plan).changes
     verify(graph.graph, plan)
     prune(model)

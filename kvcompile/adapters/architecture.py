@@ -64,6 +64,16 @@ def turning(config: Any, layer: int) -> int:
     return int(channels(config) * (rope.get("partial_rotary_factor") or 1.0))
 
 
+def everywhere(config: Any, layer: int) -> bool:
+    """All layers attend."""
+    return True
+
+
+def nothing(config: Any, dtype: str) -> int:
+    """No bytes of states."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One `model_type` of transformers: how its attention is adapted, and the facts of its layers by its config.
@@ -73,8 +83,10 @@ class Architecture:
     what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of c tanh(x / c)
     over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
     turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
-    layer. refuses: what of a config is not compiled (None: nothing). normed: whether a config has the norms of its
-    adapter. grouped: the stock class can have fewer KV heads than query heads.
+    layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
+    values. states: bytes that the others keep of one sequence. grid: positions are those of text, time, height and
+    width. normed: whether a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than
+    query heads.
     """
 
     adapter: type[Attention]
@@ -89,14 +101,22 @@ class Architecture:
     turning: Callable[[Any, int], int] = turning
     rotary_module: Callable[[Any, int], nn.Module] = lambda base, layer: base.rotary_emb
     rotary_per_type: bool = False
+    attends: Callable[[Any, int], bool] = everywhere
+    states: Callable[[Any, str], int] = nothing
+    grid: bool = False
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
     grouped: bool = True
 
     def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
         """The identity plan of a model, from its config alone: every layer owns its cache and keeps all."""
-        layers = tuple(self._facts(config, index) for index in range(config.num_hidden_layers))
-        return Plan(architecture=config.model_type, dtype=dtype, layers=layers)
+        layers = tuple(self._facts(config, index, layer) for index, layer in enumerate(self.attending(config)))
+        states = self.states(config, dtype)
+        return Plan(architecture=config.model_type, dtype=dtype, layers=layers, state_bytes=states)
+
+    def attending(self, config: Any) -> list[int]:
+        """The decoder layers that attend: all, but where some keep a state in place of keys and values."""
+        return [layer for layer in range(config.num_hidden_layers) if self.attends(config, layer)]
 
     def require_known(self, config: Any) -> None:
         """Raise KvcompileError where a config of this type asks for what is not compiled."""
@@ -104,9 +124,9 @@ class Architecture:
         if reason is not None:
             raise KvcompileError(f"{config.model_type} is compiled, but not where {reason}", fix="another checkpoint")
 
-    def _facts(self, config: Any, index: int) -> LayerPlan:
-        query_heads, kv_heads = self.heads(config, index)
-        rotates = self.rotates(config, index)
+    def _facts(self, config: Any, index: int, layer: int) -> LayerPlan:
+        query_heads, kv_heads = self.heads(config, layer)
+        rotates = self.rotates(config, layer)
         return LayerPlan(
             index=index,
             query_heads=query_heads,
@@ -114,18 +134,19 @@ class Architecture:
             head_dim=self.head_dim(config),
             owner=index,
             scale=self.scale(config),
-            sliding_window=self.window(config, index),
+            sliding_window=self.window(config, layer),
             softcap=self.softcap(config),
             rotates=rotates,
-            rotary=self.turning(config, index) if rotates else 0,
+            rotary=self.turning(config, layer) if rotates else 0,
             turnable=self.adapter.turnable,
             key_norm=bool(self.adapter.norms) and self.normed(config),
             sink="sinks" in self.adapter.learned,
         )
 
     def decoders(self, model: PreTrainedModel) -> Any:
-        """The decoder layers of a model."""
-        return _base(model).get_submodule(self.layers)
+        """The decoder layers of a model that attend."""
+        layers: Any = _base(model).get_submodule(self.layers)
+        return [layers[layer] for layer in self.attending(model.config)]
 
     def attentions(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention modules of a model, by layer."""
@@ -167,13 +188,14 @@ class Architecture:
             layer.set_submodule(self.attention, adapter)
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
-    def rotary(self, model: PreTrainedModel, layer: int) -> Rotary:
-        """The rotation of one layer: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's rotary module.
+    def rotary(self, model: PreTrainedModel, index: int) -> Rotary:
+        """The rotation of a layer of the plan: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's module.
 
         A layer without position embedding gets the identity (cos 1, sin 0). The module is copied: types that adapt to
         the longest position seen must not be disturbed by a question.
         """
         config = model.config
+        layer = self.attending(config)[index]
         kind = {"layer_type": config.layer_types[layer]} if self.rotary_per_type else {}
         width, turns = self.head_dim(config), self.rotates(config, layer)
         module = copy.deepcopy(self.rotary_module(_base(model), layer)) if turns else None
@@ -190,22 +212,21 @@ class Architecture:
     def rotations(self, model: PreTrainedModel) -> list[Rotary]:
         """`rotary` of every layer; layers that turn alike share one, so that a pass need ask for an angle only once."""
         config, base = model.config, _base(model)
-        modules = [
-            self.rotary_module(base, i) if self.rotates(config, i) else None for i in range(len(self.decoders(model)))
-        ]
+        attending = self.attending(config)
+        modules = [self.rotary_module(base, i) if self.rotates(config, i) else None for i in attending]
         kinds = [
             (id(module), config.layer_types[layer] if self.rotary_per_type and module is not None else None)
-            for layer, module in enumerate(modules)
+            for layer, module in zip(attending, modules, strict=True)
         ]
         shared: dict[tuple[int, str | None], Rotary] = {}
-        for layer, kind in enumerate(kinds):
+        for index, kind in enumerate(kinds):
             if kind not in shared:
-                shared[kind] = self.rotary(model, layer)
+                shared[kind] = self.rotary(model, index)
         return [shared[kind] for kind in kinds]
 
     def require_as_configured(self, model: PreTrainedModel) -> None:
         """Raise KvcompileError where a model is not what its config says, or would not run as it stands once traced."""
-        config, layers = model.config, self.decoders(model)
+        config, layers = model.config, list(_base(model).get_submodule(self.layers).children())
         if len(layers) != config.num_hidden_layers:
             raise KvcompileError(
                 f"a model has as many layers as its config says, {config.num_hidden_layers}",
@@ -216,7 +237,8 @@ class Architecture:
         require_unhooked("the base model", _base(model))
         for index, layer in enumerate(layers):
             require_unhooked(f"layer {index}", layer)
-            require_unhooked(f"layer {index}: {self.attention}", layer.get_submodule(self.attention))
+        for index, attention in enumerate(self.attentions(model)):
+            require_unhooked(f"layer {index}: {self.attention}", attention)
 
 
 def _base(model: PreTrainedModel) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architecture import Architecture, nothing
 from kvcompile.adapters.architectures import architecture, known
 from kvcompile.adapters.built_in import BUILT_IN
 from kvcompile.adapters.refused import REFUSED
@@ -15,6 +15,7 @@ def limits(known_as: Architecture) -> list[str]:
         text
         for text, limited in (
             ("no policies that convert weights", adapter.layout is None),
+            ("a prompt is read at once and never again (no prefill_chunk, kvzip ...)", known_as.states is not nothing),
             ("keys are not turned on (compact positions, infllm, ghost)", not adapter.turnable),
         )
         if limited

@@ -28,9 +28,7 @@ _TYPES = {
         "axk1 axk2 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu"
     ),
     "layers that keep a state in place of keys and values, not yet": (
-        "bailing_hybrid bamba falcon_h1 granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 "
-        "lfm2_moe lfm3 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma "
-        "zamba zamba2 zaya"
+        "bailing_hybrid inkling2_text inkling_text kimi_linear lfm3 minimax recurrent_gemma zamba zamba2 zaya"
     ),
     "scores depend on the distance of tokens (ALiBi or a learned bias), not yet": "bloom cpmant mpt",
     "another attention than the ones that are known, not yet": (

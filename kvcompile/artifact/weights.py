@@ -142,6 +142,11 @@ def _borrowed_config(model: Any) -> Iterator[None]:
         model.config = original
 
 
+def _number(data: dict[str, Any]) -> Any:
+    """What transformers writes for a number that JSON has no word for: `{"__float__": "Infinity"}`."""
+    return float(data["__float__"]) if set(data) == {"__float__"} else data
+
+
 def original_config(folder: Path, stored: Stored) -> Any:
     """The config of the model before its weights were converted: what the recipe was for.
 
@@ -153,7 +158,7 @@ def original_config(folder: Path, stored: Stored) -> Any:
 
     path = folder / CONFIG
     with wrapped_errors(f"{path} must describe a known model", REMADE):
-        data = json.loads(read_text(path))
+        data = json.loads(read_text(path), object_hook=_number)
         if data["model_type"] != MODEL_TYPE:
             raise KvcompileError("the model_type of an artifact says who opens it", repr(data["model_type"]))
         foreign = next((name for name in RUNTIME if data.get(name) is not None), None)
@@ -164,7 +169,8 @@ def original_config(folder: Path, stored: Stored) -> Any:
         architecture(named["model_type"])  # that of another package makes its config known to transformers
         known = CONFIG_MAPPING[named["model_type"]]
         count = known.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        layers = data[count]
+        layers = data["layers_block_type"] if count not in data else data[count]  # some configs only list the types
+        layers = len(layers) if isinstance(layers, list) else layers
         if type(layers) is not int or not 1 <= layers <= stored.tensors:
             raise KvcompileError(f"{count} must be in 1 to {stored.tensors}, the tensors stored", layers)
         # attention is `eager` because ours replaces it: no name in the config can fetch a kernel

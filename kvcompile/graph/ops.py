@@ -55,6 +55,24 @@ def begin(cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None) -> S
     return cache.begin(input_ids, attention_mask)
 
 
+@at_the_cache
+def states(cache: KVCache) -> Any:
+    """Transformers' own cache of the layers that keep a state: what these are given."""
+    return cache.states
+
+
+@at_the_cache
+def padding(step: Step) -> Tensor | None:
+    """Which of several new tokens are real `[B, Q]`, for layers that keep a state; None: all are."""
+    return None if step.valid is None or step.valid.shape[1] == 1 else step.valid
+
+
+@leaf
+def grid(positions: Tensor) -> Tensor:
+    """Positions `[B, Q]` as those of text, time, height and width, `[4, B, Q]`: the same in text."""
+    return positions.expand(4, *positions.shape)
+
+
 @leaf
 def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[B, H, Q, D]` by `cos, sin [B, Q, D_rot]` (half-split layout); channels past `D_rot` pass through."""
@@ -225,7 +243,7 @@ def to_host(step: Step, layer: int) -> None:
     step.cache.layers[layer].to_host()
 
 
-EFFECTS = (begin, kv_append, observe, recall, compress, allocate, trim, index, flush, prefetch, fetch, to_host)
+EFFECTS = (begin, states, kv_append, observe, recall, compress, allocate, trim, index, flush, prefetch, fetch, to_host)
 for op in EFFECTS:
     has_side_effect(op)
 

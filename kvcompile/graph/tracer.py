@@ -18,6 +18,8 @@ from kvcompile.graph import ops
 from kvcompile.runtime.live import LiveGraph, Skeleton, decoder_layers
 
 TRACED = "kvcompile_traced"  # attribute of the modules that are looked through: our adapters
+ATTENDING = ("full_attention", "sliding_attention")  # types of layers, as transformers' models look up their masks
+STATEFUL = ("linear_attention", "conv")
 _TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 
 
@@ -43,20 +45,30 @@ class CacheProxy(fx.Proxy):
     is_compileable = False
 
 
+class GridProxy(fx.Proxy):
+    """Stands for positions in four ways, which transformers looks at the shape of."""
+
+    shape = (4, 0, 0)
+    ndim = 3
+
+
 class Entry(nn.Module):
     """The traced signature: one forward pass of a causal LM over new tokens, with our cache."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stateful: bool = False, grid: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.stateful, self.grid = model, stateful, grid
 
     def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: Any, logits_to_keep: Any) -> Any:
         """Logits `[B, kept, vocabulary]`."""
-        step = ops.begin(cache, input_ids, attention_mask)
+        step: Any = ops.begin(cache, input_ids, attention_mask)
+        masks = step
+        if self.stateful:  # masks are ready: for layers that attend, and for those that keep a state
+            masks = {**dict.fromkeys(ATTENDING, step), **dict.fromkeys(STATEFUL, ops.padding(step))}
         return self.model(
             input_ids=input_ids,
-            attention_mask=step,
-            position_ids=position_ids,
+            attention_mask=masks,
+            position_ids=ops.grid(position_ids) if self.grid else position_ids,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
@@ -88,6 +100,9 @@ class KVTracer(fx.Tracer):
         """Models that run in other threads meanwhile are none of this trace's business."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if self.is_leaf_module(m, ""):  # one that is not looked through writes into transformers' own cache
+            args = tuple(_own_cache(x) for x in args)
+            kwargs = {name: _own_cache(x) for name, x in kwargs.items()}
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -106,7 +121,14 @@ class KVTracer(fx.Tracer):
             return StepProxy(node, self)
         if node.op == "placeholder" and node.target == "cache":
             return CacheProxy(node, self)
+        if node.target is ops.grid:
+            return GridProxy(node, self)
         return super().proxy(node)
+
+
+def _own_cache(argument: Any) -> Any:
+    cache: Any = argument
+    return ops.states(cache) if isinstance(argument, CacheProxy) else argument
 
 
 def skeleton(model: nn.Module) -> Skeleton:
@@ -114,9 +136,12 @@ def skeleton(model: nn.Module) -> Skeleton:
     return Skeleton(model, KVTracer(model).is_leaf_module)
 
 
-def trace(model: nn.Module) -> LiveGraph:
-    """The graph of one forward pass (arguments of `Entry.forward`); its leaves are those of `model` at every call."""
-    entry = Entry(model)
+def trace(model: nn.Module, stateful: bool = False, grid: bool = False) -> LiveGraph:
+    """The graph of one forward pass (arguments of `Entry.forward`); its leaves are those of `model` at every call.
+
+    stateful: some layers keep a state. grid: the model wants positions in four ways.
+    """
+    entry = Entry(model, stateful, grid)
     tracer = KVTracer(model)
     with _TRACING:
         graph = tracer.trace(entry)

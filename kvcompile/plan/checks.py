@@ -20,6 +20,8 @@ def check(plan: Plan) -> None:
     for p in plan.layers:
         _check_heads(p)
         _check_owner(p, plan.layers[p.owner])
+    if plan.state_bytes:
+        _check_states(plan)
     if plan.blocks is not None:
         check_blocks(plan, plan.blocks)
         plan = plan.decoder
@@ -42,6 +44,20 @@ def check(plan: Plan) -> None:
         if p.storage != PLAIN:
             _check_storage(p)
         _check_tiers(p)
+
+
+def _check_states(plan: Plan) -> None:
+    """Of a model some of whose layers keep a state, which is of all tokens so far and goes on from where it is."""
+    if plan.prefill_chunk:
+        raise KvcompileError(
+            "layers that keep a state read a prompt at once", f"prefill_chunk={plan.prefill_chunk}", "prefill_chunk=0"
+        )
+    if plan.replayed is not None or plan.blocks is not None:
+        raise KvcompileError(
+            "layers that keep a state read a text once, token by token",
+            f"{plan.architecture} under {', '.join(repr(a.name) for a in plan.applied)}",
+            "policies that neither read a text again nor divide it into blocks",
+        )
 
 
 def _check_turning(p: LayerPlan) -> None:

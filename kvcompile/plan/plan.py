@@ -135,6 +135,8 @@ class Plan:
         prefill_chunk: tokens of a prompt that are read at once; 0: all.
         applied: the policies, in order.
         blocks: how the text is divided between a block decoder and a token decoder; None: it is not.
+        state_bytes: of one sequence, what layers without keys and values keep in their place (a state); those have no
+            `LayerPlan`, and `bytes` leaves them out.
 
     Examples:
         >>> plan = kvcompile.compile(model, recipe="snapkv", overrides=["budget=0.1"]).kvcompile.plan
@@ -151,6 +153,7 @@ class Plan:
     prefill_chunk: int = 0
     applied: tuple[Applied, ...] = field(default=())
     blocks: Blocks | None = None
+    state_bytes: int = 0
 
     @property
     def decoder(self) -> Plan:
@@ -333,6 +336,7 @@ class Plan:
             "policies": [dataclasses.asdict(a) for a in self.applied],
             "layers": [_plain(p) for p in self.layers],
             **({} if self.blocks is None else {"blocks": dataclasses.asdict(self.blocks)}),
+            **({"state_bytes": self.state_bytes} if self.state_bytes else {}),
         }
 
     def digest(self) -> str:

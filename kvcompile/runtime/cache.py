@@ -66,6 +66,7 @@ class KVCache(Cache):  # type: ignore[misc]
     """Keys and values of a compiled model: what its forward returns and takes as `past_key_values`.
 
     `seen[b]` are the true tokens of a sequence so far (padding left out), which is not the number of entries kept.
+    `states` is transformers' own cache of layers that keep a state in place of keys and values (None: there are none).
     `shift [B]` is how far rotary positions lie behind true ones (compact positions, and recall at a constant distance).
     Bytes: `nbytes()` counts keys and values held, `allocated()` everything including positions and room; where the plan
     offloads, `resident()` what is on the compute device of that, and `in_host_memory()` what lies beside it.
@@ -80,12 +81,19 @@ class KVCache(Cache):  # type: ignore[misc]
         ([101], [51, 51])
     """
 
-    def __init__(self, plan: Plan, rotaries: list[Rotary] | None = None, backend: Backend = SDPA) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rotaries: list[Rotary] | None = None,
+        backend: Backend = SDPA,
+        states: Callable[[], Cache] | None = None,
+    ) -> None:
         super().__init__(layers=[LayerCache(p, backend.encode, backend.compact) for p in plan.layers])
         self.plan, self.rotaries = plan, rotaries or []
         self.replayed = plan.replayed
         self.kernels = PlanKernels(plan, backend)
         self.headroom = HEADROOM
+        self.new_states = states
         self._start()
 
     @property
@@ -101,6 +109,7 @@ class KVCache(Cache):  # type: ignore[misc]
         self.evictions = Evictions()
         self.seen: list[int] = []
         self.shift: Tensor | None = None
+        self.states: Cache | None = None if self.new_states is None else self.new_states()
         self.reads: dict[int, int] | None = None  # bytes that attention reads, by layer; None: they are not counted
         self.tick = 0
         self.croppable = 0
@@ -141,7 +150,7 @@ class KVCache(Cache):  # type: ignore[misc]
             positions = start + valid.long().cumsum(1) - 1
             self.seen = [n + int(m) for n, m in zip(self.seen, valid.sum(1), strict=True)]
         self.tick = 0 if prefill else self.tick + 1
-        self.croppable = self.croppable + count if valid is None else 0
+        self.croppable = self.croppable + count if valid is None and self.states is None else 0
         step = Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
         if self.transcript is None or self.replayed is None:
             return step
@@ -210,10 +219,18 @@ class KVCache(Cache):  # type: ignore[misc]
         """
         return sum(layer.store.nbytes() for layer in self.layers if layer.store is not None)
 
+    def state_bytes(self) -> int:
+        """Bytes of what layers without keys and values keep in their place: for each sequence `Plan.state_bytes`."""
+        if self.states is None:
+            return 0
+        kept = [layer for layer in self.states.layers if hasattr(layer, "conv_states")]
+        tensors = [x for layer in kept for of in (layer.conv_states, layer.recurrent_states) for x in of.values()]
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
     def allocated(self) -> int:
         """Bytes of everything allocated for the cache: keys, values, positions, indices, room for the next tokens."""
         parts = [part for layer in self.layers for part in (layer.store, layer.index) if part is not None]
-        return sum(part.allocated() for part in parts)
+        return sum(part.allocated() for part in parts) + self.state_bytes()
 
     def index_bytes(self) -> int:
         """Bytes of what stands for groups of tokens, beside keys and values."""
@@ -243,13 +260,17 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def is_croppable(self) -> bool:
         """Whether every token could be taken back: only where nothing can be evicted or encoded."""
-        return not self.plan.selected and not any(
-            p.sliding_window or p.storage.quantized or p.recall for p in self.plan.layers
+        return (
+            self.states is None
+            and not self.plan.selected
+            and not any(p.sliding_window or p.storage.quantized or p.recall for p in self.plan.layers)
         )
 
     def _select(self, sequences: Tensor) -> None:
         for layer in self.layers:
             layer.select(sequences)
+        if self.states is not None:
+            self.states.reorder_cache(sequences)
         self.seen = [self.seen[int(b)] for b in sequences] if self.seen else []
         if self.shift is not None:
             self.shift = self.shift[sequences]
@@ -287,7 +308,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """`fork()`: what transformers' prompt caching does, `copy.deepcopy(past_key_values)`, is meant like this."""
         clone = object.__new__(type(self))
-        same = (self.plan, *self.plan.layers, self.rotaries)
+        same = (self.plan, *self.plan.layers, self.rotaries, self.new_states)
         memo.update({id(self): clone, **{id(x): x for x in same}})
         clone.__dict__.update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
         return clone

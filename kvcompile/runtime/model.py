@@ -6,11 +6,13 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvcompile.errors import KvcompileError
@@ -80,8 +82,10 @@ class CompiledMixin:
         """
         compiled = self.kvcompile
         backend = choose(compiled.kernels, self.device)  # type: ignore[attr-defined]
-        kind = KVCache if compiled.plan.blocks is None else BlockCache
-        return kind(compiled.plan, compiled.rotaries, backend)
+        if compiled.plan.blocks is not None:
+            return BlockCache(compiled.plan, compiled.rotaries, backend)
+        states = partial(DynamicCache, config=self.config) if compiled.plan.state_bytes else None  # type: ignore[attr-defined]
+        return KVCache(compiled.plan, compiled.rotaries, backend, states)
 
     def forward(
         self,

@@ -100,13 +100,15 @@ def test_what_is_kept_is_what_is_attended_to(name: str, stack: dict[str, dict[st
     """After a selection the next token is that of the original model with the same entries in its own cache."""
     original, model, ids = family_model(name, WIDE), compiled(name, stack), tiny_ids(1, TOKENS)
     prompt, token = ids[:, :-1], ids[:, -1:]
-    ours, theirs = model(prompt).past_key_values, DynamicCache()
-    original(prompt, past_key_values=theirs)
     plan = model.kvcompile.plan
+    # without a config, sliding layers of this cache keep all
+    ours, theirs = model(prompt).past_key_values, DynamicCache(config=original.config if plan.state_bytes else None)
+    original(prompt, past_key_values=theirs)
     for p, kept in zip(plan.layers, ours.lengths(), strict=True):
         assert tuple(kept) == plan.kept(p.index, prompt.shape[1])
     assert ours.nbytes() == sum(row.bytes for row in plan.bytes(1, prompt.shape[1]))
-    for layer, held in zip(theirs.layers, ours.layers, strict=True):
+    attending = architecture(name).attending(original.config)
+    for layer, held in zip([theirs.layers[i] for i in attending], ours.layers, strict=True):
         places = torch.stack([positions for _, _, positions in held.held.rows()])
         places = places.repeat_interleave(layer.keys.shape[1] // len(places), 0)[None, :, :, None]
         layer.keys, layer.values = (
@@ -130,6 +132,33 @@ def test_stored_in_8_bits_and_saved(name: str, tmp_path: Path) -> None:
     kvcompile.save(model, tmp_path / "artifact")
     loaded = kvcompile.load(tmp_path / "artifact")
     assert torch.equal(loaded(token, past_key_values=loaded(prompt).past_key_values).logits, got)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if describe(family_config(name)).state_bytes])
+def test_states_are_counted_moved_and_copied(name: str) -> None:
+    """What layers without keys and values hold is in the plan, moves with its sequence, is each fork's own, goes."""
+    model, ids = compiled(name, {}), tiny_ids(2, TOKENS)
+    cache = model(ids[:, :-1]).past_key_values
+    assert cache.state_bytes() == 2 * model.kvcompile.plan.state_bytes > 0
+    assert cache.allocated() > cache.nbytes() + cache.state_bytes()
+    assert not cache.is_croppable
+    expected = model(ids[:, -1:], past_key_values=cache.fork()).logits
+    cache.reorder_cache(torch.tensor([1, 0]))
+    equal(model(ids.flip(0)[:, -1:], past_key_values=cache).logits.flip(0), expected)
+    cache.reset()
+    model(ids[:, :-1], past_key_values=cache)
+    equal(model(ids[:, -1:], past_key_values=cache).logits, expected)
+    half = compiled(name, {}).to(torch.bfloat16)
+    measured = half(ids[:, :9]).past_key_values.state_bytes()
+    assert measured == 2 * describe(half.config, "bfloat16").state_bytes
+
+
+@pytest.mark.parametrize(
+    ("option", "says"), [("prefill_chunk=8", "at once"), ("policy=[kvzip]", "once, token by token")]
+)
+def test_what_would_read_a_text_again_or_in_pieces_is_refused_with_states(option: str, says: str) -> None:
+    with pytest.raises(KvcompileError, match=says):
+        kvcompile.compile(family_model("lfm2"), overrides=["policy=[]", option, "kernels=sdpa"])
 
 
 def test_tiny_configs_use_what_is_special() -> None:

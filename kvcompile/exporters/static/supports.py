@@ -18,6 +18,8 @@ def refuse(plan: Plan, model_config: Any) -> None:
     for kind in lengthwise_ropes(model_config):
         rule = "rotary angles must not depend on the length of the input"
         raise KvcompileError(rule, f"rope {kind!r}", f"{HF}, whose model is transformers' own")
+    if plan.state_bytes:
+        raise KvcompileError("a program has rows of keys and values alone", "layers that keep a state", HF)
     if any(p.sink for p in plan.layers):
         raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
     for p in plan.owners:

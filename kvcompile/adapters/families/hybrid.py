@@ -1,0 +1,137 @@
+"""Models some of whose layers keep a state in place of keys and values: only the attentions are compiled.
+
+The others run as transformers has them, with transformers' own cache of their states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.families.gpt2 import never
+from kvcompile.adapters.families.llama import Separate, by_multiplier
+from kvcompile.adapters.families.olmo2 import WidthNormed
+from kvcompile.adapters.families.qwen3 import HeadNormed
+from kvcompile.plan.plan import DTYPE_BYTES, LayerPlan
+
+
+class QueryGated(HeadNormed):
+    """Each query head has a gate beside it, in one projection: qwen3_next, qwen3_5."""
+
+    layout = None
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, Q, H 2 D]` in queries and gates."""
+        both = torch.unflatten(self.q_proj(states), -1, (-1, 2, self.head_dim))
+        queries, gates = torch.unbind(both, -2)
+        keys, values = self.heads(self.k_proj(states)), self.heads(self.v_proj(states))
+        gate = torch.sigmoid(gates.flatten(-2))
+        return self.normed(queries.transpose(1, 2), 0), self.normed(keys, 1), values, gate
+
+
+class Lfm2(HeadNormed):
+    """Norms and output under other names: lfm2."""
+
+    layout = None
+    norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
+    keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj", *norms)
+    out: ClassVar[str] = "out_proj"
+
+
+class Multiplied(Separate):
+    """Keys times a number: falcon_h1."""
+
+    layout = None
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        self.multiplier: Any = original.key_multiplier
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """k = m W h."""
+        keys = self.heads(self.k_proj(states) * self.multiplier)
+        return self.heads(self.q_proj(states)), keys, self.heads(self.v_proj(states))
+
+
+def attends(config: Any, layer: int) -> bool:
+    """By the type of the layer."""
+    return config.layer_types[layer] in ("full_attention", "sliding_attention")
+
+
+def has_base(config: Any, layer: int) -> bool:
+    """Rotary positions where the config has a base of their angles."""
+    return (config.rope_parameters or {}).get("rope_theta") is not None
+
+
+def _stateful(config: Any, kind: str) -> int:
+    return sum(of == kind for of in config.layer_types)
+
+
+def short(config: Any, dtype: str) -> int:
+    """Convolutions over the last tokens, `[hidden, kernel]` each."""
+    return int(_stateful(config, "conv") * config.hidden_size * config.conv_L_cache * DTYPE_BYTES[dtype])
+
+
+def delta(config: Any, dtype: str) -> int:
+    """Of each gated delta net the last inputs of its convolution, and a float32 state `[heads, D_k, D_v]`."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    inner = 2 * keys * config.linear_key_head_dim + values * config.linear_value_head_dim
+    convolution = inner * config.linear_conv_kernel_dim * DTYPE_BYTES[dtype]
+    state = values * config.linear_key_head_dim * config.linear_value_head_dim * DTYPE_BYTES["float32"]
+    return int(_stateful(config, "linear_attention") * (convolution + state))
+
+
+def _mamba2(layers: int, inner: int, groups: int, state: int, kernel: int, dtype: str) -> int:
+    """Of each mamba 2 layer the last inputs of its convolution, and a float32 state `[heads * D, state]`."""
+    convolution = (inner + 2 * groups * state) * kernel * DTYPE_BYTES[dtype]
+    return int(layers * (convolution + inner * state * DTYPE_BYTES["float32"]))
+
+
+def bamba(config: Any, dtype: str) -> int:
+    """Of bamba and granitemoehybrid."""
+    inner = config.mamba_expand * config.hidden_size
+    sizes = inner, config.mamba_n_groups, config.mamba_d_state, config.mamba_d_conv
+    return _mamba2(_stateful(config, "linear_attention"), *sizes, dtype)
+
+
+def falcon_h1(config: Any, dtype: str) -> int:
+    """A state beside the attention of every layer."""
+    inner = config.mamba_d_ssm or config.mamba_expand * config.hidden_size
+    sizes = inner, config.mamba_n_groups, config.mamba_d_state, config.mamba_d_conv
+    return _mamba2(config.num_hidden_layers, *sizes, dtype)
+
+
+def nemotron_h(config: Any, dtype: str) -> int:
+    """Of nemotron_h."""
+    inner = config.mamba_num_heads * config.mamba_head_dim
+    sizes = inner, config.n_groups, config.ssm_state_size, config.conv_kernel
+    return _mamba2(_stateful(config, "linear_attention"), *sizes, dtype)
+
+
+def mamba(config: Any, dtype: str) -> int:
+    """Of each mamba layer the last inputs of its convolution, and a float32 state `[inner, state]`: jamba."""
+    inner = config.mamba_expand * config.hidden_size
+    convolution, state = config.mamba_d_conv * DTYPE_BYTES[dtype], config.mamba_d_state * DTYPE_BYTES["float32"]
+    return int(_stateful(config, "linear_attention") * inner * (convolution + state))
+
+
+QWEN3_NEXT = Architecture(QueryGated, attends=attends, states=delta)
+QWEN3_5 = Architecture(QueryGated, attends=attends, states=delta, grid=True)
+LFM2 = Architecture(Lfm2, attends=attends, states=short)
+LFM2_MOE = replace(LFM2, rotary_module=lambda base, layer: base.pos_emb)
+BAMBA = Architecture(Separate, attends=attends, states=bamba)
+GRANITE_HYBRID = Architecture(
+    Separate,
+    scale=by_multiplier,
+    rotates=lambda config, layer: config.position_embedding_type == "rope",
+    attends=attends,
+    states=bamba,
+)
+FALCON_H1 = Architecture(Multiplied, states=falcon_h1)
+JAMBA = Architecture(Separate, rotates=never, attends=attends, states=mamba)
+NEMOTRON_H = Architecture(Separate, attention="mixer", rotates=never, attends=attends, states=nemotron_h)
+OLMO_HYBRID = Architecture(WidthNormed, rotates=has_base, attends=attends, states=delta)
