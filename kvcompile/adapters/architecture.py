@@ -189,7 +189,7 @@ class Architecture:
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
     def rotary(self, model: PreTrainedModel, index: int) -> Rotary:
-        """The rotation of a layer of the plan: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's module.
+        """The rotation of a layer of a plan: positions `[n]` to cos, sin `[n, D_rot]`, float32, by the model's module.
 
         A layer without position embedding gets the identity (cos 1, sin 0). The module is copied: types that adapt to
         the longest position seen must not be disturbed by a question.

@@ -230,7 +230,8 @@ class KVCache(Cache):  # type: ignore[misc]
     def allocated(self) -> int:
         """Bytes of everything allocated for the cache: keys, values, positions, indices, room for the next tokens."""
         parts = [part for layer in self.layers for part in (layer.store, layer.index) if part is not None]
-        return sum(part.allocated() for part in parts) + self.state_bytes()
+        total: int = sum(part.allocated() for part in parts) + self.state_bytes()
+        return total
 
     def index_bytes(self) -> int:
         """Bytes of what stands for groups of tokens, beside keys and values."""
