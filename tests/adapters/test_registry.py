@@ -131,7 +131,7 @@ def test_without_a_layout_nothing_is_converted(plug: Any) -> None:
 
 def test_importing_the_table_imports_no_family() -> None:
     code = (
-        "import sys, kvcompile.adapters.architectures; print([m for m in sys.modules if m.endswith('adapters.llama')])"
+        "import sys, kvcompile.adapters.architectures; print([m for m in sys.modules if m.endswith('families.llama')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
