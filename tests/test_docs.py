@@ -140,7 +140,7 @@ def test_every_benchmark_is_in_the_index() -> None:
 
 ROWS = {
     "none": "dense",
-    "attention_matching": "matched + int4, 1/24",
+    "attention_matching": "matched + centred int4, 1/24",
     **{name: f"{name} + int4, 1/24" for name in ("kvzip", "retrieval_heads", "ghost", "adakv", "snapkv")},
 }
 
