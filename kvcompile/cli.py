@@ -49,7 +49,7 @@ RECOMMENDED = "begin with"
 BY_NAME = "model=<name>"
 BEGIN_WITH = {  # what won where it was measured: docs/results.md, docs/limits.md
     "no answer may change": "kivi",
-    "questions about a text come after it (won on SmolLM2, fails on Qwen2.5)": "attention_matching",
+    "questions about a text come after it": "attention_matching",
     "the question ends the prompt": "snapkv_kivi",
 }
 MULTIRUN_MARKS = ("sweep=", "hydra.mode=MULTIRUN")
