@@ -16,11 +16,11 @@ from kvcompile.serving.vllm.private import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
-    ops,
 )
 from kvcompile.serving.vllm.rules import PromptRule
 from kvcompile.serving.vllm.spec import KeptSpec
 
+FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ISA = "vec"  # of vLLM's kernels: the one whose blocks are known, K as `[D, B]`, V as `[B, D]`
 
 
@@ -95,10 +95,6 @@ def _require_known(isa: str, spec: KeptSpec) -> None:
             f"{isa!r}, for blocks of {spec.block_size} tokens and heads of {spec.head_size}",
             "--block-size 32, on an x86 CPU",
         )
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise KvcompileError(
-            "kvcompile moves entries of a cache in the model's dtype", spec.dtype, "--kv-cache-dtype auto"
-        )
 
 
 class KeptImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
@@ -120,16 +116,26 @@ class KeptImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         result: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if isinstance(attn_metadata, KeptMetadata) and attn_metadata.rule is not None:
             for ending in attn_metadata.endings:
-                self._compact(attn_metadata, attn_metadata.rule, ending, kv_cache, query)
+                self._compact(layer, attn_metadata, attn_metadata.rule, ending, kv_cache, query)
         return result
 
-    def _compact(self, m: KeptMetadata, rule: PromptRule, ending: Ending, cache: Tensor, query: Tensor) -> None:
+    def _compact(
+        self, layer: Any, m: KeptMetadata, rule: PromptRule, ending: Ending, cache: Tensor, query: Tensor
+    ) -> None:
         first, last, end = (int(x) for x in (*m.query_start_loc[ending.row : ending.row + 2], m.seq_lens[ending.row]))
-        keys, values = (x[:, : ending.tokens] for x in read_blocks(cache, ending.blocks))
+        stored = read_blocks(cache, ending.blocks, ending.tokens)
         newest = query[first : last - (end - ending.tokens)]
-        prompt = Prompt(keys, values, newest, self.scale, self.logits_soft_cap or None)
+        prompt = Prompt(*self._decoded(layer, *stored), newest, self.scale, self.logits_soft_cap or None)
         chosen = stay(rule, prompt, ending.kept).unsqueeze(-1)
-        write_last(cache, ending.blocks, ending.tokens, *(x.take_along_dim(chosen, 1) for x in (keys, values)))
+        write_last(cache, ending.blocks, ending.tokens, *(x.take_along_dim(chosen, 1) for x in stored))
+
+    def _decoded(self, layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored numbers as attention takes them."""
+        kind = FORMATS.get(self.kv_cache_dtype)
+        if kind is None:
+            return keys, values
+        scales = layer._k_scale_float, layer._v_scale_float
+        return tuple(x.view(kind).float() * by for x, by in zip((keys, values), scales, strict=True))
 
 
 class KeptBackend(CPUAttentionBackend):  # type: ignore[misc]
@@ -153,17 +159,18 @@ def halves(cache: Tensor) -> tuple[Tensor, Tensor]:
     return keys.view(blocks, heads, -1, block), values
 
 
-def read_blocks(cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of one request, `[H, len(blocks) B, D]` each, copies."""
+def read_blocks(cache: Tensor, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a prompt of `tokens` in `blocks`, `[H, tokens, D]` each, as stored; copies."""
     keys, values = halves(cache)
-    return tuple(x.transpose(0, 1).flatten(1, 2) for x in (keys[blocks].mT, values[blocks]))  # type: ignore[return-value]
+    rows = (x.transpose(0, 1).flatten(1, 2)[:, :tokens] for x in (keys[blocks].mT, values[blocks]))
+    return tuple(rows)  # type: ignore[return-value]
 
 
 def write_last(cache: Tensor, blocks: Tensor, tokens: int, keys: Tensor, values: Tensor) -> None:
-    """Put `keys, values [H, kept, D]` into the last slots of a prompt of `tokens`."""
+    """Put `keys, values [H, kept, D]`, as stored, into the last slots of a prompt of `tokens`."""
     block = cache.shape[2]
     at = torch.arange(tokens - keys.shape[1], tokens, device=blocks.device, dtype=torch.int64)
-    slots = blocks[at // block] * block + at % block
-    k, v = cache.view(*cache.shape[:2], 2 * block, -1).chunk(2, 2)
-    new = (x.transpose(0, 1).contiguous() for x in (keys, values))
-    ops.cpu_attn_reshape_and_cache(*new, k, v, slots, ISA)
+    own, slot = blocks[at // block], at % block
+    k, v = halves(cache)
+    k[own, :, :, slot] = keys.transpose(0, 1)
+    v[own, :, slot] = values.transpose(0, 1)

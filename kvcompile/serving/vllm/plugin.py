@@ -12,6 +12,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.serving.vllm.rules import last_chunk
 from kvcompile.serving.vllm.served import FILE, MODEL_TYPE, TESTED, Served, read
 
+CACHES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 PLAN = "kvcompile_served"  # attribute of the config of a served model
 
 
@@ -86,7 +87,7 @@ def _with_rule(stock: Any) -> Any:
         from kvcompile.serving.vllm.spec import KeptSpec
 
         spec = stock(self, vllm_config)
-        served: Served | None = getattr(vllm_config.model_config.hf_config, PLAN, None)
+        served = _plan_of(vllm_config.model_config.hf_config)
         rule = None if served is None else served.rules[private.extract_layer_index(self.layer_name)]
         if rule is None:
             return spec
@@ -97,6 +98,19 @@ def _with_rule(stock: Any) -> Any:
     return get_kv_cache_spec
 
 
+def _plan_of(config: Any) -> Served | None:
+    """The plan of a model; None: it has none. Raises KvcompileError where it has one that was not read."""
+    served: Served | None = getattr(config, PLAN, None)
+    if served is None and _digest(config) is not None:
+        raise KvcompileError("the plan of a served model is read before its layers are made", "no plan")
+    return served
+
+
+def _digest(config: Any) -> str | None:
+    facts = getattr(config, "kvcompile", None)
+    return facts.get("served") if isinstance(facts, dict) else None
+
+
 def _with_plan(stock: Any) -> Any:
     """`VllmConfig.try_verify_and_update_config` that reads the plan of a served model and sets what it needs."""
 
@@ -104,9 +118,9 @@ def _with_plan(stock: Any) -> Any:
     def try_verify_and_update_config(self: Any) -> None:
         stock(self)
         model = self.model_config
-        facts = None if model is None else getattr(model.hf_config, "kvcompile", None)
-        if facts and "served" in facts and not hasattr(model.hf_config, PLAN):
-            setattr(model.hf_config, PLAN, _prepared(self, facts["served"]))
+        digest = None if model is None else _digest(model.hf_config)
+        if digest is not None and not hasattr(model.hf_config, PLAN):
+            setattr(model.hf_config, PLAN, _prepared(self, digest))
 
     return try_verify_and_update_config
 
@@ -135,15 +149,17 @@ def _require_supported(config: Any) -> None:
     """Raise KvcompileError for what would see a compacted prompt as a whole one."""
     from kvcompile.serving.vllm import private
 
-    parallel, scheduler = config.parallel_config, config.scheduler_config
+    parallel, scheduler, drafts = config.parallel_config, config.scheduler_config, config.speculative_config
     reasons = {
         "its CPU backend: those of GPUs have not been written": not private.current_platform.is_cpu(),
         "no context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
-        "no KV connector, for which blocks are positions": config.kv_transfer_config is not None,
+        "no KV connector and no offloading, for which blocks are positions": (
+            config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
+        ),
+        "no draft model": drafts is not None and drafts.method != "ngram",
         "its own scheduler": scheduler.scheduler_cls is not None,
         "scheduling in step, not asynchronous": scheduler.async_scheduling is True,
-        "a cache in the model's dtype": config.cache_config.cache_dtype
-        not in ("auto", "float32", "bfloat16", "float16"),
+        "a cache in the model's dtype or in fp8": config.cache_config.cache_dtype not in CACHES,
     }
     for rule, wrong in reasons.items():
         if wrong:

@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 from vllm import __version__ as version
-from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -60,7 +59,6 @@ TOUCHED: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
     (CommonAttentionMetadata, "replace", ("self",)),
-    (ops, "cpu_attn_reshape_and_cache", ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa")),
 )
 FIELDS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # of dataclasses
     (CommonAttentionMetadata, ("rswa_prefix_lens", "block_table_tensor", "seq_lens", "query_start_loc_cpu")),
@@ -107,7 +105,6 @@ __all__ = [
     "extract_layer_index",
     "get_hf_file_to_dict",
     "moved",
-    "ops",
     "register_backend",
     "replace_as",
     "version",

@@ -122,38 +122,44 @@ def check(s: Any) -> None:
             assert (block.block_id in free) == (block.ref_cnt == 0)
 
 
-def drive(s: Any, count: int, seed: int) -> dict[str, int]:
-    """So many random requests, some with a common start, some aborted, in a pool that makes some wait or start over."""
+def request(name: str, prompt: list[int], new: int) -> Any:
+    """One request, as the engine core makes it."""
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import get_hash_fn_by_name
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+    from vllm.v1.request import Request
+
+    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
+    sampling = SamplingParams(max_tokens=new, ignore_eos=True)
+    return Request(name, prompt, sampling, None, block_hasher=hasher)
+
+
+def drive(s: Any, count: int, seed: int) -> dict[str, int]:
+    """So many random requests, some with a common start, some aborted, in a pool that makes some wait or start over."""
     from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request, RequestStatus
+    from vllm.v1.request import RequestStatus
 
     draw = random.Random(seed)
-    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
     shadows = [Shadow(m) for m in s.kv_cache_manager.coordinator.single_type_managers]
     starts = [[draw.randrange(1000) for _ in range(240)] for _ in range(2)]
     seen = Counter[str]()
     waiting = [
-        Request(
-            request_id=str(i),
-            prompt_token_ids=draw.choice(starts)[: draw.randrange(100, 240)]
+        request(
+            str(i),
+            draw.choice(starts)[: draw.randrange(100, 240)]
             + [draw.randrange(1000) for _ in range(draw.randint(1, draw.choice([8, 150])))],
-            sampling_params=SamplingParams(max_tokens=draw.randint(1, 110), ignore_eos=True),
-            pooling_params=None,
-            block_hasher=hasher,
+            draw.randint(1, 110),
         )
         for i in range(count)
     ]
-    live: dict[str, Request] = {}
+    live: dict[str, Any] = {}
     begun: set[str] = set()
     while waiting or s.has_unfinished_requests():
         for _ in range(draw.randrange(3) if waiting else 0):
             if waiting and len(live) < 20:
-                request = waiting.pop()
-                live[request.request_id] = request
-                s.add_request(request)
+                coming = waiting.pop()
+                live[coming.request_id] = coming
+                s.add_request(coming)
         if live and draw.random() < 0.03:
             gone = draw.choice(list(live))
             s.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
@@ -166,13 +172,12 @@ def drive(s: Any, count: int, seed: int) -> dict[str, int]:
         scheduled = out.num_scheduled_tokens
         sampled = []
         for i, new in scheduled.items():
-            request = live[i]
-            start = request.num_computed_tokens - new  # `schedule` counts them already
+            start = live[i].num_computed_tokens - new  # `schedule` counts them already
             seen["hits"] += i not in begun and start > 0
             begun.add(i)
             for shadow in shadows:
-                shadow.step(request, start, new)
-            done = request.num_computed_tokens >= request.num_tokens
+                shadow.step(live[i], start, new)
+            done = live[i].num_computed_tokens >= live[i].num_tokens
             sampled.append([draw.randrange(1000)] if done else [])
         ids = list(scheduled)
         s.update_from_output(out, ModelRunnerOutput(ids, {i: k for k, i in enumerate(ids)}, sampled))
@@ -190,3 +195,21 @@ def test_random_requests_lose_share_and_free_no_block_wrongly(name: str, folders
     seen = drive(s, count=500, seed=5)
     assert s.kv_cache_manager.block_pool.get_num_free_blocks() == 36 * groups
     assert min(seen["aborted"], seen["preempted"], seen["hits"]) > 0, seen
+
+
+def test_a_resumed_request_takes_no_shared_block_that_its_prompt_will_overwrite(folders: dict[str, Path]) -> None:
+    """Its answer counts when hits are looked for, so that they could reach further than its prompt allows."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    s, long = scheduler(folders["keydiff"], blocks=100, step=512), list(range(400))
+    s.add_request(request("long", long, 2))
+    while s.has_unfinished_requests():
+        out = s.schedule()
+        s.update_from_output(out, ModelRunnerOutput(["long"], {"long": 0}, [[7]]))
+    resumed = request("resumed", long[:200], 200)
+    resumed.append_output_token_ids(long[200:350])
+    (manager,) = s.kv_cache_manager.coordinator.single_type_managers
+    rule = manager.kv_cache_spec.rule
+    assert rule.reach(200, BLOCK) < rule.reach(350, BLOCK) <= rule.reach(400, BLOCK)
+    _, hit, *_ = s._get_local_prefix_cache_hit(resumed)
+    assert hit == rule.reach(200, BLOCK)

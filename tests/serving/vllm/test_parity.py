@@ -1,4 +1,4 @@
-"""vLLM says what the compiled model says, token for token, however its requests are batched and shared."""
+"""vLLM says what the compiled model says, token for token, however its requests are batched, cut, shared, preempted."""
 
 from __future__ import annotations
 
@@ -67,6 +67,52 @@ def test_tokens_are_those_of_the_compiled_model(name: str, place: Path, ids: lis
         assert running.pool.get_num_free_blocks() == running.total
         after = together.steps[2][2]
         assert after < together.peak / 2  # the blocks of what was dropped are free two steps after the prompts
+
+
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
+def test_chunks_preemption_and_aborts_change_no_token(name: str, place: Path, ids: list[list[int]]) -> None:
+    several, new = [*ids, *vllm.prompts(2, 150, start=3)], 60
+    with engine(served(name, place), enable_prefix_caching=False) as running:
+        ample = running.run(several, new)
+    options = {"max_model_len": 512, "max_num_batched_tokens": 80}
+    blocks = 1 + 21 * (3 if name == "pyramidkv" else 1)
+    with engine(served(name, place), num_gpu_blocks_override=blocks, **options) as running:
+        tight = running.run(several, new, abort={1: 25})
+        assert tight.preempted > 0
+        left = [str(i) for i in range(len(several)) if i != 1]
+        assert [tight.tokens[i] for i in left] == [ample.tokens[i] for i in left]
+        assert running.pool.get_num_free_blocks() == running.total
+
+
+def test_several_answers_to_one_prompt_share_its_head_alone(place: Path, ids: list[list[int]]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    with engine(served("keydiff", place)) as running:
+        one = running.run(ids[:1], NEW)
+        together = {"n": 3, "temperature": 1, "top_k": 1, "output_kind": RequestOutputKind.FINAL_ONLY}
+        several = running.run(ids[:1], NEW, **together)
+        assert several.tokens["0"] == one.tokens["0"] * 3
+        assert running.pool.get_num_free_blocks() == running.total
+
+
+def test_a_budget_of_all_is_stock_vllm_block_by_block(place: Path, ids: list[list[int]]) -> None:
+    ran = {}
+    whole = vllm.export(["policy=[keydiff]", "budget=1.0"], place / "whole")
+    for folder in (vllm.MODEL, whole):
+        with engine(folder) as running:
+            first, second = running.run(ids, NEW), running.run(ids, NEW)
+            ran[folder] = [(r.tokens, r.steps, r.cached) for r in (first, second)]
+    assert ran[whole] == ran[vllm.MODEL]
+
+
+def test_a_model_whose_weights_were_converted_runs_as_a_stock_one(place: Path, ids: list[list[int]]) -> None:
+    import kvcompile
+
+    model = vllm.compiled(["policy=[mqa]"])
+    kvcompile.export(model, "hf", place / "mqa", tokenizer=vllm.tokenizer())
+    reference = vllm.Reference(["policy=[mqa]"])
+    with engine(place / "mqa") as running:
+        assert vllm.words(running.run(ids, NEW)) == [reference(prompt, NEW) for prompt in ids]
 
 
 def test_without_the_plugin_the_folder_is_refused(place: Path) -> None:
