@@ -165,7 +165,7 @@ def _wait(device: torch.device) -> None:
 def _require_working(device: torch.device, error: Exception) -> None:
     """Raise KvcompileError where a kernel has left the device unusable for this process."""
     try:
-        alive = int(torch.ones(1, device=device).sum()) == 1
+        alive = int(torch.ones(1, dtype=torch.float32, device=device).sum()) == 1
         _wait(device)
     except Exception:
         alive = False

@@ -55,7 +55,10 @@ def draw(spec: KernelSpec, dtype: torch.dtype, shape: Shape, device: torch.devic
     sizes = _sizes(spec, shape, rows)
     totals = [sum(size[r] for size in sizes) for r in range(rows)]
     first = int(GAPS * max(totals))
-    held = [torch.randperm(first, generator=generator)[: n - new[r]].sort().values.int() for r, n in enumerate(totals)]
+    held = [
+        torch.randperm(first, generator=generator, dtype=torch.int64, device="cpu")[: n - new[r]].sort().values.int()
+        for r, n in enumerate(totals)
+    ]
     at = first + valid.long().cumsum(1) - 1
     for r in range(rows):
         held[r] = torch.cat((held[r], at[r // heads][valid[r // heads]].int()))
@@ -64,23 +67,27 @@ def draw(spec: KernelSpec, dtype: torch.dtype, shape: Shape, device: torch.devic
     for part, size in zip(spec.parts, sizes, strict=True):
         pieces = []
         for r, n in enumerate(size):
-            keys = torch.randn(n, spec.head_dim, generator=generator) + 0.5
-            values = torch.randn(n, spec.value_dim, generator=generator)
+            keys = _normal(generator, n, spec.head_dim) + 0.5
+            values = _normal(generator, n, spec.value_dim)
             pieces.append((keys, values, held[r][begun[r] : begun[r] + n]))
             begun[r] += n
         views.append(_segment(part, pieces, (shape.batch, heads), generator, device))
     if spec.latent:
         views = [replace(view, values=view.keys[..., -spec.value_dim :]) for view in views]
-    states = torch.randn(shape.batch, heads * spec.group, shape.new, spec.head_dim, generator=generator).to(dtype)
-    sinks = torch.randn(heads * spec.group, generator=generator) + 1 if spec.sink else None
+    states = _normal(generator, shape.batch, heads * spec.group, shape.new, spec.head_dim).to(dtype)
+    sinks = _normal(generator, heads * spec.group) + 1 if spec.sink else None
     view = views[0] if len(views) == 1 else MixedView(tuple(views))
     marks = valid.to(device) if shape.padded else None
     return Sample(view, Queries(states.to(device), at.to(device), marks, None if sinks is None else sinks.to(device)))
 
 
+def _normal(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _valid(shape: Shape) -> Tensor:
     """Which new tokens are real, `[B, Q]`: padding stands in front."""
-    valid = torch.ones(shape.batch, shape.new, dtype=torch.bool)
+    valid = torch.ones(shape.batch, shape.new, dtype=torch.bool, device="cpu")
     if shape.padded:
         valid[shape.batch // 2 :, 0] = False
     return valid
@@ -114,16 +121,16 @@ def _segment(
     lengths = [len(held) for _, _, held in rows]
     # whole units, so that no group crosses from one row, or page, into the next
     rooms = [-(-(n + (0 if part.layout == "paged" else SLACK)) // unit) * unit for n in lengths]
-    places = torch.arange(sum(rooms) + unit).view(-1, unit)
+    places = torch.arange(sum(rooms) + unit, dtype=torch.int64, device="cpu").view(-1, unit)
     if part.layout == "paged":
-        places = places[torch.randperm(len(places), generator=generator)]
+        places = places[torch.randperm(len(places), generator=generator, dtype=torch.int64, device="cpu")]
     begins = [sum(rooms[:r]) for r in range(len(rows))]
     written = torch.cat([places.flatten()[b : b + n] for b, n in zip(begins, lengths, strict=True)])
     (keys, key_scales), (values, value_scales) = (
         _stored([row[i] for row in rows], codec, written, places.numel(), device)
         for i, codec in enumerate((part.key, part.value))
     )
-    positions = torch.full((places.numel(),), UNREAD_POSITION, dtype=torch.int32)
+    positions = torch.full((places.numel(),), UNREAD_POSITION, dtype=torch.int32, device="cpu")
     positions[written] = torch.cat([held for _, _, held in rows])
     positions = positions.to(device)
     if part.layout == "dense":
@@ -133,7 +140,7 @@ def _segment(
         starts = torch.tensor(begins, dtype=torch.int64, device=device)
         borders = starts, starts + counts
         return RaggedView(keys, values, positions, begins, lengths, *shape, *borders, key_scales, value_scales)
-    table = torch.full((len(rows), max(rooms) // unit + 1), NO_PAGE, dtype=torch.int32)
+    table = torch.full((len(rows), max(rooms) // unit + 1), NO_PAGE, dtype=torch.int32, device="cpu")
     for r, (begin, room) in enumerate(zip(begins, rooms, strict=True)):
         table[r, : room // unit] = places[begin // unit : (begin + room) // unit, 0] // unit
     table = table.to(device)
@@ -145,12 +152,12 @@ def _stored(
 ) -> tuple[Tensor, Tensor | None]:
     """Codes and scales of all rows at the places `written`, noise elsewhere."""
     codes, scales = encode(torch.cat(rows), codec)
-    room = _unread(torch.empty(total, *codes.shape[1:], dtype=dtype_of(codec)))
+    room = _unread(torch.empty(total, *codes.shape[1:], dtype=dtype_of(codec), device="cpu"))
     room[written] = codes
     if scales is None:
         return room.to(device), None
     shared = codec.group if codec.axis == "channel" else 1
-    numbers = _unread(torch.empty(total // shared, *scales.shape[1:], dtype=scales.dtype))
+    numbers = _unread(torch.empty(total // shared, *scales.shape[1:], dtype=scales.dtype, device="cpu"))
     numbers[written[::shared] // shared] = scales
     return room.to(device), numbers.to(device)
 
@@ -159,7 +166,7 @@ def _unread(x: Tensor) -> Tensor:
     """Every number of `x` made one that shows wherever it is used."""
     if x.dtype == torch.uint8:
         return x.fill_(UNREAD_CODE)
-    return x.copy_(torch.full(x.shape, float("nan")))
+    return x.fill_(float("nan"))
 
 
 def _dense(

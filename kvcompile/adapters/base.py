@@ -24,11 +24,11 @@ class Attention(nn.Module):
     `norms` (the ones that norm queries and keys), `learned` (its own parameters; `sinks [H_q]` are logits that weigh
     in every softmax), `out`, `project`, `angles`, `rotate`, `finish` and `layout` (None: its weights cannot be
     converted). `pairs`: the channels that turn together lie side by side, not half a head apart. `in_float`: queries
-    and keys are turned in float32, then cast back. `turnable`: stored keys can be turned on to another position,
-    which nothing between rotation and product forbids. `rotary` is False for layers without position embedding,
-    `reads` is True for those without keys and values of their own, which are traced, then dropped: they read another
-    layer's cache, or compress into a `latent`. Numbers of heads are read off the tensors, never off the plan: heads
-    may be sharded.
+    and keys are turned in float32 at least, then cast back. `turnable`: stored keys can be turned on to another
+    position, which nothing between rotation and product forbids. `rotary` is False for layers without position
+    embedding, `reads` is True for those without keys and values of their own, which are traced, then dropped: they
+    read another layer's cache, or compress into a `latent`. Numbers of heads are read off the tensors, never off the
+    plan: heads may be sharded.
     Raises KvcompileError where the original has other submodules or parameters than its family.
     """
 
@@ -93,8 +93,8 @@ class Attention(nn.Module):
         if not self.in_float:
             return ops.rope(queries, cos, sin), ops.rope(keys, cos, sin)
         return (
-            ops.rope(queries.float(), cos, sin).type_as(queries),
-            ops.rope(keys.float(), cos, sin).type_as(keys),
+            ops.rope(ops.wide(queries), cos, sin).type_as(queries),
+            ops.rope(ops.wide(keys), cos, sin).type_as(keys),
         )
 
     def finish(self, queries: Tensor, keys: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,12 @@ def rope(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @leaf
+def wide(states: Tensor) -> Tensor:
+    """In float32, or as they are where that is more."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+@leaf
 def halves(states: Tensor, width: int) -> Tensor:
     """`[B, H, Q, D]` whose first `width` channels turn in adjacent pairs, in the half-split layout that `rope` turns.
 

@@ -182,8 +182,8 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "broken config": (lambda f: (f / "config.json").write_text("{"), r"config\.json must describe a known model"),
     "foreign model": (
-        lambda f: _original(f, "model_type", "gpt2"),
-        r"config\.json must describe a known model: the architecture must be one that kvcompile has .*, got 'gpt2'",
+        lambda f: _original(f, "model_type", "rwkv"),
+        r"config\.json must describe a known model: rwkv is not compiled: it has no attention",
     ),
     "more layers": (lambda f: edit(f / "config.json", lambda c: {**c, "num_hidden_layers": 5}), r"\d numbers, got"),
 }
