@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def test_the_folder_is_marked_so_that_nothing_but_the_plugin_opens_it(folder: Pa
 
     assert {"config.json", "model.safetensors", FILE, "README.md"} <= {p.name for p in folder.iterdir()}
     assert json.loads((folder / "config.json").read_text())["model_type"] == MODEL_TYPE
+    if "vllm" in sys.modules:
+        pytest.skip("the plugin may be at work in this process")
     with pytest.raises(ValueError, match=r"serve with vllm and kvcompile\[vllm\]"):
         AutoModelForCausalLM.from_pretrained(folder)
 
