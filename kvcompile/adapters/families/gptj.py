@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -86,12 +87,4 @@ GPTJ = Architecture(
     refuses=without_rotary_dim,
     grouped=False,
 )
-CODEGEN = Architecture(
-    CodeGen,
-    attention="attn",
-    layers="h",
-    turning=rotary_dim,
-    rotary_module=table,
-    refuses=without_rotary_dim,
-    grouped=False,
-)
+CODEGEN = replace(GPTJ, adapter=CodeGen)
