@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, wrapped_errors
 from kvcompile.plan.plan import Plan
 from kvcompile.stack import apply_stack
 
 if TYPE_CHECKING:
     from kvcompile.config.schema import Config
     from kvcompile.plan.policy import Policy
+
+
+PROBE, STRIDE = 64, 7919  # tokens that a fork is tried on: every 7919th of the vocabulary
+ALIKE, ALIKE_HALF = 1e-4, 3e-2  # largest error of their logits, in float32 and in 16 bits
 
 
 def identity_plan(model_config: Any, dtype: str, config: Config) -> Plan:
@@ -63,6 +67,31 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     inside = inside_blocks(graph) if plan.blocks is not None else None
     facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
     return adopt(model, Compiled(*facts, inside=inside, outputs=outputs(graph.graph)))
+
+
+def require_alike(model: Any) -> None:
+    """Raise KvcompileError where a model is compiled as one of another type, and does not compute what that does.
+
+    A copy over the same weights is compiled to keep everything, and both read a few tokens.
+    """
+    import torch
+
+    from kvcompile.adapters.architectures import FORK, describe
+    from kvcompile.models.forks import compiled_as
+    from kvcompile.models.sharing import shared
+
+    name = compiled_as(model.config)
+    if name == model.config.model_type:
+        return
+    rule = f"{model.config.model_type!r} is compiled as {name!r} only where it computes what that does"
+    ids = torch.arange(PROBE, device=model.device)[None] * STRIDE % model.get_input_embeddings().num_embeddings
+    with wrapped_errors(rule, FORK), torch.no_grad():
+        plan = describe(model.config, str(model.dtype).removeprefix("torch."))
+        expected = model(ids, use_cache=False).logits.float()
+        error = (build(shared(model), plan, "reference")(ids).logits - expected).norm()
+        error = float(error / expected.norm())
+        if not error <= (ALIKE if model.dtype == torch.float32 else ALIKE_HALF):
+            raise KvcompileError("their logits are the same", f"{error:.0e} of their size apart")
 
 
 def _require_prompts(model: Any, plan: Plan) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.build import build, identity_plan
+from kvcompile.build import build, identity_plan, require_alike
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import to_recipe
 from kvcompile.config.schema import Config
@@ -36,7 +36,6 @@ def assemble(
     configuration was planned before its weights were read (None: it is planned here).
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
-    from kvcompile.adapters.architectures import architecture_of
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
     from kvcompile.calibration.probe import ModelCalibrator
@@ -48,8 +47,7 @@ def assemble(
     from kvcompile.structure.convert import convert
     from kvcompile.structure.rotate import fold_rotation
 
-    _require_causal_lm(model)
-    architecture_of(model.config).require_as_configured(model)
+    _require_compilable(model, config.model.architecture)
     if tokenizer is not None:
         require_vocabulary(model, tokenizer)
     teacher = shared(model) if config.heal.tokens else None
@@ -134,8 +132,12 @@ def compile_plan(model: Any, plan: Plan, kernels: str = "auto", tokenizer: Any =
     return build(model, plan, kernels)
 
 
-def _require_causal_lm(model: Any) -> None:
+def _require_compilable(model: Any, architecture: str | None) -> None:
+    """Raise KvcompileError for what is no causal LM of a known architecture, or of the one that it is named as."""
     from transformers import PreTrainedModel
+
+    from kvcompile.adapters.architectures import architecture_of
+    from kvcompile.models.forks import name_as
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise KvcompileError(
@@ -143,6 +145,9 @@ def _require_causal_lm(model: Any) -> None:
             type(model).__name__,
             "AutoModelForCausalLM.from_pretrained(...), adapters merged into it",
         )
+    name_as(model.config, architecture)
+    require_alike(model)
+    architecture_of(model.config).require_as_configured(model)
 
 
 def compile(

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from kvcompile.adapters.architecture import Architecture
 from kvcompile.adapters.built_in import BUILT_IN, Family
 from kvcompile.adapters.refused import REFUSED
-from kvcompile.errors import KvcompileError
+from kvcompile.errors import KvcompileError, wrapped_errors
+from kvcompile.models.forks import compiled_as
 from kvcompile.models.outside import GROUP, outside
 from kvcompile.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+FORK = "another model.architecture, or an architecture of its own (docs/add-an-architecture.md)"
 FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # the others choose angles by the length they see
 
 
@@ -58,7 +60,14 @@ def architecture(model_type: str) -> Architecture:
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a model's config. Raises KvcompileError for one that is not known, or not causal."""
-    entry = architecture(config.model_type)
+    name = compiled_as(config)
+    if name != config.model_type and config.model_type in known():
+        raise KvcompileError(
+            f"model.architecture is for types that kvcompile does not know, and it compiles {config.model_type!r}",
+            repr(name),
+            "leave it out",
+        )
+    entry = architecture(name)
     entry.require_known(config)
     if getattr(config, "use_bidirectional_attention", False):
         raise KvcompileError(
@@ -69,7 +78,13 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
 def describe(config: PretrainedConfig, dtype: str = "float32") -> Plan:
     """The identity plan of a model, from its config alone. Raises KvcompileError as `architecture_of` does."""
-    return architecture_of(config).describe(config, dtype)
+    entry, name = architecture_of(config), compiled_as(config)
+    if name == config.model_type:
+        return entry.describe(config, dtype)
+    with wrapped_errors(
+        f"{config.model_type!r} is compiled as {name!r} only where its config says what that does", FORK
+    ):
+        return entry.describe(config, dtype)
 
 
 def lengthwise_ropes(config: Any) -> list[str]:

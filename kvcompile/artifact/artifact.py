@@ -180,7 +180,7 @@ def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
     with wrapped_errors(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
         config = from_recipe(manifest.read_text(folder / RECIPE))
     stored = weights.Stored(folder, facts)
-    original = weights.original_config(folder, stored)
+    original = weights.original_config(folder, stored, config.model.architecture)
     with wrapped_errors(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
         plan = plan_of(original, dtype or stored.dtype, config, config.policies())
     model = _placed(weights.read(folder, stored, original, plan), device)

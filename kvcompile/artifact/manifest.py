@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.errors import KvcompileError, wrapped_errors
+from kvcompile.models.forks import KEY, compiled_as
 from kvcompile.models.provenance import base_of, versions
 from kvcompile.paths import sha256
 from kvcompile.report.card import CARD
@@ -48,14 +49,18 @@ class Manifest:
 def stamp(plan: Plan, config: Any) -> dict[str, Any]:
     """What a compiled model's `config.kvcompile` says, and so its `config.json`: version, policies, plan, base model.
 
-    `original`: what the config said before the conversion, where the weights were converted.
+    `original`: what the config said before the conversion, where the weights were converted. `architecture`: the type
+    that it was compiled as, where that is not its own.
     """
+    named = compiled_as(config)
     facts: dict[str, Any] = {
         "version": versions()["kvcompile"],
         "policies": [a.name for a in plan.applied],
         "plan": plan.digest(),
         "base": asdict(base_of(config)),
     }
+    if named != config.model_type:
+        facts[KEY] = named
     if plan.layers and plan.layers[0].heads:
         facts["original"] = {"num_key_value_heads": plan.layers[0].dense_heads}
     return facts

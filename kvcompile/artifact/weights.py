@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompile.artifact.manifest import CONFIG, REMADE, Manifest, read_text, stamp
 from kvcompile.errors import KvcompileError, wrapped_errors
+from kvcompile.models.forks import name_as
 from kvcompile.output import room_to_write
 from kvcompile.progress import no_foreign_bars
 
@@ -33,6 +34,7 @@ HEADS = "num_key_value_heads"
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 RUNTIME = ("quantization_config", "fusion_config", "distributed_config")  # with these transformers builds another model
 SAVEABLE = "mend what it says of model.config or model.generation_config"
+REGISTERED = "import what registers them: AutoConfig.register(...) and AutoModelForCausalLM.register(...)"
 ROOM = "make room, or save elsewhere"
 
 
@@ -147,9 +149,10 @@ def _number(data: dict[str, Any]) -> Any:
     return float(data["__float__"]) if set(data) == {"__float__"} else data
 
 
-def original_config(folder: Path, stored: Stored) -> Any:
+def original_config(folder: Path, stored: Stored, compiled_as: str | None = None) -> Any:
     """The config of the model before its weights were converted: what the recipe was for.
 
+    compiled_as: the type whose architecture it was compiled by (None: its own).
     Raises KvcompileError, naming the file, for anything else than an artifact's config of a known architecture.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -166,7 +169,11 @@ def original_config(folder: Path, stored: Stored) -> Any:
             raise KvcompileError("an artifact holds plain weights", foreign)
         said = data["kvcompile"]["original"]
         named = {key: said[key] for key in ("model_type", "architectures")}
-        architecture(named["model_type"])  # that of another package makes its config known to transformers
+        architecture(compiled_as or named["model_type"])  # another package's makes its config known to transformers
+        if named["model_type"] not in CONFIG_MAPPING:
+            raise KvcompileError(
+                "transformers must know the model's own classes", repr(named["model_type"]), REGISTERED
+            )
         known = CONFIG_MAPPING[named["model_type"]]
         count = known.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         layers = data["layers_block_type"] if count not in data else data[count]  # some configs only list the types
@@ -175,6 +182,7 @@ def original_config(folder: Path, stored: Stored) -> Any:
             raise KvcompileError(f"{count} must be in 1 to {stored.tensors}, the tensors stored", layers)
         # attention is `eager` because ours replaces it: no name in the config can fetch a kernel
         config = known.from_dict({**data, **named}, attn_implementation="eager")
+        name_as(config, compiled_as)
         architecture_of(config)
         heads = said.get(HEADS)
         if heads is not None:
@@ -198,6 +206,8 @@ def _shaped(config: Any, plan: Plan) -> Any:
 
     from kvcompile.structure.convert import reshape
 
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise KvcompileError("transformers must know the model's own classes", repr(config.model_type), REGISTERED)
     cls = AutoModelForCausalLM._model_mapping[type(config)]
 
     def init(self: Any, config: Any) -> None:

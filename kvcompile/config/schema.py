@@ -26,11 +26,15 @@ RECIPE_NODES = 20_000  # in a recipe of 126 layers and 128 heads, each named, th
 
 @dataclass
 class ModelConfig:
-    """Which model: `pretrained` is a local folder, a GGUF file or a hub id (None: the default model, offline)."""
+    """Which model: `pretrained` is a local folder, a GGUF file or a hub id (None: the default model, offline).
+
+    architecture: the `model_type` that it is compiled as, where its own is not known (None: its own).
+    """
 
     name: str = "llama"
     pretrained: str | None = None
     revision: str | None = None
+    architecture: str | None = None
     dtype: str = "auto"
     device: str = "auto"
 

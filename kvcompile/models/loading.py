@@ -19,6 +19,7 @@ from kvcompile.models.default import (
     _require_gguf,
     default_model,
 )
+from kvcompile.models.forks import read_config
 from kvcompile.models.outside import outside
 from kvcompile.progress import Progress, no_foreign_bars, silent
 
@@ -47,7 +48,10 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
 
     source, options = _source(model)
     with _plain_errors(model):
-        config = AutoConfig.from_pretrained(source, **options)
+        if model.architecture:
+            config = read_config(source, model.architecture, options)
+        else:
+            config = AutoConfig.from_pretrained(source, **options)
         if file := _gguf(source, options):
             file.take_rope(config)
             file.take_window(config)
@@ -71,11 +75,11 @@ def load(
     what = f"loading {model.pretrained or DEFAULT_FOLDER}"
     progress(what, 0, 0)
     with _plain_errors(model), no_foreign_bars():
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         file = _gguf(source, options)
-        if file and architecture is None:
+        if architecture is None and (file or model.architecture):
             architecture = config_of(model)
         known = {} if architecture is None or model.pretrained is None else {"config": architecture}
+        tokenizer = AutoTokenizer.from_pretrained(source, **(known if model.architecture else {}), **options)
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **known, **options
         )
@@ -94,8 +98,9 @@ def tokenizer_of(model: ModelConfig, progress: Progress = silent) -> Any:
     from transformers import AutoTokenizer
 
     source, options = _place(model, progress)
+    known = {"config": config_of(model)} if model.architecture else {}
     with _plain_errors(model), no_foreign_bars():
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **known, **options)
 
 
 def fingerprint_of_files(model: ModelConfig, architecture: PretrainedConfig, progress: Progress = silent) -> str:

@@ -68,8 +68,8 @@ def command(config: Config, folder: Path | str = "D") -> str:
 
 
 def _model(config: Config) -> list[str]:
-    own = config.model.pretrained
-    return [f"model={config.model.name}", *([f"model.pretrained={own}"] if own else [])]
+    given = {key: getattr(config.model, key) for key in ("pretrained", "architecture")}
+    return [f"model={config.model.name}", *(f"model.{key}={value}" for key, value in given.items() if value)]
 
 
 def report(result: Result, config: Config) -> str:
