@@ -71,7 +71,8 @@ class AttentionMatching(ReplayPolicy):
             what = s.replayer
             raise KvcompileError(f"{where} is read again already", f"{what!r} before it", "policy=[ghost,global_topk]")
         if p.latent is not None:
-            raise KvcompileError(f"{where} has no values beside its latent rows", "'mla' before it", "drop one")
+            got = f"attention_matching {p.latent.before}"
+            raise KvcompileError(f"{where} has no values beside its latent rows", got, "drop one")
         if s.tiers is not None or s.positions == "compact":
             got = f"{s.policy!r} with {'tiers' if s.tiers else 'compact positions'}"
             raise KvcompileError(f"{where} must hold its entries alike, at their true positions", got, "drop one")

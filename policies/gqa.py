@@ -113,8 +113,8 @@ def merge_heads(plan: Plan, policy: HeadMerging, kept: Callable[[int], int]) -> 
         if p.latent is not None:
             raise KvcompileError(
                 f"layer {p.index}: a layer with a latent has no KV heads to merge",
-                f"{policy.name!r} after 'mla'",
-                "drop one",
+                f"{policy.name!r} {p.latent.before}",
+                f"drop {policy.name}" if p.latent.native else "drop one",
             )
         number = kept(p.kv_heads)
         if number == p.kv_heads:

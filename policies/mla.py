@@ -96,7 +96,8 @@ class MLA(Policy):
 
     def _compressed(self, p: LayerPlan) -> LayerPlan:
         if p.latent is not None:
-            raise KvcompileError(f"layer {p.index}: a layer has only one latent", "'mla' after another", "drop one")
+            fix = "drop mla" if p.latent.native else "drop one"
+            raise KvcompileError(f"layer {p.index}: a layer has only one latent", f"'mla' {p.latent.before}", fix)
         dense, most = 2 * p.kv_heads * p.head_dim, p.kv_heads * p.rotary
         if p.rotates and self.rope > most:
             raise KvcompileError(

@@ -69,5 +69,6 @@ class QuantizedPolicy(StoragePolicy):
                 f"{self.name!r} after {p.storage.policy!r}",
                 "drop one",
             )
-        key, value = self.codecs(p.head_dim)
+        key, value = self.codecs(p.key_dim)
+        value = key if p.latent else value  # values are channels of the row
         return replace(p, storage=replace(p.storage, key=key, value=value, residual=self.residual, policy=self.name))

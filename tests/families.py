@@ -24,6 +24,15 @@ BY_TYPE = {
 }
 GEMMA2 = {**SLIDES, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_expand": 2}
+MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -35,6 +44,7 @@ DELTA = {
 TINY: dict[str, dict[str, Any]] = {
     "afmoe": {**SLIDES, **EXPERTS, "num_dense_layers": 1, "mup_enabled": True},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "axk1": {**MLA, **ROUTED, "n_shared_experts": 1},
     "bamba": {**MAMBA2, "attn_layer_indices": [1], "partial_rotary_factor": 0.5},
     "bitnet": {"head_dim": None},
     "codegen": {"rotary_dim": 8, "n_ctx": 512},
@@ -50,6 +60,8 @@ TINY: dict[str, dict[str, Any]] = {
         "n_layers": 2,
         "max_seq_len": 512,
     },
+    "deepseek_v2": {**MLA, **ROUTED, "q_lora_rank": None, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "deepseek_v3": {**MLA, **ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "dots1": {**SLIDES, **ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1},
     "exaone4": SLIDES,
@@ -62,6 +74,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma3_text": {**SLIDES, "query_pre_attn_scalar": 24},
     "glm": HALF,
     "glm4": HALF,
+    "glm4_moe_lite": {**MLA, **ROUTED, "n_shared_experts": 1},
     "glm4_moe": {**ROUTED, **HALF, "use_qk_norm": True, "first_k_dense_replace": 1},
     "gpt_neo": {"attention_types": [[["local", "global"], 1]], "window_size": WINDOW},
     "gpt_oss": {**SLIDES, **LOCAL},
@@ -103,6 +116,7 @@ TINY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
+    "minicpm3": {**MLA, "dim_model_base": 32},
     "minimax_m2": {**LOCAL, **HALF},
     "ministral": SLIDES,
     "ministral3": {
@@ -146,6 +160,7 @@ TINY: dict[str, dict[str, Any]] = {
     "stablelm": {"qk_layernorm": True},
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": GEMMA2,
+    "youtu": MLA,
 }
 EAGER = (
     "gemma2",

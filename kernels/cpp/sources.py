@@ -21,7 +21,9 @@ VECTORS = "simd.h"
 
 def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
     """Whether there is a kernel over a spec for queries of a dtype."""
-    formats = (codec for part in spec.parts for codec in (part.key, part.value))
+    formats = [codec for part in spec.parts for codec in (part.key, part.value)]
+    if spec.latent and any(codec.scaled for codec in formats):
+        return False  # values that are channels of codes
     return not spec.bias and dtype in QUERY_TYPES and all(map(emitted, formats))
 
 

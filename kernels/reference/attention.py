@@ -18,30 +18,34 @@ def row(
     view: View, spec: KernelSpec, sequence: int, head: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys `[n, D]`, values `[n, D_v]` and true positions `[n]` of one row, decoded, whatever it lies in."""
-    stretches = [_stretch(s, p, sequence, head, dtype) for s, p in zip(parts(view), spec.parts, strict=True)]
+    latent = spec.value_dim if spec.latent else 0
+    stretches = [_stretch(s, p, sequence, head, dtype, latent) for s, p in zip(parts(view), spec.parts, strict=True)]
     if len(stretches) == 1:
         return stretches[0]
     keys, values, positions = zip(*stretches, strict=True)
     return torch.cat(keys), torch.cat(values), torch.cat(positions)
 
 
-def _stretch(view: Segment, part: Part, b: int, h: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _stretch(
+    view: Segment, part: Part, b: int, h: int, dtype: torch.dtype, latent: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one part. latent: so many last channels of the keys are the values (0: these are held by themselves)."""
+    key, value = part.key, part.value
     if isinstance(view, DenseView):
         key_scales, value_scales = (None if x is None else x[b, h] for x in (view.key_scales, view.value_scales))
-        keys = decode(view.keys[b, h], key_scales, part.key, dtype)
-        values = decode(view.values[b, h], value_scales, part.value, dtype)
+        keys = decode(view.keys[b, h], key_scales, key, dtype)
+        values = keys[:, -latent:] if latent else decode(view.values[b, h], value_scales, value, dtype)
         return keys, values, view.positions[b, min(h, view.positions.shape[1] - 1)]
     at = _entries(view, b * view.heads + h)
 
     def scales(x: Tensor | None, group: int, channel: bool) -> Tensor | None:
         return None if x is None else x[at[::group] // group if channel else at]
 
-    key, value = part.key, part.value
-    return (
-        decode(view.keys[at], scales(view.key_scales, key.group, key.axis == "channel"), key, dtype),
-        decode(view.values[at], scales(view.value_scales, value.group, value.axis == "channel"), value, dtype),
-        view.positions[at],
-    )
+    keys = decode(view.keys[at], scales(view.key_scales, key.group, key.axis == "channel"), key, dtype)
+    if latent:
+        return keys, keys[:, -latent:], view.positions[at]
+    value_scales = scales(view.value_scales, value.group, value.axis == "channel")
+    return keys, decode(view.values[at], value_scales, value, dtype), view.positions[at]
 
 
 def _entries(view: RaggedView | PagedView, r: int) -> Tensor:

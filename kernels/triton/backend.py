@@ -57,7 +57,10 @@ def ready(device: str) -> None:
 
 def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
     """Whether there are fragments for the number formats of a spec, and for queries of a dtype."""
-    kinds = {codec.kind for part in spec.parts for codec in (part.key, part.value)}
+    formats = [codec for part in spec.parts for codec in (part.key, part.value)]
+    if spec.latent and any(codec.scaled for codec in formats):
+        return False  # values that are channels of codes
+    kinds = {codec.kind for codec in formats}
     return not spec.bias and dtype in QUERY_TYPES and kinds <= set(KINDS)
 
 

@@ -15,6 +15,7 @@ from kvcompile.adapters.layout import Layout
 from kvcompile.errors import KvcompileError
 from kvcompile.models.loading import require_weights
 from kvcompile.plan.plan import LayerPlan, Plan
+from kvcompile.plan.structure import Latent
 from kvcompile.runtime.cache import Rotary
 from kvcompile.runtime.live import require_unhooked
 
@@ -86,7 +87,7 @@ class Architecture:
     layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
     values. states: bytes that the others keep of one sequence. grid: positions are those of text, time, height and
     width. normed: whether a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than
-    query heads.
+    query heads. latent: the row that a layer caches in place of keys and values (None: it caches these).
     """
 
     adapter: type[Attention]
@@ -107,6 +108,7 @@ class Architecture:
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
     grouped: bool = True
+    latent: Callable[[Any], Latent | None] = lambda config: None
 
     def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
         """The identity plan of a model, from its config alone: every layer owns its cache and keeps all."""
@@ -141,6 +143,7 @@ class Architecture:
             turnable=self.adapter.turnable,
             key_norm=bool(self.adapter.norms) and self.normed(config),
             sink="sinks" in self.adapter.learned,
+            latent=self.latent(config),
         )
 
     def decoders(self, model: PreTrainedModel) -> Any:

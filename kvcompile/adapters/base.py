@@ -25,10 +25,10 @@ class Attention(nn.Module):
     in every softmax), `out`, `project`, `angles`, `rotate`, `finish` and `layout` (None: its weights cannot be
     converted). `pairs`: the channels that turn together lie side by side, not half a head apart. `in_float`: queries
     and keys are turned in float32 at least, then cast back. `turnable`: stored keys can be turned on to another
-    position, which nothing between rotation and product forbids. `rotary` is False for layers without position
-    embedding, `reads` is True for those without keys and values of their own, which are traced, then dropped: they
-    read another layer's cache, or compress into a `latent`. Numbers of heads are read off the tensors, never off the
-    plan: heads may be sharded.
+    position, which nothing between rotation and product forbids. `native`: the model caches latents itself. `rotary` is
+    False for layers without position embedding, `reads` is True for those without keys and values of their own, which
+    are traced, then dropped: they read another layer's cache, or compress into a `latent`. Numbers of heads are read
+    off the tensors, never off the plan: heads may be sharded.
     Raises KvcompileError where the original has other submodules or parameters than its family.
     """
 
@@ -42,6 +42,7 @@ class Attention(nn.Module):
     pairs: ClassVar[bool] = False
     in_float: ClassVar[bool] = False
     turnable: ClassVar[bool] = True
+    native: ClassVar[bool] = False
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -52,7 +53,8 @@ class Attention(nn.Module):
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         children = dict(original.named_children())
-        keeps = {*self.keeps, *(["latent"] if plan.latent else []), *(["center"] if plan.storage.centred else [])}
+        added = (("latent", plan.latent and not plan.latent.native), ("center", plan.storage.centred))
+        keeps = {*self.keeps, *(name for name, there in added if there)}
         own = dict(original.named_parameters(recurse=False))
         if {*children} - {*self.optional} != keeps - {*self.optional} or {*own} - {*self.optional} != {*self.learned}:
             raise KvcompileError(
@@ -147,18 +149,35 @@ class Attention(nn.Module):
         """The argument that an attention with sinks hands on, in the dtype that kernels read."""
         return {"sinks": self.sinks.float()} if "sinks" in self.learned else {}
 
+    def compressed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Absorbed queries `[B, H_q, Q, d_R + d_c]` and rows `[k_R; c]` `[B, 1, Q, d_R + d_c]`, before rotation.
+
+        And the `Expansion` that attention needs besides.
+        """
+        plain = self.project(hidden_states)[0]
+        return self.latent.absorb(plain), self.latent.down(hidden_states).unsqueeze(1), self.latent(plain)
+
+    def turned(self, queries: Tensor, rows: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Rotary position embedding of absorbed queries and rows: of k_R alone."""
+        frequencies = self.latent.frequencies
+        if not frequencies:
+            return queries, rows
+        cos, sin = position_embeddings
+        cos, sin = ops.frequencies(cos, frequencies), ops.frequencies(sin, frequencies)
+        return ops.rope(queries, cos, sin), ops.rope(rows, cos, sin)
+
+    def up(self) -> Tensor:
+        """What makes values of a latent, `[H_kv, D_v, d_c]`."""
+        weight: Tensor = self.latent.up.weight
+        return weight
+
     def _through_latent(self, hidden_states: Tensor, position_embeddings: Any, step: Any, cache: Any) -> Tensor:
         """Absorbed queries over rows `[k_R; c]`, the same for all heads (see `kvcompile.adapters.latent`)."""
-        latent, layer = self.latent, self.layer_idx
-        plain = self.project(hidden_states)[0]
-        queries = unrotated = latent.absorb(plain)
-        rows = latent.down(hidden_states).unsqueeze(1)
-        if latent.frequencies:
-            cos, sin = position_embeddings
-            cos, sin = ops.frequencies(cos, latent.frequencies), ops.frequencies(sin, latent.frequencies)
-            queries, rows = ops.rope(queries, cos, sin), ops.rope(rows, cos, sin)
-        kv, sinks = ops.kv_append(cache, rows, rows, step, layer), self._sinks()
-        states = ops.attend(queries, kv, step, layer, latent(plain), **sinks)
+        layer, sinks = self.layer_idx, self._sinks()
+        unrotated, rows, expansion = self.compressed(hidden_states)
+        queries, rows = self.turned(unrotated, rows, position_embeddings)
+        kv = ops.kv_append(cache, rows, rows, step, layer)
+        states = ops.attend(queries, kv, step, layer, expansion, **sinks)
         ops.observe(kv, queries, unrotated, step, layer, **sinks)
         attended: Tensor = getattr(self, self.out)(states)
         return attended

@@ -16,6 +16,7 @@ def limits(known_as: Architecture) -> list[str]:
         for text, limited in (
             ("no policies that convert weights", adapter.layout is None),
             ("a prompt is read at once and never again (no prefill_chunk, kvzip ...)", known_as.states is not nothing),
+            ("one latent a token for all heads (no budgets of heads, no ghost)", adapter.native),
             ("keys are not turned on (compact positions, infllm, ghost)", not adapter.turnable),
         )
         if limited

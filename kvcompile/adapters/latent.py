@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from torch import Tensor, nn
 
+from kvcompile.adapters.layout import plain
 from kvcompile.graph import ops
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.attention import Expansion, per_head
@@ -37,6 +41,32 @@ class Latent(nn.Module):
     def forward(self, queries: Tensor) -> Expansion:
         """What attention of these plain queries `[B, H_q, Q, D]` needs of the weights."""
         return Expansion(queries, self.absorb.weight, self.up.weight)
+
+
+class UpProjection(nn.Module):
+    """What a model with latents of its own makes keys and values of them by: a weight that no call multiplies by.
+
+    It takes the place of a plain linear layer under its name. Raises KvcompileError for another.
+    """
+
+    kvcompile_traced: ClassVar[bool] = True  # see `graph.tracer.TRACED`: it stays as it is traced
+
+    def __init__(self, attention: nn.Module, name: str) -> None:
+        super().__init__()
+        self.weight = plain(attention, name).weight
+
+
+@ops.leaf
+def expansion(queries: Tensor, weight: Tensor) -> Expansion:
+    """What attention of queries without position `[B, H, Q, D]` needs of a weight `[H (D + D_v), d_c]`."""
+    by_head, dim = torch.unflatten(weight, 0, (queries.shape[1], -1)), queries.shape[-1]
+    return Expansion(queries, by_head[:, :dim].mT, by_head[:, dim:])
+
+
+@ops.leaf
+def absorbed(positioned: Tensor, expansion: Expansion) -> Tensor:
+    """Absorbed queries `[B, H, Q, d_R + d_c]`: the part with position `[B, H, Q, d_R]`, then W_UK^T q."""
+    return torch.cat((positioned, per_head(expansion.queries, expansion.absorb)), -1)
 
 
 def latent_rotations(rotaries: list[Rotary], plan: Plan) -> list[Rotary]:

@@ -14,7 +14,7 @@ _TYPES = {
     "it has no attention, so no keys and values to compress": "falcon_mamba mamba mamba2 rwkv xlstm",
     "tokens attend in an order, or over a memory, that no KV cache of rows holds": "reformer xlm xlnet",
     "an indexer chooses which entries each token reads, and keeps keys of its own": (
-        "deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"
+        "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"
     ),
     "an image or audio model around a text model, not yet: compile the text model of the same family": (
         "emu3 fuyu gemma3 gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal "
@@ -24,9 +24,7 @@ _TYPES = {
     "its layers share keys and values, not yet": (
         "gemma3n gemma3n_text gemma4_assistant gemma4_text gemma4_unified_assistant gemma4_unified_text"
     ),
-    "an attention that caches one latent a token in place of keys and values, not yet": (
-        "axk1 axk2 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu"
-    ),
+    "two attentions in each decoder layer, not yet": "longcat_flash",
     "layers that keep a state in place of keys and values, not yet": (
         "bailing_hybrid inkling2_text inkling_text kimi_linear lfm3 minimax recurrent_gemma zamba zamba2 zaya"
     ),

@@ -37,7 +37,9 @@ def expected(layer: LayerPlan, dtype: str) -> list[CompactSpec]:
 def _entries(layer: LayerPlan, dtype: str) -> tuple[Entries, Entries]:
     """Bytes and tokens of an entry of each array: in the model's type, and in the number formats of the storage."""
     kind: torch.dtype = getattr(torch, dtype)
-    format, start = Format(*layer.storage.codecs(dtype), kind), torch.zeros(1, dtype=torch.long, device="cpu")
+    latent = layer.latent.rope if layer.latent else None
+    format = Format(*layer.storage.codecs(dtype), kind, latent=latent)
+    start = torch.zeros(1, dtype=torch.long, device="cpu")
     keys, values = (
         torch.zeros(format.block, dim, dtype=kind, device="cpu") for dim in (layer.key_dim, layer.value_dim)
     )

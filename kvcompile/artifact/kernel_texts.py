@@ -147,7 +147,7 @@ def _encoders(plan: Plan, sources: Sources) -> dict[str, tuple[str, list[int]]]:
     for p in plan.owners:
         if p.storage.quantized:
             for codec in dict.fromkeys((*p.storage.codecs(plan.dtype), *(p.storage.low or ()))):
-                for name, text in sources.encode(codec, p.head_dim, plan.dtype).items():
+                for name, text in sources.encode(codec, p.key_dim, plan.dtype).items():
                     texts.setdefault(name, (text, []))[1].append(p.index)
     return texts
 

@@ -34,7 +34,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
                 f"whose norms and scales {kind!r} has not)",
                 f"layer {p.index} reading layer {p.owner}",
             )
-        if p.latent is not None:
+        if p.latent is not None and not p.latent.native:
             raise KvcompileError(
                 f"no stock class of {kind!r} caches a latent in place of keys and values",
                 f"'mla' in layer {p.index}",

@@ -110,9 +110,9 @@ def _check_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
         )
     if p.latent is not None and s.score.needs.rotation:
         raise KvcompileError(
-            f"{where}: queries that are turned on must meet keys, not the latent rows of 'mla'",
+            f"{where}: queries that are turned on must meet keys, not latent rows",
             f"{type(s.score).__name__} over a latent",
-            "another score, such as expected_attention's, or gqa in place of mla",
+            "another score, such as expected_attention's" + ("" if p.latent.native else ", or gqa in place of mla"),
         )
     if s.positions == "compact":
         alike = all(q.selection == s for q in plan.layers if q.owner == q.index)
@@ -217,6 +217,9 @@ def _check_far(plan: Plan, p: LayerPlan, recall: Recall) -> None:
 
 
 def _check_latent(p: LayerPlan, latent: Latent) -> None:
+    if latent.native:
+        _check_native(p)
+        return
     where = f"mla: layer {p.index}"
     if p.key_norm:
         raise KvcompileError(
@@ -240,6 +243,24 @@ def _check_latent(p: LayerPlan, latent: Latent) -> None:
             f"{where}: a latent row keeps the model's dtype, in the basis of its factorisation",
             f"{p.storage.policy!r} after 'mla'",
             "a smaller stack.mla.rank instead",
+        )
+
+
+def _check_native(p: LayerPlan) -> None:
+    """Of a model that caches latents itself: one row is all that its query heads share."""
+    s, storage = p.selection, p.storage
+    where = f"layer {p.index} of this model caches one latent row a token for all heads"
+    if s is not None and s.allocation.traits.scope == "head":
+        raise KvcompileError(
+            f"{s.policy}: {where}, so that there are no heads to have budgets of their own",
+            f"allocation {type(s.allocation).__name__}",
+            "a policy that keeps equally many tokens in all heads, such as snapkv",
+        )
+    if storage.rotated or storage.centred or storage.low is not None or storage.key != storage.value:
+        raise KvcompileError(
+            f"{storage.policy}: {where}, of which keys and values are parts: it has one number format",
+            "another basis, a mean of keys, or two formats",
+            "int8, fp8, nf4 or kivi without these",
         )
 
 
@@ -275,7 +296,7 @@ def _check_storage(p: LayerPlan) -> None:
         _check_centred(where, p)
     for codec in (s.key, s.value):
         if codec is not None:
-            _check_codec(where, codec, p.head_dim)
+            _check_codec(where, codec, p.key_dim)
 
 
 def _check_centred(where: str, p: LayerPlan) -> None:

@@ -60,6 +60,13 @@ class LayerPlan:
         return self.heads.original if self.heads else self.kv_heads
 
     @property
+    def dense_width(self) -> int:
+        """Numbers that the uncompressed layer holds of one token."""
+        if self.latent and self.latent.native:
+            return self.latent.width
+        return 2 * self.dense_heads * self.head_dim
+
+    @property
     def key_dim(self) -> int:
         """Numbers that a query meets in one entry: a key, or a latent row."""
         return self.latent.width if self.latent else self.head_dim
@@ -72,7 +79,7 @@ class LayerPlan:
     def nbytes(self, tokens: int, dtype: str, low: int = 0) -> int:
         """Bytes of `tokens` tokens of one KV head after a flushed pass, `low` of them in the low tier."""
         if self.latent:
-            return tokens * self.latent.width * DTYPE_BYTES[dtype]
+            return self.storage.latent_nbytes(tokens, self.latent.width, dtype)
         return self.storage.nbytes(tokens, self.head_dim, dtype, low)
 
     def low(self, kept: int, tokens: int) -> int | None:
@@ -85,7 +92,7 @@ class LayerPlan:
     def encoded_bytes(self, tokens: int, dtype: str) -> int:
         """Bytes of `tokens` tokens of one KV head that are older than the residual."""
         if self.latent:
-            return self.nbytes(tokens, dtype)
+            return self.storage.codecs(dtype)[0].nbytes(tokens, self.latent.width)
         return sum(codec.nbytes(tokens, self.head_dim) for codec in self.storage.codecs(dtype))
 
     def span(self, tokens: int) -> int:
@@ -262,7 +269,7 @@ class Plan:
         rows: list[LayerBytes] = []
         for p in self.layers:
             full = p.span(tokens)
-            entry = p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] * batch
+            entry = p.dense_width * DTYPE_BYTES[self.dtype] * batch
             dense, dense_read = full * entry, (full + 1) * entry
             if p.owner != p.index:
                 read = rows[p.owner].read
@@ -296,7 +303,7 @@ class Plan:
             read = entry * sum(map(blocks.held, range(blocks.length))) // blocks.length
             kept = (held,) * p.kv_heads
             rows.append(LayerBytes(p.index, kept, sum(kept), held * entry, 0, read=read, low=(0,) * p.kv_heads))
-        entries = [batch * p.dense_heads * 2 * p.head_dim * DTYPE_BYTES[self.dtype] for p in self.layers]
+        entries = [batch * p.dense_width * DTYPE_BYTES[self.dtype] for p in self.layers]
         return [
             replace(row, dense_bytes=tokens * entry, dense_read=(tokens + 1) * entry)
             for row, entry in zip(rows, entries, strict=True)
@@ -315,7 +322,7 @@ class Plan:
         return sum(index for index, _ in rows), sum(read for _, read in rows)
 
     def _reading(self, p: LayerPlan, length: int, tokens: int, low: int) -> tuple[int, int]:
-        new = p.nbytes(1, self.dtype) if p.latent else 2 * p.head_dim * DTYPE_BYTES[self.dtype]
+        new = (p.latent.width if p.latent else 2 * p.head_dim) * DTYPE_BYTES[self.dtype]
         if p.recall is None:
             return 0, p.nbytes(length, self.dtype, low) + new
         chunk = length if p.selection else self.prefill_chunk or tokens
@@ -354,6 +361,8 @@ def _plain(value: Any) -> Any:
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, LayerPlan) and value.turnable:
             del fields["turnable"]  # which plans saved before it do not have
+        if isinstance(value, Latent) and not value.native:
+            del fields["native"]
         return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
@@ -367,7 +376,12 @@ def converts(plan: Plan) -> bool:
 
 def reprojects(plan: Plan) -> bool:
     """Whether it asks for other projections in the attentions."""
-    return any(p.heads is not None or p.latent is not None or p.owner != p.index for p in plan.layers)
+    return any(p.heads is not None or _factorised(p) or p.owner != p.index for p in plan.layers)
+
+
+def _factorised(p: LayerPlan) -> bool:
+    """Whether its latent is made of the model's keys and values."""
+    return p.latent is not None and not p.latent.native
 
 
 def centred(plan: Plan) -> int:

@@ -124,6 +124,11 @@ class Storage:
         quantized += sum(codec.nbytes(low, dim) for codec in self.low or ())
         return quantized + 2 * plain.nbytes(tokens - old, dim)
 
+    def latent_nbytes(self, tokens: int, width: int, dtype: str) -> int:
+        """The same of a row of latents, which are stored as keys are and hold the values too."""
+        old = self.encoded(tokens)
+        return self.codecs(dtype)[0].nbytes(old, width) + Codec(dtype).nbytes(tokens - old, width)
+
     def text(self, dtype: str) -> str:
         """For tables: `float32`, or `K int4c32, V int4t32, newest 128 float32`, `offloaded`."""
         basis, place = " centred" * bool(self.centred) + " rotated" * self.rotated, ", offloaded" * self.offload

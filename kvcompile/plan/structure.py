@@ -44,7 +44,8 @@ class Latent:
     rank: numbers of c, from which the up-projections make every head's values and its keys without position.
     frequencies: the RoPE frequency of each pair of k_R, ascending; a frequency comes once for each of its components.
     kv_heads: KV heads that the row stands for. factor, mix, damp, tokens: how its projections are found (see
-    `kvcompile.structure.latent`). centred: what is constant in the values goes into the bias of the output.
+    `kvcompile.structure.latent`). centred: what is constant in the values goes into the bias of the output. native: the
+    model caches this row itself, so that nothing is converted.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class Latent:
     damp: bool = True
     tokens: int = 0
     centred: bool = True
+    native: bool = False
 
     @property
     def rope(self) -> int:
@@ -65,6 +67,11 @@ class Latent:
     def width(self) -> int:
         """Numbers of a row."""
         return self.rope + self.rank
+
+    @property
+    def before(self) -> str:
+        """Where it comes from, for messages of policies."""
+        return "in a model that caches latents itself" if self.native else "after 'mla'"
 
 
 def contiguous(heads: int, kept: int) -> Groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompile.kernels import sdpa
@@ -25,7 +26,7 @@ def per_head(heads: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Expansion:
-    """Plain queries `[B, H_q, Q, D]`, `absorb [H_kv, d_R + d_c, D]` and `up [H_kv, D, d_c]`."""
+    """Plain queries `[B, H_q, Q, D]`, `absorb [H_kv, d_c, D]`, or `[H_kv, d_R + d_c, D]`, and `up [H_kv, D_v, d_c]`."""
 
     queries: Tensor
     absorb: Tensor
@@ -40,7 +41,7 @@ class Expansion:
         sinks: Tensor | None = None,
         chosen: Chosen | None = None,
     ) -> Tensor:
-        """Attention as `[B, Q, H_q * D]`.
+        """Attention as `[B, Q, H_q * D_v]`.
 
         A prompt that sees itself alone is expanded to keys and values of every head, which takes fewer products than
         absorbed queries do; everything else meets the rows as they are cached, also where a kernel is to add up what
@@ -59,7 +60,7 @@ class Expansion:
     def _expanded(
         self, absorbed: Tensor, view: DenseView, step: Step, spec: KernelSpec, sinks: Tensor | None
     ) -> Tensor:
-        """Attention of every head to its own keys and values, `[B, H_q, Q, D]`."""
+        """Attention of every head to its own keys and values, `[B, H_q, Q, D_v]`."""
         queries, keys, values = self.heads(absorbed, view.keys)
         group, wide = queries.shape[1] // keys.shape[1], keys.shape[-1]
         spec = replace(spec, group=group, head_dim=wide, value_dim=wide, latent=False)
@@ -67,13 +68,18 @@ class Expansion:
         return out[..., : self.up.shape[1]]
 
     def heads(self, absorbed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, H_q, Q, d_R + D]`, keys and values `[B, H_kv, n, d_R + D]` of rows `[B, 1, n, d_R + d_c]`.
+        """Queries `[B, H_q, Q, W]`, keys and values `[B, H_kv, n, W]` of rows `[B, 1, n, d_R + d_c]`.
 
-        q . k = [q_R; q] . [k_R; W_UK c], values [W_UV c; 0].
+        q . k = [q_R; q; 0] . [k_R; W_UK c; 0], values [W_UV c; 0], W the larger of d_R + D and D_v.
         """
-        heads, _, rank = self.up.shape
+        heads, wide, rank = self.up.shape
         rope = rows.shape[-1] - rank
         positioned, latent = torch.split(rows, [rope, rank], -1)
-        keys = torch.cat((positioned.expand(-1, heads, -1, -1), latent @ self.absorb[:, rope:]), -1)
-        values = torch.nn.functional.pad(latent @ self.up.mT, (0, rope))
-        return torch.cat((absorbed[..., :rope], self.queries), -1), keys, values
+        keys = torch.cat((positioned.expand(-1, heads, -1, -1), latent @ self.absorb[:, -rank:]), -1)
+        queries, values = torch.cat((absorbed[..., :rope], self.queries), -1), latent @ self.up.mT
+        more = keys.shape[-1] - wide  # channels that keys have and values have not
+        if more > 0:
+            values = F.pad(values, (0, more))
+        elif more < 0:
+            queries, keys = F.pad(queries, (0, -more)), F.pad(keys, (0, -more))
+        return queries, keys, values

@@ -203,11 +203,13 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def of_rows(rows: list[Row], batch: int, heads: int, headroom: int) -> DenseStore | RaggedStore:
-    """A store of the given rows, dense if they have one length."""
+def of_rows(
+    rows: list[Row], batch: int, heads: int, headroom: int, latent: int | None = None
+) -> DenseStore | RaggedStore:
+    """A store of the given rows, dense if they have one length. latent: as the stores say."""
     if len({len(p) for _, _, p in rows}) > 1:
-        return RaggedStore.of(rows, batch, heads, headroom)
+        return RaggedStore.of(rows, batch, heads, headroom, latent)
     keys, values, positions = (torch.unflatten(torch.stack(x), 0, (batch, heads)) for x in zip(*rows, strict=True))
     count = positions.shape[2]
     whole = torch.arange(count, device=keys.device, dtype=torch.int64)
-    return DenseStore(keys, values, positions, count).keep([whole] * len(rows), headroom)
+    return DenseStore(keys, values, positions, count, latent).keep([whole] * len(rows), headroom)

@@ -100,7 +100,7 @@ class PrefillCache:
         if expansion is None:
             return causal(p, queries, kv.entries.keys, kv.entries.values, self.positions)
         heads = expansion.heads(queries, kv.entries.keys)
-        return causal(p, *heads, self.positions)[..., : p.head_dim]
+        return causal(p, *heads, self.positions)[..., : expansion.up.shape[1]]
 
     def observe(self, kv: Layer, queries: Tensor, unrotated: Tensor) -> BatchScores:
         """Scores of every entry for the queries `[B, H_q, T, D]` of all readers."""

@@ -57,7 +57,7 @@ LOWERED: Mapping[Any, Callable[..., Any]] = {
 }
 
 
-PURE = (ops.rope, ops.hadamard)
+PURE = (ops.rope, ops.hadamard, ops.halves)
 
 
 def _require_lowered(graph: fx.Graph) -> None:

@@ -44,6 +44,10 @@ def _refuse_storage(p: LayerPlan) -> None:
         raise KvcompileError(
             f"layer {p.index} must hold its tokens in one precision", f"{s.policy!r}", f"drop {s.policy}"
         )
+    if s.quantized and p.latent is not None:
+        raise KvcompileError(
+            f"layer {p.index}: a program holds latent rows in the model's dtype", f"{s.policy!r}", f"drop {s.policy}"
+        )
     if s.quantized and every and p.selection:
         raise KvcompileError(
             f"layer {p.index}: encoded tokens are not dropped while decoding",

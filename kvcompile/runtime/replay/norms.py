@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,12 @@ class Norms:
         A latent is a value once its up-projection has made one of it.
         """
         graph, name = self.compiled.graph, self.compiled.outputs[q.index]
-        width = q.query_heads * q.head_dim
+        adapter: Any = graph.get_submodule(name.rpartition(".")[0])
+        up = None if q.latent is None else adapter.up()
+        width = q.query_heads * (q.head_dim if up is None else up.shape[1])
         weight = matrix(graph.get_submodule(name), width, like).float()
         by_head = torch.unflatten(weight, 1, (q.query_heads, -1)).transpose(0, 1)  # [H_q, hidden, D]
-        if q.latent is not None:
-            up = graph.get_parameter(f"{name.rpartition('.')[0]}.latent.up.weight")
+        if up is not None:
             by_head = by_head @ up.float().repeat_interleave(q.query_heads // up.shape[0], 0)
         return by_head.mT @ by_head
 

@@ -60,6 +60,8 @@ def refuse(plan: Plan) -> None:
 
 def _refuse_storage(p: LayerPlan) -> None:
     where = f"layer {p.index}"
+    if p.latent is not None and p.latent.native:
+        raise KvcompileError("vLLM keeps latents in a cache of another kind, which the plugin does not know", where)
     if p.recall is not None:
         raise KvcompileError(
             "vLLM frees blocks of what is dropped, and a recall drops nothing", f"{p.recall.policy!r} in {where}"

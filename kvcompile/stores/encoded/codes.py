@@ -23,12 +23,16 @@ from kvcompile.stores.pool import PagePool
 
 @dataclass(frozen=True)
 class Format:
-    """The number formats of keys and values, the dtype that they decode to, and what encodes them."""
+    """The number formats of keys and values, the dtype that they decode to, and what encodes them.
+
+    latent: values are the channels of the keys from this one on, and have no codes of their own.
+    """
 
     key: Codec
     value: Codec
     dtype: torch.dtype
     encoder: Encoder = field(default=encode, compare=False, repr=False)
+    latent: int | None = None
 
     @property
     def block(self) -> int:
@@ -52,14 +56,22 @@ class Codes:
 
     keys: Tensor
     key_scales: Tensor | None
-    values: Tensor
+    values: Tensor | None
     value_scales: Tensor | None
     positions: Tensor
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, positions: Tensor, format: Format) -> Codes:
         """Encode `keys [n, D]` and values; n is a multiple of the format's block."""
-        return cls(*format.encoder(keys, format.key), *format.encoder(values, format.value), positions)
+        codes, scales = format.encoder(keys, format.key)
+        if format.latent is not None:
+            return cls(codes, scales, None, None, positions)
+        return cls(codes, scales, *format.encoder(values, format.value), positions)
+
+    @property
+    def shown(self) -> Tensor:
+        """What a kernel is given as values: those of a latent are channels of the keys."""
+        return self.keys if self.values is None else self.values
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,6 +85,8 @@ class Codes:
     def decoded(self, format: Format) -> Row:
         """Keys `[n, D]`, values and positions."""
         keys = decode(self.keys, self.key_scales, format.key, format.dtype)
+        if self.values is None:
+            return keys, keys[:, format.latent :], self.positions
         return keys, decode(self.values, self.value_scales, format.value, format.dtype), self.positions
 
     def room(self, tokens: int, format: Format) -> Codes:
@@ -194,11 +208,11 @@ class RaggedCodes:
         c = self.codes
         if chosen is not None:
             table = tabled(chosen, self._begins.device)
-            arrays, scales = (c.keys, c.values, c.positions), (c.key_scales, c.value_scales)
+            arrays, scales = (c.keys, c.shown, c.positions), (c.key_scales, c.value_scales)
             return scattered(arrays, Places(self._begins), table, self.heads, self.format.block, scales)
         return RaggedView(
             c.keys,
-            c.values,
+            c.shown,
             c.positions,
             self.starts,
             self.lengths,

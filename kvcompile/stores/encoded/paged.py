@@ -37,12 +37,12 @@ class PagedCodes(Paged):
         pages, buffers = self.pages, self.pages.pool.buffers
         if chosen is not None:
             table = tabled(chosen, pages.where)
-            arrays = buffers["keys"], buffers["values"], buffers["positions"]
+            arrays = buffers["keys"], buffers.get("values", buffers["keys"]), buffers["positions"]
             scales = buffers.get("key_scales"), buffers.get("value_scales")
             return scattered(arrays, pages.places, table, self.heads, self.format.block, scales)
         return PagedView(
             buffers["keys"],
-            buffers["values"],
+            buffers.get("values", buffers["keys"]),
             buffers["positions"],
             pages.table.device,
             pages.lengths,

@@ -36,7 +36,7 @@ class QuantizedStore(EncodedStore):
         self.storage, self.residual, self.layer = storage, residual, layer
         self.codes: CodeRows | None = None
         dtype = residual.keys.dtype
-        self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder)
+        self.format = Format(*storage.codecs(str(dtype).removeprefix("torch.")), dtype, encoder, residual.latent)
 
     @property
     def coded(self) -> list[CodeRows]:
@@ -135,7 +135,7 @@ class QuantizedStore(EncodedStore):
             keys, values, positions = self._row(r, start, residual)
             rows.append((keys[rest], values[rest], positions[rest]))
         self.codes = self.codes.keep(stay, headroom, compactor) if any(map(len, stay)) else None
-        self.residual = of_rows(rows, self.batch, self.heads, headroom)
+        self.residual = of_rows(rows, self.batch, self.heads, headroom, self.format.latent)
         return self
 
     def stretch(self, row: int, start: int, stop: int) -> Tensor:

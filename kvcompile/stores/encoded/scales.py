@@ -26,7 +26,7 @@ def require_held(codes: Codes, plain: Sequence[Tensor], format: Format, policy: 
     keys, values = plain
     sides = (
         ("keys", keys, codes.keys, codes.key_scales, format.key),
-        ("values", values, codes.values, codes.value_scales, format.value),
+        ("values", values, codes.shown, codes.value_scales, format.value),
     )
     scaled = [(*side, side[3][..., 0, :]) for side in sides if side[3] is not None]  # zeros lie behind scales
     if not scaled:

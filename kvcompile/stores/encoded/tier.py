@@ -68,7 +68,7 @@ class Tier(RaggedCodes):
         if self.received is None or self.since is None:
             raise RuntimeError("attention is not counted in this tier")
         c, rows = self.codes, (self.starts, self.lengths, self.batch, self.heads, self._begins, self._ends)
-        view = RaggedView(c.keys, c.values, c.positions, *rows, c.key_scales, c.value_scales)
+        view = RaggedView(c.keys, c.shown, c.positions, *rows, c.key_scales, c.value_scales)
         return TierRows(view, self.format.key, self.format.value, self.received, self.since)
 
     def lengthen(self, rows: list[bool]) -> None:
