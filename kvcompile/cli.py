@@ -187,9 +187,11 @@ def _work(config: Config) -> sweep.Done:
         analysed = analyse_config(config, _console())
         return analysed.path, analysed.summary
     if config.tasks:
+        from kvcompile.board import standings, tables
         from kvcompile.tasks.run import evaluate_config
 
-        return evaluate_config(config, _console())
+        console = _console()
+        return evaluate_config(config, console, lambda rows: tables.show(standings.board(rows), console))
     if config.artifact:
         return _export(config.artifact, config)
     if config.plan.mode == "only":

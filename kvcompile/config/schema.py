@@ -151,12 +151,16 @@ class EvaluateConfig:
     """How tasks are asked: `shard` k/n, every n-th sample from the k-th (0/1: all).
 
     rows: the folder of results, shared by all jobs; what lies there is not measured again. baseline: the uncompressed
-    model is asked too, once for all stacks.
+    model is asked too, once for all stacks. recipes: these are asked, in one process that reads each prompt once for
+    all of them; `snapkv`, `snapkv budget=0.1`, or `[all]`: every shipped one that trains nothing.
+    memory: GiB for prompts that stay read (null: a third of what is free).
     """
 
     shard: str = "0/1"
     rows: str = "outputs/rows"
     baseline: bool = True
+    recipes: list[str] = field(default_factory=list)
+    memory: float | None = None
 
     @property
     def part(self) -> tuple[int, int]:

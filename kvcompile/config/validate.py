@@ -140,6 +140,12 @@ def _check_evaluation(config: Config) -> None:
         "plan=only": config.plan.mode == "only",
         f"output={config.output}": config.output,
     }
+    if config.evaluate.recipes:
+        others |= {
+            f"recipe={config.recipe}": config.recipe,
+            f"policy=[{','.join(config.stack)}]": config.stack,
+            f"artifact={config.artifact}": config.artifact,
+        }
     if given := [text for text, value in others.items() if value]:
         raise KvcompileError(
             "an evaluation asks tasks and writes rows into evaluate.rows, nothing else",

@@ -13,14 +13,11 @@ from kvcompile.analysis.compare.contest import Contest, Runner
 from kvcompile.analysis.compare.forced import Forced, continued, forced
 from kvcompile.analysis.parts import Parts, digest
 from kvcompile.errors import KvcompileError
-from kvcompile.plan.plan import DTYPE_BYTES
 from kvcompile.searching.stack import DENSE, Stack
 from kvcompile.searching.wish import Measured
 from kvcompile.tasks.base import Question, Sample, Task, Turn
 
 Tokens = tuple[int, ...]
-GIB = 1 << 30
-FREE = 1 / 3  # of the memory that is free, for prefills, where nothing is said
 TURNS = 2  # of a context that a search asks: another one of the same context says less than one of another
 
 
@@ -125,20 +122,6 @@ def _seen(runner: Runner, context: Context) -> Iterator[list[Forced]]:
 
 def _best(tried: Sequence[Forced]) -> list[float]:
     return [float(any(each.exact for each in tried)), round(min(each.nll for each in tried), 5)]
-
-
-def room(architecture: Any, dtype: str, tokens: int, memory: float | None) -> int:
-    """How many contexts of so many tokens `memory` GiB hold: keys, values and queries, in two bases. At least one.
-
-    None: a third of the memory that is free.
-    """
-    import psutil
-
-    from kvcompile.adapters.architectures import describe
-
-    free = psutil.virtual_memory().available * FREE if memory is None else memory * GIB
-    numbers = sum(p.head_dim * (2 * p.kv_heads + p.query_heads) for p in describe(architecture, dtype).layers)
-    return max(1, int(free / (2 * numbers * tokens * DTYPE_BYTES[dtype])))
 
 
 def few(context: Context) -> Context:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvcompile.analysis.compare.contest import Contest
+from kvcompile.analysis.compare.contest import Contest, room
 from kvcompile.analysis.parts import Parts, digest, fingerprint
 from kvcompile.errors import KvcompileError
 from kvcompile.evaluation.heldout import longest
@@ -18,7 +18,7 @@ from kvcompile.paths import require_here, require_short
 from kvcompile.progress import Progress, silent
 from kvcompile.searching.climb import Clock, Search
 from kvcompile.searching.fit import Fitter
-from kvcompile.searching.meter import Context, Meter, contexts, few, room
+from kvcompile.searching.meter import Context, Meter, contexts, few
 from kvcompile.searching.space import Space
 from kvcompile.searching.stack import Stack
 from kvcompile.searching.study import Study, Tried
@@ -33,6 +33,7 @@ MEASURED, PROVEN = "measured.jsonl", "proven.jsonl"
 SEARCHING = 0.8  # of the minutes; the rest is for the proof
 MINUTE = 60.0
 GOOD = 0.95  # quality of what is called the best where none is wished for
+BASES = 2  # in which a context is read, usually: as it is, and rotated
 IN_TURNS = 6  # stacks, where prefills of all contexts are too much for the memory
 SHOWN = 5  # stacks of a front that are proven
 
@@ -110,7 +111,7 @@ def search_model(
     settings = _settings(config, space, weights)
     study = Study(wanted.study, wanted.storage, folder, wish.aims, settings, wanted.seed)
     fitter = Fitter(model.config, wanted.tokens)
-    batch = wanted.batch or (1 if held >= len(rungs[-1]) else IN_TURNS)
+    batch = wanted.batch or (1 if held >= BASES * len(rungs[-1]) else IN_TURNS)
     search = Search(study, space, wish, fitter, meter, rungs, batch, wanted.stacks, progress, say)
     clock = Clock(wanted.minutes * MINUTE)
     search.run(Clock(SEARCHING * wanted.minutes * MINUTE))

@@ -46,13 +46,13 @@ class Respondent:
         """
         context = sample.context
         if sample.rest:
-            cache = self.runner.cache(context)
+            cache = self.runner.cache(context, len(context))
             size = self._size(cache, context)
             return [Record(sample.name, sample.part, None, size, nll=self._losses(cache, sample.rest))]
         if sample.chained:
             return list(self._chained(task, sample, question))
         if question == "hidden":
-            cache = self.runner.cache(context)
+            cache = self.runner.cache(context, len(context))
             size, records = self._size(cache, context), []
             for i, turn in enumerate(sample.turns):
                 copy = cache.fork() if i + 1 < len(sample.turns) else cache
@@ -77,7 +77,7 @@ class Respondent:
             cache, size, text = self._seen(sample.context, turns.pop(0)[1])
             yield self._record(task, sample, 0, text, size)
         else:
-            cache = self.runner.cache(sample.context)
+            cache = self.runner.cache(sample.context, len(sample.context))
             size = self._size(cache, sample.context)
         for i, turn in turns:
             text = self._answer(cache, self.runner.read(cache, turn.ids, 1)[-1], turn)

@@ -22,7 +22,8 @@ from kvcompile.tasks.base import QUESTIONS, Question, Sample, Task
 from kvcompile.tasks.claims import Claims
 from kvcompile.tasks.registry import build_tasks, discover
 from kvcompile.tasks.rows import Record, Row
-from kvcompile.tasks.stacks import Stack, Subject, of_config, of_model
+from kvcompile.tasks.stacks.subject import Stack, Subject, of_config, of_model
+from kvcompile.tasks.stacks.together import of_recipes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,6 +130,7 @@ def trials(
             raise KvcompileError(
                 f"tasks.{task.name}: every shard must have a sample", f"{len(samples)} in {shard[1]} shards"
             )
+        subject.expect(samples)
         turns = any(sample.turns for sample in samples)
         asked += [(task, question, samples) for question in (questions if turns else ("hidden",))]
     return [
@@ -194,21 +196,28 @@ def _folder(path: str | Path) -> Path:
     return folder
 
 
-def evaluate_config(config: Config, console: Console) -> Done:
-    """One job of the command line: find or measure its rows, print them; (folder of rows, numbers for a summary)."""
+def evaluate_config(config: Config, console: Console, side_by_side: Callable[[Sequence[Row]], None]) -> Done:
+    """One job of the command line: find or measure its rows, print them; (folder of rows, numbers for a summary).
+
+    side_by_side: prints the rows of several stacks.
+    """
     from kvcompile.tasks import table
 
     folder = _folder(config.evaluate.rows)
+    several = bool(config.evaluate.recipes)
     with progress_bar() as progress:
-        subject = of_config(config, progress)
+        subject = of_recipes(config, progress) if several else of_config(config, progress)
         wanted = trials(subject, config.built_tasks(), config.questions, config.evaluate.part)
         measured = Measured(folder, progress)
         found = measured.all(wanted)
     shown_rows = table.Shown(found, subject.stacks[-1].name)
-    table.show(shown_rows, console)
+    if several:
+        side_by_side(found)
+    else:
+        table.show(shown_rows, console)
     for line in (*subject.notes, f"{folder}: {measured.measured} rows measured, {measured.reused} were there"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return str(folder), table.summary(shown_rows)
+    return str(folder), {} if several else table.summary(shown_rows)
 
 
 def evaluate(

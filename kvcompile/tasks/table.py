@@ -13,7 +13,7 @@ from kvcompile.report.units import size
 from kvcompile.tasks import scores
 from kvcompile.tasks.rows import Cell, Record, Row, cells
 from kvcompile.tasks.scores import PROTOCOL, Estimate
-from kvcompile.tasks.stacks import DENSE
+from kvcompile.tasks.stacks.naming import DENSE
 
 if TYPE_CHECKING:
     from rich.console import Console

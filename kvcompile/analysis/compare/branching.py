@@ -75,6 +75,14 @@ class Once(Score):
         return self.known[key]
 
 
+@dataclass
+class Room:
+    """How many beginnings of prompts stay in memory (`most`), of all readers that share it; how many do (`taken`)."""
+
+    most: int = 1
+    taken: int = 0
+
+
 @dataclass(frozen=True)
 class _Read:
     """The beginning of prompts as it was read: its cache, the logits after it, and scores of its entries."""
@@ -90,9 +98,9 @@ class Branching:
 
     stride: of the moments of queries, alike in all stacks that look at them. rotated: keys and values lie in the
     Hadamard basis, which a stack with `rotate` needs and no other may have. centred: keys are less their mean over so
-    many tokens of text that `tokenizer` reads, as a stack with `center` needs. room: how many shared beginnings of
-    prompts stay in memory, with the scores of their entries. Beyond that the newest gives way: who reads the same
-    prompts in turns finds the first ones again.
+    many tokens of text that `tokenizer` reads, as a stack with `center` needs. room: of shared beginnings of
+    prompts, which stay in memory with the scores of their entries. Beyond that the newest gives way, but one stays in
+    any case: who reads the same prompts in turns finds the first ones again.
     """
 
     def __init__(
@@ -101,7 +109,7 @@ class Branching:
         stride: int = ExpectedAttention().stride,
         rotated: bool = False,
         kernels: str = "auto",
-        room: int = 1,
+        room: Room | None = None,
         centred: int = 0,
         tokenizer: Any = None,
     ) -> None:
@@ -114,7 +122,7 @@ class Branching:
         self.ids: list[int] = []
         self.cache: KVCache | None = None
         self.logits: Tensor | None = None
-        self.room, self._aside = room, list[_Read]()
+        self.room, self._aside = room or Room(), list[_Read]()
         self._scores: dict[Any, Any] = {}  # of what has been read
 
     def prefill(self, ids: Sequence[int]) -> None:
@@ -136,8 +144,11 @@ class Branching:
         """
         if shared and not any(each.ids == list(ids[:shared]) for each in self._aside):
             self._go_on_to(ids[:shared])
-            del self._aside[self.room - 1 :]
+            if self._aside and self.room.taken >= self.room.most:
+                self._aside.pop()
+                self.room.taken -= 1
             self._aside.append(_Read(self.ids, self.cache, self.logits, self._scores))
+            self.room.taken += 1
         self._go_on_to(ids)
 
     def _go_on_to(self, ids: Sequence[int]) -> None:

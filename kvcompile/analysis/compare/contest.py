@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.analysis.compare.branching import Branching
+from kvcompile.analysis.compare.branching import Branching, Room
 from kvcompile.analysis.compare.entry import Entry, Question
 from kvcompile.build import identity_plan, plan_of
 from kvcompile.calibration.probe import Remembering
 from kvcompile.compiler import assemble, compile_plan
 from kvcompile.models.sharing import shared
-from kvcompile.plan.plan import Plan, centred, converts
+from kvcompile.plan.plan import DTYPE_BYTES, Plan, centred, converts
 from kvcompile.progress import Progress, silent
 from kvcompile.runtime.cache import KVCache
 from kvcompile.stack import plan_stack
+
+GIB = 1 << 30
+FREE = 1 / 3  # of the memory that is free, for prefills, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class Runner:
 class Contest:
     """One original model and any recipes over it; those that leave its weights alone share one prefill of a prompt.
 
-    room: of how many beginnings of prompts the prefill stays in memory (`Branching`), in each basis.
+    room: of how many beginnings of prompts the prefill stays in memory (`Branching`), those of other bases counted too.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, kernels: str = "auto", progress: Progress = silent, room: int = 1
     ) -> None:
         self.model, self.tokenizer, self.kernels, self.progress = model, tokenizer, kernels, progress
-        self.room = room
+        self.room = Room(room)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.dense = describe(model.config, self.dtype)
         self.stop = stop_tokens(model, tokenizer)
@@ -149,6 +152,18 @@ class Contest:
             )
             self._readers[rotated, centred] = reader
         return self._readers[rotated, centred]
+
+
+def room(architecture: Any, dtype: str, tokens: int, memory: float | None) -> int:
+    """How many contexts of so many tokens `memory` GiB hold: keys, values and queries. At least one.
+
+    None: a third of the memory that is free.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available * FREE if memory is None else memory * GIB
+    numbers = sum(p.head_dim * (2 * p.kv_heads + p.query_heads) for p in describe(architecture, dtype).layers)
+    return max(1, int(free / (numbers * tokens * DTYPE_BYTES[dtype])))
 
 
 def tokens_read(ids: Sequence[int], context: int, question: Question) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from kvcompile.errors import KvcompileError
@@ -52,6 +53,11 @@ class Entry:
 
     def config(self, kernels: str = "auto") -> Config:
         """Its config. Raises KvcompileError for what does not compose."""
-        from kvcompile.config.compose import compose
+        return _composed(f"kernels={kernels}", *self.overrides)
 
-        return compose([f"kernels={kernels}", *self.overrides])
+
+@cache  # Hydra takes half a second
+def _composed(*overrides: str) -> Config:
+    from kvcompile.config.compose import compose
+
+    return compose(overrides)

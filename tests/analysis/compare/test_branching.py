@@ -10,7 +10,7 @@ from contract_table import KVZIP, dense, plan_of
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
-from kvcompile.analysis.compare.branching import Branching
+from kvcompile.analysis.compare.branching import Branching, Room
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Needs, Score
 from kvcompile.policies.base import SelectionPolicy
@@ -66,12 +66,27 @@ def test_as_many_contexts_stay_as_there_is_room_for_and_the_newest_gives_way(
 ) -> None:
     """Read in turns, the first ones are found again; the last one is read each time."""
     runs, lengths = reads
-    runs.room = 2
+    runs.room = Room(2)
     contexts = [IDS[i : i + CONTEXT] for i in range(3)]
     for context in contexts * 2:
         runs.read(context, CONTEXT)
         assert runs.ids == context
     assert lengths == [CONTEXT] * 5  # of six, the first is there
+
+
+def test_readers_in_other_bases_share_the_room_and_each_keeps_one(reads: tuple[Branching, list[int]]) -> None:
+    runs, lengths = reads
+    rotated = Branching(dense(), rotated=True, room=runs.room)
+    runs.room.most = 3
+    contexts = [IDS[i : i + CONTEXT] for i in range(3)]
+    for context in contexts:
+        runs.read(context, CONTEXT)
+    for context in contexts:
+        rotated.read(context, CONTEXT)
+    assert [len(reader._aside) for reader in (runs, rotated)] == [3, 1]
+    assert runs.room.taken == 4
+    runs.read(contexts[0], CONTEXT)
+    assert lengths == [CONTEXT] * 3
 
 
 CALLS: list[int] = []
@@ -113,7 +128,7 @@ def test_stacks_that_rank_alike_share_the_scores_until_more_is_read(reads: tuple
 
 def test_scores_of_a_context_stay_with_it(reads: tuple[Branching, list[int]]) -> None:
     runs, _ = reads
-    runs.room = 2
+    runs.room = Room(2)
     plan = Counting(budget=0.2).apply(describe(dense().config, "float32"))
     CALLS.clear()
     for start in (0, 1, 0, 1):
