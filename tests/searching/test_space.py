@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from kvcompile.config.compose import option
 from kvcompile.errors import KvcompileError
 from kvcompile.searching.space import Range, Values, parse
+from kvcompile.stack import policy_class
 
 TEXT = """
 places:
@@ -92,6 +94,23 @@ def test_what_is_tried_first_is_drawn_so_with_fields_at_their_defaults() -> None
     assert options["snapkv"]["kernel"] == 1
     assert options["adakv"] == {"safeguard": 0.2}  # the policy's own
     assert 4 <= options["snapkv"]["window"] <= 16  # its default is out of the range
+
+
+def test_the_shipped_space_tries_its_first_stacks_as_policies_ship() -> None:
+    """A range that leaves a default out would have it drawn instead, and the best stack known never tried."""
+    shipped = parse("default", option("search", "default"))
+    for first in shipped.first:
+        options = shipped.draw(Drawn(0, shipped.begin(first))).options
+        for name, fields in options.items():
+            usual = {f.name: f.default for f in dataclasses.fields(policy_class(name))}
+            drawn = {k: v for k, v in fields.items() if isinstance(shipped_spec(shipped, name, k), (Range, Values))}
+            said = {key.partition(".")[2]: v for key, v in first.items() if key.startswith(f"{name}.")}
+            assert drawn == {key: said.get(key, usual[key]) for key in drawn}
+
+
+def shipped_spec(space: Any, policy: str, field: str) -> Any:
+    choices = (choice for place in space.places.values() for choice in place.values())
+    return next((c.policies[policy][field] for c in choices if field in c.policies.get(policy, {})), None)
 
 
 @pytest.mark.parametrize(
