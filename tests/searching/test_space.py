@@ -146,7 +146,7 @@ def test_mistakes_are_told_on_one_line(change: dict[str, Any], says: str) -> Non
 def test_the_shipped_space_is_one_and_the_users_own_go_on_from_it(tmp_path: Path) -> None:
     shipped = parse("default", option("search", "default"))
     assert set(shipped.places) == {"score", "allocation", "values", "storage"}
-    assert shipped.places["score"]["ghost"].policies["ghost"]["band"] == Range(16, 512, log=True)
+    assert shipped.places["score"]["ghost"].policies["ghost"]["band"] == Range(4, 128, log=True)
     (tmp_path / "search").mkdir()
     own = "defaults: [default]\nplaces:\n  score: {kvzip: null, keydiff: {keydiff: {budget: fit, sinks: [2, 4]}}}\n"
     (tmp_path / "search" / "mine.yaml").write_text(own)
