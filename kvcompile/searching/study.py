@@ -99,8 +99,9 @@ class Study:
 
     def take(self, trial: optuna.Trial, stack: Stack, share: float) -> None:
         """Say what a trial is about."""
-        trial.set_user_attr(STACK, {name: dict(fields) for name, fields in stack.options.items()})
         trial.set_user_attr(SHARE, share)
+        # last: another process takes a trial for described once it sees the stack
+        trial.set_user_attr(STACK, {name: dict(fields) for name, fields in stack.options.items()})
         self.alive(trial)
 
     def alive(self, trial: optuna.Trial) -> None:
