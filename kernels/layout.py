@@ -120,10 +120,12 @@ class Queries:
     """The new tokens: states `[B, H_q, Q, D]`, true positions `[B, Q]`, and which are real (None: all of them).
 
     Keys and values of the new tokens are already the last entries of their rows. `sinks [H_q]` (float32): the learned
-    logits of the query heads, in a spec that has them.
+    logits of the query heads, in a spec that has them. `slopes [H_q]` (float32): what logits of a query head fall by
+    with every token of distance, in a spec with `alibi`.
     """
 
     states: Tensor
     positions: Tensor
     valid: Tensor | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None

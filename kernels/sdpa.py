@@ -70,7 +70,18 @@ def _plain(view: View, spec: KernelSpec, dtype: torch.dtype) -> DenseView | Ragg
 
 def _explicit(spec: KernelSpec) -> bool:
     """Whether the softmax has what SDPA has no argument for (a bias would do, but with no sink beside it)."""
-    return bool(spec.softcap or spec.sink or spec.bias)
+    return bool(spec.softcap or spec.sink or spec.bias or spec.alibi)
+
+
+def _added(queries: Queries, bias: Tensor | None, positions: Tensor, spec: KernelSpec) -> Tensor | None:
+    """What is added to logits `[B, H_kv, g Q, n]` of keys with a `bias`, at `positions [B, H_kv or 1, n]`."""
+    added = reference.required(bias, "a bias of each entry").unsqueeze(-2) if spec.bias else None
+    if not spec.alibi:
+        return added
+    slopes = reference.required(queries.slopes, "a slope of each head").view(1, -1, spec.group, 1, 1)
+    away = (positions[:, :, None, :] - queries.positions[:, None, :, None]).unsqueeze(2)
+    fall = (slopes * away).flatten(2, 3)
+    return fall if added is None else added + fall
 
 
 def _sinks(queries: Queries, spec: KernelSpec) -> Tensor | None:
@@ -109,7 +120,7 @@ def _folded(queries: Queries, view: DenseView, mask: Tensor | None, spec: Kernel
     if _explicit(spec):
         sinks = _sinks(queries, spec)
         sinks = sinks if sinks is None or count == 1 else sinks.repeat_interleave(count, 1)
-        out = _by_hand(rows, keys, values, mask, spec, sinks, view.bias)
+        out = _by_hand(rows, keys, values, mask, spec, sinks, _added(queries, view.bias, view.positions, spec))
     else:
         out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=spec.scale)
     return out.reshape(batch, heads, count, -1)
@@ -122,17 +133,17 @@ def _by_hand(
     mask: Tensor | None,
     spec: KernelSpec,
     sinks: Tensor | None,
-    bias: Tensor | None,
+    added: Tensor | None,
 ) -> Tensor:
     """SDPA has neither soft-cap nor sink: matmul, tanh, softmax in float32, matmul.
 
-    sinks: those of the `rows [B, H_kv, r, D]`, `[H_kv, r, 1]`; bias: that of the keys, `[B, H_kv, n]`.
+    sinks: those of the `rows [B, H_kv, r, D]`, `[H_kv, r, 1]`; added: to the logits `[B, H_kv, r, n]`.
     """
     logits = torch.matmul(rows, keys.transpose(-1, -2)).float() * spec.scale
     if spec.softcap:
         logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    if spec.bias:
-        logits = logits + reference.required(bias, "a bias of each entry").unsqueeze(-2)
+    if added is not None:
+        logits = logits + added
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     return torch.matmul(reference.softmax(logits, sinks).to(values.dtype), values)
@@ -172,7 +183,8 @@ def _ragged_step(queries: Queries, view: RaggedView, spec: KernelSpec) -> Tensor
         if _explicit(spec):
             row_sinks = None if sinks is None else sinks[i % view.heads]
             bias = None if view.bias is None else view.bias[None, None, start : start + length]
-            outs.append(_by_hand(rows[i], keys, values, mask, spec, row_sinks, bias))
+            one = _of_heads(queries, i // view.heads, i % view.heads, spec)
+            outs.append(_by_hand(rows[i], keys, values, mask, spec, row_sinks, _added(one, bias, entries_at, spec)))
         else:
             outs.append(_one_row(rows[i], keys, values, mask, spec))
     return torch.cat(outs, 1).reshape(batch, heads, 1, -1)
@@ -195,7 +207,7 @@ def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Ten
     out = q.new_zeros(*q.shape[:3], view.values.shape[-1])
     for b in range(view.batch):
         real = slice(None) if queries.valid is None else queries.valid[b].nonzero().squeeze(-1)
-        new = Queries(q[b : b + 1, :, real], queries.positions[b : b + 1, real], sinks=queries.sinks)
+        new = replace(queries, states=q[b : b + 1, :, real], positions=queries.positions[b : b + 1, real], valid=None)
         if not new.states.shape[2]:
             continue
         rows = range(b * view.heads, (b + 1) * view.heads)
@@ -205,11 +217,16 @@ def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Ten
             continue
         for h, i in enumerate(rows):
             query_heads = slice(h * spec.group, (h + 1) * spec.group)
-            one = replace(
-                new, states=new.states[:, query_heads], sinks=None if new.sinks is None else new.sinks[query_heads]
-            )
+            one = _of_heads(new, 0, h, spec)
             out[b : b + 1, query_heads, real] = _dense(one, _stacked(view, range(i, i + 1)), spec)
     return out
+
+
+def _of_heads(queries: Queries, sequence: int, head: int, spec: KernelSpec) -> Queries:
+    """What one KV head of one sequence is asked."""
+    one, group = slice(sequence, sequence + 1), slice(head * spec.group, (head + 1) * spec.group)
+    sinks, slopes = (None if x is None else x[group] for x in (queries.sinks, queries.slopes))
+    return Queries(queries.states[one, group], queries.positions[one], sinks=sinks, slopes=slopes)
 
 
 def _stacked(view: RaggedView, rows: range) -> DenseView:

@@ -45,10 +45,11 @@ class KernelSpec:
 
     The variant of attention is what makes a logit out of q . k, and what weighs beside the entries:
 
-    s_j = softcap(q . k_j * scale) + b_j,   w_j = exp(s_j) / (exp(sink_h) + sum_k exp(s_k))
+    s_j = softcap(q . k_j * scale) + b_j + m_h (p_j - p),   w_j = exp(s_j) / (exp(sink_h) + sum_k exp(s_k))
 
     `softcap`: logits are capped. `bias`: each entry of the view has a b_j. `sink`: each query head brings a learned
-    logit, whose weight goes to no value. Without the last two b_j is 0 and the sink's term is missing.
+    logit, whose weight goes to no value. `alibi`: each query head brings a slope m_h, by which logits fall with the
+    distance of true positions. Without these b_j and m_h are 0 and the sink's term is missing.
     """
 
     parts: tuple[Part, ...]
@@ -62,6 +63,7 @@ class KernelSpec:
     latent: bool = False
     sink: bool = False
     bias: bool = False
+    alibi: bool = False
 
     @property
     def name(self) -> str:
@@ -73,4 +75,5 @@ class KernelSpec:
         extras += ["-latent"] if self.latent else []
         extras += ["-sink"] if self.sink else []
         extras += ["-bias"] if self.bias else []
+        extras += ["-alibi"] if self.alibi else []
         return "+".join(p.name for p in self.parts) + f"-g{self.group}-{dims}" + "".join(extras)

@@ -138,6 +138,7 @@ def _require_compilable(model: Any, architecture: str | None) -> None:
 
     from kvcompile.adapters.architectures import architecture_of
     from kvcompile.models.forks import name_as
+    from kvcompile.models.loading import require_one_device, require_weights
 
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise KvcompileError(
@@ -145,6 +146,8 @@ def _require_compilable(model: Any, architecture: str | None) -> None:
             type(model).__name__,
             "AutoModelForCausalLM.from_pretrained(...), adapters merged into it",
         )
+    require_one_device(model)
+    require_weights(model)
     name_as(model.config, architecture)
     require_alike(model)
     architecture_of(model.config).require_as_configured(model)

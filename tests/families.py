@@ -47,6 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
     "axk1": {**MLA, **ROUTED, "n_shared_experts": 1},
     "bamba": {**MAMBA2, "attn_layer_indices": [1], "partial_rotary_factor": 0.5},
     "bitnet": {"head_dim": None},
+    "bloom": {"num_attention_heads": 6, "hidden_size": 96},
     "codegen": {"rotary_dim": 8, "n_ctx": 512},
     "cohere": {"use_qk_norm": True},
     "cohere2": SLIDES,
@@ -131,6 +132,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "mixtral": LOCAL,
     "modernbert-decoder": SLIDES,
+    "mpt": {"n_heads": 6, "hidden_size": 96, "attn_config": {"clip_qkv": 1.0}, "use_cache": True},
     "nemotron_h": {
         **ROUTED,
         "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
@@ -171,8 +173,8 @@ EAGER = (
     "granitemoe_swa",
 )  # SDPA of transformers knows neither soft-caps nor sinks
 NO_KV_HEADS = (
-    "gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gptj "
-    "opt persimmon xglm"
+    "bloom gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese "
+    "gptj mpt opt persimmon xglm"
 )
 
 

@@ -95,14 +95,16 @@ def hidden(positions: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Attention of each new token to the entries at or before it, `[B, H_q, Q, D_v]`; zeros for padding.
 
-    O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j) v_j over 0 <= p_i - p_j (< sliding window), in float64; with
-    a sink, its exp is one more term of the denominator. Where the spec has `scores`, the attention that each entry
-    received, summed over the group's queries and the new tokens, is added to `sums [R, longest row]` (float32).
+    O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j + m (p_j - p_i)) v_j over 0 <= p_i - p_j (< sliding window), in
+    float64; with a sink, its exp is one more term of the denominator. Where the spec has `scores`, the attention that
+    each entry received, summed over the group's queries and the new tokens, is added to `sums [R, longest row]`
+    (float32).
     """
     q = queries.states
     batch, heads, count, _ = q.shape
     out = q.new_zeros(batch, heads, count, spec.value_dim)
     sinks = required(queries.sinks, "a learned sink").double() if spec.sink else None
+    slopes = required(queries.slopes, "a slope of each head").double() if spec.alibi else None
     for b in range(batch):
         at = queries.positions[b].unsqueeze(-1)
         real = slice(None) if queries.valid is None else queries.valid[b]
@@ -114,6 +116,8 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
                 logits = q[b, g].double() @ keys.T * spec.scale
                 if spec.softcap:
                     logits = spec.softcap * torch.tanh(logits / spec.softcap)
+                if slopes is not None:
+                    logits = logits + slopes[g] * (positions - at)
                 logits = (logits + bias).masked_fill(unseen, float("-inf"))
                 weights = softmax(logits, None if sinks is None else sinks[g])
                 out[b, g, real] = (weights @ values)[real].to(q.dtype)

@@ -76,9 +76,11 @@ def draw(spec: KernelSpec, dtype: torch.dtype, shape: Shape, device: torch.devic
         views = [replace(view, values=view.keys[..., -spec.value_dim :]) for view in views]
     states = _normal(generator, shape.batch, heads * spec.group, shape.new, spec.head_dim).to(dtype)
     sinks = _normal(generator, heads * spec.group) + 1 if spec.sink else None
+    slopes = _normal(generator, heads * spec.group).abs() / 8 if spec.alibi else None
     view = views[0] if len(views) == 1 else MixedView(tuple(views))
     marks = valid.to(device) if shape.padded else None
-    return Sample(view, Queries(states.to(device), at.to(device), marks, None if sinks is None else sinks.to(device)))
+    sinks, slopes = (None if x is None else x.to(device) for x in (sinks, slopes))
+    return Sample(view, Queries(states.to(device), at.to(device), marks, sinks, slopes))
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:

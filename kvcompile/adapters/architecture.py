@@ -86,8 +86,10 @@ class Architecture:
     turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
     layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
     values. states: bytes that the others keep of one sequence. grid: positions are those of text, time, height and
-    width. normed: whether a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than
-    query heads. latent: the row that a layer caches in place of keys and values (None: it caches these).
+    width. alibi: what logits of each query head fall by with every token of distance (empty: nothing). unused:
+    methods of the base model that make what our attention does not read. normed: whether a config has the norms of its
+    adapter. grouped: the stock class can have fewer KV heads than query heads. latent: the row that a layer caches in
+    place of keys and values (None: it caches these).
     """
 
     adapter: type[Attention]
@@ -105,6 +107,8 @@ class Architecture:
     attends: Callable[[Any, int], bool] = everywhere
     states: Callable[[Any, str], int] = nothing
     grid: bool = False
+    alibi: Callable[[Any], tuple[float, ...]] = lambda config: ()
+    unused: tuple[str, ...] = ()
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
     grouped: bool = True
@@ -143,6 +147,7 @@ class Architecture:
             turnable=self.adapter.turnable,
             key_norm=bool(self.adapter.norms) and self.normed(config),
             sink="sinks" in self.adapter.learned,
+            alibi=self.alibi(config),
             latent=self.latent(config),
         )
 
@@ -189,6 +194,8 @@ class Architecture:
             adapters.append(self.adapter(original, facts))
         for layer, adapter in zip(self.decoders(model), adapters, strict=True):
             layer.set_submodule(self.attention, adapter)
+        for name in self.unused:
+            setattr(_base(model), name, _unmade)
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
     def rotary(self, model: PreTrainedModel, index: int) -> Rotary:
@@ -242,6 +249,10 @@ class Architecture:
             require_unhooked(f"layer {index}", layer)
         for index, attention in enumerate(self.attentions(model)):
             require_unhooked(f"layer {index}: {self.attention}", attention)
+
+
+def _unmade(*args: Any, **kwargs: Any) -> None:
+    """Nothing, in place of what nobody reads."""
 
 
 def _base(model: PreTrainedModel) -> Any:

@@ -108,7 +108,9 @@ def plain(attention: nn.Module, name: str) -> nn.Linear:
     linear = getattr(attention, name)
     weight = getattr(linear, "weight", None)
     if type(linear) is not nn.Linear or type(weight) is not nn.Parameter or not weight.is_floating_point():
-        stored = f" with {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        stored = (
+            f" with {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else " of packed weights"
+        )
         raise KvcompileError(
             f"{name} must be a plain nn.Linear to be converted",
             type(linear).__name__ + stored,

@@ -28,7 +28,7 @@ _TYPES = {
     "layers that keep a state in place of keys and values, not yet": (
         "bailing_hybrid inkling2_text inkling_text kimi_linear lfm3 minimax recurrent_gemma zamba zamba2 zaya"
     ),
-    "scores depend on the distance of tokens (ALiBi or a learned bias), not yet": "bloom cpmant mpt",
+    "scores depend on the distance of tokens by a learned bias": "cpmant",
     "another attention than the ones that are known, not yet": (
         "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text "
         "hrm_text "

@@ -32,6 +32,10 @@ class StepProxy(fx.Proxy):
     shape = (0, 0, 0, 0)
     ndim = 4
 
+    def to(self, *args: Any, **kwargs: Any) -> StepProxy:
+        """Itself: it is of every device and dtype."""
+        return self
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What `isinstance` in the mask builders asks for."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kvcompile.models.gguf import Contents
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+CHECKPOINT = "model.pretrained=<folder with config, safetensors and tokenizer, .gguf file or hub id>"
+PACKAGE = "install what reads weights of this kind, or use a checkpoint that is not quantised"
 PIECE, PIECES = 4096, 256  # bytes, and how many of them are read of a file to tell it from others
 ALIGNMENT = 64  # bytes: where torch lets a tensor begin
 
@@ -173,6 +175,18 @@ def require_weights(model: PreTrainedModel) -> None:
         )
 
 
+def require_one_device(model: PreTrainedModel) -> None:
+    """Raise KvcompileError for a model that a `device_map` spreads over several devices."""
+    mapped = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    places = mapped if len(mapped) > 1 else {str(p.device) for p in model.parameters()}
+    if len(places) > 1:
+        raise KvcompileError(
+            "a compiled model lies on one device",
+            f"weights on {', '.join(sorted(places))}",
+            "from_pretrained(...) without device_map, or with device_map=<one device>",
+        )
+
+
 def align_weights(model: PreTrainedModel) -> None:
     """Copy weights that do not lie as torch would lay them, one at a time: a mapped file has them at any address.
 
@@ -232,7 +246,7 @@ def _plain_errors(model: ModelConfig) -> Iterator[None]:
         raise KvcompileError(
             f"model.pretrained={model.pretrained} could not be loaded",
             f"{type(error).__name__}: {said}",
-            "model.pretrained=<folder with config, safetensors and tokenizer, .gguf file or hub id>",
+            PACKAGE if isinstance(error, ImportError) else CHECKPOINT,
         ) from error
 
 

@@ -41,6 +41,8 @@ def check(plan: Plan) -> None:
                 _check_far(plan, p, p.recall)
         if not p.turnable:
             _check_turning(p)
+        if p.alibi:
+            _check_alibi(p)
         if p.storage != PLAIN:
             _check_storage(p)
         _check_tiers(p)
@@ -57,6 +59,18 @@ def _check_states(plan: Plan) -> None:
             "layers that keep a state read a text once, token by token",
             f"{plan.architecture} under {', '.join(repr(a.name) for a in plan.applied)}",
             "policies that neither read a text again nor divide it into blocks",
+        )
+
+
+def _check_alibi(p: LayerPlan) -> None:
+    """Of a layer whose logits fall with the distance of tokens, which these policies do not know."""
+    moments = p.selection is not None and p.selection.score.needs.moments
+    blind = p.selection.policy if p.selection is not None and moments else p.recall.policy if p.recall else None
+    if blind is not None:
+        raise KvcompileError(
+            f"{blind}: layer {p.index}: tokens are weighed by queries and keys alone, and the logits of this model "
+            "fall with their distance (ALiBi)",
+            fix="a score that looks at attention, such as snapkv or tova",
         )
 
 

@@ -45,6 +45,7 @@ class LayerPlan:
     heads: Heads | None = None  # how its KV heads were merged
     fold: Fold = "owner"  # what an owner's projections take from those of its readers
     sink: bool = False  # whether each query head has a learned logit in the denominator of its softmax
+    alibi: tuple[float, ...] = ()  # what each query head takes off a logit for every token of distance (ALiBi)
     latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
 
     @property
@@ -359,8 +360,9 @@ def split_evenly(total: int, rows: int) -> tuple[int, ...]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, LayerPlan) and value.turnable:
-            del fields["turnable"]  # which plans saved before it do not have
+        if isinstance(value, LayerPlan):  # plans saved before these were there do not have them
+            for name in (*(["turnable"] if value.turnable else []), *([] if value.alibi else ["alibi"])):
+                del fields[name]
         if isinstance(value, Latent) and not value.native:
             del fields["native"]
         return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}

@@ -137,7 +137,7 @@ def _queries_needed(s: Selection, summed: bool) -> int | None:
 def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Observation:
     """What a score sees of one sequence; `without` so many of the newest queries."""
     kv, plan, step = layer.kv, layer.plan, layer.step
-    needs = score.needs
+    needs, kernels = score.needs, step.cache.kernels
     keys, values, positions, lengths = kv.held.sequence(b)
     queries, query_positions = _queries(layer, b, score, keys, positions, without)
     return Observation(
@@ -152,10 +152,9 @@ def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Obser
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
         sinks=None if kv.history.sinks is None else kv.history.sinks.view(keys.shape[0], -1),
+        slopes=kernels.slopes(plan.index, keys.device, keys.shape[0]),
         carried=kv.history.carry(b, keys.shape[1]),
-        column_sums=(
-            kv.history.gained(b, keys.shape[1], step.cache.kernels.group(plan.index)) if needs.reduce == "sum" else None
-        ),
+        column_sums=kv.history.gained(b, keys.shape[1], kernels.group(plan.index)) if needs.reduce == "sum" else None,
         window_attention=_window_attention(layer, b, score, keys.shape[1]),
         moments=kv.history.moments(b, keys.shape[0]) if needs.moments else None,
         mean_rotation=partial(mean_rotation, step, plan, b),
@@ -186,9 +185,10 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
     add = cache.kernels.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
     if newest is None or add is None or not in_order(store):
         return None
-    spec = cache.kernels.window_spec(layer.plan.index, store.parts)
     sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
-    add(Queries(*newest, sinks=kv.history.sinks), store.view(), spec, sums)
+    index = layer.plan.index
+    spec, slopes = cache.kernels.window_spec(index, store.parts), cache.kernels.slopes(index, store.device)
+    add(Queries(*newest, sinks=kv.history.sinks, slopes=slopes), store.view(), spec, sums)
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
 
 

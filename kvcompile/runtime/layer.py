@@ -132,7 +132,8 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         sums = self._sums(queries, step, parts, ends)
         spec = cache.kernels.spec(layer, parts, sums is not None)
         attend = cache.kernels.attention(spec, queries.dtype, self._learns(queries))
-        new, view = Queries(queries, step.positions, step.valid, sinks), self._view(chosen)
+        slopes = cache.kernels.slopes(layer, queries.device)
+        new, view = Queries(queries, step.positions, step.valid, sinks, slopes), self._view(chosen)
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
         out = attend(new, view, spec, sums)

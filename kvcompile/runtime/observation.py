@@ -43,6 +43,7 @@ class Observation:
     `value_norms [H_kv, g, n]`: ||W_O v_j||, how far an entry at weight 1 moves the state that query head g adds to, and
     `hidden_norms [H_kv, g, W]`: ||h_i||, the length of that state where each query was made (None: not asked for).
     `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
+    `slopes [H_kv, g]`: what logits fall by with every token of distance (None: they do not).
     `layer` is the index in the model.
     """
 
@@ -57,6 +58,7 @@ class Observation:
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
     carried: Tensor | None = None
     column_sums: Tensor | None = None
     window_attention: Tensor | None = None
@@ -77,8 +79,8 @@ class Observation:
     def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.
 
-        A = softmax_j(softcap(q_i k_j * scale)), over all entries the query may see. Rows sum to 1, or to what a
-        sink leaves of it.
+        A = softmax_j(softcap(q_i k_j * scale) - m (p_i - p_j)), over all entries the query may see. Rows sum to 1,
+        or to what a sink leaves of it.
         """
         queries = self.queries[:, :, start:stop].float() * self.scale
         at = self.query_positions[start:stop]
@@ -87,6 +89,8 @@ class Observation:
         logits = folded.view(heads, group, rows, -1)
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.slopes is not None:
+            logits = logits + self.slopes[..., None, None] * (self.positions[:, None, None] - at.view(-1, 1))
         plain = self._seen_by_all(at)
         entries = self.positions[:, None, None, plain:]
         hidden = (entries > at.view(-1, 1)) | (entries < 0)

@@ -22,6 +22,7 @@ class PlanKernels:
         self.plan, self.backend = plan, backend
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
         self.served: dict[tuple[int, torch.dtype, bool], Attention] = {}  # by the id of a spec, which `specs` keeps
+        self.falls: dict[tuple[int, torch.device], torch.Tensor] = {}  # slopes by layer and device
         self.scoring: dict[tuple[int, tuple[Part, ...], torch.dtype], bool] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanKernels:
@@ -40,10 +41,21 @@ class PlanKernels:
             p = self.plan.layers[index]
             shape = p.group, p.key_dim, p.value_dim, p.scale
             latent = p.latent is not None
-            variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink}
+            variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink, "alibi": bool(p.alibi)}
             spec = KernelSpec(parts, *shape, p.sliding_window, scores=scores, latent=latent, **variant)
             self.specs[index, parts, scores] = spec
         return spec
+
+    def slopes(self, index: int, device: torch.device, heads: int | None = None) -> torch.Tensor | None:
+        """What the logits of each query head of a layer fall by with distance, float32; None: they do not.
+
+        heads: KV heads, by which the slopes `[H_q]` are then given, `[H_kv, g]`.
+        """
+        p, key = self.plan.layers[index], (index, device)
+        if p.alibi and key not in self.falls:
+            self.falls[key] = torch.tensor(p.alibi, dtype=torch.float32, device=device)
+        slopes = self.falls.get(key)
+        return slopes if slopes is None or heads is None else slopes.view(heads, -1)
 
     def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
         """What attends over one of `specs`: the backend, or who does where it cannot.

@@ -54,6 +54,21 @@ def logits(model: Any, ids: Tensor, mask: Tensor, cuts: list[int]) -> Tensor:
     return torch.cat(pieces, 1)[mask.bool()]
 
 
+def fall_with_distance(original: Any, plan: Any, cache: Any, token: int) -> None:
+    """Have an original with ALiBi meet what is left in its cache, and a token behind it, at true positions."""
+    attentions = architecture(plan.architecture).attentions(original)
+    for attention, p, held in zip(attentions, plan.layers, cache.layers, strict=True):
+        if p.alibi:
+            places = torch.stack([positions for _, _, positions in held.held.rows()]).expand(len(p.alibi), -1)
+            places = torch.cat((places, places.new_full((len(places), 1), token)), 1)
+            bias = torch.tensor(p.alibi)[:, None, None] * (places - token)[:, None]
+
+            def met(module: Any, args: Any, kwargs: Any, bias: Tensor = bias) -> Any:
+                return args, {k: bias if k in ("alibi", "position_bias") else v for k, v in kwargs.items()}
+
+            attention.register_forward_pre_hook(met, with_kwargs=True)
+
+
 def equal(got: Tensor, expected: Tensor) -> None:
     """Up to rounding: of logits as large as `expected` are."""
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5 * float(expected.std()))
@@ -115,6 +130,7 @@ def test_what_is_kept_is_what_is_attended_to(name: str, stack: dict[str, dict[st
             x.gather(2, places.expand(-1, -1, -1, x.shape[3])) for x in (layer.keys, layer.values)
         )
     at = torch.tensor([[prompt.shape[1]]])
+    fall_with_distance(original, plan, ours, prompt.shape[1])
     expected = original(token, past_key_values=theirs, position_ids=at).logits
     equal(model(token, past_key_values=ours).logits, expected)
 

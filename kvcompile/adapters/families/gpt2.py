@@ -1,10 +1,14 @@
-"""Positions that are learned or fixed vectors, added to the embeddings: gpt2, gpt_bigcode, gpt_neo, opt, biogpt, xglm.
+"""Positions without rotation: vectors added to the embeddings (gpt2, gpt_bigcode, gpt_neo, opt, biogpt, xglm).
 
-Queries and keys are not turned, so that what an entry says of its place stays what it was when it was read.
+Or logits that fall with the distance of tokens, at a slope of each head (bloom, mpt).
+
+Queries and keys are not turned: what an entry says of its place stays what it was when it was read, and its distance is
+that of true positions. Attention with linear biases, arXiv 2108.12409: softmax_j(q k_j * scale - m_h (p - p_j)).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +16,9 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, by_head_dim
 from kvcompile.adapters.base import Attention
+from kvcompile.adapters.families.gpt_neox import Interleaved
 from kvcompile.adapters.families.llama import Separate
+from kvcompile.plan.plan import LayerPlan
 
 
 class FusedGpt2(Attention):
@@ -66,6 +72,40 @@ class GptNeo(Learned):
         return super().forward(hidden_states, past_key_values=layer_past, **kwargs)
 
 
+class Bloom(Interleaved):
+    """One projection, per head its query, its key and its value; the layer's residual is added in the attention."""
+
+    layout = None
+    turnable: ClassVar[bool] = False
+    optional: ClassVar[tuple[str, ...]] = ("attention_dropout",)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """As the base, and the residual."""
+        states, weights = super().forward(hidden_states, *args, **kwargs)
+        return residual + states, weights
+
+
+class Mpt(Attention):
+    """One projection `Wqkv`, clipped where the config says so: all queries, all keys, all values."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("Wqkv", "out_proj")
+    out: ClassVar[str] = "out_proj"
+    turnable: ClassVar[bool] = False
+    Wqkv: nn.Module
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        within: Any = original
+        self.most: float | None = within.clip_qkv
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, Q, 3 H D]` in three."""
+        rows = self.Wqkv(states)
+        rows = torch.clamp(rows, -self.most, self.most) if self.most else rows
+        queries, keys, values = torch.chunk(rows, 3, -1)
+        return self.heads(queries), self.heads(keys), self.heads(values)
+
+
 def never(config: Any, layer: int) -> bool:
     """No rotary positions."""
     return False
@@ -87,6 +127,27 @@ def local(config: Any, layer: int) -> int | None:
     return int(config.window_size) if config.attention_layers[layer] == "local" else None
 
 
+def bloom_slopes(config: Any) -> tuple[float, ...]:
+    """2^(-8 i / c) of the largest power of two c that is no more than all heads, then every other one of 2 c."""
+    heads = int(config.num_attention_heads)
+    whole = 2 ** int(math.log2(heads))
+    first = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return (*first, *(2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole), 2)))
+
+
+def mpt_slopes(config: Any) -> tuple[float, ...]:
+    """2^(-8 i / c) of the least power of two c that has room for all heads, where it has more every other one first."""
+    heads = int(config.num_attention_heads)
+    whole = 2 ** math.ceil(math.log2(heads))
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return tuple(slopes if whole == heads else [*slopes[1::2], *slopes[::2]][:heads])
+
+
+def mpt_scale(config: Any) -> float:
+    """As the config says, or D^-1/2."""
+    return float(config.attn_config.softmax_scale or by_head_dim(config))
+
+
 GPT2 = Architecture(FusedGpt2, attention="attn", layers="h", rotates=never, scale=scaled_or_not, grouped=False)
 GPT_BIGCODE = Architecture(
     BigCode, attention="attn", layers="h", rotates=never, scale=scaled_or_not, heads=alone_or_all, grouped=False
@@ -96,3 +157,22 @@ GPT_NEO = Architecture(
 )
 OPT = Architecture(Learned, layers="decoder.layers", rotates=never, grouped=False)
 BIOGPT = Architecture(Learned, rotates=never, grouped=False)
+BLOOM = Architecture(
+    Bloom,
+    attention="self_attention",
+    layers="h",
+    rotates=never,
+    alibi=bloom_slopes,
+    unused=("build_alibi_tensor",),
+    grouped=False,
+)
+MPT = Architecture(
+    Mpt,
+    attention="attn",
+    layers="blocks",
+    rotates=never,
+    scale=mpt_scale,
+    alibi=mpt_slopes,
+    unused=("build_mpt_alibi_tensor",),
+    grouped=False,
+)

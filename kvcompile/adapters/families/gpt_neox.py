@@ -140,7 +140,7 @@ def falcon_heads(config: Any, layer: int) -> tuple[int, int]:
 
 def without_alibi(config: Any) -> str | None:
     """Of falcon, what has rotary positions."""
-    return "scores depend on the distance of tokens (alibi=True)" if config.alibi else None
+    return "logits fall with distances that are rounded to bfloat16 (alibi=True)" if config.alibi else None
 
 
 GPT_NEOX = Architecture(Interleaved, attention="attention", grouped=False)

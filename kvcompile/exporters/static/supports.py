@@ -22,6 +22,8 @@ def refuse(plan: Plan, model_config: Any) -> None:
         raise KvcompileError("a program has rows of keys and values alone", "layers that keep a state", HF)
     if any(p.sink for p in plan.layers):
         raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
+    if any(p.alibi for p in plan.layers):
+        raise KvcompileError("a program's logits are products of queries and keys alone", "ALiBi", HF)
     for p in plan.owners:
         _refuse_storage(p)
         if p.recall is not None:

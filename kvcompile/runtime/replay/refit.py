@@ -132,6 +132,7 @@ def _of_head(seen: Observation, head: int, queries: int, repeated: int) -> Obser
         positions=seen.positions[one],
         lengths=seen.lengths[one],
         sinks=None if seen.sinks is None else seen.sinks[one],
+        slopes=None if seen.slopes is None else seen.slopes[one],
     )
 
 

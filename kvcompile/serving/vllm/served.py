@@ -113,6 +113,7 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
                 f"stack.{s.policy}.skip_layers=<those with a window>",
             ),
             "learned sinks beside dropped tokens were never tried in vLLM": (p.sink, None),
+            "ALiBi beside dropped tokens was never tried in vLLM": (p.alibi, None),
         },
     )
 
