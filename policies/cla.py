@@ -99,9 +99,10 @@ def share(plan: Plan, policy: str, owners: Sequence[int], fold: Fold) -> Plan:
             "e.g. [0,0,2,2]",
         )
     if any(p.owner != p.index for p in plan.layers):
-        raise KvcompileError(
-            "caches of layers can be shared only once", f"{policy!r} after another policy that shares", "drop one"
-        )
+        native = any(p.shared for p in plan.layers)
+        where = "in a model whose layers share caches" if native else "after another policy that shares"
+        fix = f"drop {policy}" if native else "drop one"
+        raise KvcompileError("caches of layers can be shared only once", f"{policy!r} {where}", fix)
     for i, o in enumerate(owners):
         require_alike(plan, policy, plan.layers[i], plan.layers[o])
 

@@ -33,6 +33,13 @@ MLA = {
     "num_key_value_heads": 4,
     "head_dim": None,
 }
+SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "num_kv_shared_layers": 2,
+}
+PER_LAYER = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -73,6 +80,15 @@ TINY: dict[str, dict[str, Any]] = {
     "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma2": GEMMA2,
     "gemma3_text": {**SLIDES, "query_pre_attn_scalar": 24},
+    "gemma3n_text": {
+        **SHARED,
+        **PER_LAYER,
+        "altup_num_inputs": 2,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {**SHARED, **PER_LAYER, "global_head_dim": 24},
+    "gemma4_unified_text": {**SHARED, "global_head_dim": 24},
     "glm": HALF,
     "glm4": HALF,
     "glm4_moe_lite": {**MLA, **ROUTED, "n_shared_experts": 1},

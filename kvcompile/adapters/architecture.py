@@ -89,14 +89,15 @@ class Architecture:
     width. alibi: what logits of each query head fall by with every token of distance (empty: nothing). unused:
     methods of the base model that make what our attention does not read. normed: whether a config has the norms of its
     adapter. grouped: the stock class can have fewer KV heads than query heads. latent: the row that a layer caches in
-    place of keys and values (None: it caches these).
+    place of keys and values (None: it caches these). reads: the earlier layer whose keys and values a layer attends to
+    (None: its own).
     """
 
     adapter: type[Attention]
     attention: str = "self_attn"
     layers: str = "layers"
     heads: Callable[[Any, int], tuple[int, int]] = by_config
-    head_dim: Callable[[Any], int] = channels
+    head_dim: Callable[[Any, int], int] = lambda config, layer: channels(config)
     scale: Callable[[Any], float] = by_head_dim
     window: Callable[[Any, int], int | None] = lambda config, layer: None
     softcap: Callable[[Any], float | None] = lambda config: None
@@ -113,6 +114,7 @@ class Architecture:
     refuses: Callable[[Any], str | None] = lambda config: None
     grouped: bool = True
     latent: Callable[[Any], Latent | None] = lambda config: None
+    reads: Callable[[Any, int], int | None] = lambda config, layer: None
 
     def describe(self, config: PretrainedConfig, dtype: str = "float32") -> Plan:
         """The identity plan of a model, from its config alone: every layer owns its cache and keeps all."""
@@ -132,13 +134,13 @@ class Architecture:
 
     def _facts(self, config: Any, index: int, layer: int) -> LayerPlan:
         query_heads, kv_heads = self.heads(config, layer)
-        rotates = self.rotates(config, layer)
+        rotates, source = self.rotates(config, layer), self.reads(config, layer)
         return LayerPlan(
             index=index,
             query_heads=query_heads,
             kv_heads=kv_heads,
-            head_dim=self.head_dim(config),
-            owner=index,
+            head_dim=self.head_dim(config, layer),
+            owner=index if source is None else self.attending(config).index(source),
             scale=self.scale(config),
             sliding_window=self.window(config, layer),
             softcap=self.softcap(config),
@@ -149,6 +151,7 @@ class Architecture:
             sink="sinks" in self.adapter.learned,
             alibi=self.alibi(config),
             latent=self.latent(config),
+            shared=source is not None,
         )
 
     def decoders(self, model: PreTrainedModel) -> Any:
@@ -207,7 +210,7 @@ class Architecture:
         config = model.config
         layer = self.attending(config)[index]
         kind = {"layer_type": config.layer_types[layer]} if self.rotary_per_type else {}
-        width, turns = self.head_dim(config), self.rotates(config, layer)
+        width, turns = self.head_dim(config, layer), self.rotates(config, layer)
         module = copy.deepcopy(self.rotary_module(_base(model), layer)) if turns else None
 
         def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:

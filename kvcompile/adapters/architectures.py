@@ -69,7 +69,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         )
     entry = architecture(name)
     entry.require_known(config)
-    if getattr(config, "use_bidirectional_attention", False):
+    bidirectional = getattr(config, "use_bidirectional_attention", False)
+    if bidirectional and bidirectional != "vision":  # which is that of image tokens alone
         raise KvcompileError(
             "a KV cache needs causal attention", "use_bidirectional_attention=True", "use a causal checkpoint"
         )

@@ -28,7 +28,8 @@ class Attention(nn.Module):
     position, which nothing between rotation and product forbids. `native`: the model caches latents itself. `rotary` is
     False for layers without position embedding, `reads` is True for those without keys and values of their own, which
     are traced, then dropped: they read another layer's cache, or compress into a `latent`. Numbers of heads are read
-    off the tensors, never off the plan: heads may be sharded.
+    off the tensors, never off the plan: heads may be sharded. `readers_lack`: the submodules that layers of the model
+    have not which read another layer's keys and values.
     Raises KvcompileError where the original has other submodules or parameters than its family.
     """
 
@@ -43,6 +44,7 @@ class Attention(nn.Module):
     in_float: ClassVar[bool] = False
     turnable: ClassVar[bool] = True
     native: ClassVar[bool] = False
+    readers_lack: ClassVar[tuple[str, ...]] = ()
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -53,6 +55,8 @@ class Attention(nn.Module):
     def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
         super().__init__()
         children = dict(original.named_children())
+        if plan.shared:
+            children |= {name: Absent() for name in self.readers_lack}
         added = (("latent", plan.latent and not plan.latent.native), ("center", plan.storage.centred))
         keeps = {*self.keeps, *(name for name, there in added if there)}
         own = dict(original.named_parameters(recurse=False))

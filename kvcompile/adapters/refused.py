@@ -17,12 +17,12 @@ _TYPES = {
         "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"
     ),
     "an image or audio model around a text model, not yet: compile the text model of the same family": (
-        "emu3 fuyu gemma3 gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal "
+        "emu3 fuyu gemma3 gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal "
         "qwen3_5 qwen3_5_moe"
     ),
     "an image model, whose image tokens see each other both ways": "git",
-    "its layers share keys and values, not yet": (
-        "gemma3n gemma3n_text gemma4_assistant gemma4_text gemma4_unified_assistant gemma4_unified_text"
+    "a draft model, which reads the cache of the model that it drafts for": (
+        "gemma4_assistant gemma4_unified_assistant"
     ),
     "two attentions in each decoder layer, not yet": "longcat_flash",
     "layers that keep a state in place of keys and values, not yet": (

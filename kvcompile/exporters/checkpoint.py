@@ -28,7 +28,7 @@ def require_plain(plan: Plan, model_config: Any, weights_only: bool, option: str
 
     kind, grouped = model_config.model_type, architecture_of(model_config).grouped
     for p in plan.layers:
-        if p.owner != p.index:
+        if p.owner != p.index and not p.shared:
             raise KvcompileError(
                 f"no stock class of transformers lets layers of {kind!r} read another layer's cache ({SHARING} do, "
                 f"whose norms and scales {kind!r} has not)",

@@ -6,8 +6,9 @@ transparent, so that per layer `q_proj, k_proj, v_proj, rope, kv_append, observe
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,8 +80,48 @@ class Entry(nn.Module):
         ).logits
 
 
+class States(fx.Proxy):
+    """Stands for any value; what is assigned to a part of it is written there."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return Shape(self, name) if name == "shape" else super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return 2 if _batch_and_tokens(self.node) else super().__len__()
+
+
+class Shape(fx.proxy.Attribute):
+    """Stands for the shape of a value."""
+
+    def __len__(self) -> int:
+        return 2 if _batch_and_tokens(self.node) else super().__len__()
+
+
+def _batch_and_tokens(node: fx.Node) -> bool:
+    """Whether it is the shape of token ids (some models put others in place of some), or all of one but channels."""
+    if node.target is operator.getitem and node.args[1] == slice(None, -1):
+        return _size(node.args[0])
+    if node.target is not getattr or node.args[1] != "shape":
+        return False
+    of: Any = node.args[0]
+    return of.op == "placeholder" or of.target is torch.where
+
+
+def _size(value: Any) -> bool:
+    """Whether it is a shape, or some numbers of it."""
+    while isinstance(value, fx.Node) and value.target is operator.getitem:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.target is getattr and value.args[1] == "shape"
+
+
 class KVTracer(fx.Tracer):
-    """Traces through the causal LM, its decoder layers, what holds an adapter, and our adapters; all else is a leaf."""
+    """Traces through the causal LM, its decoder layers, what holds an adapter, and our adapters; all else is a leaf.
+
+    Shapes are `[B, Q]`, with channels behind, and the same in all of a pass: what a model asks of them is answered so.
+    """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__(param_shapes_constant=True)
@@ -113,7 +154,18 @@ class KVTracer(fx.Tracer):
         """As `call_module`: other threads get the attribute itself."""
         if threading.get_ident() != self.thread:
             return attr_val
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            return self._buffer(attr_val, parameter_proxy_cache)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _buffer(self, buffer: torch.Tensor, proxies: dict[str, fx.Proxy]) -> Any:
+        """What stands for a buffer of the model; a tensor that is none stands for itself."""
+        name = next((name for name, x in self.root.named_buffers() if x is buffer), None)
+        if name is None:
+            return buffer
+        if name not in proxies:
+            proxies[name] = self.create_proxy("get_attr", name, (), {})
+        return proxies[name]
 
     def create_arg(self, a: Any) -> Any:
         """A step proxy passes for a tensor; as an argument it is its node."""
@@ -127,7 +179,18 @@ class KVTracer(fx.Tracer):
             return CacheProxy(node, self)
         if node.target is ops.grid:
             return GridProxy(node, self)
-        return super().proxy(node)
+        return States(node, self)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Batch and tokens, of a shape without its channels."""
+        return iter((obj[0], obj[1])) if _batch_and_tokens(obj.node) else super().iter(obj)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Whether two shapes are alike: they are; whether there are so many tokens: nobody knows, so not."""
+        node = obj.node
+        if node.target not in (operator.eq, operator.ne) or not any(map(_size, node.args)):
+            return super().to_bool(obj)
+        return all(map(_size, node.args)) == (node.target is operator.eq)
 
 
 def _own_cache(argument: Any) -> Any:

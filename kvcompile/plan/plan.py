@@ -20,6 +20,7 @@ from kvcompile.plan.structure import Fold, Heads, Latent
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
+LATER = {"turnable": True, "alibi": (), "shared": False, "native": False}  # what older plans do not say, which is this
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -47,6 +48,7 @@ class LayerPlan:
     sink: bool = False  # whether each query head has a learned logit in the denominator of its softmax
     alibi: tuple[float, ...] = ()  # what each query head takes off a logit for every token of distance (ALiBi)
     latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
+    shared: bool = False  # whether the model itself has the layer read its owner's cache, without keys of its own
 
     @property
     def group(self) -> int:
@@ -62,7 +64,7 @@ class LayerPlan:
 
     @property
     def dense_width(self) -> int:
-        """Numbers that the uncompressed layer holds of one token."""
+        """Numbers that the uncompressed layer reads of one token."""
         if self.latent and self.latent.native:
             return self.latent.width
         return 2 * self.dense_heads * self.head_dim
@@ -76,6 +78,12 @@ class LayerPlan:
     def value_dim(self) -> int:
         """Numbers that attention sums: a value, or the latent without its positions."""
         return self.latent.rank if self.latent else self.head_dim
+
+    @property
+    def reprojects(self) -> bool:
+        """Whether it has other projections than the model's own layer."""
+        reads, latent = self.owner != self.index and not self.shared, self.latent and not self.latent.native
+        return bool(self.heads or reads or latent)
 
     def nbytes(self, tokens: int, dtype: str, low: int = 0) -> int:
         """Bytes of `tokens` tokens of one KV head after a flushed pass, `low` of them in the low tier."""
@@ -273,7 +281,7 @@ class Plan:
             entry = p.dense_width * DTYPE_BYTES[self.dtype] * batch
             dense, dense_read = full * entry, (full + 1) * entry
             if p.owner != p.index:
-                read = rows[p.owner].read
+                read, dense = rows[p.owner].read, 0 if p.shared else dense
                 rows.append(LayerBytes(p.index, (0,) * p.kv_heads, 0, 0, dense, read=read, dense_read=dense_read))
                 continue
             kept = self.kept(p.index, tokens)
@@ -360,11 +368,7 @@ def split_evenly(total: int, rows: int) -> tuple[int, ...]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, LayerPlan):  # plans saved before these were there do not have them
-            for name in (*(["turnable"] if value.turnable else []), *([] if value.alibi else ["alibi"])):
-                del fields[name]
-        if isinstance(value, Latent) and not value.native:
-            del fields["native"]
+        fields = {name: x for name, x in fields.items() if name not in LATER or getattr(value, name) != LATER[name]}
         return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
@@ -378,12 +382,7 @@ def converts(plan: Plan) -> bool:
 
 def reprojects(plan: Plan) -> bool:
     """Whether it asks for other projections in the attentions."""
-    return any(p.heads is not None or _factorised(p) or p.owner != p.index for p in plan.layers)
-
-
-def _factorised(p: LayerPlan) -> bool:
-    """Whether its latent is made of the model's keys and values."""
-    return p.latent is not None and not p.latent.native
+    return any(p.reprojects for p in plan.layers)
 
 
 def centred(plan: Plan) -> int:

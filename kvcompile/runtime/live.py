@@ -6,6 +6,7 @@ And other ways into and out of it: from embeddings, and with the hidden states b
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,10 +42,17 @@ class LiveGraph(fx.GraphModule):
 
 
 def from_embeddings(graph: LiveGraph) -> LiveGraph:
-    """The graph that takes embeddings `[B, Q, hidden]` in place of token ids."""
+    """The graph that takes embeddings `[B, Q, hidden]` in place of token ids.
+
+    Raises KvcompileError where token ids are read otherwise too: by layers that have embeddings of their own.
+    """
     rewritten = graph.twin()
     ids = next(node for node in rewritten.graph.nodes if node.op == "placeholder")
-    (embedded,) = (node for node in ids.users if node.op == "call_module")
+    readers = [node for node in _readers(ids) if node.op == "call_module"]
+    if len(readers) != 1 or readers[0] not in ids.users:
+        rule = "inputs_embeds stand for token ids where nothing but the embedding reads these, as they are"
+        raise KvcompileError(rule, ", ".join(str(node.target) for node in readers), "pass input_ids")
+    (embedded,) = readers
     embedded.replace_all_uses_with(ids)
     rewritten.graph.erase_node(embedded)
     rewritten.recompile()
@@ -52,7 +60,10 @@ def from_embeddings(graph: LiveGraph) -> LiveGraph:
 
 
 def with_states(graph: LiveGraph) -> LiveGraph:
-    """The graph that returns `(logits, states)`: what enters each decoder layer, and the normed output of the last."""
+    """The graph that returns `(logits, states)`: what enters each decoder layer, and the normed output of the last.
+
+    Raises KvcompileError where several states of each token go from layer to layer.
+    """
     rewritten = graph.twin()
     model: Any = rewritten.model
     base = f"model.{model.base_model_prefix}"
@@ -61,10 +72,25 @@ def with_states(graph: LiveGraph) -> LiveGraph:
     path = f"{base}.{decoder_layers(getattr(model, model.base_model_prefix))[0]}"
     layers = [f"{path}.{i}." for i in range(model.config.num_hidden_layers)]
     states: list[Any] = [_first_call(calls, layer).args[0] for layer in layers]
+    if any(node.target is operator.getitem for node in states):
+        raise KvcompileError("one state of each token goes from layer to layer", "a stack of several (gemma3n)")
     (end,) = (node for node in rewritten.graph.nodes if node.op == "output")
     end.args = ((end.args[0], (*states, calls[-1])),)  # the norm is the last module that the base model calls
     rewritten.recompile()
     return rewritten
+
+
+def _readers(ids: fx.Node) -> list[fx.Node]:
+    """What token ids reach through plain functions, the first modules among it; a step and sizes are no token ids."""
+    reached: dict[fx.Node, None] = {}
+    ahead = [ids]
+    while ahead:
+        for user in ahead.pop().users:
+            name = getattr(user.target, "__name__", user.target)
+            if user not in reached and name not in ("begin", "getattr", "size"):
+                reached[user] = None
+                ahead += [user] if user.op != "call_module" else []
+    return list(reached)
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -123,7 +123,7 @@ def own_row(config: Any) -> Latent:
 DEEPSEEK_V3 = Architecture(
     NativeLatent,
     heads=one_row,
-    head_dim=query_dim,
+    head_dim=lambda config, layer: query_dim(config),
     scale=by_query_dim,
     turning=lambda config, layer: int(config.qk_rope_head_dim),
     latent=own_row,

@@ -82,7 +82,7 @@ DBRX = Architecture(
     attention="norm_attn_norm.attn",
     layers="blocks",
     heads=dbrx_heads,
-    head_dim=lambda config: int(config.d_model // config.n_heads),
+    head_dim=lambda config, layer: int(config.d_model // config.n_heads),
     scale=lambda config: float((config.d_model // config.n_heads) ** -0.5),
     grouped=False,
 )

@@ -1,4 +1,4 @@
-"""Three projections, each query and key head normed by itself: qwen3, gemma3, and families with other names for it."""
+"""Three projections, each query and key head normed by itself: qwen3, gemma3 and gemma4, others by other names."""
 
 from __future__ import annotations
 
@@ -108,10 +108,49 @@ def where_it_slides(config: Any, layer: int) -> bool:
     return config.sliding_window is None or config.layer_types[layer] == "sliding_attention"
 
 
+class ValuesNormed(HeadNormed):
+    """Norms of values too, which are the keys before their norm where these have no projection.
+
+    Some layers read the keys and values of earlier ones: gemma3n, gemma4.
+    """
+
+    layout = None
+    keeps: ClassVar[tuple[str, ...]] = (*HeadNormed.keeps, "v_norm")
+    optional: ClassVar[tuple[str, ...]] = ("v_proj",)
+    readers_lack: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj", "k_norm", "v_norm")
+    v_norm: nn.Module
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Norms over the last dimension of `[B, H, Q, D]`."""
+        keys = self.heads(self.k_proj(states))
+        values = self.heads(self.v_proj(states)) if hasattr(self, "v_proj") else keys
+        return self.normed(self.heads(self.q_proj(states)), 0), self.normed(keys, 1), self.v_norm(values)
+
+
+def reads(config: Any, layer: int) -> int | None:
+    """The last layer of the same type that has keys and values of its own, of one of those behind all such."""
+    modes, types = config.kv_sharing_modes, config.layer_types
+    if modes[layer] != "reuse":
+        return None
+    return max(i for i in range(layer) if types[i] == types[layer] and modes[i] != "reuse")
+
+
+def heads(config: Any, layer: int) -> tuple[int, int]:
+    """KV heads of its own number in some layers."""
+    return int(config.num_attention_heads), int(config.per_layer_config[layer].num_key_value_heads)
+
+
+def head_dim(config: Any, layer: int) -> int:
+    """Longer heads in the layers that see all."""
+    return int(config.per_layer_config[layer].head_dim)
+
+
 QWEN3 = Architecture(HeadNormed, window=typed_window)
 QWEN3_MOE = Architecture(HeadNormed, window=one_window)
 APERTUS = Architecture(HeadNormed)
 GEMMA3 = Architecture(HeadNormed, scale=by_scalar, window=typed_window, rotary_per_type=True)
+GEMMA3N = Architecture(ValuesNormed, scale=lambda config: 1.0, window=typed_window, rotary_per_type=True, reads=reads)
+GEMMA4 = replace(GEMMA3N, heads=heads, head_dim=head_dim, turning=head_dim)
 EXAONE4 = Architecture(HeadNormed, window=typed_window, rotates=where_it_slides)
 MELLUM = Architecture(HeadNormed, window=typed_window, rotary_per_type=True)
 GLM4_MOE = Architecture(MayNorm, normed=lambda config: bool(config.use_qk_norm))
