@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvcompile.adapters.around import AROUND
 from kvcompile.build import build, identity_plan, require_alike
 from kvcompile.config.compose import compose
 from kvcompile.config.recipe import to_recipe
@@ -34,8 +35,29 @@ def assemble(
     others calibrate on what came out. Only what a policy learns there leads to another plan than `stack`'s.
     workspace: folder for the checkpoints of a healing (None: it keeps none). stack: of `plan_config`, where the model's
     configuration was planned before its weights were read (None: it is planned here).
+    Of a model that reads images too, its text stack is compiled, and runs in its place.
     Raises KvcompileError for what is no causal LM, and wherever one of these steps does.
     """
+    around = AROUND.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if around is None:
+        return _assembled(model, config, tokenizer, progress, workspace, stack)
+    from kvcompile.adapters.inside import put_around, text_stack
+
+    converting = next((p.name for p in config.policies() if p.family == "structure"), None)
+    if config.heal.tokens or converting:
+        raise KvcompileError(
+            f"the weights of a {model.config.model_type} stay as they are: its text stack alone is compiled",
+            converting or f"heal.tokens={config.heal.tokens}",
+            "policies that act on the cache",
+        )
+    text = _assembled(text_stack(model, around.stack), config, tokenizer, progress, workspace, stack)
+    return put_around(model, text, around)
+
+
+def _assembled(
+    model: Any, config: Config, tokenizer: Any, progress: Progress, workspace: Path | None, stack: StackPlan | None
+) -> Any:
+    """`assemble` of a model of text."""
     from kvcompile.artifact.manifest import stamp
     from kvcompile.calibration.activations import calibration_ids
     from kvcompile.calibration.probe import ModelCalibrator

@@ -70,6 +70,11 @@ def everywhere(config: Any, layer: int) -> bool:
     return True
 
 
+def level(config: Any) -> tuple[float, ...]:
+    """No logits that fall with distance."""
+    return ()
+
+
 def nothing(config: Any, dtype: str) -> int:
     """No bytes of states."""
     return 0
@@ -108,7 +113,7 @@ class Architecture:
     attends: Callable[[Any, int], bool] = everywhere
     states: Callable[[Any, str], int] = nothing
     grid: bool = False
-    alibi: Callable[[Any], tuple[float, ...]] = lambda config: ()
+    alibi: Callable[[Any], tuple[float, ...]] = level
     unused: tuple[str, ...] = ()
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.around import AROUND, INSIDE
 from kvcompile.adapters.built_in import BUILT_IN, Family
 from kvcompile.adapters.refused import REFUSED
 from kvcompile.errors import KvcompileError, wrapped_errors
@@ -41,6 +42,13 @@ def architecture(model_type: str) -> Architecture:
     Raises KvcompileError for any other: with the reason where it is a causal LM of transformers, else with the known.
     """
     entry = known().get(model_type)
+    if entry is None and model_type in INSIDE:
+        entry = Family(INSIDE[model_type], "")
+    if entry is None and model_type in AROUND:
+        raise KvcompileError(
+            f"{model_type} reads images too, and is compiled around its text in Python, where it is loaded",
+            fix="kvcompile.compile(AutoModelForImageTextToText.from_pretrained(...), ...)",
+        )
     if entry is None and model_type in REFUSED:
         raise KvcompileError(
             f"{model_type} is not compiled: {REFUSED[model_type]}", fix="kvcompile ls models shows what is"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from kvcompile.adapters.architecture import Architecture, nothing
+from kvcompile.adapters.architecture import Architecture, level, nothing
 from kvcompile.adapters.architectures import architecture, known
+from kvcompile.adapters.around import AROUND
 from kvcompile.adapters.built_in import BUILT_IN
 from kvcompile.adapters.refused import REFUSED
+
+TEXT = "its text stack, in Python; no policies that convert weights; no artifact"
 
 
 def limits(known_as: Architecture) -> list[str]:
@@ -17,6 +20,7 @@ def limits(known_as: Architecture) -> list[str]:
             ("no policies that convert weights", adapter.layout is None),
             ("a prompt is read at once and never again (no prefill_chunk, kvzip ...)", known_as.states is not nothing),
             ("one latent a token for all heads (no budgets of heads, no ghost)", adapter.native),
+            ("logits fall with distance (no recall, no expected_attention)", known_as.alibi is not level),
             ("keys are not turned on (compact positions, infllm, ghost)", not adapter.turnable),
         )
         if limited
@@ -30,7 +34,8 @@ def catalogue() -> dict[str, str]:
         example = BUILT_IN[name].example if name in BUILT_IN else ""
         of = f"such as {example}" if example else "compiled" if name in BUILT_IN else "of another package"
         lines[name] = "; ".join([of, *limits(architecture(name))])
-    return lines
+    images = {name: f"such as {model.example}; {TEXT}" for name, model in AROUND.items()}
+    return dict(sorted({**lines, **images}.items()))
 
 
 def page() -> str:
@@ -38,8 +43,12 @@ def page() -> str:
     rows = ["| `model_type` | for example | limits |", "|---|---|---|"]
     for name, family in BUILT_IN.items():
         rows.append(f"| `{name}` | {family.example} | {'; '.join(limits(architecture(name)))} |")
+    around = ["| with images | for example | limits |", "|---|---|---|"]
+    for name, model in AROUND.items():
+        images = "" if model.images is None else f"; text alone: {model.images}"
+        around.append(f"| `{name}` | {model.example} | {TEXT}{images} |")
     reasons: dict[str, list[str]] = {}
     for name, reason in REFUSED.items():
         reasons.setdefault(reason, []).append(f"`{name}`")
     refused = ["| refused | because |", "|---|---|", *(f"| {', '.join(n)} | {r} |" for r, n in reasons.items())]
-    return "\n".join([*rows, "", *refused, ""])
+    return "\n".join([*rows, "", *around, "", *refused, ""])

@@ -66,6 +66,10 @@ def require_saveable(model: Any) -> None:
             type(model).__name__,
             "kvcompile.compile(model, recipe=...) first; an ordinary model has save_pretrained",
         )
+    if model.config.get_text_config() is not model.config:
+        raise KvcompileError(
+            "an artifact holds a model of text", type(model).__name__, "compile it again where it is loaded"
+        )
     require_plain(model)
     require_finite(model)
     kept = model.state_dict()

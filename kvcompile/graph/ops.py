@@ -69,7 +69,9 @@ def padding(step: Step) -> Tensor | None:
 
 @leaf
 def grid(positions: Tensor) -> Tensor:
-    """Positions `[B, Q]` as those of text, time, height and width, `[4, B, Q]`: the same in text."""
+    """Positions `[4, B, Q]` of text, time, height and width: in text `[B, Q]` one, among images given `[B, Q, 3]`."""
+    if positions.ndim == 3:
+        return torch.cat((positions[..., :1], positions), -1).movedim(-1, 0)
     return positions.expand(4, *positions.shape)
 
 

@@ -117,7 +117,7 @@ class CompiledMixin:
         _require_tokens(attention_mask)
         if position_ids is None:
             position_ids = _positions(tokens, attention_mask, cache.seen)
-        elif position_ids.shape[-1] != tokens.shape[1]:
+        elif position_ids.shape[1] != tokens.shape[1]:
             raise KvcompileError(
                 "every new token has a position, and a place in the attention mask",
                 f"position_ids {list(position_ids.shape)} of new tokens {list(tokens.shape)}",
@@ -223,7 +223,7 @@ class CompiledMixin:
                 logits_at = torch.tensor(here, dtype=torch.long, device=device)
             at = prompt.positions[:, part.first : part.stop]
             if cache.shift is not None:
-                at = at - cache.shift.unsqueeze(1)
+                at = at - cache.shift.view(-1, *(1,) * (at.ndim - 1))
             seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
             tokens = prompt.ids[:, part.first : part.stop]
             graph = self.kvcompile.entry(tokens.ndim == 3, states, cache.stays_inside(tokens, seen))

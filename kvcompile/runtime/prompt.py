@@ -21,9 +21,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Prompt:
-    """New tokens, true positions `[B, Q]`, and the padding mask `[B, past + Q]` (None: no padding).
+    """New tokens, their positions `[B, Q]`, and the padding mask `[B, past + Q]` (None: no padding).
 
-    `ids`: ids `[B, Q]` or embeddings `[B, Q, hidden]`.
+    `ids`: ids `[B, Q]` or embeddings `[B, Q, hidden]`. Positions among images are of time, height, width: `[B, Q, 3]`.
 
     `places [B, Q]`: the column here of each column as it was given (None: the same).
     """
@@ -44,8 +44,8 @@ class Prompt:
             return self
         order = padding.int().argsort(dim=1, stable=True)
         moved = torch.cat((mask[:, :-count], mask[:, -count:].gather(1, order)), 1)
-        positions = self.positions.expand(batch, -1).gather(1, order)
         sequences = torch.arange(batch, device=order.device, dtype=torch.int64).unsqueeze(1)
+        positions = self.positions.expand(batch, *self.positions.shape[1:])[sequences, order]
         return Prompt(self.ids[sequences, order], positions, moved, order.argsort(dim=1))
 
     def chunks(self, length: int) -> Iterator[Chunk]:

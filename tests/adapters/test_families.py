@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import kvcompile
 from kvcompile.adapters.architectures import architecture, describe
+from kvcompile.adapters.around import AROUND
 from kvcompile.adapters.built_in import BUILT_IN
 from kvcompile.adapters.refused import REFUSED
 from kvcompile.compiler import compile_plan
@@ -77,7 +78,10 @@ def equal(got: Tensor, expected: Tensor) -> None:
 def test_every_type_is_compiled_or_refused() -> None:
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert not set(BUILT_IN) & set(REFUSED)
-    assert known <= {*BUILT_IN, *REFUSED}, "a type of transformers is neither compiled nor refused with its reason"
+    assert not set(AROUND) & {*BUILT_IN, *REFUSED}
+    assert known <= {*BUILT_IN, *REFUSED, *AROUND}, (
+        "a type of transformers is neither compiled nor refused with its reason"
+    )
     assert set(REFUSED) <= known
     assert set(TINY) <= set(BUILT_IN)
 

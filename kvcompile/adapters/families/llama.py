@@ -110,10 +110,18 @@ def by_multiplier(config: Any) -> float:
     return float(config.attention_multiplier)
 
 
+class OnGrid(Separate):
+    """Positions of time, height and width, which are not those of tokens in an image: qwen2_vl, qwen2_5_vl."""
+
+    layout = None
+    turnable: ClassVar[bool] = False
+
+
 LLAMA = Architecture(Separate)
 MISTRAL = Architecture(Separate, window=one_window)
 MIXTRAL = Architecture(Separate, window=one_window)
 QWEN2 = Architecture(Separate, window=typed_window)
+QWEN_VL = Architecture(OnGrid, window=typed_window, grid=True)
 SMOLLM3 = Architecture(Separate, window=typed_window, rotates=lambda config, layer: bool(config.no_rope_layers[layer]))
 GRANITE = Architecture(Separate, scale=by_multiplier)
 GEMMA2 = Architecture(

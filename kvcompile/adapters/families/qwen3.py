@@ -49,6 +49,13 @@ class HeadNormed(Attention):
         return heads if norm is None else norm(heads)
 
 
+class NormedOnGrid(HeadNormed):
+    """The same, at positions of time, height and width: qwen3_vl."""
+
+    layout = None
+    turnable: ClassVar[bool] = False
+
+
 class MayNorm(HeadNormed):
     """The same where the config says so: glm4_moe."""
 
@@ -145,6 +152,7 @@ def head_dim(config: Any, layer: int) -> int:
     return int(config.per_layer_config[layer].head_dim)
 
 
+QWEN3_VL = Architecture(NormedOnGrid, grid=True)
 QWEN3 = Architecture(HeadNormed, window=typed_window)
 QWEN3_MOE = Architecture(HeadNormed, window=one_window)
 APERTUS = Architecture(HeadNormed)
