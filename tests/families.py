@@ -122,6 +122,14 @@ TINY: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 8,
         "use_mamba_kernels": False,
     },
+    "kimi_linear": {
+        **MLA,
+        **MIXED,
+        "q_lora_rank": None,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_heads": 2,
+        "linear_head_dim": 8,
+    },
     "kolibri1": {**SLIDES, **MIXED, "n_group": 1, "topk_group": 1},
     "laguna": {
         **SLIDES,

@@ -72,6 +72,7 @@ BUILT_IN: dict[str, Family] = {
     "iquestcoder": Family("llama:LLAMA", "IQuestLab/IQuest-Coder-V1-40B-Instruct"),
     "jais2": Family("llama:LLAMA", "inceptionai/Jais-2-8B-Chat"),
     "jamba": Family("hybrid:JAMBA", "ai21labs/AI21-Jamba-Mini-1.7"),
+    "kimi_linear": Family("hybrid:KIMI_LINEAR", "moonshotai/Kimi-Linear-48B-A3B-Instruct"),
     "kolibri1": Family("qwen3:EXAONE4", "Aleph-Alpha/Kolibri-1"),
     "laguna": Family("gated:LAGUNA", "poolside/laguna-XS.2"),
     "lfm2": Family("hybrid:LFM2", "LiquidAI/LFM2-350M"),

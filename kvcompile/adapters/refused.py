@@ -26,7 +26,7 @@ _TYPES = {
     ),
     "two attentions in each decoder layer, not yet": "longcat_flash",
     "layers that keep a state in place of keys and values, not yet": (
-        "bailing_hybrid inkling2_text inkling_text kimi_linear lfm3 minimax recurrent_gemma zamba zamba2 zaya"
+        "bailing_hybrid inkling2_text inkling_text lfm3 minimax recurrent_gemma zamba zamba2 zaya"
     ),
     "scores depend on the distance of tokens by a learned bias": "cpmant",
     "another attention than the ones that are known, not yet": (

@@ -76,7 +76,7 @@ class NativeLatent(Attention):
 
 
 class HalfSplit(NativeLatent):
-    """Channels that turn together half of them apart: minicpm3."""
+    """Channels that turn together half of them apart, or none that turn: minicpm3, kimi_linear."""
 
     interleaved = False
 
@@ -101,7 +101,7 @@ def query_dim(config: Any) -> int:
 
 def by_query_dim(config: Any) -> float:
     """D^-1/2, and what yarn makes of it."""
-    rope, scale = config.rope_parameters or {}, query_dim(config) ** -0.5
+    rope, scale = getattr(config, "rope_parameters", None) or {}, query_dim(config) ** -0.5
     all_channels = rope.get("mscale_all_dim", 0) if rope.get("rope_type", "default") != "default" else 0
     if not all_channels or rope["factor"] <= 1:
         return float(scale)

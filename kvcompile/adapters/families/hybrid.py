@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.families.deepseek import MINICPM3
 from kvcompile.adapters.families.gpt2 import never
 from kvcompile.adapters.families.llama import Separate, by_multiplier
 from kvcompile.adapters.families.olmo2 import WidthNormed
@@ -85,6 +86,14 @@ def delta(config: Any, dtype: str) -> int:
     return int(_stateful(config, "linear_attention") * (convolution + state))
 
 
+def kimi_delta(config: Any, dtype: str) -> int:
+    """Of each delta attention the last inputs of its convolution, and a float32 state `[heads, D, D]`."""
+    inner = config.linear_num_heads * config.linear_head_dim
+    convolution = 3 * inner * config.linear_conv_kernel_dim * DTYPE_BYTES[dtype]
+    state = inner * config.linear_head_dim * DTYPE_BYTES["float32"]
+    return int(_stateful(config, "linear_attention") * (convolution + state))
+
+
 def _mamba2(layers: int, inner: int, groups: int, state: int, kernel: int, dtype: str) -> int:
     """Of each mamba 2 layer the last inputs of its convolution, and a float32 state `[heads * D, state]`."""
     convolution = (inner + 2 * groups * state) * kernel * DTYPE_BYTES[dtype]
@@ -135,3 +144,4 @@ FALCON_H1 = Architecture(Multiplied, states=falcon_h1)
 JAMBA = Architecture(Separate, rotates=never, attends=attends, states=mamba)
 NEMOTRON_H = Architecture(Separate, attention="mixer", rotates=never, attends=attends, states=nemotron_h)
 OLMO_HYBRID = Architecture(WidthNormed, rotates=has_base, attends=attends, states=delta)
+KIMI_LINEAR = replace(MINICPM3, rotates=never, attends=attends, states=kimi_delta)
