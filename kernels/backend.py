@@ -17,6 +17,7 @@ from kvcompile.kernels.compact import Compactor, CompactSpec
 from kvcompile.kernels.compact import compact as compact_by_torch
 from kvcompile.kernels.demote import Demoter, DemoteSpec
 from kvcompile.kernels.demote import demote as demote_by_torch
+from kvcompile.kernels.layers import LayerKernels
 from kvcompile.kernels.layout import Queries, View
 from kvcompile.kernels.reference.ghost import GhostSpec, Scorer
 from kvcompile.kernels.reference.ghost import ghost_scores as ghost_by_torch
@@ -103,6 +104,7 @@ class Backend:
     demote: what a decoded token does to the tiers of a layer, to the same bytes as that of torch.
     ghost: scores of entries by what their own text looks back at; others than those of torch by rounding alone.
     linear: gives the linear layers of a model forwards that are fast for a token, and says how many there were.
+    layers: kernels for what is around the attention of a layer, for decode steps.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Backend:
     demote: Demoter = demote_by_torch
     ghost: Scorer = ghost_by_torch
     linear: Callable[[nn.Module], int] | None = None
+    layers: LayerKernels | None = None
     sources: Sources = field(default_factory=Sources)
 
     def takes(self, spec: KernelSpec, dtype: torch.dtype) -> bool:

@@ -38,13 +38,14 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     """Rewrite `model` in place to what `plan` says: swap attention, trace, passes, wiring check.
 
     Its weights are those of the plan already: `structure.convert.convert` makes them so.
-    Where the backend has a kernel for them, its linear layers run that from then on.
+    Where the backend has kernels for them, its linear layers and its decode steps run those from then on.
     Raises KvcompileError where an adapter, a pass or the wiring check fails.
     """
     from kvcompile.adapters.architectures import architecture_of
     from kvcompile.adapters.base import prune
     from kvcompile.adapters.latent import latent_rotations
     from kvcompile.graph.blocks import inside_blocks
+    from kvcompile.graph.fused.rewrite import fused_steps
     from kvcompile.graph.passes import rewrite
     from kvcompile.graph.tracer import skeleton, trace
     from kvcompile.graph.wiring import outputs, verify
@@ -64,9 +65,14 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     prune(model)
     if backend.linear is not None:
         changes["DecodeLinear"] = backend.linear(model)
+    steps = None
+    if backend.layers is not None and plan.blocks is None:
+        steps = fused_steps(backend.layers)
+        if places := steps.of(graph).places:
+            changes["FuseSteps"] = places
     inside = inside_blocks(graph) if plan.blocks is not None else None
     facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
-    return adopt(model, Compiled(*facts, inside=inside, outputs=outputs(graph.graph)))
+    return adopt(model, Compiled(*facts, inside=inside, outputs=outputs(graph.graph), steps=steps))
 
 
 def require_alike(model: Any) -> None:

@@ -97,6 +97,7 @@ def _measured(
         planned_total=planned_total,
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
+        decode_step=compiled.kvcompile.decode_step(),
         parameters=(original.num_parameters(), compiled.num_parameters()),
         perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
         healed=compiled.kvcompile.healed,

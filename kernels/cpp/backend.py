@@ -21,6 +21,7 @@ from kvcompile.kernels import reference, sdpa
 from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.cpp import build, choose, compact, demote, encode, ghost, lower, simd
 from kvcompile.kernels.cpp.emit import decode_kernel, prefill_kernel
+from kvcompile.kernels.cpp.layer.run import LAYERS
 from kvcompile.kernels.cpp.sources import QUERY_TYPES, CppSources, source, supports
 from kvcompile.kernels.layout import DenseView, Queries, View, longest, parts
 from kvcompile.kernels.pointers import address, opaque
@@ -252,5 +253,6 @@ CPP = Backend(
     demote=demote.demote,
     ghost=ghost.ghost_scores,
     linear=lower.lower,
+    layers=LAYERS,
     sources=CppSources(),
 )

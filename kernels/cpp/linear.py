@@ -21,10 +21,10 @@ Kernel = Callable[[int, int, "int | None", int, int, int, int, int], None]
 def source(dtype: torch.dtype, rows: Sequence[int] = range(1, MOST_ROWS + 1)) -> str:
     """The C++ text for one dtype and these numbers of rows, vectors included."""
     name = TYPES[dtype]
-    body = Path(__file__).with_name("linear.h").read_text("utf-8")
+    products, body = (Path(__file__).with_name(f"{part}.h").read_text("utf-8") for part in ("products", "linear"))
     cases = "".join(f"    case {m}: return product<{m}>(x, w, bias, y, K, N, threads);\n" for m in rows)
     return (
-        f"{simd.prelude()}\ntypedef {name} T;\n#define T_IS_{name.upper()}\n\n{body}\n"
+        f"{simd.prelude()}\ntypedef {name} T;\n#define T_IS_{name.upper()}\n\n{products}\n{body}\n"
         'extern "C" void linear(const T* x, const T* w, const T* bias, T* y,\n'
         "                       int64_t m, int64_t K, int64_t N, int threads) {\n"
         f"  switch (m) {{\n{cases}  }}\n}}\n"

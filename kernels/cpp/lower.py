@@ -55,6 +55,11 @@ def lower(model: nn.Module) -> int:
     return len(linears)
 
 
+def lowered(module: nn.Module) -> bool:
+    """Whether a module has `decode_linear` as its forward."""
+    return getattr(vars(module).get("forward"), "func", None) is decode_linear
+
+
 def _suits(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype in cpp.TYPES and weight.layout is torch.strided
 

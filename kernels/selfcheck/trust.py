@@ -45,6 +45,7 @@ def trusted(backend: Backend, device: torch.device) -> Backend:
         demote=demote_by_torch,
         ghost=ghost_by_torch,
         linear=None,
+        layers=None,
     )
 
 

@@ -21,7 +21,7 @@ from kvcompile.runtime.live import LiveGraph, Skeleton, decoder_layers
 TRACED = "kvcompile_traced"  # attribute of the modules that are looked through: our adapters
 ATTENDING = ("full_attention", "sliding_attention")  # types of layers, as transformers' models look up their masks
 STATEFUL = ("linear_attention", "conv")
-_TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
+TRACING = threading.Lock()  # torch.fx patches `nn.Module` for the whole process while it traces
 
 
 class StepProxy(fx.Proxy):
@@ -210,7 +210,7 @@ def trace(model: nn.Module, stateful: bool = False, grid: bool = False) -> LiveG
     """
     entry = Entry(model, stateful, grid)
     tracer = KVTracer(model)
-    with _TRACING:
+    with TRACING:
         graph = tracer.trace(entry)
     module = LiveGraph(entry, graph, class_name=type(model).__name__)
     module.graph.eliminate_dead_code()

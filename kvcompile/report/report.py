@@ -23,7 +23,8 @@ class Report:
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
     whose split depends on the input. needle (question seen), needle_hidden, perplexity, parameters: (uncompressed,
     compiled). speed: the first is uncompressed, the last compiled. kernels, passes: what runs in which layer, how often
-    each pass rewrote the graph. exports: bytes by exporter and file.
+    each pass rewrote the graph. decode_step: which layers run fused around their attention. exports: bytes by exporter
+    and file.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
+    decode_step: str = ""
     needle: tuple[NeedleResult, NeedleResult] | None = None
     needle_hidden: tuple[NeedleResult, NeedleResult] | None = None
     speed: Comparison | None = None

@@ -133,7 +133,8 @@ class Skeleton:
 
 def require_unhooked(name: str, module: nn.Module) -> None:
     """Raise KvcompileError where a module that a graph stands for has hooks or a forward put in by hand."""
-    if _hooked(module.__dict__):
+    own = module.__dict__
+    if hooked(own) or "forward" in own:
         raise KvcompileError(
             f"{name} runs as nodes of a graph: its own forward is never called, so a hook on it would not fire",
             "a hook or a forward of another",
@@ -141,14 +142,10 @@ def require_unhooked(name: str, module: nn.Module) -> None:
         )
 
 
-def _hooked(own: dict[str, Any]) -> bool:
-    """Whether the attributes of a module have a hook or a forward among them; spelt out, as it runs at every token."""
+def hooked(own: dict[str, Any]) -> bool:
+    """Whether the attributes of a module have a hook among them; spelt out, as it runs at every token."""
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 

@@ -21,6 +21,7 @@ from kvcompile.kernels.pointers import opaque
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.blocks.cache import BlockCache
 from kvcompile.runtime.cache import KVCache, Rotary
+from kvcompile.runtime.decode.steps import FusedSteps
 from kvcompile.runtime.live import LiveGraph, Skeleton, from_embeddings, with_states
 from kvcompile.runtime.prompt import Prompt
 from kvcompile.runtime.replay.finish import replay_and_select
@@ -47,6 +48,7 @@ class Compiled:
     healed: HealRecord | None = None
     inside: LiveGraph | None = None  # of a block transformer: for passes in which no block is completed
     outputs: dict[int, str] = field(default_factory=dict)  # output projections by layer
+    steps: FusedSteps | None = None  # how a token is decoded, where the backend has kernels for that
     warned: bool = False  # that one pass over a text does not read its cache
     entries: dict[tuple[bool, bool, bool], LiveGraph] = field(default_factory=dict)
 
@@ -62,6 +64,10 @@ class Compiled:
             graph = from_embeddings(whole) if embeddings else whole
             graph = self.entries[embeddings, states, inside] = with_states(graph) if states else graph
         return graph
+
+    def decode_step(self) -> str:
+        """For reports: which layers run as fused kernels, and why others do not; empty on backends without these."""
+        return "" if self.steps is None else self.steps.of(self.graph).describe()
 
 
 class CompiledMixin:
@@ -226,8 +232,7 @@ class CompiledMixin:
                 at = at - cache.shift.view(-1, *(1,) * (at.ndim - 1))
             seen = None if prompt.mask is None else prompt.mask[:, : prompt.mask.shape[1] - (count - part.stop)]
             tokens = prompt.ids[:, part.first : part.stop]
-            graph = self.kvcompile.entry(tokens.ndim == 3, states, cache.stays_inside(tokens, seen))
-            out = graph(tokens, seen, at, cache, logits_at)
+            out = self._graph(tokens, seen, cache, states)(tokens, seen, at, cache, logits_at)
             if cache.withheld is not None:
                 self._replay(cache)
             logits, between = out if states else (out, ())
@@ -237,6 +242,15 @@ class CompiledMixin:
         every = list(range(count))
         hidden = tuple(prompt.restored(torch.cat(x, 1), every, every) for x in zip(*inner, strict=True))
         return logits if holding is None else prompt.restored(logits, holding, columns), hidden
+
+    def _graph(self, tokens: Tensor, mask: Tensor | None, cache: KVCache, states: bool) -> LiveGraph:
+        """What runs over new tokens: the graph of a decode step where there is one, and the whole one elsewhere."""
+        compiled = self.kvcompile
+        if compiled.steps is not None and not (states or torch.compiler.is_compiling()):
+            fused = compiled.steps.graph(compiled.graph, tokens, cache)
+            if fused is not None:
+                return fused
+        return compiled.entry(tokens.ndim == 3, states, cache.stays_inside(tokens, mask))
 
     @opaque
     def _replay(self, cache: KVCache) -> None:

@@ -27,12 +27,13 @@ STACKS: dict[str, Options] = {
 
 
 def compiled(stack: Options) -> Any:
-    """Few layers, as torch takes seconds for each; with torch's own linear layers, which it has in a trace too."""
+    """Few layers, as torch takes seconds for each; modules and torch's linear layers run, as they do in a trace."""
     model = tiny_model(num_hidden_layers=2 if {"offload", "block_transformer"} & stack.keys() else 1)
     compile_plan(model, plan_stack(describe(model.config, "float32"), build_stack(list(stack), stack)).plan, "auto")
     for module in model.modules():
         if isinstance(module, nn.Linear):
             vars(module).pop("forward", None)
+    model.kvcompile.steps = None
     return model
 
 

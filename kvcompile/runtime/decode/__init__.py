@@ -1,0 +1,1 @@
+"""How a token is decoded where kernels stand for parts of its layers."""

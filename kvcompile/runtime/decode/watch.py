@@ -1,0 +1,39 @@
+"""What compiled code keeps addresses of, looked at before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from kvcompile.runtime.live import hooked
+
+
+class Watch:
+    """Modules, by their names in a graph, that are to stay as they are: in their places, unhooked, weights and all."""
+
+    def __init__(self, graph: nn.Module, names: Iterable[str]) -> None:
+        modules = {name: graph.get_submodule(name) for name in names}
+        above = {name: name.rpartition(".") for name in modules}
+        self.links = [
+            (graph.get_submodule(above[name][0])._modules, above[name][2], module) for name, module in modules.items()
+        ]
+        self.own = [(module.__dict__, module.__dict__.get("forward")) for module in modules.values()]
+        self.weights = [
+            (module._parameters, name, x, None if x is None else x.data_ptr())
+            for module in modules.values()
+            for name, x in module._parameters.items()
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether all of them are; spelt out, as it runs at every token."""
+        for children, name, module in self.links:
+            if children.get(name) is not module:
+                return False
+        for own, forward in self.own:
+            if own.get("forward") is not forward or hooked(own):
+                return False
+        for parameters, name, x, place in self.weights:
+            if parameters.get(name) is not x or (x is not None and x.data_ptr() != place):
+                return False
+        return True
