@@ -198,8 +198,8 @@ class Branching:
             changed = mine.plan.recall or (mine.plan.selection and mine.plan.selection.refit)
             copied = copy.deepcopy if changed else copy.copy  # its entries may change places or values
             mine.store, mine.columns, mine.is_initialized = copied(theirs.store), theirs.columns, True
-            mine.history = copy.copy(theirs.history)
-            mine.history.segments = [copy.copy(s) for s in theirs.history.segments]
+            segments = [copy.copy(s) for s in theirs.history.segments]
+            mine.history = replace(theirs.history, segments=segments, received={})  # counted for this stack alone
             if mine.plan.storage.quantized:
                 kind = QuantizedStore if mine.plan.storage.low is None else TieredStore
                 mine.store = kind(mine.plan.storage, mine.store)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from contract_table import KVZIP, dense, plan_of
+from contract_table import BITS8, KVZIP, dense, plan_of
 from tiny import tiny_ids
 
 from kvcompile.adapters.architectures import describe
@@ -87,6 +87,21 @@ def test_readers_in_other_bases_share_the_room_and_each_keeps_one(reads: tuple[B
     assert runs.room.taken == 4
     runs.read(contexts[0], CONTEXT)
     assert lengths == [CONTEXT] * 3
+
+
+def test_what_one_stack_has_counted_no_other_one_finds(reads: tuple[Branching, list[int]]) -> None:
+    """leankv counts what entries receive, tiers do not: a count of the context would not fit a longer prompt."""
+    runs, _ = reads
+    plans = [plan_of({name: {**BITS8, "recent": 4}}) for name in ("leankv", "tiers")]
+    runs.read(IDS[:CONTEXT], CONTEXT)
+    runs.branch(plans[0])
+    runs.read(IDS[:55], CONTEXT)
+    after = [x for layer in runs.branch(plans[1]).layers for row in layer.held.rows() for x in row]
+    fresh = Branching(dense())
+    fresh.read(IDS[:CONTEXT], CONTEXT)
+    fresh.read(IDS[:55], CONTEXT)
+    alone = [x for layer in fresh.branch(plans[1]).layers for row in layer.held.rows() for x in row]
+    assert all(torch.equal(a, b) for a, b in zip(after, alone, strict=True))
 
 
 CALLS: list[int] = []
