@@ -62,8 +62,9 @@ def norm(module: nn.Module, dtype: torch.dtype) -> Norm:
     eps = next((float(value) for name in EPSILONS if (value := getattr(module, name, None)) is not None), None)
     if weight is None or weight.ndim != 1 or eps is None:
         raise Unfit(f"{type(module).__name__} is no plain norm")
-    rows = torch.randn(len(SCALES), weight.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    rows = (rows + 0.5) * torch.tensor(SCALES, dtype=torch.float32).unsqueeze(1)
+    shape, seeded = (len(SCALES), weight.shape[0]), torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(shape, generator=seeded, dtype=torch.float32, device="cpu")
+    rows = (rows + 0.5) * torch.tensor(SCALES, dtype=torch.float32, device="cpu").unsqueeze(1)
     with torch.no_grad():
         out = copy.deepcopy(module).to(torch.float32)(rows.view(1, *rows.shape))[0].double()
     w, b = weight.detach().double(), None if bias is None else bias.detach().double()
@@ -98,7 +99,8 @@ def activation(module: nn.Module) -> str:
     require_own(module)
     if any(True for _ in (*module.parameters(), *module.buffers())):
         raise Unfit(f"{type(module).__name__} is no plain activation")
-    x = torch.cat((torch.linspace(-8, 8, 513), torch.tensor([-60.0, 60.0]))).float()
+    x = torch.linspace(-8, 8, 513, dtype=torch.float32, device="cpu")
+    x = torch.cat((x, 8 * x))
     with torch.no_grad():
         y = module(x)
     for name, curve in CURVES.items():
