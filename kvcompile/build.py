@@ -90,11 +90,8 @@ def require_alike(model: Any) -> None:
     if name == model.config.model_type:
         return
     rule = f"{model.config.model_type!r} is compiled as {name!r} only where it computes what that does"
-    ids = (
-        torch.arange(PROBE, dtype=torch.int64, device=model.device)[None]
-        * STRIDE
-        % model.get_input_embeddings().num_embeddings
-    )
+    words = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(PROBE, dtype=torch.int64, device=model.device)[None] * STRIDE % words
     with wrapped_errors(rule, FORK), torch.no_grad():
         plan = describe(model.config, str(model.dtype).removeprefix("torch."))
         expected = model(ids, use_cache=False).logits.float()
