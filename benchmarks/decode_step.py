@@ -17,6 +17,7 @@ import cProfile
 import pstats
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def main() -> None:
         for batch, length in ((b, n) for b in args.batches for n in args.lengths):
             with torch.inference_mode():
                 runs = contestants(original, compiled, batch, length)
-                about = {"model": path, "dtype": name, "batch": batch, "tokens": length}
+                about = {"model": Path(path).stem or "SmolLM2-135M", "dtype": name, "batch": batch, "tokens": length}
                 if args.profile:
                     rows += [{**about, **row} for row in profile(runs)]
                     continue
