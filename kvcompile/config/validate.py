@@ -102,6 +102,8 @@ def _check(config: Config) -> None:
         _check_analysis(config)
     _one_of("question", config.question, QUESTION)
     config.evaluate.part  # noqa: B018  refused where it is none
+    memory = config.evaluate.memory
+    _require(memory is None or memory > 0, "evaluate.memory", memory, "more than 0 GiB")
     if config.tasks:
         _check_evaluation(config)
     _check_prompts(config.prompts)
@@ -145,10 +147,13 @@ def _check_evaluation(config: Config) -> None:
             f"recipe={config.recipe}": config.recipe,
             f"policy=[{','.join(config.stack)}]": config.stack,
             f"artifact={config.artifact}": config.artifact,
+            f"prefill_chunk={config.prefill_chunk}": config.prefill_chunk,
+            f"heal.tokens={config.heal.tokens}": config.heal.tokens,
         }
     if given := [text for text, value in others.items() if value]:
         raise KvcompileError(
-            "an evaluation asks tasks and writes rows into evaluate.rows, nothing else",
+            "an evaluation asks tasks and writes rows into evaluate.rows, nothing else"
+            + ("; each of evaluate.recipes has settings of its own" if config.evaluate.recipes else ""),
             f"evaluate=[{','.join(config.tasks)}] with {given[0]}",
             "drop one of the two",
         )

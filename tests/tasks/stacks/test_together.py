@@ -90,6 +90,8 @@ def test_of_all_recipes_those_that_cannot_be_are_said(place: Path) -> None:
     [
         (["evaluate.recipes=[snapkv]", "recipe=zigzag"], "with recipe=zigzag"),
         (["evaluate.recipes=[snapkv]", "policy=[kivi]"], r"with policy=\[kivi\]"),
+        (["evaluate.recipes=[snapkv]", "prefill_chunk=64"], "with prefill_chunk=64"),
+        (["evaluate.recipes=[snapkv]", "evaluate.memory=0"], "evaluate.memory"),
         (["evaluate.recipes=[snapkw]"], "did you mean 'snapkv'"),
         (["evaluate.recipes=['snapkv model.dtype=float16']"], "settings of recipes"),
     ],
