@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -102,15 +101,24 @@ from kvcompile.tasks import registry
 from tiny_search import Words
 known = {{**registry.discover(), "words": Words}}
 registry.discover = lambda: known
-import test_search
+import os, signal, test_search
 from pathlib import Path
+from kvcompile.analysis.parts import Parts
+append, lines = Parts._append, []
+def write_and_die(self, line):
+    append(self, line)
+    lines.append(line)
+    if len(lines) == {dies}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Parts._append = write_and_die
 test_search.run(Path({own!r}), Path({output!r}), *sys.argv[1:])
 """
 
 
-def worker(own: Path, output: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """Another process with the same search."""
-    code = WORKER.format(tests=str(TESTS), searching=str(TESTS / "searching"), own=str(own), output=str(output))
+def worker(own: Path, output: Path, *overrides: str, dies: int = 0) -> subprocess.Popen[bytes]:
+    """Another process with the same search. dies: killed as soon as it has written so many measurements, if any."""
+    folders = {"tests": str(TESTS), "searching": str(TESTS / "searching"), "own": str(own), "output": str(output)}
+    code = WORKER.format(**folders, dies=dies)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code, *overrides], env=environment, cwd=output.parent)
 
@@ -131,14 +139,10 @@ def stacks(output: Path, states: set[str]) -> list[str]:
 
 def test_a_search_that_was_killed_goes_on_and_measures_nothing_twice(own: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = worker(own, output, "search.stacks=50")
-    deadline = time.monotonic() + 240
-    while len(keys(output)) < 8 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = worker(own, output, "search.stacks=50", dies=8)
+    assert process.wait(timeout=500) == -signal.SIGKILL
     before = keys(output)
-    assert len(before) >= 8
+    assert len(before) == 8
     begun = stacks(output, {"RUNNING"})
     assert begun
     run(own, output, "search.stacks=3")
