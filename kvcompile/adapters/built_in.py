@@ -13,7 +13,7 @@ class Family(NamedTuple):
 
 
 BUILT_IN: dict[str, Family] = {
-    "afmoe": Family("gated:AFMOE", "arcee-ai/Trinity-Mini"),
+    "afmoe": Family("qwen3:AFMOE", "arcee-ai/Trinity-Mini"),
     "apertus": Family("qwen3:APERTUS", "swiss-ai/Apertus-8B-Instruct-2509"),
     "arcee": Family("llama:LLAMA", "arcee-ai/AFM-4.5B"),
     "aria_text": Family("llama:LLAMA", "rhymes-ai/Aria"),
@@ -22,7 +22,7 @@ BUILT_IN: dict[str, Family] = {
     "biogpt": Family("gpt2:BIOGPT", "microsoft/biogpt"),
     "bitnet": Family("llama:BITNET", "microsoft/bitnet-b1.58-2B-4T"),
     "bloom": Family("gpt2:BLOOM", "bigscience/bloom-560m"),
-    "codegen": Family("gptj:CODEGEN", "Salesforce/codegen-350M-mono"),
+    "codegen": Family("glm:CODEGEN", "Salesforce/codegen-350M-mono"),
     "cohere": Family("glm:COHERE", "CohereLabs/c4ai-command-r-v01"),
     "cohere2": Family("glm:COHERE2", "CohereLabs/c4ai-command-r7b-12-2024"),
     "cohere2_moe": Family("glm:COHERE2_MOE", "CohereLabs/command-a-plus-05-2026"),
@@ -56,7 +56,7 @@ BUILT_IN: dict[str, Family] = {
     "gpt_neox": Family("gpt_neox:GPT_NEOX", "EleutherAI/pythia-160m"),
     "gpt_neox_japanese": Family("gpt_neox:GPT_NEOX_JAPANESE", "abeja/gpt-neox-japanese-2.7b"),
     "gpt_oss": Family("gpt_oss:GPT_OSS", "openai/gpt-oss-20b"),
-    "gptj": Family("gptj:GPTJ", "EleutherAI/gpt-j-6b"),
+    "gptj": Family("glm:GPTJ", "EleutherAI/gpt-j-6b"),
     "granite": Family("llama:GRANITE", "ibm-granite/granite-3.3-2b-instruct"),
     "granite_swa": Family("gpt_oss:GRANITE_SWA", "ibm-granite/granite-swash-2b"),
     "granitemoe": Family("llama:GRANITE", "ibm-granite/granite-3.1-1b-a400m-instruct"),
@@ -74,7 +74,7 @@ BUILT_IN: dict[str, Family] = {
     "jamba": Family("hybrid:JAMBA", "ai21labs/AI21-Jamba-Mini-1.7"),
     "kimi_linear": Family("hybrid:KIMI_LINEAR", "moonshotai/Kimi-Linear-48B-A3B-Instruct"),
     "kolibri1": Family("qwen3:EXAONE4", "Aleph-Alpha/Kolibri-1"),
-    "laguna": Family("gated:LAGUNA", "poolside/laguna-XS.2"),
+    "laguna": Family("qwen3:LAGUNA", "poolside/laguna-XS.2"),
     "lfm2": Family("hybrid:LFM2", "LiquidAI/LFM2-350M"),
     "lfm2_moe": Family("hybrid:LFM2_MOE", "LiquidAI/LFM2-8B-A1B"),
     "llama": Family("llama:LLAMA", "HuggingFaceTB/SmolLM2-135M-Instruct"),

@@ -1,4 +1,4 @@
-"""Channels that turn together lie side by side: glm, ernie4_5, helium, cohere.
+"""Channels that turn together lie side by side: glm, ernie4_5, helium, cohere, gptj, codegen.
 
 Queries and keys are put into the half-split layout before they turn, both alike, so that their products stay and all
 that is written for half-split keys holds.
@@ -6,14 +6,17 @@ that is written for half-split keys holds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, typed_window
+from kvcompile.adapters.base import Attention
 from kvcompile.adapters.families.llama import Separate
-from kvcompile.adapters.families.qwen3 import HeadNormed, MayNorm
+from kvcompile.adapters.families.qwen3 import HeadNormed, MayNorm, slides
+from kvcompile.plan.plan import LayerPlan
 
 
 class Paired(Separate):
@@ -63,15 +66,75 @@ class CohereNormed(Cohere):
         )
 
 
-def slides(config: Any, layer: int) -> bool:
-    """Rotary positions in layers with a sliding window alone."""
-    return bool(config.layer_types[layer] == "sliding_attention")
+class Sinusoids(nn.Module):
+    """A table of angles `[positions, D_rot]`, sines in front of cosines, as a rotary module."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Buffer(table, persistent=False)
+
+    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, Q, D_rot / 2]` of positions `[B, Q]`, in the dtype of `like`."""
+        sin, cos = self.table[position_ids].to(like.dtype).chunk(2, -1)
+        return cos, sin
+
+
+class GptJ(Attention):
+    """Three projections and an output called `out_proj`; each attention has a table of angles: gptj."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    optional: ClassVar[tuple[str, ...]] = ("attn_dropout", "resid_dropout")
+    out: ClassVar[str] = "out_proj"
+    pairs: ClassVar[bool] = True
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        self.sinusoids = Sinusoids(original.get_buffer("embed_positions"))
+
+    @classmethod
+    def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Each angle comes once."""
+        cos, sin = position_embeddings
+        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+    def forward(self, hidden_states: Tensor, layer_past: Any = None, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """As the base; this family's layers call the cache `layer_past` and look angles up themselves."""
+        kwargs["position_embeddings"] = self.sinusoids(hidden_states, kwargs["position_ids"])
+        return super().forward(hidden_states, past_key_values=layer_past, **kwargs)
+
+
+class CodeGen(GptJ):
+    """One projection: in each of four parts the queries, values and keys of a fourth of the heads: codegen."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("qkv_proj", "out_proj")
+    qkv_proj: nn.Module
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """`[B, Q, 4, 3, H / 4 * D]`, by kind."""
+        parts = torch.unflatten(self.qkv_proj(states), -1, (4, 3, -1))
+        queries, values, keys = torch.unbind(parts, -2)
+        return self.heads(queries.flatten(-2)), self.heads(keys.flatten(-2)), self.heads(values.flatten(-2))
 
 
 def slides_or_leads(config: Any, layer: int) -> bool:
-    """The same, and in dense layers at the front where they are all to slide."""
+    """Rotary positions in layers that slide, and in dense layers at the front where they are all to slide."""
     leads = config.mlp_layer_types[layer] == "dense" and config.prefix_dense_sliding_window_pattern == 1
     return slides(config, layer) or leads
+
+
+def table(base: Any, layer: int) -> nn.Module:
+    """The rotary module of a base model: the table of a layer."""
+    return Sinusoids(base.h[layer].attn.embed_positions)
+
+
+def rotary_dim(config: Any, layer: int) -> int:
+    """Channels of a head that turn."""
+    return int(config.rotary_dim)
+
+
+def without_rotary_dim(config: Any) -> str | None:
+    """Of both, what turns a part of a head."""
+    return None if config.rotary_dim else "rotary_dim is not set"
 
 
 GLM = Architecture(Paired)
@@ -79,3 +142,13 @@ ERNIE4_5 = Architecture(PairedInFloat)
 COHERE = Architecture(CohereNormed, normed=lambda config: bool(config.use_qk_norm))
 COHERE2 = Architecture(Cohere, window=typed_window, rotates=slides)
 COHERE2_MOE = Architecture(Cohere, window=typed_window, rotates=slides_or_leads)
+GPTJ = Architecture(
+    GptJ,
+    attention="attn",
+    layers="h",
+    turning=rotary_dim,
+    rotary_module=table,
+    refuses=without_rotary_dim,
+    grouped=False,
+)
+CODEGEN = replace(GPTJ, adapter=CodeGen)

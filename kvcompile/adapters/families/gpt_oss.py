@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, typed_window
 from kvcompile.adapters.base import Attention
-from kvcompile.adapters.families.glm import slides
 from kvcompile.adapters.families.llama import SeparateLayout, by_multiplier
-from kvcompile.adapters.families.qwen3 import HeadNormed
+from kvcompile.adapters.families.qwen3 import HeadNormed, slides
 from kvcompile.adapters.layout import Layout, Weights
 
 

@@ -1,10 +1,14 @@
-"""Three projections, each query and key head normed by itself: qwen3, gemma3 and gemma4, others by other names."""
+"""Three projections, each query and key head normed by itself: qwen3, gemma3 and gemma4, others by other names.
+
+Also with attended values multiplied by a gate: afmoe, laguna.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, by_scalar, one_window, typed_window
@@ -110,6 +114,35 @@ class NanoChat(NormedBehind):
         return cos, -sin
 
 
+class Gated(HeadNormed):
+    """A gate of each number: afmoe."""
+
+    layout = None
+    keeps: ClassVar[tuple[str, ...]] = (*HeadNormed.keeps, "gate_proj")
+    gate_proj: nn.Module
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """sigmoid(W h)."""
+        return *super().project(states), torch.sigmoid(self.gate_proj(states))
+
+
+class SoftGated(HeadNormed):
+    """A gate of each number or head: laguna."""
+
+    layout = None
+    keeps: ClassVar[tuple[str, ...]] = (*HeadNormed.keeps, "g_proj")
+    g_proj: nn.Module
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """log(1 + exp(W h)), in float32."""
+        return *super().project(states), nn.functional.softplus(self.g_proj(states).float()).type_as(states)
+
+
+def slides(config: Any, layer: int) -> bool:
+    """Rotary positions in layers with a sliding window alone."""
+    return bool(config.layer_types[layer] == "sliding_attention")
+
+
 def where_it_slides(config: Any, layer: int) -> bool:
     """Rotary positions in layers with a sliding window, or in all where the config has none."""
     return config.sliding_window is None or config.layer_types[layer] == "sliding_attention"
@@ -166,3 +199,10 @@ STABLELM = Architecture(MayNormHeads, normed=lambda config: bool(config.qk_layer
 PHI = Architecture(Phi, normed=lambda config: bool(config.qk_layernorm))
 HUNYUAN = Architecture(NormedBehind)
 NANOCHAT = Architecture(NanoChat)
+AFMOE = Architecture(Gated, window=typed_window, rotates=slides)
+LAGUNA = Architecture(
+    SoftGated,
+    window=typed_window,
+    heads=lambda config, layer: (config.num_attention_heads_per_layer[layer], config.num_key_value_heads),
+    rotary_per_type=True,
+)
