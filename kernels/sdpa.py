@@ -79,9 +79,10 @@ def _added(queries: Queries, bias: Tensor | None, positions: Tensor, spec: Kerne
     if not spec.alibi:
         return added
     slopes = reference.required(queries.slopes, "a slope of each head").view(1, -1, spec.group, 1, 1)
-    away = (positions[:, :, None, :] - queries.positions[:, None, :, None]).unsqueeze(2)
-    fall = (slopes * away).flatten(2, 3)
-    return fall if added is None else added + fall
+    entries_at, at = positions[:, :, None, None, :], queries.positions[:, None, None, :, None]
+    falls = reference.fall(slopes, entries_at, at, spec.scale, spec.rounded)
+    falls = falls.expand(*falls.shape[:3], at.shape[3], -1).flatten(2, 3)  # rounded, it is the same for all queries
+    return falls if added is None else added + falls
 
 
 def _sinks(queries: Queries, spec: KernelSpec) -> Tensor | None:

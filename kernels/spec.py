@@ -49,7 +49,8 @@ class KernelSpec:
 
     `softcap`: logits are capped. `bias`: each entry of the view has a b_j. `sink`: each query head brings a learned
     logit, whose weight goes to no value. `alibi`: each query head brings a slope m_h, by which logits fall with the
-    distance of true positions. Without these b_j and m_h are 0 and the sink's term is missing.
+    distance of true positions; `rounded`: by m_h / scale times p_j in bfloat16. Without these b_j and m_h are 0 and the
+    sink's term is missing.
     """
 
     parts: tuple[Part, ...]
@@ -64,6 +65,7 @@ class KernelSpec:
     sink: bool = False
     bias: bool = False
     alibi: bool = False
+    rounded: bool = False
 
     @property
     def name(self) -> str:
@@ -76,4 +78,5 @@ class KernelSpec:
         extras += ["-sink"] if self.sink else []
         extras += ["-bias"] if self.bias else []
         extras += ["-alibi"] if self.alibi else []
+        extras += ["-rounded"] if self.rounded else []
         return "+".join(p.name for p in self.parts) + f"-g{self.group}-{dims}" + "".join(extras)

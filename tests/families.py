@@ -188,6 +188,11 @@ TINY: dict[str, dict[str, Any]] = {
     "vaultgemma": GEMMA2,
     "youtu": MLA,
 }
+ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": None}
+# configs of a family that are another model than its first
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon (alibi)": ("falcon", {**ALIBI, "num_attention_heads": 6, "hidden_size": 144}),
+}
 EAGER = (
     "gemma2",
     "vaultgemma",
@@ -207,7 +212,8 @@ def family_config(name: str, window: int = WINDOW, full: bool = False, **over: A
 
     full: layers do not slide where all of them would.
     """
-    settings = {**BASE, "num_hidden_layers": 2, **TINY.get(name, {}), **over}
+    name, of_variant = VARIANTS.get(name, (name, {}))
+    settings = {**BASE, "num_hidden_layers": 2, **TINY.get(name, {}), **of_variant, **over}
     for key in ("sliding_window", "window_size"):
         if settings.get(key):
             settings[key] = None if full and "layer_types" not in settings and key == "sliding_window" else window

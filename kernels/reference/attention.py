@@ -84,6 +84,16 @@ def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     return torch.cat((logits, sinks.to(logits).expand(*logits.shape[:-1], 1)), -1).softmax(-1)[..., :-1]
 
 
+def fall(slopes: Tensor, positions: Tensor, at: Tensor, scale: float, rounded: bool) -> Tensor:
+    """What logits of queries at `at` to entries at `positions` get by `slopes` m (broadcast): m (p_j - p).
+
+    rounded: scale * bfloat16(bfloat16(m / scale) * bfloat16(p_j)), which lacks -m p: no softmax sees what all share.
+    """
+    if not rounded:
+        return slopes * (positions - at)
+    return ((slopes / scale).bfloat16() * positions.bfloat16()).to(slopes.dtype) * scale
+
+
 def hidden(positions: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
     """Which entries at true positions `positions` a query at `at` does not see (broadcast)."""
     unseen = positions > at
@@ -117,7 +127,7 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
                 if spec.softcap:
                     logits = spec.softcap * torch.tanh(logits / spec.softcap)
                 if slopes is not None:
-                    logits = logits + slopes[g] * (positions - at)
+                    logits = logits + fall(slopes[g], positions, at, spec.scale, spec.rounded)
                 logits = (logits + bias).masked_fill(unseen, float("-inf"))
                 weights = softmax(logits, None if sinks is None else sinks[g])
                 out[b, g, real] = (weights @ values)[real].to(q.dtype)

@@ -91,8 +91,9 @@ class Architecture:
     turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
     layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
     values. states: bytes that the others keep of one sequence. grid: positions are those of text, time, height and
-    width. alibi: what logits of each query head fall by with every token of distance (empty: nothing). unused:
-    methods of the base model that make what our attention does not read. normed: whether a config has the norms of its
+    width. alibi: what logits of each query head fall by with every token of distance (empty: nothing).
+    alibi_rounded: these are products in bfloat16. unused: methods and switches of the base model that make what our
+    attention does not read. normed: whether a config has the norms of its
     adapter. grouped: the stock class can have fewer KV heads than query heads. latent: the row that a layer caches in
     place of keys and values (None: it caches these). reads: the earlier layer whose keys and values a layer attends to
     (None: its own).
@@ -114,6 +115,7 @@ class Architecture:
     states: Callable[[Any, str], int] = nothing
     grid: bool = False
     alibi: Callable[[Any], tuple[float, ...]] = level
+    alibi_rounded: bool = False
     unused: tuple[str, ...] = ()
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
@@ -139,7 +141,7 @@ class Architecture:
 
     def _facts(self, config: Any, index: int, layer: int) -> LayerPlan:
         query_heads, kv_heads = self.heads(config, layer)
-        rotates, source = self.rotates(config, layer), self.reads(config, layer)
+        rotates, source, alibi = self.rotates(config, layer), self.reads(config, layer), self.alibi(config)
         return LayerPlan(
             index=index,
             query_heads=query_heads,
@@ -151,10 +153,11 @@ class Architecture:
             softcap=self.softcap(config),
             rotates=rotates,
             rotary=self.turning(config, layer) if rotates else 0,
-            turnable=self.adapter.turnable,
+            turnable=self.adapter.turnable and not alibi,
             key_norm=bool(self.adapter.norms) and self.normed(config),
             sink="sinks" in self.adapter.learned,
-            alibi=self.alibi(config),
+            alibi=alibi,
+            alibi_rounded=self.alibi_rounded and bool(alibi),
             latent=self.latent(config),
             shared=source is not None,
         )
@@ -203,7 +206,7 @@ class Architecture:
         for layer, adapter in zip(self.decoders(model), adapters, strict=True):
             layer.set_submodule(self.attention, adapter)
         for name in self.unused:
-            setattr(_base(model), name, _unmade)
+            setattr(_base(model), name, _unmade if callable(getattr(_base(model), name)) else None)
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
     def rotary(self, model: PreTrainedModel, index: int) -> Rotary:

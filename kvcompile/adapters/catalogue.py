@@ -8,6 +8,7 @@ from kvcompile.adapters.around import AROUND
 from kvcompile.adapters.built_in import BUILT_IN
 from kvcompile.adapters.refused import REFUSED
 
+FALL = "logits fall with distance (no recall, no expected_attention)"
 TEXT = "its text stack, in Python; no policies that convert weights; no artifact"
 
 
@@ -20,7 +21,7 @@ def limits(known_as: Architecture) -> list[str]:
             ("no policies that convert weights", adapter.layout is None),
             ("a prompt is read at once and never again (no prefill_chunk, kvzip ...)", known_as.states is not nothing),
             ("one latent a token for all heads (no budgets of heads, no ghost)", adapter.native),
-            ("logits fall with distance (no recall, no expected_attention)", known_as.alibi is not level),
+            (f"{'' if not adapter.turnable else 'with alibi=True '}{FALL}", known_as.alibi is not level),
             ("keys are not turned on (compact positions, infllm, ghost)", not adapter.turnable),
         )
         if limited

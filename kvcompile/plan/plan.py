@@ -20,7 +20,10 @@ from kvcompile.plan.structure import Fold, Heads, Latent
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
-LATER = {"turnable": True, "alibi": (), "shared": False, "native": False}  # what older plans do not say, which is this
+LATER = {  # what older plans do not say, which is this
+    **{"turnable": True, "alibi": (), "alibi_rounded": False},
+    **{"shared": False, "native": False},
+}
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -47,6 +50,7 @@ class LayerPlan:
     fold: Fold = "owner"  # what an owner's projections take from those of its readers
     sink: bool = False  # whether each query head has a learned logit in the denominator of its softmax
     alibi: tuple[float, ...] = ()  # what each query head takes off a logit for every token of distance (ALiBi)
+    alibi_rounded: bool = False  # by positions times slope in bfloat16
     latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
     shared: bool = False  # whether the model itself has the layer read its owner's cache, without keys of its own
 

@@ -153,6 +153,7 @@ def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Obser
         sliding_window=plan.sliding_window,
         sinks=None if kv.history.sinks is None else kv.history.sinks.view(keys.shape[0], -1),
         slopes=kernels.slopes(plan.index, keys.device, keys.shape[0]),
+        rounded=plan.alibi_rounded,
         carried=kv.history.carry(b, keys.shape[1]),
         column_sums=kv.history.gained(b, keys.shape[1], kernels.group(plan.index)) if needs.reduce == "sum" else None,
         window_attention=_window_attention(layer, b, score, keys.shape[1]),

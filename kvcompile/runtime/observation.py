@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompile.kernels.reference import softmax
+from kvcompile.kernels.reference import fall, softmax
 from kvcompile.kernels.reference.ghost import Scorer, ghost_scores
 
 QUERY_BLOCK = 256
@@ -43,7 +43,7 @@ class Observation:
     `value_norms [H_kv, g, n]`: ||W_O v_j||, how far an entry at weight 1 moves the state that query head g adds to, and
     `hidden_norms [H_kv, g, W]`: ||h_i||, the length of that state where each query was made (None: not asked for).
     `sinks [H_kv, g]`: learned logits that weigh in every softmax and go to no entry (None: there are none).
-    `slopes [H_kv, g]`: what logits fall by with every token of distance (None: they do not).
+    `slopes [H_kv, g]`: what logits fall by with every token of distance (None: they do not), `rounded` as kernels do.
     `layer` is the index in the model.
     """
 
@@ -59,6 +59,7 @@ class Observation:
     sliding_window: int | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
+    rounded: bool = False
     carried: Tensor | None = None
     column_sums: Tensor | None = None
     window_attention: Tensor | None = None
@@ -90,7 +91,8 @@ class Observation:
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.slopes is not None:
-            logits = logits + self.slopes[..., None, None] * (self.positions[:, None, None] - at.view(-1, 1))
+            slopes, entries = self.slopes[..., None, None], self.positions[:, None, None]
+            logits = logits + fall(slopes, entries, at.view(-1, 1), self.scale, self.rounded)
         plain = self._seen_by_all(at)
         entries = self.positions[:, None, None, plain:]
         hidden = (entries > at.view(-1, 1)) | (entries < 0)

@@ -42,7 +42,8 @@ class PlanKernels:
             shape = p.group, p.key_dim, p.value_dim, p.scale
             latent = p.latent is not None
             variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink, "alibi": bool(p.alibi)}
-            spec = KernelSpec(parts, *shape, p.sliding_window, scores=scores, latent=latent, **variant)
+            variant |= {"rounded": p.alibi_rounded, "latent": latent}
+            spec = KernelSpec(parts, *shape, p.sliding_window, scores=scores, **variant)
             self.specs[index, parts, scores] = spec
         return spec
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import family_model
+from families import family_config, family_model
 from tiny import tiny_ids
 from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 import kvcompile
-from kvcompile.adapters.families.gpt2 import bloom_slopes, mpt_slopes
+from kvcompile.adapters.architectures import describe
+from kvcompile.adapters.families.gpt2 import mpt_slopes
+from kvcompile.adapters.families.gpt_neox import bloom_slopes
 from kvcompile.errors import KvcompileError
+from kvcompile.kernels.reference import fall
 
 
 class Heads:
@@ -51,7 +55,19 @@ def test_weights_are_not_converted(policy: str) -> None:
         kvcompile.compile(family_model("bloom"), overrides=[f"policy=[{policy}]"])
 
 
-def test_falcon_rounds_its_distances() -> None:
-    model = family_model("falcon", alibi=True)
-    with pytest.raises(KvcompileError, match="rounded to bfloat16"):
-        kvcompile.compile(model, overrides=["policy=[snapkv]"])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_falcon_rounds_its_distances(heads: int) -> None:
+    """To what transformers adds to the logits of each entry, also where bfloat16 has no such position."""
+    config = family_config("falcon (alibi)", num_attention_heads=heads)
+    (layer, _) = describe(config).layers
+    assert (layer.rotates, layer.turnable, layer.alibi_rounded) == (False, False, True)
+    positions = torch.arange(3000)
+    expected = build_alibi_tensor(torch.ones(1, 3000, dtype=torch.long), heads, torch.float32)[:, 0] * layer.scale
+    got = fall(torch.tensor(layer.alibi)[:, None], positions, positions[-1:], layer.scale, layer.alibi_rounded)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got.diff(), expected.diff()[:, :1].expand_as(got[:, 1:]), rtol=1e-3)
+
+
+def test_falcon_with_rotary_positions_falls_not() -> None:
+    (layer, _) = describe(family_config("falcon")).layers
+    assert (layer.rotates, layer.turnable, layer.alibi, layer.alibi_rounded) == (True, True, (), False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import TINY, family_config, family_model
+from families import TINY, VARIANTS, family_config, family_model
 from tiny import tiny_ids
 from torch import Tensor
 from transformers import DynamicCache
@@ -25,7 +25,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.stack import apply_stack, build_stack
 
 TOKENS = 40
-FAMILIES = sorted(BUILT_IN)
+FAMILIES = sorted({*BUILT_IN, *VARIANTS})
 WIDE = 64  # a window that nothing leaves
 STREAMING = {"streaming": {"budget": 10, "sinks": 2}}  # the same tokens in all heads
 SNAPKV = {"snapkv": {"budget": 10, "window": 4, "kernel": 1, "sinks": 0}}  # each head its own
@@ -62,10 +62,14 @@ def fall_with_distance(original: Any, plan: Any, cache: Any, token: int) -> None
         if p.alibi:
             places = torch.stack([positions for _, _, positions in held.held.rows()]).expand(len(p.alibi), -1)
             places = torch.cat((places, places.new_full((len(places), 1), token)), 1)
-            bias = torch.tensor(p.alibi)[:, None, None] * (places - token)[:, None]
+            slopes, names = torch.tensor(p.alibi)[:, None, None], ("alibi", "position_bias")
+            bias = slopes * (places - token)[:, None]
+            if p.alibi_rounded:  # falcon's lies in its mask
+                products = (slopes / p.scale).bfloat16() * places[:, None].bfloat16()
+                bias, names = p.scale * products[None].float(), ("attention_mask",)
 
-            def met(module: Any, args: Any, kwargs: Any, bias: Tensor = bias) -> Any:
-                return args, {k: bias if k in ("alibi", "position_bias") else v for k, v in kwargs.items()}
+            def met(module: Any, args: Any, kwargs: Any, bias: Tensor = bias, names: Any = names) -> Any:
+                return args, {k: bias if k in names else v for k, v in kwargs.items()}
 
             attention.register_forward_pre_hook(met, with_kwargs=True)
 
@@ -126,7 +130,7 @@ def test_what_is_kept_is_what_is_attended_to(name: str, stack: dict[str, dict[st
     for p in plan.owners:
         assert tuple(ours.lengths()[p.index]) == plan.kept(p.index, prompt.shape[1])
     assert ours.nbytes() == sum(row.bytes for row in plan.bytes(1, prompt.shape[1]))
-    attending = architecture(name).attending(original.config)
+    attending = architecture(plan.architecture).attending(original.config)
     for p in plan.owners:
         layer, held = theirs.layers[attending[p.index]], ours.layers[p.index].held
         places = torch.stack([positions for _, _, positions in held.rows()])

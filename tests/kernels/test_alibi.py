@@ -33,7 +33,7 @@ def test_the_oracle_is_the_formula() -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "ragged", "paged"])
 @pytest.mark.parametrize("new", [1, 5])
-@pytest.mark.parametrize("variant", [{}, {"sink": True, "softcap": 3.0}, {"sliding_window": 9}])
+@pytest.mark.parametrize("variant", [{}, {"sink": True, "softcap": 3.0}, {"sliding_window": 9}, {"rounded": True}])
 def test_the_library_agrees_with_the_oracle(layout: str, new: int, variant: dict[str, object]) -> None:
     kind = KernelSpec(plain(layout, FLOAT, 16 if layout == "paged" else 0), 2, 8, 8, 8**-0.5, alibi=True, **variant)  # type: ignore[arg-type]
     for padded in {False, layout != "dense" and new > 1}:
@@ -50,9 +50,10 @@ def test_no_kernel_without_it_is_asked() -> None:
     assert serving(choose("auto", CPU), spec(scores=True), FLOAT).name == "reference"
 
 
-def test_scores_see_what_attention_sees() -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_scores_see_what_attention_sees(rounded: bool) -> None:
     """Mean attention of an observation is what the oracle adds up."""
-    kind = spec(scores=True)
+    kind = spec(scores=True, rounded=rounded)
     sample = draw(kind, FLOAT, Shape(entries=24, batch=1, new=4), CPU)
     view, queries = sample.view, sample.queries
     assert isinstance(view, DenseView)
@@ -69,5 +70,6 @@ def test_scores_see_what_attention_sees() -> None:
         tokens=int(queries.positions.max()) + 1,
         scale=kind.scale,
         slopes=queries.slopes.view(2, 2),
+        rounded=rounded,
     )
     torch.testing.assert_close(seen.mean_attention(), sums / (2 * 4), rtol=1e-4, atol=1e-6)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, by_head_dim
 from kvcompile.adapters.base import Attention
-from kvcompile.adapters.families.gpt_neox import Interleaved
+from kvcompile.adapters.families.gpt_neox import Interleaved, bloom_slopes
 from kvcompile.adapters.families.llama import Separate
 from kvcompile.plan.plan import LayerPlan
 
@@ -125,14 +125,6 @@ def alone_or_all(config: Any, layer: int) -> tuple[int, int]:
 def local(config: Any, layer: int) -> int | None:
     """A window in layers that are local."""
     return int(config.window_size) if config.attention_layers[layer] == "local" else None
-
-
-def bloom_slopes(config: Any) -> tuple[float, ...]:
-    """2^(-8 i / c) of the largest power of two c that is no more than all heads, then every other one of 2 c."""
-    heads = int(config.num_attention_heads)
-    whole = 2 ** int(math.log2(heads))
-    first = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
-    return (*first, *(2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole), 2)))
 
 
 def mpt_slopes(config: Any) -> tuple[float, ...]:

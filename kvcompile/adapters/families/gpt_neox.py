@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kvcompile.adapters.architecture import Architecture
+from kvcompile.adapters.architecture import Architecture, by_head_dim
 from kvcompile.adapters.base import Attention
 from kvcompile.adapters.layout import Layout, Projection, Weights, linear_of, plain
 
@@ -120,13 +121,13 @@ class Persimmon(Interleaved):
 
 
 class Falcon(Interleaved):
-    """The same with groups of queries: falcon."""
+    """The same with groups of queries, and rotary positions or logits that fall with distance: falcon."""
 
     layout = None
     optional: ClassVar[tuple[str, ...]] = ("attention_dropout",)
 
     def forward(self, *args: Any, alibi: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
-        """As the base; `alibi` is None."""
+        """As the base; `alibi` is in the plan."""
         return super().forward(*args, **kwargs)
 
 
@@ -138,14 +139,33 @@ def falcon_heads(config: Any, layer: int) -> tuple[int, int]:
     return heads, 1 if config.multi_query else heads
 
 
-def without_alibi(config: Any) -> str | None:
-    """Of falcon, what has rotary positions."""
-    return "logits fall with distances that are rounded to bfloat16 (alibi=True)" if config.alibi else None
+def bloom_slopes(config: Any) -> tuple[float, ...]:
+    """2^(-8 i / c) of the largest power of two c that is no more than all heads, then every other one of 2 c."""
+    heads = int(config.num_attention_heads)
+    whole = 2 ** int(math.log2(heads))
+    first = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return (*first, *(2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole), 2)))
+
+
+def falcon_slopes(config: Any) -> tuple[float, ...]:
+    """Bloom's, in bfloat16, scaled as logits are; none where the config has rotary positions."""
+    if not config.alibi:
+        return ()
+    slopes = torch.tensor(bloom_slopes(config), dtype=torch.float32, device="cpu").bfloat16()
+    return tuple(slope * by_head_dim(config) for slope in slopes.tolist())
 
 
 GPT_NEOX = Architecture(Interleaved, attention="attention", grouped=False)
 GPT_NEOX_JAPANESE = Architecture(Japanese, attention="attention", grouped=False)
 PERSIMMON = Architecture(Persimmon, grouped=False)
 FALCON = Architecture(
-    Falcon, attention="self_attention", layers="h", heads=falcon_heads, refuses=without_alibi, grouped=False
+    Falcon,
+    attention="self_attention",
+    layers="h",
+    heads=falcon_heads,
+    rotates=lambda config, layer: not config.alibi,
+    alibi=falcon_slopes,
+    alibi_rounded=True,
+    unused=("use_alibi",),
+    grouped=False,
 )
