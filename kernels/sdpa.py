@@ -16,6 +16,7 @@ from kvcompile.errors import KvcompileError
 from kvcompile.kernels import reference
 from kvcompile.kernels.layout import DenseView, Queries, RaggedView, View, parts
 from kvcompile.kernels.spec import KernelSpec
+from kvcompile.plan.window import oldest
 
 QUERY_BLOCK = 512
 
@@ -95,7 +96,7 @@ def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
     count, entries = q.shape[2], view.keys.shape[2]
     if count == 1:
         return _folded(queries, view, _window_mask(at, view.positions, spec), spec)
-    if count == entries and not _explicit(spec) and not (spec.sliding_window and count > spec.sliding_window):
+    if count == entries and not _explicit(spec) and not _windowed(count, spec):
         return F.scaled_dot_product_attention(
             q, view.keys, view.values, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
         )
@@ -109,6 +110,11 @@ def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
         part = DenseView(view.keys[:, :, :seen], view.values[:, :, :seen], view.positions[:, :, :seen], bias=bias)
         blocks.append(_folded(block, part, _mask(block.positions, part.positions, spec), spec))
     return torch.cat(blocks, 2)
+
+
+def _windowed(count: int, spec: KernelSpec) -> bool:
+    """Whether a window may hide some of `count` entries from one another."""
+    return bool(spec.sliding_window) and (spec.chunked or count > (spec.sliding_window or 0))
 
 
 def _folded(queries: Queries, view: DenseView, mask: Tensor | None, spec: KernelSpec) -> Tensor:
@@ -155,7 +161,7 @@ def _mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor:
     queries_at, entries_at = at[:, None, :, None], entries_at[:, :, None, :]
     visible = entries_at <= queries_at
     if spec.sliding_window:
-        visible = visible & (entries_at > queries_at - spec.sliding_window)
+        visible = visible & (entries_at >= oldest(queries_at, spec.sliding_window, spec.chunked))
     return visible
 
 
@@ -164,7 +170,9 @@ def _window_mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor | N
 
     Rows ascend, so the first entry tells; their number does not, as an eviction leaves gaps.
     """
-    if not spec.sliding_window or bool((entries_at[:, :, 0] > at - spec.sliding_window).all()):
+    if not spec.sliding_window:
+        return None
+    if bool((entries_at[:, :, 0] >= oldest(at, spec.sliding_window, spec.chunked)).all()):
         return None
     return _mask(at, entries_at, spec)
 

@@ -42,6 +42,7 @@ class KernelSpec:
     full-precision residual, or two precision tiers); one softmax runs over all of them.
     `scores`: column sums of attention come too.
     `latent`: values have no memory of their own, they are the last `value_dim` channels of the keys (MLA).
+    `chunked`: the window does not slide, it begins at multiples of its length.
 
     The variant of attention is what makes a logit out of q . k, and what weighs beside the entries:
 
@@ -66,12 +67,13 @@ class KernelSpec:
     bias: bool = False
     alibi: bool = False
     rounded: bool = False
+    chunked: bool = False
 
     @property
     def name(self) -> str:
         """Readable and unique up to `scale`: `dense-float32-g3-d64`."""
         dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim != self.head_dim else "")
-        extras = [f"-w{self.sliding_window}"] if self.sliding_window else []
+        extras = [f"-{'chunk' if self.chunked else 'w'}{self.sliding_window}"] if self.sliding_window else []
         extras += [f"-cap{self.softcap:g}"] if self.softcap else []
         extras += ["-scores"] if self.scores else []
         extras += ["-latent"] if self.latent else []

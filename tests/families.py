@@ -140,6 +140,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {
+        **LOCAL,
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": WINDOW,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 96,
+        "floor_scale": 8,
+        "attn_scale": 0.5,
+    },
     "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
     "minicpm3": {**MLA, "dim_model_base": 32},
     "minimax_m2": {**LOCAL, **HALF},
@@ -191,6 +200,7 @@ TINY: dict[str, dict[str, Any]] = {
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": None}
 # configs of a family that are another model than its first
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4_text (no norm)": ("llama4_text", {"use_qk_norm": False, "moe_layers": []}),
     "falcon (alibi)": ("falcon", {**ALIBI, "num_attention_heads": 6, "hidden_size": 144}),
 }
 EAGER = (
@@ -214,7 +224,7 @@ def family_config(name: str, window: int = WINDOW, full: bool = False, **over: A
     """
     name, of_variant = VARIANTS.get(name, (name, {}))
     settings = {**BASE, "num_hidden_layers": 2, **TINY.get(name, {}), **of_variant, **over}
-    for key in ("sliding_window", "window_size"):
+    for key in ("sliding_window", "window_size", "attention_chunk_size"):
         if settings.get(key):
             settings[key] = None if full and "layer_types" not in settings and key == "sliding_window" else window
     for dropped in ("num_key_value_heads", "head_dim") if name in NO_KV_HEADS.split() else ():

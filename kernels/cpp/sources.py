@@ -24,7 +24,7 @@ def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
     formats = [codec for part in spec.parts for codec in (part.key, part.value)]
     if spec.latent and any(codec.scaled for codec in formats):
         return False  # values that are channels of codes
-    return not (spec.bias or spec.alibi) and dtype in QUERY_TYPES and all(map(emitted, formats))
+    return not (spec.bias or spec.alibi or spec.chunked) and dtype in QUERY_TYPES and all(map(emitted, formats))
 
 
 def source(spec: KernelSpec, dtype: torch.dtype, many: bool = False, values: bool = True) -> str:

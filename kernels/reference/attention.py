@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcompile.kernels.codecs import decode
 from kvcompile.kernels.layout import DenseView, PagedView, Queries, RaggedView, Segment, View, parts
 from kvcompile.kernels.spec import KernelSpec, Part
+from kvcompile.plan.window import oldest
 
 QUERY_BLOCK = 256
 
@@ -98,17 +99,17 @@ def hidden(positions: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
     """Which entries at true positions `positions` a query at `at` does not see (broadcast)."""
     unseen = positions > at
     if spec.sliding_window:
-        unseen = unseen | (positions <= at - spec.sliding_window)
+        unseen = unseen | (positions < oldest(at, spec.sliding_window, spec.chunked))
     return unseen
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
     """Attention of each new token to the entries at or before it, `[B, H_q, Q, D_v]`; zeros for padding.
 
-    O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j + m (p_j - p_i)) v_j over 0 <= p_i - p_j (< sliding window), in
-    float64; with a sink, its exp is one more term of the denominator. Where the spec has `scores`, the attention that
-    each entry received, summed over the group's queries and the new tokens, is added to `sums [R, longest row]`
-    (float32).
+    O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j + m (p_j - p_i)) v_j over 0 <= p_i - p_j (< sliding window, or
+    p_j in the chunk of p_i), in float64; with a sink, its exp is one more term of the denominator. Where the spec has
+    `scores`, the attention that each entry received, summed over the group's queries and the new tokens, is added to
+    `sums [R, longest row]` (float32).
     """
     q = queries.states
     batch, heads, count, _ = q.shape

@@ -61,7 +61,7 @@ def supports(spec: KernelSpec, dtype: torch.dtype) -> bool:
     if spec.latent and any(codec.scaled for codec in formats):
         return False  # values that are channels of codes
     kinds = {codec.kind for codec in formats}
-    return not (spec.bias or spec.alibi) and dtype in QUERY_TYPES and kinds <= set(KINDS)
+    return not (spec.bias or spec.alibi or spec.chunked) and dtype in QUERY_TYPES and kinds <= set(KINDS)
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:

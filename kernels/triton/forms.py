@@ -119,8 +119,8 @@ def known(codec: Codec) -> None:
 
 def check(spec: KernelSpec) -> None:
     """Raise KvcompileError for a spec that no generated kernel covers."""
-    if spec.bias or spec.alibi:
-        raise KvcompileError("kernels=triton adds no bias to logits", spec.name, "set kernels=reference")
+    if spec.bias or spec.alibi or spec.chunked:
+        raise KvcompileError("kernels=triton has no bias and no chunks", spec.name, "set kernels=reference")
     for part in spec.parts:
         for codec, dim in ((part.key, spec.head_dim), (part.value, spec.value_dim)):
             known(codec)

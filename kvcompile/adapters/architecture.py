@@ -17,7 +17,7 @@ from kvcompile.models.loading import require_weights
 from kvcompile.plan.plan import LayerPlan, Plan
 from kvcompile.plan.structure import Latent
 from kvcompile.runtime.cache import Rotary
-from kvcompile.runtime.live import require_unhooked
+from kvcompile.runtime.live import base_model, require_unhooked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -86,7 +86,8 @@ class Architecture:
 
     adapter: of the attention modules, which each decoder layer has under the name `attention`. layers: the list of
     decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each. scale:
-    what queries times keys are multiplied by. window: tokens that a layer sees (None: all). softcap: c of c tanh(x / c)
+    what queries times keys are multiplied by. window: tokens that a layer sees (None: all). chunked: it
+    begins at multiples of its length, and does not slide. softcap: c of c tanh(x / c)
     over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
     turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
     layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
@@ -106,6 +107,7 @@ class Architecture:
     head_dim: Callable[[Any, int], int] = lambda config, layer: channels(config)
     scale: Callable[[Any], float] = by_head_dim
     window: Callable[[Any, int], int | None] = lambda config, layer: None
+    chunked: Callable[[Any, int], bool] = lambda config, layer: False
     softcap: Callable[[Any], float | None] = lambda config: None
     rotates: Callable[[Any, int], bool] = lambda config, layer: True
     turning: Callable[[Any, int], int] = turning
@@ -150,6 +152,7 @@ class Architecture:
             owner=index if source is None else self.attending(config).index(source),
             scale=self.scale(config),
             sliding_window=self.window(config, layer),
+            chunked=self.chunked(config, layer),
             softcap=self.softcap(config),
             rotates=rotates,
             rotary=self.turning(config, layer) if rotates else 0,
@@ -267,7 +270,7 @@ def _unmade(*args: Any, **kwargs: Any) -> None:
 
 
 def _base(model: PreTrainedModel) -> Any:
-    return getattr(model, model.base_model_prefix)
+    return base_model(model)[1]
 
 
 def _require_plain(original: nn.Module, facts: LayerPlan) -> None:

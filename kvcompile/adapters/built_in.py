@@ -78,6 +78,7 @@ BUILT_IN: dict[str, Family] = {
     "lfm2": Family("hybrid:LFM2", "LiquidAI/LFM2-350M"),
     "lfm2_moe": Family("hybrid:LFM2_MOE", "LiquidAI/LFM2-8B-A1B"),
     "llama": Family("llama:LLAMA", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "llama4_text": Family("glm:LLAMA4", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
     "mellum": Family("qwen3:MELLUM", "JetBrains/Mellum2-12B-A2.5B-Base"),
     "minicpm3": Family("deepseek:MINICPM3", "openbmb/MiniCPM3-4B"),
     "minimax_m2": Family("olmo2:MINIMAX_M2", "MiniMaxAI/MiniMax-M2"),

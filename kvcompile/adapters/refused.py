@@ -32,7 +32,7 @@ _TYPES = {
     "another attention than the ones that are known, not yet": (
         "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text "
         "hrm_text "
-        "jetmoe llama4_text mimo_v2_flash openai-gpt "
+        "jetmoe mimo_v2_flash openai-gpt "
     ),
 }
 REFUSED: dict[str, str] = {name: reason for reason, names in _TYPES.items() for name in names.split()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompile.calibration.probe import Everything
 from kvcompile.models.sharing import shared
 from kvcompile.plan.selection import Needs, Score, Selection
+from kvcompile.plan.window import oldest
 from kvcompile.runtime.observation import Observation
 
 BLOCK = 8 << 20  # numbers of attention held at a time: 32 MiB in float32
@@ -92,5 +93,7 @@ def mean_attention(seen: Observation, start: int = 0, stop: int | None = None) -
 
 
 def visible(seen: Observation) -> int:
-    """How many entries the newest query sees: all, or a sliding layer's window."""
-    return min(seen.tokens, seen.sliding_window or seen.tokens)
+    """How many entries the newest query sees: all, a sliding layer's window, or its chunk."""
+    if not seen.sliding_window:
+        return seen.tokens
+    return seen.tokens - max(0, oldest(seen.tokens - 1, seen.sliding_window, seen.chunked))

@@ -67,6 +67,12 @@ def padding(step: Step) -> Tensor | None:
     return None if step.valid is None or step.valid.shape[1] == 1 else step.valid
 
 
+@at_the_cache
+def positions(step: Step) -> Tensor:
+    """True positions of the new tokens, `[B, Q]`."""
+    return step.positions
+
+
 @leaf
 def grid(positions: Tensor) -> Tensor:
     """Positions `[4, B, Q]` of text, time, height and width: in text `[B, Q]` one, among images given `[B, Q, 3]`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcompile.runtime.live import base_model
 from kvcompile.structure.blocks import NAMES
 
 
@@ -27,7 +28,7 @@ def projections(model: Any, scope: str, lora: bool) -> list[str]:
 
 def added(model: Any) -> list[str]:
     """Names of the modules and parameters that make a block transformer of a model; they are always trained whole."""
-    prefix = model.base_model_prefix
+    prefix = base_model(model)[0]
     return [f"{prefix}.{name}" for name in NAMES if hasattr(getattr(model, prefix), name)]
 
 

@@ -17,13 +17,11 @@ from kvcompile.plan.recall import GROUP_BYTES, RECEIVED_BYTES, Recall
 from kvcompile.plan.selection import Schedule, Selection
 from kvcompile.plan.storage import PLAIN, Storage
 from kvcompile.plan.structure import Fold, Heads, Latent
+from kvcompile.plan.window import oldest
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
-LATER = {  # what older plans do not say, which is this
-    **{"turnable": True, "alibi": (), "alibi_rounded": False},
-    **{"shared": False, "native": False},
-}
+LATER = ("turnable", "alibi", "alibi_rounded", "shared", "native", "chunked")  # fields that older plans lack
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -38,6 +36,7 @@ class LayerPlan:
     owner: int
     scale: float
     sliding_window: int | None = None
+    chunked: bool = False  # whether it begins at multiples of its length, and does not slide
     softcap: float | None = None
     selection: Selection | None = None
     recall: Recall | None = None
@@ -109,8 +108,8 @@ class LayerPlan:
         return sum(codec.nbytes(tokens, self.head_dim) for codec in self.storage.codecs(dtype))
 
     def span(self, tokens: int) -> int:
-        """Entries that the uncompressed layer can still attend to after `tokens`: all, or its sliding window."""
-        return min(tokens, self.sliding_window) if self.sliding_window else tokens
+        """Entries that the last of `tokens` sees in the uncompressed layer: all, its sliding window or its chunk."""
+        return tokens - max(0, oldest(tokens - 1, self.sliding_window, self.chunked)) if self.sliding_window else tokens
 
 
 @dataclass(frozen=True)
@@ -371,8 +370,8 @@ def split_evenly(total: int, rows: int) -> tuple[int, ...]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        fields = {name: x for name, x in fields.items() if name not in LATER or getattr(value, name) != LATER[name]}
+        known = [f for f in dataclasses.fields(value) if f.name not in LATER or getattr(value, f.name) != f.default]
+        fields = {f.name: _plain(getattr(value, f.name)) for f in known}
         return fields if isinstance(value, LayerPlan) else {"type": type(value).__name__, **fields}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]

@@ -151,6 +151,7 @@ def _observation(layer: _Layer, b: int, score: Score, without: int = 0) -> Obser
         scale=plan.scale,
         softcap=plan.softcap,
         sliding_window=plan.sliding_window,
+        chunked=plan.chunked,
         sinks=None if kv.history.sinks is None else kv.history.sinks.view(keys.shape[0], -1),
         slopes=kernels.slopes(plan.index, keys.device, keys.shape[0]),
         rounded=plan.alibi_rounded,
@@ -181,13 +182,12 @@ def _added_up(layer: _Layer, window: int) -> Tensor | None:
 
     None where padding lies between the queries, or the backend has no kernel for it.
     """
-    kv, cache = layer.kv, layer.step.cache
+    kv, cache, index = layer.kv, layer.step.cache, layer.plan.index
     store, newest = kv.held, kv.history.newest(window)
-    add = cache.kernels.column_sums(layer.plan.index, store.parts, newest[0].dtype) if newest is not None else None
+    add = cache.kernels.column_sums(index, store.parts, newest[0].dtype) if newest is not None else None
     if newest is None or add is None or not in_order(store):
         return None
     sums = torch.zeros(store.batch * store.heads, max(store.lengths), device=store.device, dtype=torch.float32)
-    index = layer.plan.index
     spec, slopes = cache.kernels.window_spec(index, store.parts), cache.kernels.slopes(index, store.device)
     add(Queries(*newest, sinks=kv.history.sinks, slopes=slopes), store.view(), spec, sums)
     return torch.unflatten(sums.div_(spec.group * newest[0].shape[2]), 0, (store.batch, store.heads))
@@ -211,7 +211,7 @@ def _score_sequence(layer: _Layer, b: int) -> LayerScores | None:
         return None
     (budget, floor), (sinks, recent) = s.resolve(span), s.always(span)
     seen = _observation(layer, b, s.score)
-    among = candidates(seen.positions, tokens, plan.sliding_window)
+    among = candidates(seen.positions, tokens, span)
     raw, mass = s.score.score(seen).float(), None
     if s.uncertainty:
         queries, query_positions = _queries(layer, b, s.uncertainty, seen.keys, seen.positions)

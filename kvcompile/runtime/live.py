@@ -66,10 +66,11 @@ def with_states(graph: LiveGraph) -> LiveGraph:
     """
     rewritten = graph.twin()
     model: Any = rewritten.model
-    base = f"model.{model.base_model_prefix}"
+    name, inner = base_model(model)
+    base = f"model.{name}"
     modules = [node for node in rewritten.graph.nodes if node.op == "call_module"]
     calls = [node for node in modules if str(node.target).startswith(f"{base}.")]
-    path = f"{base}.{decoder_layers(getattr(model, model.base_model_prefix))[0]}"
+    path = f"{base}.{decoder_layers(inner)[0]}"
     layers = [f"{path}.{i}." for i in range(model.config.num_hidden_layers)]
     states: list[Any] = [_first_call(calls, layer).args[0] for layer in layers]
     if any(node.target is operator.getitem for node in states):
@@ -91,6 +92,12 @@ def _readers(ids: fx.Node) -> list[fx.Node]:
                 reached[user] = None
                 ahead += [user] if user.op != "call_module" else []
     return list(reached)
+
+
+def base_model(model: Any) -> tuple[str, Any]:
+    """Name and module of what is below the head: by transformers' prefix, or `model` where nothing has that name."""
+    name = model.base_model_prefix
+    return (name, getattr(model, name)) if hasattr(model, name) else ("model", model.model)
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompile.kernels.reference import fall, softmax
 from kvcompile.kernels.reference.ghost import Scorer, ghost_scores
+from kvcompile.plan.window import oldest
 
 QUERY_BLOCK = 256
 
@@ -57,6 +58,7 @@ class Observation:
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
+    chunked: bool = False
     sinks: Tensor | None = None
     slopes: Tensor | None = None
     rounded: bool = False
@@ -74,8 +76,9 @@ class Observation:
     @property
     def alive(self) -> Tensor:
         """Entries that the next query can see, bool `[H_kv, n]`."""
-        oldest = max(0, self.tokens - self.sliding_window + 1) if self.sliding_window else 0
-        return self.positions >= oldest
+        if not self.sliding_window or self.chunked:
+            return self.positions >= 0
+        return self.positions >= max(0, oldest(self.tokens, self.sliding_window))
 
     def attention(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Attention of queries `start:stop` to every entry, `[H_kv, g, w, n]`, float32, causal by true position.
@@ -97,7 +100,7 @@ class Observation:
         entries = self.positions[:, None, None, plain:]
         hidden = (entries > at.view(-1, 1)) | (entries < 0)
         if self.sliding_window:
-            hidden = hidden | (entries <= at.view(-1, 1) - self.sliding_window)
+            hidden = hidden | (entries < oldest(at.view(-1, 1), self.sliding_window, self.chunked))
         logits[..., plain:].masked_fill_(hidden, float("-inf"))
         weights = self.softmax(logits)
         return weights if plain else weights.nan_to_num_(0.0)

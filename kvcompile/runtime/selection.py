@@ -20,7 +20,7 @@ EXCLUDED_FROM_MOMENTS = 4  # the first tokens are attention sinks; their queries
 
 
 def candidates(positions: Tensor, tokens: int | Tensor, window: int | None) -> Tensor:
-    """Entries that may stay, bool: those that are there and, under a `window`, among its newest of `tokens` seen."""
+    """Entries that may stay, bool: those that are there and, under a `window`, among the newest so many of `tokens`."""
     there = positions >= 0
     return there & (positions >= tokens - window) if window else there
 

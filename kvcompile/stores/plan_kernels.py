@@ -42,7 +42,7 @@ class PlanKernels:
             shape = p.group, p.key_dim, p.value_dim, p.scale
             latent = p.latent is not None
             variant: dict[str, Any] = {"softcap": p.softcap, "sink": p.sink, "alibi": bool(p.alibi)}
-            variant |= {"rounded": p.alibi_rounded, "latent": latent}
+            variant |= {"rounded": p.alibi_rounded, "latent": latent, "chunked": p.chunked}
             spec = KernelSpec(parts, *shape, p.sliding_window, scores=scores, **variant)
             self.specs[index, parts, scores] = spec
         return spec

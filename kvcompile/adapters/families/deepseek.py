@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture
 from kvcompile.adapters.base import Attention
+from kvcompile.adapters.families.glm import of_complex
 from kvcompile.adapters.latent import UpProjection, absorbed, expansion
 from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan
@@ -90,8 +91,7 @@ class ByComplex(NativeLatent):
     @classmethod
     def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
         """Their real and imaginary parts, for both halves."""
-        cos, sin = torch.unbind(torch.view_as_real(position_embeddings), -1)
-        return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        return of_complex(position_embeddings)
 
 
 def query_dim(config: Any) -> int:

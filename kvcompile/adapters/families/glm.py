@@ -1,4 +1,4 @@
-"""Channels that turn together lie side by side: glm, ernie4_5, helium, cohere, gptj, codegen.
+"""Channels that turn together lie side by side: glm, ernie4_5, helium, cohere, llama4, gptj, codegen.
 
 Queries and keys are put into the half-split layout before they turn, both alike, so that their products stay and all
 that is written for half-split keys holds.
@@ -16,6 +16,7 @@ from kvcompile.adapters.architecture import Architecture, typed_window
 from kvcompile.adapters.base import Attention
 from kvcompile.adapters.families.llama import Separate
 from kvcompile.adapters.families.qwen3 import HeadNormed, MayNorm, slides
+from kvcompile.graph import ops
 from kvcompile.plan.plan import LayerPlan
 
 
@@ -30,6 +31,12 @@ class PairedInFloat(Paired):
     """The same, turned in float32: ernie4_5."""
 
     in_float: ClassVar[bool] = True
+
+
+def of_complex(position_embeddings: Any) -> tuple[Tensor, Tensor]:
+    """Half-split angles of complex numbers, one for each pair of channels."""
+    cos, sin = torch.unbind(torch.view_as_real(position_embeddings), -1)
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
 
 
 def each_twice(position_embeddings: Any) -> tuple[Tensor, Tensor]:
@@ -64,6 +71,44 @@ class CohereNormed(Cohere):
             key_norm(keys.transpose(1, 2)).transpose(1, 2),
             values,
         )
+
+
+class Llama4(Paired):
+    """Complex angles, heads of length 1 behind the rotation; without rotary positions, queries that grow: llama4."""
+
+    in_float: ClassVar[bool] = True
+    turnable: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("qk_norm", "qk_norm")
+    optional: ClassVar[tuple[str, ...]] = ("qk_norm",)
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        config: Any = original.config
+        self.grows, self.growth, self.origin = config.attn_temperature_tuning, config.attn_scale, config.floor_scale
+
+    @classmethod
+    def angles(cls, position_embeddings: Any) -> tuple[Tensor, Tensor]:
+        """Their real and imaginary parts, for both halves."""
+        return of_complex(position_embeddings)
+
+    def forward(self, hidden_states: Tensor, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        """As the base; this family's layers hand on no positions of tokens."""
+        kwargs["position_ids"] = ops.positions(attention_mask)
+        return super().forward(hidden_states, *args, attention_mask=attention_mask, **kwargs)
+
+    def finish(self, queries: Tensor, keys: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The norm of both, where the config has it.
+
+        Or, without rotary positions, queries times 1 + a log(1 + floor((position + 1) / floor scale)).
+        """
+        if self.rotary:
+            norm: nn.Module | None = getattr(self, "qk_norm", None)
+            return (queries, keys) if norm is None else (norm(queries), norm(keys))
+        if not self.grows:
+            return queries, keys
+        steps = torch.floor((kwargs["position_ids"].float() + 1) / self.origin)
+        grown = torch.log1p(steps) * self.growth + 1
+        return (queries * grown[:, None, :, None]).to(queries.dtype), keys
 
 
 class Sinusoids(nn.Module):
@@ -116,6 +161,16 @@ class CodeGen(GptJ):
         return self.heads(queries.flatten(-2)), self.heads(keys.flatten(-2)), self.heads(values.flatten(-2))
 
 
+def chunks(config: Any, layer: int) -> bool:
+    """Layers that see the chunk of their tokens."""
+    return bool(config.layer_types[layer] == "chunked_attention")
+
+
+def chunk(config: Any, layer: int) -> int | None:
+    """Its length."""
+    return int(config.attention_chunk_size) if chunks(config, layer) else None
+
+
 def slides_or_leads(config: Any, layer: int) -> bool:
     """Rotary positions in layers that slide, and in dense layers at the front where they are all to slide."""
     leads = config.mlp_layer_types[layer] == "dense" and config.prefix_dense_sliding_window_pattern == 1
@@ -142,6 +197,13 @@ ERNIE4_5 = Architecture(PairedInFloat)
 COHERE = Architecture(CohereNormed, normed=lambda config: bool(config.use_qk_norm))
 COHERE2 = Architecture(Cohere, window=typed_window, rotates=slides)
 COHERE2_MOE = Architecture(Cohere, window=typed_window, rotates=slides_or_leads)
+LLAMA4 = Architecture(
+    Llama4,
+    window=chunk,
+    chunked=chunks,
+    rotates=lambda config, layer: bool(config.no_rope_layers[layer]),
+    normed=lambda config: bool(config.use_qk_norm),
+)
 GPTJ = Architecture(
     GptJ,
     attention="attn",

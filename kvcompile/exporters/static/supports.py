@@ -24,6 +24,8 @@ def refuse(plan: Plan, model_config: Any) -> None:
         raise KvcompileError("a program's softmax is over entries alone", "learned sinks", HF)
     if any(p.alibi for p in plan.layers):
         raise KvcompileError("a program's logits are products of queries and keys alone", "ALiBi", HF)
+    if any(p.chunked for p in plan.layers):
+        raise KvcompileError("a program's windows slide", "attention in chunks", HF)
     for p in plan.owners:
         _refuse_storage(p)
         if p.recall is not None:
