@@ -92,11 +92,16 @@ class Llama4(Paired):
         return of_complex(position_embeddings)
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As the base; this family's layers hand on no positions of tokens."""
         kwargs["position_ids"] = ops.positions(attention_mask)
-        return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
     def finish(self, queries: Tensor, keys: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The norm of both, where the config has it.
