@@ -98,6 +98,7 @@ class Backend:
     supports: whether it attends over a spec for queries of a dtype; the library does where it does not.
     checked: what a check on this device found of its kernel for a spec; None: no kernel of it needs one.
     differentiable: whether gradients pass; the library attends where they are wanted and they do not.
+    sees_ahead: whether it honours `Queries.until`; the library attends where that is set and it does not.
     library_prompts: whether a prompt that sees nothing but itself may be left to the library, where that is faster.
     column_sums: None: scores look at queries and keys themselves. encode, compact: to the same bytes as those of torch.
     choose: what a step reads of a layer that recalls; of groups whose scores differ by rounding alone, any.
@@ -113,6 +114,7 @@ class Backend:
     supports: Callable[[KernelSpec, torch.dtype], bool] = everything
     checked: Callable[[KernelSpec, torch.dtype], Verdict] | None = None
     differentiable: bool = False
+    sees_ahead: bool = False
     library_prompts: bool = False
     column_sums: ColumnSums | None = None
     encode: Encoder = encode_by_torch

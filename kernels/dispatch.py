@@ -17,8 +17,8 @@ from kvcompile.kernels.spec import KernelSpec
 from kvcompile.kernels.triton.backend import TRITON
 from kvcompile.plan.extensions import with_extensions
 
-SDPA = Backend("sdpa", sdpa.attend, supports=sdpa.supports, differentiable=True, library_prompts=True)
-REFERENCE = Backend("reference", reference.attend, differentiable=True)
+SDPA = Backend("sdpa", sdpa.attend, supports=sdpa.supports, differentiable=True, sees_ahead=True, library_prompts=True)
+REFERENCE = Backend("reference", reference.attend, differentiable=True, sees_ahead=True)
 BUILT_IN = (CPP, TRITON, SDPA, REFERENCE)
 
 
@@ -78,13 +78,16 @@ def _unready(backend: Backend, device: torch.device) -> str:
     return ""
 
 
-def serving(backend: Backend, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Backend:
+def serving(
+    backend: Backend, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False, ahead: bool = False
+) -> Backend:
     """Who attends over a spec where a backend was chosen: that one, or the library where it cannot, or the reference.
 
-    gradients: whether they must pass.
+    gradients: whether they must pass. ahead: whether some queries see later tokens.
     """
     for each in (backend, SDPA):
-        if each.takes(spec, dtype) and (each.differentiable or not gradients):
+        able = (each.differentiable or not gradients) and (each.sees_ahead or not ahead)
+        if able and each.takes(spec, dtype):
             return each
     return REFERENCE
 

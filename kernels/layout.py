@@ -121,7 +121,8 @@ class Queries:
 
     Keys and values of the new tokens are already the last entries of their rows. `sinks [H_q]` (float32): the learned
     logits of the query heads, in a spec that has them. `slopes [H_q]` (float32): what logits of a query head fall by
-    with every token of distance, in a spec with `alibi`.
+    with every token of distance, in a spec with `alibi`. `until [B, Q]`: the last position that each token sees (None:
+    its own), for backends that say `sees_ahead`.
     """
 
     states: Tensor
@@ -129,3 +130,4 @@ class Queries:
     valid: Tensor | None = None
     sinks: Tensor | None = None
     slopes: Tensor | None = None
+    until: Tensor | None = None

@@ -96,19 +96,21 @@ def _dense(queries: Queries, view: DenseView, spec: KernelSpec) -> Tensor:
     count, entries = q.shape[2], view.keys.shape[2]
     if count == 1:
         return _folded(queries, view, _window_mask(at, view.positions, spec), spec)
-    if count == entries and not _explicit(spec) and not _windowed(count, spec):
+    until = queries.until
+    if count == entries and until is None and not _explicit(spec) and not _windowed(count, spec):
         return F.scaled_dot_product_attention(
             q, view.keys, view.values, is_causal=True, scale=spec.scale, enable_gqa=spec.group > 1
         )
     blocks = []
     for start in range(0, count, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, count)
-        # entries of later new tokens lie behind `seen`: no block needs them
-        seen = entries - count + stop
-        block = replace(queries, states=q[:, :, start:stop], positions=at[:, start:stop])
+        # entries of later new tokens lie behind `seen`: no block needs them, but where tokens see ahead
+        seen = entries - count + stop if until is None else entries
+        ends = None if until is None else until[:, start:stop]
+        block = replace(queries, states=q[:, :, start:stop], positions=at[:, start:stop], until=ends)
         bias = None if view.bias is None else view.bias[:, :, :seen]
         part = DenseView(view.keys[:, :, :seen], view.values[:, :, :seen], view.positions[:, :, :seen], bias=bias)
-        blocks.append(_folded(block, part, _mask(block.positions, part.positions, spec), spec))
+        blocks.append(_folded(block, part, _mask(block.positions, part.positions, spec, ends), spec))
     return torch.cat(blocks, 2)
 
 
@@ -156,10 +158,13 @@ def _by_hand(
     return torch.matmul(reference.softmax(logits, sinks).to(values.dtype), values)
 
 
-def _mask(at: Tensor, entries_at: Tensor, spec: KernelSpec) -> Tensor:
-    """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]`; `entries_at [B, H_kv or 1, n]`."""
+def _mask(at: Tensor, entries_at: Tensor, spec: KernelSpec, until: Tensor | None = None) -> Tensor:
+    """Visible entries `[B, H_kv or 1, Q, n]` for queries at `at [B, Q]`; `entries_at [B, H_kv or 1, n]`.
+
+    until: the last position that each query sees, `[B, Q]` (None: its own).
+    """
     queries_at, entries_at = at[:, None, :, None], entries_at[:, :, None, :]
-    visible = entries_at <= queries_at
+    visible = entries_at <= (queries_at if until is None else until[:, None, :, None])
     if spec.sliding_window:
         visible = visible & (entries_at >= oldest(queries_at, spec.sliding_window, spec.chunked))
     return visible
@@ -216,7 +221,8 @@ def _ragged_prefill(queries: Queries, view: RaggedView, spec: KernelSpec) -> Ten
     out = q.new_zeros(*q.shape[:3], view.values.shape[-1])
     for b in range(view.batch):
         real = slice(None) if queries.valid is None else queries.valid[b].nonzero().squeeze(-1)
-        new = replace(queries, states=q[b : b + 1, :, real], positions=queries.positions[b : b + 1, real], valid=None)
+        at, ends = queries.positions[b : b + 1, real], None if queries.until is None else queries.until[b : b + 1, real]
+        new = replace(queries, states=q[b : b + 1, :, real], positions=at, valid=None, until=ends)
         if not new.states.shape[2]:
             continue
         rows = range(b * view.heads, (b + 1) * view.heads)
@@ -235,7 +241,8 @@ def _of_heads(queries: Queries, sequence: int, head: int, spec: KernelSpec) -> Q
     """What one KV head of one sequence is asked."""
     one, group = slice(sequence, sequence + 1), slice(head * spec.group, (head + 1) * spec.group)
     sinks, slopes = (None if x is None else x[group] for x in (queries.sinks, queries.slopes))
-    return Queries(queries.states[one, group], queries.positions[one], sinks=sinks, slopes=slopes)
+    until = None if queries.until is None else queries.until[one]
+    return Queries(queries.states[one, group], queries.positions[one], sinks=sinks, slopes=slopes, until=until)
 
 
 def _stacked(view: RaggedView, rows: range) -> DenseView:

@@ -95,16 +95,16 @@ def fall(slopes: Tensor, positions: Tensor, at: Tensor, scale: float, rounded: b
     return ((slopes / scale).bfloat16() * positions.bfloat16()).to(slopes.dtype) * scale
 
 
-def hidden(positions: Tensor, at: Tensor, spec: KernelSpec) -> Tensor:
-    """Which entries at true positions `positions` a query at `at` does not see (broadcast)."""
-    unseen = positions > at
+def hidden(positions: Tensor, at: Tensor, spec: KernelSpec, until: Tensor | None = None) -> Tensor:
+    """Which entries at true positions `positions` a query at `at` does not see, nor after `until` (None: `at`)."""
+    unseen = positions > (at if until is None else until)
     if spec.sliding_window:
         unseen = unseen | (positions < oldest(at, spec.sliding_window, spec.chunked))
     return unseen
 
 
 def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None = None) -> Tensor:
-    """Attention of each new token to the entries at or before it, `[B, H_q, Q, D_v]`; zeros for padding.
+    """Attention of each new token to the entries at or before it (or `until`), `[B, H_q, Q, D_v]`; zeros for padding.
 
     O_i = sum_j softmax_j(softcap(q_i k_j * scale) + b_j + m (p_j - p_i)) v_j over 0 <= p_i - p_j (< sliding window, or
     p_j in the chunk of p_i), in float64; with a sink, its exp is one more term of the denominator. Where the spec has
@@ -118,10 +118,11 @@ def attend(queries: Queries, view: View, spec: KernelSpec, sums: Tensor | None =
     slopes = required(queries.slopes, "a slope of each head").double() if spec.alibi else None
     for b in range(batch):
         at = queries.positions[b].unsqueeze(-1)
+        until = None if queries.until is None else queries.until[b].unsqueeze(-1)
         real = slice(None) if queries.valid is None else queries.valid[b]
         for h in range(heads // spec.group):
             keys, values, positions = row(view, spec, b, h)
-            unseen = hidden(positions, at, spec)
+            unseen = hidden(positions, at, spec, until)
             bias = biases(view, b, h) if spec.bias else 0.0
             for g in range(h * spec.group, (h + 1) * spec.group):
                 logits = q[b, g].double() @ keys.T * spec.scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvcompile.adapters.architecture import Architecture, level, nothing
 from kvcompile.adapters.architectures import architecture, known
-from kvcompile.adapters.around import AROUND
+from kvcompile.adapters.around import AROUND, no_layers
 from kvcompile.adapters.built_in import BUILT_IN
 from kvcompile.adapters.refused import REFUSED
 
@@ -28,6 +28,12 @@ def limits(known_as: Architecture) -> list[str]:
     ]
 
 
+def around_limits(name: str) -> str:
+    """What a model of images and text cannot have."""
+    at_once = AROUND[name].both_ways is not no_layers
+    return f"{TEXT}; an image is read in one pass (no prefill_chunk)" if at_once else TEXT
+
+
 def catalogue() -> dict[str, str]:
     """A line for each known model type: a checkpoint that has it, and its limits."""
     lines = {}
@@ -35,7 +41,7 @@ def catalogue() -> dict[str, str]:
         example = BUILT_IN[name].example if name in BUILT_IN else ""
         of = f"such as {example}" if example else "compiled" if name in BUILT_IN else "of another package"
         lines[name] = "; ".join([of, *limits(architecture(name))])
-    images = {name: f"such as {model.example}; {TEXT}" for name, model in AROUND.items()}
+    images = {name: f"such as {model.example}; {around_limits(name)}" for name, model in AROUND.items()}
     return dict(sorted({**lines, **images}.items()))
 
 
@@ -46,8 +52,7 @@ def page() -> str:
         rows.append(f"| `{name}` | {family.example} | {'; '.join(limits(architecture(name)))} |")
     around = ["| with images | for example | limits |", "|---|---|---|"]
     for name, model in AROUND.items():
-        images = "" if model.images is None else f"; text alone: {model.images}"
-        around.append(f"| `{name}` | {model.example} | {TEXT}{images} |")
+        around.append(f"| `{name}` | {model.example} | {around_limits(name)} |")
     reasons: dict[str, list[str]] = {}
     for name, reason in REFUSED.items():
         reasons.setdefault(reason, []).append(f"`{name}`")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kvcompile.adapters.around import Around
+from kvcompile.adapters.rows import Rows, rows_of
 from kvcompile.errors import KvcompileError
 from kvcompile.runtime.model import CompiledMixin
+from kvcompile.runtime.prompt import Sight, ends_of_runs
 
-IMAGES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-MASK = "kvcompile"  # under which a padding mask passes by a model that would make masks of it
+MASK, SIGHT = "kvcompile", "sight"  # under which a padding mask passes by a model that would make masks of it
 
 
 class TextStack(PreTrainedModel):  # type: ignore[misc]
@@ -25,9 +28,10 @@ class TextStack(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     model: nn.Module
 
-    def __init__(self, stack: PreTrainedModel) -> None:
+    def __init__(self, stack: PreTrainedModel, rows: Rows) -> None:
         nn.Module.__init__(self)  # nothing of the stack is to be initialised again
-        self.config, self.model, self.lm_head = stack.config, stack, nn.Identity()
+        self.config, self.model, self.lm_head, self.rows = stack.config, stack, nn.Identity(), rows
+        self.whole = {"logits_to_keep": None} if "logits_to_keep" in signature(stack.forward).parameters else {}
         self.train(stack.training)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -35,15 +39,29 @@ class TextStack(PreTrainedModel):  # type: ignore[misc]
         return self.lm_head
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the stack."""
-        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        return embeddings
+        """Those of the stack, and what goes with them."""
+        return self.rows
 
-    def forward(self, *args: Any, logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Hidden states `[B, kept, hidden]` in place of logits."""
-        states = self.model(*args, **kwargs).last_hidden_state
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Hidden states `[B, kept, hidden]` in place of logits, of token ids or rows of the stack."""
+        rows = self.rows(input_ids) if inputs_embeds is None else inputs_embeds
+        states = self.model(**self.rows.parted(rows), **self.whole, **kwargs).last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(logits=self.lm_head(states[:, kept]))
+
+
+@dataclass
+class StackOutput(BaseModelOutputWithPast):  # type: ignore[misc]
+    """What the models around may look for besides: nothing is in it."""
+
+    shared_kv_states: Any = None
+    router_logits: Any = None
 
 
 class InsideMixin:
@@ -56,15 +74,26 @@ class InsideMixin:
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> StackOutput:
         """As the text model's; positions may be of time, height and width, `[3 or 4, B, Q]`."""
-        mask = attention_mask.get(MASK) if isinstance(attention_mask, dict) else attention_mask
+        mask, sight = attention_mask, None
+        if isinstance(attention_mask, dict):
+            mask, sight = attention_mask.get(MASK), attention_mask.get(SIGHT)
         if position_ids is not None and position_ids.ndim == 3:
             position_ids = position_ids[-3:].movedim(0, -1)
         kwargs.pop("return_dict", None)
-        out = self.compiled(input_ids, mask, position_ids, return_dict=True, **kwargs)
-        return BaseModelOutputWithPast(out.logits, out.past_key_values, out.hidden_states)
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):  # the model around keeps these itself
+            kwargs.pop("logits_to_keep")
+        if inputs_embeds is not None:
+            inputs_embeds = self.compiled.rows.joined(inputs_embeds, kwargs)
+        cache = self.compiled._own(past_key_values)
+        tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        with cache.seeing(sight):
+            out = self.compiled(**tokens, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs)
+        return StackOutput(out.logits, out.past_key_values, out.hidden_states)
 
 
 class AroundMixin(CompiledMixin):
@@ -73,29 +102,33 @@ class AroundMixin(CompiledMixin):
     kvcompile_around: Around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's. Raises KvcompileError for images where they are not compiled."""
+        """As the model's."""
         around, original = self.kvcompile_around, super(CompiledMixin, self).forward  # type: ignore[misc]
         if args:
             kwargs |= dict(zip(signature(original).parameters, args, strict=False))
-        types = kwargs.get("token_type_ids")
-        images = [name for name in IMAGES if _given(kwargs.get(name))]
-        if around.images and (images or (types is not None and bool(types.any()))):
-            raise KvcompileError(
-                f"images are not compiled in a {type(self).__name__}: {around.images}",
-                images[0] if images else "token_type_ids of images",
-                "give it text alone, or compile another model",
-            )
         if around.masks:
-            kwargs["attention_mask"] = {MASK: kwargs.get("attention_mask")}
-            kwargs.pop("token_type_ids", None)
+            config: Any = self.config  # type: ignore[attr-defined]
+            sight = _sight(around.both_ways(config), kwargs.get(around.types), config)
+            kwargs["attention_mask"] = {MASK: kwargs.get("attention_mask"), SIGHT: sight}
         return original(**kwargs)
 
 
-def _given(images: Any) -> bool:
-    """Whether there is a tensor, or one among encoded images."""
-    if isinstance(images, dict):
-        return any(image is not None for image in images.values())
-    return images is not None
+def _sight(layers: str, types: Tensor | None, config: Any) -> Sight | None:
+    """What tokens of images and videos, of type 1 and 2 in `types [B, past + Q]`, see behind them.
+
+    Raises KvcompileError where the model's own masks would not be of one window.
+    """
+    if not layers or types is None or not bool(types.any()):
+        return None
+    seen = (types == 1) | (types == 2)
+    sight, window = Sight(ends_of_runs(seen), layers == "sliding"), config.get_text_config().sliding_window
+    columns = torch.arange(types.shape[1], dtype=torch.int64, device=types.device)
+    longest = int((sight.ends - columns).max()) + 1
+    if layers == "all" and window and longest > window:
+        raise KvcompileError(
+            "an image has no more tokens than a sliding window", f"{longest} tokens of {window}", "use smaller images"
+        )
+    return sight
 
 
 def text_stack(model: Any, place: str) -> TextStack:
@@ -103,7 +136,7 @@ def text_stack(model: Any, place: str) -> TextStack:
     stack = model.get_submodule(place)
     if isinstance(stack, InsideMixin):
         raise KvcompileError("a model is compiled once", "one that is compiled already", "load it afresh")
-    return TextStack(stack)
+    return TextStack(stack, rows_of(model, stack))
 
 
 def _as(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

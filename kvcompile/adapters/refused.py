@@ -17,8 +17,7 @@ _TYPES = {
         "axk2 deepseek_v32 deepseek_v4 glm_moe_dsa hy_v4 minimax_m3_vl_text qwen4_exp qwen4_exp_text"
     ),
     "an image or audio model around a text model, not yet: compile the text model of the same family": (
-        "emu3 fuyu gemma3n gemma4 gemma4_unified got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal "
-        "qwen3_5 qwen3_5_moe"
+        "emu3 fuyu got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal"
     ),
     "an image model, whose image tokens see each other both ways": "git",
     "a draft model, which reads the cache of the model that it drafts for": (

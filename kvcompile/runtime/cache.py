@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvcompile.kernels.backend import Backend
 from kvcompile.kernels.dispatch import SDPA
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.layer import LayerCache
+from kvcompile.runtime.prompt import Sight
 from kvcompile.runtime.replay.transcript import Transcript
 from kvcompile.stores.plan_kernels import PlanKernels
 
@@ -39,6 +41,12 @@ class Step:
     shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what layers need not redo
     concerned: list[bool] | None = None  # sequences to which this pass, or its prompt, has brought tokens (None: all)
     withheld: bool = False  # whether the selection that is due waits for a replay of the text
+    until: Tensor | None = None  # the last position that each new token sees, `[B, Q]` (None: its own)
+    until_slides: bool = False  # that of layers with a sliding window alone
+
+    def sees(self, window: int | None) -> Tensor | None:
+        """The last position that each new token sees in a layer with this sliding window; None: its own."""
+        return self.until if window or not self.until_slides else None
 
     @property
     def ended(self) -> list[bool]:
@@ -115,6 +123,7 @@ class KVCache(Cache):  # type: ignore[misc]
         self.croppable = 0
         self.read_again = 0  # tokens that replays have read, their prompts included
         self.withheld: Step | None = None  # the pass after which a replay is due
+        self.sight: Sight | None = None  # which later tokens the new ones of the next pass see (None: none)
         replay = None if self.replayed is None else self.replayed.replay
         self.transcript = None if replay is None else Transcript(replay.overlap)
         self.chunk(prompting=False, last=True)
@@ -152,6 +161,14 @@ class KVCache(Cache):  # type: ignore[misc]
         self.tick = 0 if prefill else self.tick + 1
         self.croppable = self.croppable + count if valid is None and self.states is None else 0
         step = Step(self, positions, valid, prefill, self.last_chunk, self.tick, self.shift, self.coming)
+        if self.sight is not None and not self.last_chunk:
+            raise KvcompileError(
+                "tokens of one image see each other both ways, so a prompt with images is read in one pass",
+                f"prefill_chunk={self.plan.prefill_chunk}",
+                "compile with prefill_chunk=0, or longer chunks",
+            )
+        if self.sight is not None:
+            step = replace(step, until=self.sight.until(positions), until_slides=self.sight.sliding)
         if self.transcript is None or self.replayed is None:
             return step
         self.transcript.add(tokens, valid)
@@ -159,6 +176,15 @@ class KVCache(Cache):  # type: ignore[misc]
             return step
         self.withheld = replace(step, withheld=True)
         return self.withheld
+
+    @contextmanager
+    def seeing(self, sight: Sight | None) -> Iterator[None]:
+        """For one pass: its new tokens see these later ones too."""
+        self.sight = sight
+        try:
+            yield
+        finally:
+            self.sight = None
 
     def stays_inside(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether a pass over these new tokens completes no block of any sequence; only block transformers have any."""

@@ -131,9 +131,10 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         ends = store.lengths if chosen is None else tabled(chosen, store.device).lengths
         sums = self._sums(queries, step, parts, ends)
         spec = cache.kernels.spec(layer, parts, sums is not None)
-        attend = cache.kernels.attention(spec, queries.dtype, self._learns(queries))
+        until = step.sees(self.plan.sliding_window)
+        attend = cache.kernels.attention(spec, queries.dtype, self._learns(queries), until is not None)
         slopes = cache.kernels.slopes(layer, queries.device)
-        new, view = Queries(queries, step.positions, step.valid, sinks, slopes), self._view(chosen)
+        new, view = Queries(queries, step.positions, step.valid, sinks, slopes, until), self._view(chosen)
         if cache.reads is not None:
             cache.count_read(layer, view_bytes(view, spec.latent))
         out = attend(new, view, spec, sums)
@@ -172,7 +173,7 @@ class LayerCache(CacheLayerMixin):  # type: ignore[misc]
         if s is None or not (step.prefill or s.schedule.decode_every) or not factory.in_order(self.held):
             return False
         needs, single = s.score.needs, queries.shape[2] == 1 and step.valid is None and not step.prefill
-        if needs.reduce != "sum" or self._learns(queries):
+        if needs.reduce != "sum" or self._learns(queries) or step.sees(self.plan.sliding_window) is not None:
             return False
         if not needs.carries and not (single and step.due(s.schedule.decode_every)):  # sums of one query alone
             return False

@@ -74,3 +74,28 @@ class Prompt:
         rows = [[index_of[c] for c in row] for row in self.places[:, list(columns)].tolist()]
         at = torch.tensor(rows, dtype=torch.long, device=results.device)
         return results[torch.arange(len(rows), dtype=torch.long, device=results.device).unsqueeze(1), at]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which later tokens of the same pass new ones see: those up to columns `ends [B, n]`.
+
+    The newest columns are those of the pass. sliding: in layers with a sliding window alone.
+    """
+
+    ends: Tensor
+    sliding: bool = False
+
+    def until(self, positions: Tensor) -> Tensor:
+        """The last position that each new token sees, by the `positions [B, Q]` of all of them."""
+        count = positions.shape[1]
+        before = self.ends.shape[1] - count
+        return positions.gather(1, self.ends[:, before:] - before)
+
+
+def ends_of_runs(marked: Tensor) -> Tensor:
+    """For each column of `marked [B, Q]` the last column of its run of marked ones; its own, where it is not marked."""
+    columns = torch.arange(marked.shape[1], dtype=torch.int64, device=marked.device)
+    continues = marked & torch.nn.functional.pad(marked[:, 1:], (0, 1))
+    ends = columns.masked_fill(continues, marked.shape[1])
+    return ends.flip(1).cummin(1).values.flip(1)

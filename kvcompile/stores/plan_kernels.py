@@ -21,7 +21,9 @@ class PlanKernels:
     def __init__(self, plan: Plan, backend: Backend) -> None:
         self.plan, self.backend = plan, backend
         self.specs: dict[tuple[int, tuple[Part, ...], bool], KernelSpec] = {}
-        self.served: dict[tuple[int, torch.dtype, bool], Attention] = {}  # by the id of a spec, which `specs` keeps
+        self.served: dict[
+            tuple[int, torch.dtype, bool, bool], Attention
+        ] = {}  # by the id of a spec, which `specs` keeps
         self.falls: dict[tuple[int, torch.device], torch.Tensor] = {}  # slopes by layer and device
         self.scoring: dict[tuple[int, tuple[Part, ...], torch.dtype], bool] = {}
 
@@ -58,17 +60,21 @@ class PlanKernels:
         slopes = self.falls.get(key)
         return slopes if slopes is None or heads is None else slopes.view(heads, -1)
 
-    def attention(self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False) -> Attention:
+    def attention(
+        self, spec: KernelSpec, dtype: torch.dtype, gradients: bool = False, ahead: bool = False
+    ) -> Attention:
         """What attends over one of `specs`: the backend, or who does where it cannot.
 
         Args:
             spec: of `spec`.
             dtype: of the queries.
             gradients: whether they must pass, which generated kernels do not let them.
+            ahead: whether some queries see later tokens, which generated kernels do not know.
         """
-        attend = self.served.get((id(spec), dtype, gradients))
+        key = id(spec), dtype, gradients, ahead
+        attend = self.served.get(key)
         if attend is None:
-            attend = self.served[id(spec), dtype, gradients] = serving(self.backend, spec, dtype, gradients).attend
+            attend = self.served[key] = serving(self.backend, spec, dtype, gradients, ahead).attend
         return attend
 
     def scores(self, index: int, parts: tuple[Part, ...], dtype: torch.dtype) -> bool:

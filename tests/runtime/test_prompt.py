@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompile.runtime.prompt import Prompt
+from kvcompile.runtime.prompt import Prompt, Sight, ends_of_runs
 
 
 @st.composite
@@ -54,3 +54,21 @@ def test_a_prompt_without_padding_stays_as_it_is() -> None:
     results = torch.randn(2, 3, 5)
     assert prompt.restored(results, [1, 3, 4], [1, 3, 4]) is results
     assert torch.equal(prompt.restored(results, [1, 3, 4], [4, 1, 1]), results[:, [2, 0, 0]])
+
+
+@given(masks())
+@settings(deadline=None)
+def test_the_end_of_a_run_is_its_last_marked_column(marked: torch.Tensor) -> None:
+    def end(row: list[int], at: int) -> int:
+        while row[at] and at + 1 < len(row) and row[at + 1]:
+            at += 1
+        return at
+
+    expected = [[end(row, at) for at in range(len(row))] for row in marked.tolist()]
+    assert ends_of_runs(marked.bool()).tolist() == expected
+
+
+def test_a_sight_is_in_positions_of_the_newest_tokens() -> None:
+    sight = Sight(ends_of_runs(torch.tensor([[0, 1, 1, 0, 1, 1, 0]]).bool()))
+    positions = torch.tensor([[13, 14, 15, 16]])  # of the last four columns
+    assert sight.until(positions).tolist() == [[13, 15, 15, 16]]
