@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -91,7 +92,7 @@ class InsideMixin:
             inputs_embeds = self.compiled.rows.joined(inputs_embeds, kwargs)
         cache = self.compiled._own(past_key_values)
         tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        with cache.seeing(sight):
+        with _seeing(cache, sight):
             out = self.compiled(**tokens, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs)
         return StackOutput(out.logits, out.past_key_values, out.hidden_states)
 
@@ -129,6 +130,16 @@ def _sight(layers: str, types: Tensor | None, config: Any) -> Sight | None:
             "an image has no more tokens than a sliding window", f"{longest} tokens of {window}", "use smaller images"
         )
     return sight
+
+
+@contextmanager
+def _seeing(cache: Any, sight: Sight | None) -> Iterator[None]:
+    """For one pass: its new tokens see these later ones too."""
+    cache.sight = sight
+    try:
+        yield
+    finally:
+        cache.sight = None
 
 
 def text_stack(model: Any, place: str) -> TextStack:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -176,15 +175,6 @@ class KVCache(Cache):  # type: ignore[misc]
             return step
         self.withheld = replace(step, withheld=True)
         return self.withheld
-
-    @contextmanager
-    def seeing(self, sight: Sight | None) -> Iterator[None]:
-        """For one pass: its new tokens see these later ones too."""
-        self.sight = sight
-        try:
-            yield
-        finally:
-            self.sight = None
 
     def stays_inside(self, tokens: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether a pass over these new tokens completes no block of any sequence; only block transformers have any."""
