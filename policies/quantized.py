@@ -58,7 +58,7 @@ class QuantizedPolicy(StoragePolicy):
         self.require(self.residual >= 0, "residual", "0 or more")
 
     def codecs(self, dim: int) -> tuple[Codec, Codec]:
-        """Number formats of keys and values of `dim` channels."""
+        """Number formats of keys and of values, both of `dim` channels."""
         raise NotImplementedError
 
     def store(self, p: LayerPlan) -> LayerPlan:
@@ -69,6 +69,6 @@ class QuantizedPolicy(StoragePolicy):
                 f"{self.name!r} after {p.storage.policy!r}",
                 "drop one",
             )
-        key, value = self.codecs(p.key_dim)
-        value = key if p.latent else value  # values are channels of the row
+        key = self.codecs(p.key_dim)[0]
+        value = key if p.latent else self.codecs(p.value_dim)[1]  # of a latent, values are channels of the row
         return replace(p, storage=replace(p.storage, key=key, value=value, residual=self.residual, policy=self.name))

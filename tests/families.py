@@ -150,6 +150,14 @@ TINY: dict[str, dict[str, Any]] = {
         "attn_scale": 0.5,
     },
     "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
+    "mimo_v2_flash": {
+        **SLIDES,
+        **ROUTED,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "v_head_dim": 16,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "minicpm3": {**MLA, "dim_model_base": 32},
     "minimax_m2": {**LOCAL, **HALF},
     "ministral": SLIDES,
@@ -210,6 +218,7 @@ EAGER = (
     "flint",
     "granite_swa",
     "granitemoe_swa",
+    "mimo_v2_flash",
 )  # SDPA of transformers knows neither soft-caps nor sinks
 NO_KV_HEADS = (
     "bloom gpt_neox modernbert-decoder biogpt codegen dbrx falcon gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese "

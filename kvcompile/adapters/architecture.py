@@ -66,7 +66,7 @@ def turning(config: Any, layer: int) -> int:
 
 
 def everywhere(config: Any, layer: int) -> bool:
-    """All layers attend."""
+    """All layers."""
     return True
 
 
@@ -85,19 +85,19 @@ class Architecture:
     """One `model_type` of transformers: how its attention is adapted, and the facts of its layers by its config.
 
     adapter: of the attention modules, which each decoder layer has under the name `attention`. layers: the list of
-    decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each. scale:
-    what queries times keys are multiplied by. window: tokens that a layer sees (None: all). chunked: it
-    begins at multiples of its length, and does not slide. softcap: c of c tanh(x / c)
-    over the logits (None: none). rotates: whether a layer has rotary positions. turning: channels of a head that these
-    turn. rotary_module: what gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the
-    layer. refuses: what of a config is not compiled (None: nothing). attends: whether a decoder layer has keys and
-    values. states: bytes that the others keep of one sequence. grid: positions are those of text, time, height and
-    width. alibi: what logits of each query head fall by with every token of distance (empty: nothing).
-    alibi_rounded: these are products in bfloat16. unused: methods and switches of the base model that make what our
-    attention does not read. normed: whether a config has the norms of its
-    adapter. grouped: the stock class can have fewer KV heads than query heads. latent: the row that a layer caches in
-    place of keys and values (None: it caches these). reads: the earlier layer whose keys and values a layer attends to
-    (None: its own).
+    decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each.
+    value_head: of a value, where a key has others (None: it has not). scale: what queries times keys are multiplied by.
+    window: tokens that a layer sees (None: all). chunked: it begins at multiples of its length, and does not slide.
+    softcap: c of c tanh(x / c) over the logits (None: none). rotates: whether a layer has rotary positions. turning:
+    channels of a head that these turn. rotary_module: what gives the angles of a layer, in the base model.
+    rotary_per_type: it wants the type of the layer. refuses: what of a config is not compiled (None: nothing). attends:
+    whether a decoder layer has keys and values. states: bytes that the others keep of one sequence. grid: positions are
+    those of text, time, height and width. alibi: what logits of each query head fall by with every token of distance
+    (empty: nothing). alibi_rounded: these are products in bfloat16. sinks: whether a layer has the learned sinks of its
+    adapter. unused: methods and switches of the base model that make what our attention does not read. normed: whether
+    a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than query heads. latent:
+    the row that a layer caches in place of keys and values (None: it caches these). reads: the earlier layer whose keys
+    and values a layer attends to (None: its own).
     """
 
     adapter: type[Attention]
@@ -105,6 +105,7 @@ class Architecture:
     layers: str = "layers"
     heads: Callable[[Any, int], tuple[int, int]] = by_config
     head_dim: Callable[[Any, int], int] = lambda config, layer: channels(config)
+    value_head: Callable[[Any], int | None] = lambda config: None
     scale: Callable[[Any], float] = by_head_dim
     window: Callable[[Any, int], int | None] = lambda config, layer: None
     chunked: Callable[[Any, int], bool] = lambda config, layer: False
@@ -118,6 +119,7 @@ class Architecture:
     grid: bool = False
     alibi: Callable[[Any], tuple[float, ...]] = level
     alibi_rounded: bool = False
+    sinks: Callable[[Any, int], bool] = everywhere
     unused: tuple[str, ...] = ()
     normed: Callable[[Any], bool] = lambda config: True
     refuses: Callable[[Any], str | None] = lambda config: None
@@ -150,6 +152,7 @@ class Architecture:
             kv_heads=kv_heads,
             head_dim=self.head_dim(config, layer),
             owner=index if source is None else self.attending(config).index(source),
+            value_head=self.value_head(config),
             scale=self.scale(config),
             sliding_window=self.window(config, layer),
             chunked=self.chunked(config, layer),
@@ -158,7 +161,7 @@ class Architecture:
             rotary=self.turning(config, layer) if rotates else 0,
             turnable=self.adapter.turnable and not alibi,
             key_norm=bool(self.adapter.norms) and self.normed(config),
-            sink="sinks" in self.adapter.learned,
+            sink="sinks" in self.adapter.learned and self.sinks(config, layer),
             alibi=alibi,
             alibi_rounded=self.alibi_rounded and bool(alibi),
             latent=self.latent(config),

@@ -60,7 +60,8 @@ class Attention(nn.Module):
         added = (("latent", plan.latent and not plan.latent.native), ("center", plan.storage.centred))
         keeps = {*self.keeps, *(name for name, there in added if there)}
         own = dict(original.named_parameters(recurse=False))
-        if {*children} - {*self.optional} != keeps - {*self.optional} or {*own} - {*self.optional} != {*self.learned}:
+        may = {*self.optional}
+        if {*children} - may != keeps - may or {*own} - may != {*self.learned} - may:
             raise KvcompileError(
                 f"layer {plan.index}: the attention must have exactly {', '.join(sorted({*keeps, *self.learned}))}",
                 f"{type(original).__name__} with {', '.join((*children, *own))}",
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         for name, parameter in own.items():
             self.register_parameter(name, parameter)
         self.layer_idx, self.head_dim, self.group, self.rotary = plan.index, plan.head_dim, plan.group, plan.rotates
-        self.turning = plan.rotary
+        self.turning, self.value_dim = plan.rotary, plan.value_dim
         self.compresses, self.centred = plan.latent is not None, plan.storage.centred > 0
         self.reads = plan.owner != plan.index or self.compresses
         self.train(original.training)
@@ -79,6 +80,10 @@ class Attention(nn.Module):
     def heads(self, states: Tensor) -> Tensor:
         """`[B, Q, H * D]` to `[B, H, Q, D]`."""
         return torch.unflatten(states, -1, (-1, self.head_dim)).transpose(1, 2)
+
+    def value_heads(self, states: Tensor) -> Tensor:
+        """`[B, Q, H * D_v]` to `[B, H, Q, D_v]`, where a value has other channels than a key."""
+        return torch.unflatten(states, -1, (-1, self.value_dim)).transpose(1, 2)
 
     def project(self, states: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values `[B, H, Q, D]` of `states [B, Q, hidden]`, normed, before rotation.
@@ -151,7 +156,7 @@ class Attention(nn.Module):
 
     def _sinks(self) -> dict[str, Any]:
         """The argument that an attention with sinks hands on, in the dtype that kernels read."""
-        return {"sinks": self.sinks.float()} if "sinks" in self.learned else {}
+        return {"sinks": self.sinks.float()} if "sinks" in self._parameters else {}
 
     def compressed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Absorbed queries `[B, H_q, Q, d_R + d_c]` and rows `[k_R; c]` `[B, 1, Q, d_R + d_c]`, before rotation.

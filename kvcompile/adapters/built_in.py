@@ -80,6 +80,7 @@ BUILT_IN: dict[str, Family] = {
     "llama": Family("llama:LLAMA", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "llama4_text": Family("glm:LLAMA4", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
     "mellum": Family("qwen3:MELLUM", "JetBrains/Mellum2-12B-A2.5B-Base"),
+    "mimo_v2_flash": Family("gpt_oss:MIMO_V2_FLASH", "XiaomiMiMo/MiMo-V2-Flash"),
     "minicpm3": Family("deepseek:MINICPM3", "openbmb/MiniCPM3-4B"),
     "minimax_m2": Family("olmo2:MINIMAX_M2", "MiniMaxAI/MiniMax-M2"),
     "ministral": Family("llama:QWEN2", "mistralai/Ministral-8B-Instruct-2410"),

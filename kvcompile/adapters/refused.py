@@ -29,9 +29,7 @@ _TYPES = {
     ),
     "scores depend on the distance of tokens by a learned bias": "cpmant",
     "another attention than the ones that are known, not yet": (
-        "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text "
-        "hrm_text "
-        "jetmoe mimo_v2_flash openai-gpt "
+        "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text hrm_text jetmoe openai-gpt "
     ),
 }
 REFUSED: dict[str, str] = {name: reason for reason, names in _TYPES.items() for name in names.split()}

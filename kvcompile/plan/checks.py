@@ -308,9 +308,9 @@ def _check_storage(p: LayerPlan) -> None:
         )
     if s.centred:
         _check_centred(where, p)
-    for codec in (s.key, s.value):
+    for codec, dim in ((s.key, p.key_dim), (s.value, p.key_dim if p.latent else p.value_dim)):
         if codec is not None:
-            _check_codec(where, codec, p.key_dim)
+            _check_codec(where, codec, dim)
 
 
 def _check_centred(where: str, p: LayerPlan) -> None:
@@ -357,8 +357,8 @@ def _check_tiers(p: LayerPlan) -> None:
         )
     if p.selection is not None and p.selection.demotes:
         _check_demotion(where, p.selection, tiers)
-    for codec in low:
-        _check_codec(where, codec, p.head_dim)
+    for codec, dim in zip(low, (p.head_dim, p.value_dim), strict=True):
+        _check_codec(where, codec, dim)
 
 
 def _check_demotion(where: str, s: Selection, tiers: Tiers) -> None:

@@ -21,7 +21,7 @@ from kvcompile.plan.window import oldest
 
 Family = Literal["structure", "selection", "recall", "storage"]
 ORDER: tuple[Family, ...] = ("structure", "selection", "recall", "storage")
-LATER = ("turnable", "alibi", "alibi_rounded", "shared", "native", "chunked")  # fields that older plans lack
+LATER = ("turnable", "alibi", "alibi_rounded", "shared", "native", "chunked", "value_head")  # older plans lack these
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -51,6 +51,7 @@ class LayerPlan:
     alibi: tuple[float, ...] = ()  # what each query head takes off a logit for every token of distance (ALiBi)
     alibi_rounded: bool = False  # by positions times slope in bfloat16
     latent: Latent | None = None  # what is cached in place of keys and values, for all heads as one KV head
+    value_head: int | None = None  # channels of a value, where a key has others
     shared: bool = False  # whether the model itself has the layer read its owner's cache, without keys of its own
 
     @property
@@ -70,7 +71,7 @@ class LayerPlan:
         """Numbers that the uncompressed layer reads of one token."""
         if self.latent and self.latent.native:
             return self.latent.width
-        return 2 * self.dense_heads * self.head_dim
+        return self.dense_heads * (self.head_dim + (self.value_head or self.head_dim))
 
     @property
     def key_dim(self) -> int:
@@ -80,7 +81,7 @@ class LayerPlan:
     @property
     def value_dim(self) -> int:
         """Numbers that attention sums: a value, or the latent without its positions."""
-        return self.latent.rank if self.latent else self.head_dim
+        return self.latent.rank if self.latent else self.value_head or self.head_dim
 
     @property
     def reprojects(self) -> bool:
@@ -92,7 +93,7 @@ class LayerPlan:
         """Bytes of `tokens` tokens of one KV head after a flushed pass, `low` of them in the low tier."""
         if self.latent:
             return self.storage.latent_nbytes(tokens, self.latent.width, dtype)
-        return self.storage.nbytes(tokens, self.head_dim, dtype, low)
+        return self.storage.nbytes(tokens, self.head_dim, dtype, low, self.value_dim)
 
     def low(self, kept: int, tokens: int) -> int | None:
         """How many of the `kept` tokens of a head are in the low tier after `tokens`; None: it depends on the input."""
@@ -105,7 +106,8 @@ class LayerPlan:
         """Bytes of `tokens` tokens of one KV head that are older than the residual."""
         if self.latent:
             return self.storage.codecs(dtype)[0].nbytes(tokens, self.latent.width)
-        return sum(codec.nbytes(tokens, self.head_dim) for codec in self.storage.codecs(dtype))
+        codecs, dims = self.storage.codecs(dtype), (self.head_dim, self.value_dim)
+        return sum(codec.nbytes(tokens, dim) for codec, dim in zip(codecs, dims, strict=True))
 
     def span(self, tokens: int) -> int:
         """Entries that the last of `tokens` sees in the uncompressed layer: all, its sliding window or its chunk."""
@@ -306,9 +308,8 @@ class Plan:
 
     def _block_bytes(self, blocks: Blocks, batch: int, tokens: int) -> list[LayerBytes]:
         """The same of a block transformer; what is read is the mean over the decode steps of one block."""
-        rows = []
-        for row in self.decoder.bytes(batch, tokens // blocks.length):
-            rows.append(replace(row, read=row.read // blocks.length))
+        blockwise = self.decoder.bytes(batch, tokens // blocks.length)
+        rows = [replace(row, read=row.read // blocks.length) for row in blockwise]
         for p in self.layers[blocks.split :]:
             held = blocks.held(tokens % blocks.length) if p.owner == p.index else 0
             entry = batch * p.kv_heads * p.nbytes(1, self.dtype)
@@ -334,7 +335,7 @@ class Plan:
         return sum(index for index, _ in rows), sum(read for _, read in rows)
 
     def _reading(self, p: LayerPlan, length: int, tokens: int, low: int) -> tuple[int, int]:
-        new = (p.latent.width if p.latent else 2 * p.head_dim) * DTYPE_BYTES[self.dtype]
+        new = (p.latent.width if p.latent else p.head_dim + p.value_dim) * DTYPE_BYTES[self.dtype]
         if p.recall is None:
             return 0, p.nbytes(length, self.dtype, low) + new
         chunk = length if p.selection else self.prefill_chunk or tokens

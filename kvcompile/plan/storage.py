@@ -114,15 +114,15 @@ class Storage:
         """(key, value) as encoded tokens are held, where the model's dtype is `dtype`."""
         return self.key or Codec(dtype), self.value or Codec(dtype)
 
-    def nbytes(self, tokens: int, dim: int, dtype: str, low: int = 0) -> int:
+    def nbytes(self, tokens: int, dim: int, dtype: str, low: int = 0, value_dim: int | None = None) -> int:
         """Bytes of keys and values of a row of `tokens` after a flushed pass: codes, scales, residual.
 
-        low: how many of them are in the low tier.
+        dim: channels of a key, and of a value where `value_dim` is None. low: how many of them are in the low tier.
         """
-        old, plain = self.encoded(tokens), Codec(dtype)
-        quantized = sum(codec.nbytes(old - low, dim) for codec in self.codecs(dtype))
-        quantized += sum(codec.nbytes(low, dim) for codec in self.low or ())
-        return quantized + 2 * plain.nbytes(tokens - old, dim)
+        old, plain, dims = self.encoded(tokens), Codec(dtype), (dim, dim if value_dim is None else value_dim)
+        quantized = sum(codec.nbytes(old - low, d) for codec, d in zip(self.codecs(dtype), dims, strict=True))
+        quantized += sum(codec.nbytes(low, d) for codec, d in zip(self.low or (), dims, strict=False))
+        return quantized + plain.nbytes(tokens - old, sum(dims))
 
     def latent_nbytes(self, tokens: int, width: int, dtype: str) -> int:
         """The same of a row of latents, which are stored as keys are and hold the values too."""

@@ -162,7 +162,8 @@ def room(architecture: Any, dtype: str, tokens: int, memory: float | None) -> in
     import psutil
 
     free = psutil.virtual_memory().available * FREE if memory is None else memory * GIB
-    numbers = sum(p.head_dim * (2 * p.kv_heads + p.query_heads) for p in describe(architecture, dtype).layers)
+    layers = describe(architecture, dtype).layers
+    numbers = sum(p.head_dim * (p.kv_heads + p.query_heads) + p.value_dim * p.kv_heads for p in layers)
     return max(1, int(free / (numbers * tokens * DTYPE_BYTES[dtype])))
 
 

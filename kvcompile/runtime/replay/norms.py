@@ -48,7 +48,7 @@ class Norms:
         graph, name = self.compiled.graph, self.compiled.outputs[q.index]
         adapter: Any = graph.get_submodule(name.rpartition(".")[0])
         up = None if q.latent is None else adapter.up()
-        width = q.query_heads * (q.head_dim if up is None else up.shape[1])
+        width = q.query_heads * (q.value_dim if up is None else up.shape[1])
         weight = matrix(graph.get_submodule(name), width, like).float()
         by_head = torch.unflatten(weight, 1, (q.query_heads, -1)).transpose(0, 1)  # [H_q, hidden, D]
         if up is not None:
