@@ -149,6 +149,16 @@ TINY: dict[str, dict[str, Any]] = {
         "floor_scale": 8,
         "attn_scale": 0.5,
     },
+    "longcat_flash": {
+        **MLA,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 32,
+    },
     "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
     "mimo_v2_flash": {
         **SLIDES,

@@ -84,24 +84,25 @@ def nothing(config: Any, dtype: str) -> int:
 class Architecture:
     """One `model_type` of transformers: how its attention is adapted, and the facts of its layers by its config.
 
-    adapter: of the attention modules, which each decoder layer has under the name `attention`. layers: the list of
-    decoder layers, below the base model. heads: query heads and KV heads of a layer. head_dim: channels of each.
-    value_head: of a value, where a key has others (None: it has not). scale: what queries times keys are multiplied by.
-    window: tokens that a layer sees (None: all). chunked: it begins at multiples of its length, and does not slide.
-    softcap: c of c tanh(x / c) over the logits (None: none). rotates: whether a layer has rotary positions. turning:
-    channels of a head that these turn. rotary_module: what gives the angles of a layer, in the base model.
-    rotary_per_type: it wants the type of the layer. refuses: what of a config is not compiled (None: nothing). attends:
-    whether a decoder layer has keys and values. states: bytes that the others keep of one sequence. grid: positions are
-    those of text, time, height and width. alibi: what logits of each query head fall by with every token of distance
-    (empty: nothing). alibi_rounded: these are products in bfloat16. sinks: whether a layer has the learned sinks of its
-    adapter. unused: methods and switches of the base model that make what our attention does not read. normed: whether
-    a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than query heads. latent:
-    the row that a layer caches in place of keys and values (None: it caches these). reads: the earlier layer whose keys
-    and values a layer attends to (None: its own).
+    adapter: of the attention modules, which each decoder layer has under the name `attention`. in_layer: so many, in a
+    list of that name where there are several. layers: the list of decoder layers, below the base model. heads: query
+    heads and KV heads of a layer. head_dim: channels of each. value_head: of a value, where a key has others (None: it
+    has not). scale: what queries times keys are multiplied by. window: tokens that a layer sees (None: all). chunked:
+    it begins at multiples of its length, and does not slide. softcap: c of c tanh(x / c) over the logits (None: none).
+    rotates: whether a layer has rotary positions. turning: channels of a head that these turn. rotary_module: what
+    gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the layer. refuses: what of a
+    config is not compiled (None: nothing). attends: whether a decoder layer has keys and values. states: bytes that the
+    others keep of one sequence. grid: positions are those of text, time, height and width. alibi: what logits of each
+    query head fall by with every token of distance (empty: nothing). alibi_rounded: these are products in bfloat16.
+    sinks: whether a layer has the learned sinks of its adapter. unused: methods and switches of the base model that
+    make what our attention does not read. normed: whether a config has the norms of its adapter. grouped: the stock
+    class can have fewer KV heads than query heads. latent: the row that a layer caches in place of keys and values
+    (None: it caches these). reads: the earlier layer whose keys and values a layer attends to (None: its own).
     """
 
     adapter: type[Attention]
     attention: str = "self_attn"
+    in_layer: int = 1
     layers: str = "layers"
     heads: Callable[[Any, int], tuple[int, int]] = by_config
     head_dim: Callable[[Any, int], int] = lambda config, layer: channels(config)
@@ -168,14 +169,17 @@ class Architecture:
             shared=source is not None,
         )
 
-    def decoders(self, model: PreTrainedModel) -> Any:
-        """The decoder layers of a model that attend."""
-        layers: Any = _base(model).get_submodule(self.layers)
-        return [layers[layer] for layer in self.attending(model.config)]
+    def places(self, model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+        """Where the attentions of a model stand: decoder layer, and name in it."""
+        decoders: Any = _base(model).get_submodule(self.layers)
+        if self.in_layer == 1:
+            return [(decoders[layer], self.attention) for layer in self.attending(model.config)]
+        by_layer = (divmod(layer, self.in_layer) for layer in self.attending(model.config))
+        return [(decoders[layer], f"{self.attention}.{which}") for layer, which in by_layer]
 
     def attentions(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The attention modules of a model, by layer."""
-        return [layer.get_submodule(self.attention) for layer in self.decoders(model)]
+        """The attention modules of a model, by layer of the plan."""
+        return [layer.get_submodule(name) for layer, name in self.places(model)]
 
     def layouts(self, model: PreTrainedModel, plan: Plan, converted: bool = False) -> list[Layout]:
         """The projections of the attentions of an uncompiled model, by layer.
@@ -209,8 +213,8 @@ class Architecture:
         for original, facts in zip(self.attentions(model), plan.layers, strict=True):
             _require_plain(original, facts)
             adapters.append(self.adapter(original, facts))
-        for layer, adapter in zip(self.decoders(model), adapters, strict=True):
-            layer.set_submodule(self.attention, adapter)
+        for (layer, name), adapter in zip(self.places(model), adapters, strict=True):
+            layer.set_submodule(name, adapter)
         for name in self.unused:
             setattr(_base(model), name, _unmade if callable(getattr(_base(model), name)) else None)
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
@@ -254,7 +258,7 @@ class Architecture:
     def require_as_configured(self, model: PreTrainedModel) -> None:
         """Raise KvcompileError where a model is not what its config says, or would not run as it stands once traced."""
         config, layers = model.config, list(_base(model).get_submodule(self.layers).children())
-        if len(layers) != config.num_hidden_layers:
+        if len(layers) * self.in_layer != config.num_hidden_layers:
             raise KvcompileError(
                 f"a model has as many layers as its config says, {config.num_hidden_layers}",
                 f"{len(layers)}",

@@ -79,6 +79,7 @@ BUILT_IN: dict[str, Family] = {
     "lfm2_moe": Family("hybrid:LFM2_MOE", "LiquidAI/LFM2-8B-A1B"),
     "llama": Family("llama:LLAMA", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "llama4_text": Family("glm:LLAMA4", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
+    "longcat_flash": Family("deepseek:LONGCAT_FLASH", "meituan-longcat/LongCat-Flash-Chat"),
     "mellum": Family("qwen3:MELLUM", "JetBrains/Mellum2-12B-A2.5B-Base"),
     "mimo_v2_flash": Family("gpt_oss:MIMO_V2_FLASH", "XiaomiMiMo/MiMo-V2-Flash"),
     "minicpm3": Family("deepseek:MINICPM3", "openbmb/MiniCPM3-4B"),

@@ -23,7 +23,6 @@ _TYPES = {
     "a draft model, which reads the cache of the model that it drafts for": (
         "gemma4_assistant gemma4_unified_assistant"
     ),
-    "two attentions in each decoder layer, not yet": "longcat_flash",
     "layers that keep a state in place of keys and values, not yet": (
         "bailing_hybrid inkling2_text inkling_text lfm3 minimax recurrent_gemma zamba zamba2 zaya"
     ),

@@ -181,7 +181,8 @@ def original_config(folder: Path, stored: Stored, compiled_as: str | None = None
             )
         known = CONFIG_MAPPING[named["model_type"]]
         count = known.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        layers = data["layers_block_type"] if count not in data else data[count]  # some configs only list the types
+        others = ("num_layers", "layers_block_type")  # some configs count decoder layers, or only list their types
+        layers = data[next(name for name in (count, *others) if name in data)]
         layers = len(layers) if isinstance(layers, list) else layers
         if type(layers) is not int or not 1 <= layers <= stored.tensors:
             raise KvcompileError(f"{count} must be in 1 to {stored.tensors}, the tensors stored", layers)

@@ -70,8 +70,8 @@ def with_states(graph: LiveGraph) -> LiveGraph:
     base = f"model.{name}"
     modules = [node for node in rewritten.graph.nodes if node.op == "call_module"]
     calls = [node for node in modules if str(node.target).startswith(f"{base}.")]
-    path = f"{base}.{decoder_layers(inner)[0]}"
-    layers = [f"{path}.{i}." for i in range(model.config.num_hidden_layers)]
+    path, decoders = decoder_layers(inner)
+    layers = [f"{base}.{path}.{i}." for i in range(len(decoders))]
     states: list[Any] = [_first_call(calls, layer).args[0] for layer in layers]
     if any(node.target is operator.getitem for node in states):
         raise KvcompileError("one state of each token goes from layer to layer", "a stack of several (gemma3n)")
@@ -102,7 +102,8 @@ def base_model(model: Any) -> tuple[str, Any]:
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder layers: the list as long as the config says. Raises KvcompileError without one."""
-    count = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    count = getattr(config, "num_layers", config.num_hidden_layers)  # attentions are more than these in longcat_flash
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module

@@ -216,7 +216,7 @@ def test_tiny_configs_use_what_is_special() -> None:
     assert any(p.rotates and p.rotary < p.head_dim for p in layers)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "dbrx"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "dbrx", "llama4_text", "longcat_flash"])
 def test_hidden_states_whatever_layers_are_called(name: str) -> None:
     ids = tiny_ids(1, 9)
     got = compiled(name, {})(ids, output_hidden_states=True).hidden_states

@@ -82,6 +82,26 @@ class HalfSplit(NativeLatent):
     interleaved = False
 
 
+class Longcat(NativeLatent):
+    """Queries, and latents behind their norm, times a number: longcat_flash."""
+
+    interleaved = True
+
+    def __init__(self, original: nn.Module, plan: LayerPlan) -> None:
+        super().__init__(original, plan)
+        within: Any = original
+        self.query_scale: float = within.mla_scale_q_lora
+        self.latent_scale: float = within.mla_scale_kv_lora
+
+    def queries(self, states: Tensor) -> Tensor:
+        """sqrt(hidden / rank of queries) q."""
+        return super().queries(states) * self.query_scale
+
+    def normed(self, latent: Tensor) -> Tensor:
+        """sqrt(hidden / rank) c."""
+        return super().normed(latent) * self.latent_scale
+
+
 class ByComplex(NativeLatent):
     """The rotary module gives complex numbers, which turn channels side by side in float32: deepseek_v2."""
 
@@ -130,3 +150,4 @@ DEEPSEEK_V3 = Architecture(
 )
 DEEPSEEK_V2 = replace(DEEPSEEK_V3, adapter=ByComplex)
 MINICPM3 = replace(DEEPSEEK_V3, adapter=HalfSplit)
+LONGCAT_FLASH = replace(DEEPSEEK_V3, adapter=Longcat, in_layer=2)
