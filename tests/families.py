@@ -53,12 +53,31 @@ TINY: dict[str, dict[str, Any]] = {
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "axk1": {**MLA, **ROUTED, "n_shared_experts": 1},
     "bamba": {**MAMBA2, "attn_layer_indices": [1], "partial_rotary_factor": 0.5},
+    "beam": {**SLIDES, **EXPERTS, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "bailing_hybrid": {
+        **{key: value for key, value in MLA.items() if key != "q_lora_rank"},
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "bitnet": {"head_dim": None},
     "bloom": {"num_attention_heads": 6, "hidden_size": 96},
     "codegen": {"rotary_dim": 8, "n_ctx": 512},
     "cohere": {"use_qk_norm": True},
     "cohere2": SLIDES,
     "cohere2_moe": {**SLIDES, **EXPERTS, "mlp_layer_types": ["dense", "sparse"]},
+    "cohere_compass_text": {
+        **SLIDES,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": None,
+        },
+    },
     "cwm": SLIDES,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 1e4},
@@ -158,6 +177,11 @@ TINY: dict[str, dict[str, Any]] = {
         "moe_topk": 2,
         "ffn_hidden_size": 96,
         "expert_ffn_hidden_size": 32,
+    },
+    "lfm3": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
     },
     "mellum": {**SLIDES, **EXPERTS, **BY_TYPE},
     "mimo_v2_flash": {

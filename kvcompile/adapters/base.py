@@ -175,6 +175,10 @@ class Attention(nn.Module):
         cos, sin = ops.frequencies(cos, frequencies), ops.frequencies(sin, frequencies)
         return ops.rope(queries, cos, sin), ops.rope(rows, cos, sin)
 
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """What attended values of a latent are multiplied by, as `project` gives it: nothing in most families."""
+        return ()
+
     def up(self) -> Tensor:
         """What makes values of a latent, `[H_kv, D_v, d_c]`."""
         weight: Tensor = self.latent.up.weight
@@ -188,6 +192,8 @@ class Attention(nn.Module):
         kv = ops.kv_append(cache, rows, rows, step, layer)
         states = ops.attend(queries, kv, step, layer, expansion, **sinks)
         ops.observe(kv, queries, unrotated, step, layer, **sinks)
+        for gate in self.gates(hidden_states):
+            states = ops.gated(states, gate)
         attended: Tensor = getattr(self, self.out)(states)
         return attended
 

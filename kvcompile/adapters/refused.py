@@ -24,11 +24,11 @@ _TYPES = {
         "gemma4_assistant gemma4_unified_assistant"
     ),
     "layers that keep a state in place of keys and values, not yet": (
-        "bailing_hybrid inkling2_text inkling_text lfm3 minimax recurrent_gemma zamba zamba2 zaya"
+        "inkling2_text inkling_text minimax recurrent_gemma zamba zamba2 zaya"
     ),
     "scores depend on the distance of tokens by a learned bias": "cpmant",
     "another attention than the ones that are known, not yet": (
-        "beam blt cohere_compass_text ctrl diffllama doge dots3_note dots3_note_text hrm_text jetmoe openai-gpt "
+        "blt ctrl diffllama doge dots3_note dots3_note_text hrm_text jetmoe openai-gpt "
     ),
 }
 REFUSED: dict[str, str] = {name: reason for reason, names in _TYPES.items() for name in names.split()}

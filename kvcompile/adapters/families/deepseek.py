@@ -102,6 +102,18 @@ class Longcat(NativeLatent):
         return super().normed(latent) * self.latent_scale
 
 
+class Bailing(NativeLatent):
+    """Attended values times a gate of each head: bailing_hybrid."""
+
+    interleaved = True
+    keeps: ClassVar[tuple[str, ...]] = (*NativeLatent.keeps, "g_proj")
+    g_proj: nn.Module
+
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """sigmoid(W h), in float32."""
+        return (torch.sigmoid(self.g_proj(hidden_states).float()).to(hidden_states.dtype),)
+
+
 class ByComplex(NativeLatent):
     """The rotary module gives complex numbers, which turn channels side by side in float32: deepseek_v2."""
 

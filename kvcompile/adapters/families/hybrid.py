@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kvcompile.adapters.architecture import Architecture
-from kvcompile.adapters.families.deepseek import MINICPM3
+from kvcompile.adapters.architecture import Architecture, channels, typed_window
+from kvcompile.adapters.families.deepseek import DEEPSEEK_V3, MINICPM3, Bailing
 from kvcompile.adapters.families.gpt2 import never
 from kvcompile.adapters.families.llama import Separate, by_multiplier
 from kvcompile.adapters.families.olmo2 import WidthNormed
@@ -41,6 +41,19 @@ class Lfm2(HeadNormed):
     norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
     keeps: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj", *norms)
     out: ClassVar[str] = "out_proj"
+
+
+class Lfm3(HeadNormed):
+    """A gate of each head where the config says so, turned in float32: lfm3."""
+
+    layout = None
+    in_float: ClassVar[bool] = True
+    optional: ClassVar[tuple[str, ...]] = ("g_proj",)
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """sigmoid(W h)."""
+        gate: nn.Module | None = getattr(self, "g_proj", None)
+        return super().project(states) if gate is None else (*super().project(states), torch.sigmoid(gate(states)))
 
 
 class Multiplied(Separate):
@@ -131,6 +144,14 @@ def mamba(config: Any, dtype: str) -> int:
 QWEN3_NEXT = Architecture(QueryGated, attends=attends, states=delta)
 QWEN3_5 = Architecture(QueryGated, attends=attends, states=delta, grid=True)
 LFM2 = Architecture(Lfm2, attends=attends, states=short)
+LFM3 = Architecture(
+    Lfm3,
+    window=typed_window,
+    turning=lambda config, layer: channels(config),
+    rotary_per_type=True,
+    attends=attends,
+    states=short,
+)
 LFM2_MOE = replace(LFM2, rotary_module=lambda base, layer: base.pos_emb)
 BAMBA = Architecture(Separate, attends=attends, states=bamba)
 GRANITE_HYBRID = Architecture(
@@ -145,3 +166,4 @@ JAMBA = Architecture(Separate, rotates=never, attends=attends, states=mamba)
 NEMOTRON_H = Architecture(Separate, attention="mixer", rotates=never, attends=attends, states=nemotron_h)
 OLMO_HYBRID = Architecture(WidthNormed, rotates=has_base, attends=attends, states=delta)
 KIMI_LINEAR = replace(MINICPM3, rotates=never, attends=attends, states=kimi_delta)
+BAILING_HYBRID = replace(DEEPSEEK_V3, adapter=Bailing, attends=attends, states=kimi_delta)

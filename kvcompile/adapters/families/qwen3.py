@@ -1,6 +1,6 @@
 """Three projections, each query and key head normed by itself: qwen3, gemma3 and gemma4, others by other names.
 
-Also with attended values multiplied by a gate: afmoe, laguna.
+Also with attended values multiplied by a gate: afmoe, laguna, beam.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvcompile.adapters.architecture import Architecture, by_scalar, one_window, typed_window
 from kvcompile.adapters.base import Absent, Attention
-from kvcompile.adapters.families.llama import SeparateLayout
+from kvcompile.adapters.families.llama import Separate, SeparateLayout
 from kvcompile.adapters.layout import Layout, Weights, norm_of
 
 
@@ -126,6 +126,24 @@ class Gated(HeadNormed):
         return *super().project(states), torch.sigmoid(self.gate_proj(states))
 
 
+class Beam(Gated):
+    """The gate with a bias of each head; queries without rotary positions grow: beam."""
+
+    learned: ClassVar[tuple[str, ...]] = ("gate_bias",)
+    turnable: ClassVar[bool] = False
+    gate_bias: nn.Parameter
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """sigmoid(W h + b)."""
+        gates = self.heads(self.gate_proj(states)) + self.gate_bias[:, None, None]
+        return *HeadNormed.project(self, states), torch.sigmoid(gates.transpose(1, 2).flatten(-2))
+
+    def finish(self, queries: Tensor, keys: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Queries times what the model gives for their positions."""
+        growth = kwargs.get("attention_scaling")
+        return queries if growth is None else (queries.float() * growth).to(queries.dtype), keys
+
+
 class SoftGated(HeadNormed):
     """A gate of each number or head: laguna."""
 
@@ -141,6 +159,11 @@ class SoftGated(HeadNormed):
 def slides(config: Any, layer: int) -> bool:
     """Rotary positions in layers with a sliding window alone."""
     return bool(config.layer_types[layer] == "sliding_attention")
+
+
+def has_rope(config: Any, layer: int) -> bool:
+    """Rotary positions in layers whose type has them in the config."""
+    return config.rope_parameters[config.layer_types[layer]] is not None
 
 
 def where_it_slides(config: Any, layer: int) -> bool:
@@ -199,6 +222,8 @@ STABLELM = Architecture(MayNormHeads, normed=lambda config: bool(config.qk_layer
 PHI = Architecture(Phi, normed=lambda config: bool(config.qk_layernorm))
 HUNYUAN = Architecture(NormedBehind)
 NANOCHAT = Architecture(NanoChat)
+BEAM = Architecture(Beam, window=typed_window, rotates=has_rope, rotary_per_type=True)
+COHERE_COMPASS = Architecture(Separate, window=typed_window, rotates=has_rope, rotary_per_type=True, grid=True)
 AFMOE = Architecture(Gated, window=typed_window, rotates=slides)
 LAGUNA = Architecture(
     SoftGated,
