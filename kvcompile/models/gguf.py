@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,31 +24,38 @@ FIX = "use the safetensors checkpoint of this model"
 
 @dataclass(frozen=True)
 class Contents:
-    """Names of a GGUF file's tensors, its settings `rope.scaling.*`, rotary factors `[D/2]`, sliding window."""
+    """Names of a GGUF file's tensors, its settings `rope.scaling.*`, rotary factors `[D/2]`, sliding window.
+
+    settings: all of its `family`, which is what llama.cpp calls the architecture, by the rest of their names.
+    """
 
     tensors: tuple[str, ...]
     scaling: dict[str, Any]
     factors: Tensor | None
     window: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    family: str = ""
 
     def take_rope(self, config: PretrainedConfig) -> None:
         """Set the rotary settings of `config` to those of the file, in place.
 
         Raises KvcompileError where they are of no kind that transformers computes.
         """
-        scaled = self.scaling.get("type", "linear" if self.scaling else "none") != "none"
+        alone = set(self.scaling) <= {"original_context_length", "finetuned"}  # which scales nothing
+        scaled = not alone and self.scaling.get("type", "linear") != "none"
         if self.factors is None and not scaled:
             return
-        plain: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
+        ropes: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
+        sliding = "sliding_attention" in ropes and self.factors is None  # gemma3: layers that slide are not scaled
+        plain: dict[str, Any] = dict(ropes["full_attention"]) if sliding else ropes
         if "rope_theta" not in plain or (self.factors is not None and scaled):
             got = (
                 f"{FACTORS} and rope.scaling" if "rope_theta" in plain else "rope.scaling where layers turn differently"
             )
             raise KvcompileError("a GGUF file must give one set of rotary settings for all layers", got, FIX)
         plain["rope_type"] = "default"
-        config.rope_parameters = (
-            _of_metadata(self.scaling, plain) if self.factors is None else _of_factors(self.factors, plain, config)
-        )
+        rope = _of_metadata(self.scaling, plain) if self.factors is None else _of_factors(self.factors, plain, config)
+        config.rope_parameters = {**ropes, "full_attention": rope} if sliding else rope
 
     def take_window(self, config: PretrainedConfig) -> None:
         """Set the sliding window of `config` to that of the file, in place: a config has its family's otherwise.
@@ -69,10 +76,18 @@ class Contents:
 
     def require_taken(self, model: PreTrainedModel) -> None:
         """Raise KvcompileError if the file has a tensor that no weight of the model was read from."""
-        from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+        from transformers.integrations.gguf.utils import is_gguf_arch_supported
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
 
-        places = get_gguf_hf_weights_map(model, TensorProcessor())
-        left = [name for name in self.tensors if name not in places and name != FACTORS]
+        if is_gguf_arch_supported(self.family):  # a reader that says itself what it leaves
+            return
+        places = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(self.family, TensorProcessor)())
+        known = {*places, *(f"{name}.weight" for name in places), FACTORS}  # experts have no `.weight` in transformers
+        left = [name for name in self.tensors if name not in known]
         if left:
             raise KvcompileError(
                 f"every tensor of a GGUF file must have its place in the model ({model.config.model_type})",
@@ -101,7 +116,13 @@ def contents(path: Path) -> Contents:
     )
     windows = [field.contents() for name, field in reader.fields.items() if name.endswith(".attention.sliding_window")]
     window = int(windows[0]) or None if windows else None
-    return Contents(tuple(t.name for t in reader.tensors), scaling, factors, window)
+    family = str(reader.fields["general.architecture"].contents())
+    settings = {
+        name.removeprefix(f"{family}."): setting.contents()
+        for name, setting in reader.fields.items()
+        if name.startswith(f"{family}.")
+    }
+    return Contents(tuple(t.name for t in reader.tensors), scaling, factors, window, settings, family)
 
 
 def _of_metadata(scaling: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kvcompile.models.default import (
     default_model,
 )
 from kvcompile.models.forks import read_config
+from kvcompile.models.gguf_settings import take_settings
 from kvcompile.models.outside import outside
 from kvcompile.progress import Progress, no_foreign_bars, silent
 
@@ -55,6 +56,7 @@ def config_of(model: ModelConfig) -> PretrainedConfig:
         else:
             config = AutoConfig.from_pretrained(source, **options)
         if file := _gguf(source, options):
+            take_settings(file.settings, config)
             file.take_rope(config)
             file.take_window(config)
         return config
@@ -70,6 +72,7 @@ def load(
     Raises KvcompileError where anything is missing, or weights are not in memory.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
 
     device = device_of(model)
     dtype = _dtype(model, device)
@@ -80,8 +83,12 @@ def load(
         file = _gguf(source, options)
         if architecture is None and (file or model.architecture):
             architecture = config_of(model)
-        known = {} if architecture is None or model.pretrained is None else {"config": architecture}
+        known: dict[str, Any] = {}
+        if architecture is not None and model.pretrained is not None:
+            known["config"] = architecture
         tokenizer = AutoTokenizer.from_pretrained(source, **(known if model.architecture else {}), **options)
+        if file:  # as floats, also where a kernel for blocks is installed
+            known["quantization_config"] = GgufConfig(dequantize=True)
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **known, **options
         )
@@ -243,6 +250,8 @@ def _plain_errors(model: ModelConfig) -> Iterator[None]:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        if "ignore_mismatched_sizes" in said:
+            said = "weights of other sizes than its config says"
         raise KvcompileError(
             f"model.pretrained={model.pretrained} could not be loaded",
             f"{type(error).__name__}: {said}",
