@@ -72,7 +72,8 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
             changes["FuseSteps"] = places
     inside = inside_blocks(graph) if plan.blocks is not None else None
     facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
-    return adopt(model, Compiled(*facts, inside=inside, outputs=outputs(graph.graph), steps=steps))
+    others = {"inside": inside, "outputs": outputs(graph.graph), "steps": steps, "restarts": architecture.restarts}
+    return adopt(model, Compiled(*facts, **others))
 
 
 def require_alike(model: Any) -> None:

@@ -47,6 +47,14 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+ZAMBA = {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "mamba_d_state": 8,
+    "use_mamba_kernels": False,
+}
 # what a config needs to be tiny, and to use what is special about its family
 TINY: dict[str, dict[str, Any]] = {
     "afmoe": {**SLIDES, **EXPERTS, "num_dense_layers": 1, "mup_enabled": True},
@@ -238,6 +246,12 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW},
     "vaultgemma": GEMMA2,
     "youtu": MLA,
+    "zamba": {**ZAMBA, "n_mamba_heads": 2, "mamba_dt_rank": 8},
+    "zamba2": {
+        **ZAMBA,
+        "n_mamba_heads": 8,
+        **{"use_shared_attention_adapter": True, "adapter_rank": 8, "use_mem_rope": True},
+    },
 }
 ALIBI = {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "num_kv_heads": None}
 # configs of a family that are another model than its first

@@ -92,12 +92,13 @@ class Architecture:
     rotates: whether a layer has rotary positions. turning: channels of a head that these turn. rotary_module: what
     gives the angles of a layer, in the base model. rotary_per_type: it wants the type of the layer. refuses: what of a
     config is not compiled (None: nothing). attends: whether a decoder layer has keys and values. states: bytes that the
-    others keep of one sequence. grid: positions are those of text, time, height and width. alibi: what logits of each
-    query head fall by with every token of distance (empty: nothing). alibi_rounded: these are products in bfloat16.
-    sinks: whether a layer has the learned sinks of its adapter. unused: methods and switches of the base model that
-    make what our attention does not read. normed: whether a config has the norms of its adapter. grouped: the stock
-    class can have fewer KV heads than query heads. latent: the row that a layer caches in place of keys and values
-    (None: it caches these). reads: the earlier layer whose keys and values a layer attends to (None: its own).
+    others keep of one sequence. restarts: in transformers these begin anew in a pass of several tokens. grid: positions
+    are those of text, time, height and width. alibi: what logits of each query head fall by with every token of
+    distance (empty: nothing). alibi_rounded: these are products in bfloat16. sinks: whether a layer has the learned
+    sinks of its adapter. unused: methods and switches of the base model that make what our attention does not read.
+    normed: whether a config has the norms of its adapter. grouped: the stock class can have fewer KV heads than query
+    heads. latent: the row that a layer caches in place of keys and values (None: it caches these). reads: the earlier
+    layer whose keys and values a layer attends to (None: its own).
     """
 
     adapter: type[Attention]
@@ -117,6 +118,7 @@ class Architecture:
     rotary_per_type: bool = False
     attends: Callable[[Any, int], bool] = everywhere
     states: Callable[[Any, str], int] = nothing
+    restarts: bool = False
     grid: bool = False
     alibi: Callable[[Any], tuple[float, ...]] = level
     alibi_rounded: bool = False

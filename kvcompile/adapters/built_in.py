@@ -122,4 +122,6 @@ BUILT_IN: dict[str, Family] = {
     "vaultgemma": Family("llama:GEMMA2", "google/vaultgemma-1b"),
     "xglm": Family("gpt2:BIOGPT", "facebook/xglm-564M"),
     "youtu": Family("deepseek:DEEPSEEK_V3", "tencent/Youtu-LLM-2B"),
+    "zamba": Family("hybrid:ZAMBA", "Zyphra/Zamba-7B-v1"),
+    "zamba2": Family("hybrid:ZAMBA2", "Zyphra/Zamba2-1.2B-instruct"),
 }

@@ -24,7 +24,7 @@ _TYPES = {
         "gemma4_assistant gemma4_unified_assistant"
     ),
     "layers that keep a state in place of keys and values, not yet": (
-        "inkling2_text inkling_text minimax recurrent_gemma zamba zamba2 zaya"
+        "inkling2_text inkling_text minimax recurrent_gemma zaya"
     ),
     "scores depend on the distance of tokens by a learned bias": "cpmant",
     "another attention than the ones that are known, not yet": (

@@ -49,6 +49,7 @@ class Compiled:
     inside: LiveGraph | None = None  # of a block transformer: for passes in which no block is completed
     outputs: dict[int, str] = field(default_factory=dict)  # output projections by layer
     steps: FusedSteps | None = None  # how a token is decoded, where the backend has kernels for that
+    restarts: bool = False  # whether states would begin anew in a pass of several tokens behind others
     warned: bool = False  # that one pass over a text does not read its cache
     entries: dict[tuple[bool, bool, bool], LiveGraph] = field(default_factory=dict)
 
@@ -130,6 +131,9 @@ class CompiledMixin:
             )
         prompt = Prompt(tokens, position_ids, attention_mask)
         chunk = self.kvcompile.plan.prefill_chunk if use_cache else 0
+        if self.kvcompile.restarts and any(cache.seen) and tokens.shape[1] > 1:
+            _require_real(tokens, attention_mask)
+            chunk = 1
         logits, hidden = self._run(prompt, cache, logits_to_keep, chunk, states)
         loss = None
         if labels is not None:
@@ -350,6 +354,16 @@ def _positions(ids: Tensor, mask: Tensor | None, seen: Sequence[int]) -> Tensor:
 
 
 @opaque
+def _require_real(tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise KvcompileError for padding among tokens that go one by one into states."""
+    if mask is not None and bool(mask[:, -tokens.shape[1] :].eq(0).any()):
+        raise KvcompileError(
+            "layers of this model keep a state, which tokens behind others enter one by one, without padding",
+            "padding among them",
+            "go on with each sequence alone, or give the whole text at once",
+        )
+
+
 def _require_tokens(mask: Tensor | None) -> None:
     if mask is not None and mask.ndim == 2 and not bool(mask.any(1).all()):
         raise KvcompileError("every sequence needs at least one token", "a row of padding only", "drop that row")

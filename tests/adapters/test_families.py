@@ -198,6 +198,21 @@ def test_states_are_counted_moved_and_copied(name: str) -> None:
     assert measured == 2 * describe(half.config, "bfloat16").state_bytes
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if describe(family_config(name)).state_bytes])
+def test_several_tokens_go_on_from_the_states(name: str) -> None:
+    """Also where transformers' own layers would begin anew in such a pass; padding among them is refused there."""
+    model, ids = compiled(name, {}), tiny_ids(2, TOKENS)
+    cache = model(ids[:, :30]).past_key_values
+    expected = family_model(name, WIDE)(ids).logits[:, 30:]
+    got = model(ids[:, 30:], past_key_values=cache).logits  # summed in another order than a whole prompt
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3 * float(expected.std()))
+    if model.kvcompile.restarts:
+        mask = torch.ones(2, TOKENS + 2, dtype=torch.long)
+        mask[0, -2] = 0
+        with pytest.raises(KvcompileError, match="without padding"):
+            model(ids[:, :2], past_key_values=cache, attention_mask=mask)
+
+
 @pytest.mark.parametrize(
     ("option", "says"), [("prefill_chunk=8", "at once"), ("policy=[kvzip]", "once, token by token")]
 )

@@ -71,9 +71,36 @@ class Multiplied(Separate):
         return self.heads(self.q_proj(states)), keys, self.heads(self.v_proj(states))
 
 
+class Tied(Separate):
+    """Weights of several layers, with what each adds to its projections where the config says so: zamba, zamba2."""
+
+    layout = None
+    adds: ClassVar[tuple[str, ...]] = ("linear_q_adapter_list", "linear_k_adapter_list", "linear_v_adapter_list")
+    optional: ClassVar[tuple[str, ...]] = adds
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """W h + B A h, with A and B of the layer."""
+        parts = []
+        for projection, name in zip((self.q_proj, self.k_proj, self.v_proj), self.adds, strict=True):
+            added: nn.ModuleList | None = getattr(self, name, None)
+            rows = projection(states)
+            parts.append(self.heads(rows if added is None else rows + added[self.layer_idx](states)))
+        return tuple(parts)
+
+
 def attends(config: Any, layer: int) -> bool:
     """By the type of the layer."""
     return config.layer_types[layer] in ("full_attention", "sliding_attention")
+
+
+def hybrid(config: Any, layer: int) -> bool:
+    """A state and an attention in one layer; the others keep a state alone."""
+    return bool(config.layer_types[layer] == "hybrid")
+
+
+def by_half(config: Any) -> float:
+    """Attention scaled by (D / 2)^-1/2."""
+    return float((channels(config) / 2) ** -0.5)
 
 
 def has_base(config: Any, layer: int) -> bool:
@@ -134,11 +161,28 @@ def nemotron_h(config: Any, dtype: str) -> int:
     return _mamba2(_stateful(config, "linear_attention"), *sizes, dtype)
 
 
-def mamba(config: Any, dtype: str) -> int:
-    """Of each mamba layer the last inputs of its convolution, and a float32 state `[inner, state]`: jamba."""
+def _mamba(layers: int, config: Any, dtype: str) -> int:
+    """Of each mamba layer the last inputs of its convolution, and a float32 state `[inner, state]`."""
     inner = config.mamba_expand * config.hidden_size
     convolution, state = config.mamba_d_conv * DTYPE_BYTES[dtype], config.mamba_d_state * DTYPE_BYTES["float32"]
-    return int(_stateful(config, "linear_attention") * inner * (convolution + state))
+    return int(layers * inner * (convolution + state))
+
+
+def mamba(config: Any, dtype: str) -> int:
+    """Of jamba."""
+    return _mamba(_stateful(config, "linear_attention"), config, dtype)
+
+
+def zamba(config: Any, dtype: str) -> int:
+    """A state in every layer."""
+    return _mamba(config.num_hidden_layers, config, dtype)
+
+
+def zamba2(config: Any, dtype: str) -> int:
+    """The same, of mamba 2."""
+    inner = config.mamba_expand * config.hidden_size
+    sizes = inner, config.mamba_ngroups, config.mamba_d_state, config.mamba_d_conv
+    return _mamba2(config.num_hidden_layers, *sizes, dtype)
 
 
 QWEN3_NEXT = Architecture(QueryGated, attends=attends, states=delta)
@@ -153,7 +197,7 @@ LFM3 = Architecture(
     states=short,
 )
 LFM2_MOE = replace(LFM2, rotary_module=lambda base, layer: base.pos_emb)
-BAMBA = Architecture(Separate, attends=attends, states=bamba)
+BAMBA = Architecture(Separate, attends=attends, states=bamba, restarts=True)
 GRANITE_HYBRID = Architecture(
     Separate,
     scale=by_multiplier,
@@ -162,8 +206,25 @@ GRANITE_HYBRID = Architecture(
     states=bamba,
 )
 FALCON_H1 = Architecture(Multiplied, states=falcon_h1)
-JAMBA = Architecture(Separate, rotates=never, attends=attends, states=mamba)
+JAMBA = Architecture(Separate, rotates=never, attends=attends, states=mamba, restarts=True)
 NEMOTRON_H = Architecture(Separate, attention="mixer", rotates=never, attends=attends, states=nemotron_h)
 OLMO_HYBRID = Architecture(WidthNormed, rotates=has_base, attends=attends, states=delta)
 KIMI_LINEAR = replace(MINICPM3, rotates=never, attends=attends, states=kimi_delta)
 BAILING_HYBRID = replace(DEEPSEEK_V3, adapter=Bailing, attends=attends, states=kimi_delta)
+ZAMBA = Architecture(
+    Tied,
+    attention="shared_transf.self_attn",
+    scale=by_half,
+    rotates=never,
+    attends=hybrid,
+    states=zamba,
+    restarts=True,
+)
+ZAMBA2 = Architecture(
+    Tied,
+    attention="shared_transformer.self_attn",
+    scale=by_half,
+    rotates=lambda config, layer: bool(config.use_mem_rope),
+    attends=hybrid,
+    states=zamba2,
+)
