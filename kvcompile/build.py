@@ -72,8 +72,9 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
             changes["FuseSteps"] = places
     inside = inside_blocks(graph) if plan.blocks is not None else None
     facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
-    others = {"inside": inside, "outputs": outputs(graph.graph), "steps": steps, "restarts": architecture.restarts}
-    return adopt(model, Compiled(*facts, **others))
+    compiled = Compiled(*facts, inside=inside, outputs=outputs(graph.graph), steps=steps)
+    compiled.restarts = architecture.restarts
+    return adopt(model, compiled)
 
 
 def require_alike(model: Any) -> None:
