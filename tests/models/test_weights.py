@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ from kvcompile.models import loading
 
 SELECTED = ["policy=[streaming]", "stack.streaming.budget=15", "kernels=sdpa"]
 Make = Callable[..., Any]
+GROUPED: dict[str, dict[str, Any]] = {
+    "gptq": {"desc_act": False, "sym": True},
+    "awq": {"zero_point": True, "version": "gemm"},
+}
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +55,61 @@ def quantised(name: str, folder: Path) -> Any:
     """The checkpoint in the weights of a package, as transformers reads it."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if name == "torchao":
+    if name in GROUPED:
+        return grouped(name, folder)
+    if name.startswith("torchao"):
         pytest.importorskip("torchao", reason="torchao is not installed")
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 
-        return read(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+        kind = Int8WeightOnlyConfig() if name == "torchao" else IntxWeightOnlyConfig(torch.int4)
+        return read(folder, quantization_config=TorchAoConfig(kind))
     if name == "compressed-tensors":
         return read(packed(folder))
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if name == "nf4" else {"load_in_8bit": True}
     return read(folder, quantization_config=BitsAndBytesConfig(**bits), device_map="cpu")
+
+
+def grouped(name: str, folder: Path) -> Any:
+    """The checkpoint in 4 bits with a scale of every 32 inputs, as GPTQ or AWQ packs it, in kernels of torch alone."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    if name == "gptq":
+        pytest.importorskip("optimum", reason="optimum is not installed")
+    from transformers import AwqConfig, GPTQConfig
+
+    where = folder.with_name(name)
+    if not where.exists():
+        shutil.copytree(folder, where)
+        save_file(in_groups(name, load_file(folder / "model.safetensors")), where / "model.safetensors")
+        claim(where, quant_method=name, bits=4, group_size=32, **GROUPED[name])
+    kind = GPTQConfig(bits=4, backend="gptq_torch") if name == "gptq" else AwqConfig(bits=4, backend="torch_awq")
+    return read(where, quantization_config=kind)
+
+
+def in_groups(name: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Codes of 4 bits, eight in an int32: of inputs (gptq), or of outputs in an order of their own (awq)."""
+
+    def eight(codes: torch.Tensor, dim: int, order: Sequence[int] = range(8)) -> torch.Tensor:
+        parts = torch.unflatten(codes.long(), dim, (-1, 8)).unbind(dim + 1)
+        whole = torch.stack([parts[at] << (4 * i) for i, at in enumerate(order)]).sum(0)
+        return torch.where(whole >= 2**31, whole - 2**32, whole).int()
+
+    tensors: dict[str, torch.Tensor] = {}
+    for key, weight in weights.items():
+        if not key.endswith("_proj.weight"):
+            tensors[key] = weight
+            continue
+        of, groups = key.removesuffix(".weight"), torch.unflatten(weight, 1, (-1, 32))
+        scales = (groups.abs().amax(-1) / 7).half()
+        codes = ((groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7) + 8).flatten(1).T
+        zeros = torch.full_like(scales.T, 7 if name == "gptq" else 8)  # gptq stores one less
+        if name == "gptq":
+            tensors[f"{of}.qweight"], tensors[f"{of}.qzeros"] = eight(codes, 0), eight(zeros, 1)
+            tensors[f"{of}.g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // 32
+        else:
+            tensors[f"{of}.qweight"], tensors[f"{of}.qzeros"] = (eight(x, 1, AWQ_ORDER) for x in (codes, zeros))
+        tensors[f"{of}.scales"] = scales.T.contiguous()
+    return tensors
 
 
 def packed(folder: Path) -> Path:
@@ -105,9 +156,11 @@ def same(make: Make, settings: list[str]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["torchao", "compressed-tensors", "int8", "nf4"])
-def test_quantised_weights(name: str, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["torchao", "torchao-int4", "compressed-tensors", "int8", "nf4", *GROUPED])
+def test_quantised_weights(name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is compressed over them as they are; what would convert or save them says so."""
+    if name in GROUPED:  # gptqmodel would compile each of its layers
+        monkeypatch.setattr("torch._dynamo.config.disable", True)
     compiled = same(lambda: quantised(name, checkpoint), ["policy=[]"])
     ids = tiny_ids(1, 30)
     selected = kvcompile.compile(quantised(name, checkpoint), overrides=SELECTED)
