@@ -73,6 +73,7 @@ def build(model: Any, plan: Plan, kernels: str = "auto", recipe: str = "") -> An
     inside = inside_blocks(graph) if plan.blocks is not None else None
     facts = plan, graph, skeleton(model), rotaries, kernels, recipe, changes
     compiled = Compiled(*facts, inside=inside, outputs=outputs(graph.graph), steps=steps)
+    _require_outputs(plan, compiled.outputs, architecture)
     compiled.restarts = architecture.restarts
     return adopt(model, compiled)
 
@@ -101,6 +102,22 @@ def require_alike(model: Any) -> None:
         error = float(error / expected.norm())
         if not error <= (ALIKE if model.dtype == torch.float32 else ALIKE_HALF):
             raise KvcompileError("their logits are the same", f"{error:.0e} of their size apart")
+
+
+def _require_outputs(plan: Plan, outputs: dict[int, str], architecture: Any) -> None:
+    """Raise KvcompileError where a score asks how far a value moves its state, and W_O v is not what is added to it."""
+    for p in plan.selected:
+        if p.selection is None or not p.selection.score.needs.norms:
+            continue
+        last = outputs.get(p.index, "").rpartition(".")[2]
+        if last != architecture.adapter.out or architecture.in_layer > 1:
+            gate = f"a gate or a norm before {architecture.adapter.out}"
+            raise KvcompileError(
+                f"{p.selection.policy}: layer {p.index}: attention is weighed by what its output projection makes of a "
+                "value, and adds to the state that its decoder layer was given",
+                gate if architecture.in_layer == 1 else "two attentions in one decoder layer",
+                f"stack.{p.selection.policy}.normalise=false",
+            )
 
 
 def _require_prompts(model: Any, plan: Plan) -> None:

@@ -64,8 +64,9 @@ def _refuse_storage(p: LayerPlan) -> None:
         raise KvcompileError("vLLM keeps latents in a cache of another kind, which the plugin does not know", where)
     if p.shared:
         raise KvcompileError("the plugin frees blocks of layers that read their own cache", f"{where} reads another's")
-    if p.chunked:
-        raise KvcompileError("attention in chunks was never tried in vLLM with the plugin", where)
+    if p.chunked or p.value_head:
+        kind = "attention in chunks" if p.chunked else "values of another size than keys"
+        raise KvcompileError(f"{kind}: never tried in vLLM with the plugin", where)
     if p.recall is not None:
         raise KvcompileError(
             "vLLM frees blocks of what is dropped, and a recall drops nothing", f"{p.recall.policy!r} in {where}"

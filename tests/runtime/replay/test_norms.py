@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from contract_table import compiled
+from families import family_model
 from repeating import OPTIONS, prefilled
 from tiny import attentions, tiny_ids
 from torch import Tensor, nn
 
+import kvcompile
+from kvcompile.errors import KvcompileError
 from kvcompile.runtime.replay import norms as under_test
 from kvcompile.runtime.replay.norms import Norms, matrix
 
@@ -71,3 +74,21 @@ def test_what_multiplies_rows_need_not_be_a_linear_layer() -> None:
     expected = around[1].weight @ plain.weight
     torch.testing.assert_close(matrix(around, 6, torch.zeros(1)), expected)
     assert matrix(plain, 6, torch.zeros(1)) is plain.weight
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [("afmoe", "a gate or a norm before o_proj"), ("bitnet", "a gate or a norm"), ("longcat_flash", "two attentions")],
+)
+def test_where_more_than_a_projection_stands_behind_is_refused(family: str, says: str) -> None:
+    """Attention alone is a score there too."""
+    ids = "stack.kvzip.ids=[[3,4],[5,6],[7]]"
+    overrides = ["policy=[kvzip]", "budget=20", "kernels=sdpa", ids]
+    with pytest.raises(KvcompileError, match=says):
+        kvcompile.compile(family_model(family), overrides=overrides)
+    if family != "longcat_flash":
+        return
+    model = kvcompile.compile(family_model(family), overrides=[*overrides, "stack.kvzip.normalise=false"])
+    with torch.no_grad():
+        cache = model(tiny_ids(1, 40)).past_key_values
+    assert cache.lengths()[0] == [20]
