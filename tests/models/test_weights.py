@@ -72,7 +72,6 @@ def quantised(name: str, folder: Path) -> Any:
 
 def grouped(name: str, folder: Path) -> Any:
     """The checkpoint in 4 bits with a scale of every 32 inputs, as GPTQ or AWQ packs it, in kernels of torch alone."""
-    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
     if name == "gptq":
         pytest.importorskip("optimum", reason="optimum is not installed")
     from transformers import AwqConfig, GPTQConfig
@@ -159,8 +158,11 @@ def same(make: Make, settings: list[str]) -> Any:
 @pytest.mark.parametrize("name", ["torchao", "torchao-int4", "compressed-tensors", "int8", "nf4", *GROUPED])
 def test_quantised_weights(name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache is compressed over them as they are; what would convert or save them says so."""
-    if name in GROUPED:  # gptqmodel would compile each of its layers
-        monkeypatch.setattr("torch._dynamo.config.disable", True)
+    if name in GROUPED:
+        pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+        from torch._dynamo import config
+
+        monkeypatch.setattr(config, "disable", True)  # gptqmodel would compile each of its layers
     compiled = same(lambda: quantised(name, checkpoint), ["policy=[]"])
     ids = tiny_ids(1, 30)
     selected = kvcompile.compile(quantised(name, checkpoint), overrides=SELECTED)
