@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/decode_step.py --profile
 
 Dense caches of random keys and values. Rows: transformers, ours through the modules of the layers (as before there were
-fused kernels), ours fused; steps in turns, in one process. `roof ms` is the time in which this machine reads the bytes
+fused kernels), ours fused, and with `--weights int8 int4` ours fused over weights in few bits; steps in turns, in one
+process. `roof ms` is the time in which this machine reads the bytes
 once, by the best of many readings of a large array between the steps; `/ roof` is the median step over it, and `x` are
 medians over the rounds of the first row's step over this one's, which other work on the machine changes least.
 `--profile` counts calls of Python functions, and of ATen operators, in one step.
@@ -17,6 +18,7 @@ import cProfile
 import pstats
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import kvcompile
 from kvcompile.config.schema import ModelConfig
 from kvcompile.models.loading import load
 from kvcompile.models.sharing import shared
+from kvcompile.structure.pack import weight_bytes
 
 Step = Callable[[], Any]
 
@@ -57,7 +60,7 @@ def filled(cache: Any, plan: Any, batch: int, length: int, dtype: torch.dtype) -
     return cache
 
 
-def contestants(original: Any, compiled: Any, batch: int, length: int) -> dict[str, Step]:
+def contestants(original: Any, compiled: Any, rounded: dict[str, Any], batch: int, length: int) -> dict[str, Step]:
     """One decode step of each way to run the model, over a cache of its own."""
     plan, dtype, token = compiled.kvcompile.plan, compiled.dtype, torch.full((batch, 1), 42)
     caches = [DynamicCache(), compiled.new_cache(), compiled.new_cache()]
@@ -68,11 +71,23 @@ def contestants(original: Any, compiled: Any, batch: int, length: int) -> dict[s
         compiled.kvcompile.steps = how
         return compiled(token, past_key_values=cache)
 
-    return {
+    runs: dict[str, Step] = {
         "transformers": lambda: original(token, past_key_values=theirs, use_cache=True),
         "modules": lambda: ours(plain, None),
         "fused": lambda: ours(own, steps),
     }
+    for format, model in rounded.items():
+        cache = filled(model.new_cache(), plan, batch, length, dtype)
+        runs[f"fused, {format}"] = partial(model, token, past_key_values=cache)
+    return runs
+
+
+def bytes_read(original: Any, rounded: dict[str, Any], label: str) -> int:
+    """Weights that a step of a contestant reads: all of them, but of a head with its own copy not the embeddings."""
+    model = rounded.get(label.removeprefix("fused, "), original)
+    embeddings, head = (x().weight for x in (model.get_input_embeddings, model.get_output_embeddings))
+    unread = 0 if head is embeddings else embeddings.numel() * embeddings.element_size()
+    return weight_bytes(model) - unread
 
 
 def race(runs: dict[str, Step], rounds: int, reader: Reader) -> dict[str, list[float]]:
@@ -108,6 +123,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--weights", nargs="*", default=[], help="int8, int4")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -116,18 +132,21 @@ def main() -> None:
     for path, name in ((path, name) for path in args.models for name in args.dtypes):
         original, _ = load(ModelConfig(**({"pretrained": path} if path else {}), dtype=name))
         compiled = kvcompile.compile(shared(original))
-        weights = sum(p.numel() * p.element_size() for p in original.parameters())
+        rounded = {
+            each: kvcompile.compile(shared(original), overrides=[f"model.weights={each}"]) for each in args.weights
+        }
         for batch, length in ((b, n) for b in args.batches for n in args.lengths):
             with torch.inference_mode():
-                runs = contestants(original, compiled, batch, length)
+                runs = contestants(original, compiled, rounded, batch, length)
                 about = {"model": Path(path).stem or "SmolLM2-135M", "dtype": name, "batch": batch, "tokens": length}
                 if args.profile:
                     rows += [{**about, **row} for row in profile(runs)]
                     continue
                 taken = race(runs, args.rounds, reader)
-            read = weights + sum(layer.bytes for layer in compiled.kvcompile.plan.bytes(batch, length))
-            roof, base = read / reader.rate, taken["transformers"]
+            held = sum(layer.bytes for layer in compiled.kvcompile.plan.bytes(batch, length))
+            base = taken["transformers"]
             for label, mine in taken.items():
+                roof = (bytes_read(original, rounded, label) + held) / reader.rate
                 median = statistics.median(mine)
                 ratio = statistics.median(b / m for b, m in zip(base, mine, strict=True))
                 step = {"step ms": round(1e3 * median, 1), "best ms": round(1e3 * min(mine), 1)}

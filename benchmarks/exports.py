@@ -6,7 +6,7 @@
 Every export is run by another process that never imports kvcompile: a prompt of text, then the tokens that the compiled
 model chooses, one by one. Times are of single steps; run it on a machine that does nothing else (with --keep, a second
 time: exports take minutes, their runs seconds). An export that is refused is a row with the reason. `gguf` runs under
-llama-cpp-python, in this interpreter or in the one that --llama names.
+llama-cpp-python, in this interpreter or in the one that --llama names, or, with `--llama transformers`, under that.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def through(exporter: str, model: Any, tokenizer: Any, place: Path, args: argpar
 
 def ran(exporter: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What another process measures of an export, beside what was expected."""
-    python = args.llama if exporter == "gguf" else sys.executable
+    read = exporter == "gguf" and args.llama == "transformers"
+    python = args.llama if exporter == "gguf" and not read else sys.executable
     files = [str(place / name) for name in (exporter, "given.npz", f"{exporter}.npz")]
-    done = subprocess.run([python, str(RUN), exporter, *files], capture_output=True, text=True, check=False)
+    command = [python, str(RUN), "gguf_in_transformers" if read else exporter, *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-TAIL:] or [f"exit code {done.returncode}"]
         why = next((line for line in said if ERROR.match(line)), said[-1])
@@ -101,13 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stack", nargs="+", default=["policy=mqa"], help="overrides as on the command line")
     parser.add_argument("--exporters", nargs="+", default=list(discover()), choices=list(discover()))
+    parser.add_argument("--model", help="a path (none: the default model)")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--llama", default=sys.executable, help="interpreter that has llama_cpp")
     parser.add_argument("--keep", help="folder for the exports; those that lie there are run again, not made again")
     parser.add_argument("--out", help="file to write, without its ending")
     args = parser.parse_args()
-    model, tokenizer = load(ModelConfig())
+    model, tokenizer = load(ModelConfig(pretrained=args.model))
     model = kvcompile.compile(model, overrides=args.stack, tokenizer=tokenizer)
     ids = tokenizer(" ".join(sentences()), return_tensors="np")["input_ids"][:, : args.prompt].astype(np.int64)
     tokens, wanted = expected(model, ids, args.tokens)

@@ -42,6 +42,21 @@ def run_gguf(folder: str) -> Step:
     return step
 
 
+def run_gguf_in_transformers(folder: str) -> Step:
+    """A file under transformers, which makes floats of it."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32).eval()
+    cache = DynamicCache()
+
+    @torch.no_grad()
+    def step(ids: Any) -> Any:
+        return model(torch.from_numpy(ids), past_key_values=cache, logits_to_keep=1).logits.numpy()
+
+    return step
+
+
 def run_torch(folder: str) -> Step:
     """Exported programs with the cache inside."""
     import torch
@@ -95,6 +110,7 @@ RUNNERS = {
     "hf": run_hf,
     "deepseek": run_hf,
     "gguf": run_gguf,
+    "gguf_in_transformers": run_gguf_in_transformers,
     "torch": run_torch,
     "aoti": run_aoti,
     "onnx": run_onnx,

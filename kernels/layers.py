@@ -3,7 +3,8 @@
     before:  z = norm(x);  part_p = turned(head_norm_p(z W_p^T + b_p)),  p of queries, keys, values
     after:   s = x + c norm_a(a W_o^T + b_o);  y = s + c norm_m(h W_d^T + b_d),  h = act(norm(s) W_g^T) (norm(s) W_u^T)
 
-Tensors are the model's own, contiguous, all of one dtype, on one device: kernels keep their addresses.
+Tensors are the model's own, contiguous, all of one dtype, on one device: kernels keep their addresses. Weights of
+linear layers are floats of that dtype, or all in one format of few bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from kvcompile.kernels.reference.packed import Packed
 
 NORMS = ("rms", "rms_plus_one", "layer")  # of weight w: w z, (1 + w) z, w z + b, z with unit mean square or variance
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
@@ -32,8 +35,14 @@ class Norm:
 class Linear:
     """y [m, N] = x [m, K] W^T + b, `weight [N, K]`, `bias [N]` or None."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The dtype of x and y, and what the weights are: `floats`, or the name of their format."""
+        weights = self.weight.format if isinstance(self.weight, Packed) else "floats"
+        return str(self.weight.dtype).removeprefix("torch."), weights
 
 
 @dataclass(frozen=True, eq=False)

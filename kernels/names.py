@@ -1,4 +1,4 @@
-"""The names that `kernels=` takes, known without importing a backend."""
+"""The names that `kernels=` and `model.weights=` take, known without importing a backend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 GROUP = "kvcompile.backends"
 BUILT_IN = ("cpp", "triton", "sdpa", "reference")
+WEIGHTS = {"int8": 8, "int4": 4}  # formats of weights in few bits (`packed.py`), and their bits
 
 
 def names() -> tuple[str, ...]:

@@ -67,6 +67,7 @@ def _assembled(
     from kvcompile.plan.plan import text_wanted
     from kvcompile.structure.center import center_keys
     from kvcompile.structure.convert import convert
+    from kvcompile.structure.pack import pack_weights
     from kvcompile.structure.rotate import fold_rotation
 
     _require_compilable(model, config.model.architecture)
@@ -86,6 +87,8 @@ def _assembled(
     plan = stack.plan if structure + others == stack.policies else apply_stack(shape, others)
     center_keys(model, plan, tokenizer)
     fold_rotation(model, plan)
+    if config.model.weights:
+        pack_weights(model, config.model.weights, plan)
     built = build(model, plan, config.kernels, to_recipe(config.with_policies(structure + others)))
     built.config.kvcompile, built.kvcompile.healed = stamp(plan, built.config), healed
     return built

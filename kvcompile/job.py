@@ -32,7 +32,9 @@ from kvcompile.progress import Progress, progress_bar
 from kvcompile.report import card, files, report
 from kvcompile.report.plan_table import notes
 from kvcompile.report.report import Report
+from kvcompile.report.units import size
 from kvcompile.stack import StackPlan
+from kvcompile.structure.pack import packed_as, weight_bytes, weight_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,13 +100,20 @@ def _measured(
         kernels=_kernels(compiled),
         passes=compiled.kvcompile.changes,
         decode_step=compiled.kvcompile.decode_step(),
-        parameters=(original.num_parameters(), compiled.num_parameters()),
+        parameters=(weight_count(original), weight_count(compiled)),
+        weights=_weights(original, compiled),
         perplexity=None if text is None else _perplexity(original, compiled, text, config, progress),
         healed=compiled.kvcompile.healed,
         needle=(before, seen) if before and seen else None,
         needle_hidden=(before, hidden) if before and hidden else None,
         speed=_speed(original, compiled, tokenizer, config, progress),
     )
+
+
+def _weights(original: Any, compiled: Any) -> str:
+    """What the weights were rounded to, and their bytes before and after; empty where they are floats."""
+    format = packed_as(compiled)
+    return f"{format}, {size(weight_bytes(compiled))} of {size(weight_bytes(original))}" if format else ""
 
 
 def judge(measured: Report, wanted: GateConfig, folder: Path, recipe: str) -> None:

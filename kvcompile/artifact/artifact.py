@@ -183,7 +183,7 @@ def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
     original = weights.original_config(folder, stored, config.model.architecture)
     with wrapped_errors(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
         plan = plan_of(original, dtype or stored.dtype, config, config.policies())
-    model = _placed(weights.read(folder, stored, original, plan), device)
+    model = _placed(weights.read(folder, stored, original, plan, config.model.weights), device)
     model = build(model, plan, config.kernels, to_recipe(config))
     kernel_texts.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=dtype is not None), folder, facts)
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)

@@ -32,6 +32,7 @@ VARIANT = "kvcompile"  # the weights lie in model.kvcompile.safetensors
 GENERATION_CONFIG = "generation_config.json"
 HEADS = "num_key_value_heads"
 SAFETENSORS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+CODES = {"U8", "I16"}  # of weights in few bits
 RUNTIME = ("quantization_config", "fusion_config", "distributed_config")  # with these transformers builds another model
 SAVEABLE = "mend what it says of model.config or model.generation_config"
 REGISTERED = "import what registers them: AutoConfig.register(...) and AutoModelForCausalLM.register(...)"
@@ -39,12 +40,19 @@ ROOM = "make room, or save elsewhere"
 
 
 def require_plain(model: Any) -> None:
-    """Raise KvcompileError for weights that are not plain tensors of one floating dtype, such as quantised ones."""
+    """Raise KvcompileError for weights that are not plain tensors of one floating dtype, such as quantised ones.
+
+    Those that `model.weights` rounded are ours, and may be.
+    """
     from torch import Tensor
     from torch.nn import Parameter
 
-    kinds = set()
+    from kvcompile.structure.pack import packed_names
+
+    kinds, codes = set(), set(packed_names(model))
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in codes:
+            continue
         dtype = str(tensor.dtype).removeprefix("torch.")
         if type(tensor) not in (Parameter, Tensor) or dtype not in DTYPES:
             raise KvcompileError(
@@ -66,6 +74,8 @@ def require_saveable(model: Any) -> None:
             type(model).__name__,
             "kvcompile.compile(model, recipe=...) first; an ordinary model has save_pretrained",
         )
+    from kvcompile.structure.pack import packed_as
+
     if model.config.get_text_config() is not model.config:
         raise KvcompileError(
             "an artifact holds a model of text", type(model).__name__, "compile it again where it is loaded"
@@ -84,7 +94,8 @@ def require_saveable(model: Any) -> None:
     config = copy.deepcopy(model.config)
     if compiled.plan.layers[0].heads:
         setattr(config, HEADS, compiled.plan.layers[0].dense_heads)
-    expected = {name: list(t.shape) for name, t in skeleton(config, compiled.plan).state_dict().items()}
+    shaped = skeleton(config, compiled.plan, packed_as(model))
+    expected = {name: list(t.shape) for name, t in shaped.state_dict().items()}
     got = {name: list(t.shape) for name, t in kept.items()}
     wrong = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
     if wrong:
@@ -198,19 +209,23 @@ def original_config(folder: Path, stored: Stored, compiled_as: str | None = None
     return config
 
 
-def skeleton(config: Any, plan: Plan) -> Any:
-    """The uncompiled model without weights (on the meta device), its modules shaped by the plan."""
+def skeleton(config: Any, plan: Plan, packed: str | None = None) -> Any:
+    """The uncompiled model without weights (on the meta device), its modules shaped by the plan.
+
+    packed: what linear layers are rounded to (None: they are floats).
+    """
     import torch
 
     with torch.device("meta"):
-        return _shaped(config, plan)(copy.deepcopy(config))  # a conversion edits the config
+        return _shaped(config, plan, packed)(copy.deepcopy(config))  # a conversion edits the config
 
 
-def _shaped(config: Any, plan: Plan) -> Any:
+def _shaped(config: Any, plan: Plan, packed: str | None) -> Any:
     """The class of the uncompiled model, whose modules are shaped by the plan before the weights arrive."""
     from transformers import AutoModelForCausalLM
 
     from kvcompile.structure.convert import reshape
+    from kvcompile.structure.pack import hollow_weights
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise KvcompileError("transformers must know the model's own classes", repr(config.model_type), REGISTERED)
@@ -219,6 +234,8 @@ def _shaped(config: Any, plan: Plan) -> Any:
     def init(self: Any, config: Any) -> None:
         cls.__init__(self, config)
         reshape(self, plan)
+        if packed:
+            hollow_weights(self, packed)
 
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
 
@@ -241,6 +258,7 @@ class Stored:
                         kinds.add(piece.get_dtype())
                         self.tensors += 1
                         self.numbers += math.prod(piece.get_shape())
+            kinds -= CODES
             if len(kinds) != 1 or not kinds <= set(SAFETENSORS):
                 raise KvcompileError("all must have one floating dtype", ", ".join(sorted(kinds)) or "no weights")
         self.dtype = SAFETENSORS[kinds.pop()]
@@ -252,18 +270,19 @@ class Stored:
         return {name: tensor for path in self.files for name, tensor in load_file(path).items()}
 
 
-def read(folder: Path, stored: Stored, config: Any, plan: Plan) -> Any:
+def read(folder: Path, stored: Stored, config: Any, plan: Plan, packed: str | None = None) -> Any:
     """The uncompiled model with its weights, in the dtype of the plan. transformers opens no file of the folder here.
 
+    packed: what linear layers were rounded to (None: they are floats).
     Raises KvcompileError where the weights are not those of the config and the plan.
     """
     from transformers import GenerationConfig
 
     with wrapped_errors(f"{folder} must hold the weights of its config", REMADE):
-        wanted = _numbers(skeleton(config, plan))
+        wanted = _numbers(skeleton(config, plan, packed))
         if stored.numbers != wanted:  # nothing is allocated for a config that asks for more than there is
             raise KvcompileError(f"it asks for {wanted:,} numbers", f"{stored.numbers:,}")
-        model, info = _shaped(config, plan).from_pretrained(
+        model, info = _shaped(config, plan, packed).from_pretrained(
             None,
             config=config,
             state_dict=stored.read(),

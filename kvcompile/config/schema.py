@@ -29,6 +29,7 @@ class ModelConfig:
     """Which model: `pretrained` is a local folder, a GGUF file or a hub id (None: the default model, offline).
 
     architecture: the `model_type` that it is compiled as, where its own is not known (None: its own).
+    weights: `int8` or `int4`, what linear layers are rounded to when it is compiled (None: they stay as they are).
     """
 
     name: str = "llama"
@@ -37,6 +38,7 @@ class ModelConfig:
     architecture: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    weights: str | None = None
 
 
 @dataclass

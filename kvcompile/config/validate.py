@@ -24,7 +24,7 @@ from kvcompile.config.schema import (
     SearchConfig,
 )
 from kvcompile.errors import KvcompileError, first_line
-from kvcompile.kernels.names import names
+from kvcompile.kernels.names import WEIGHTS, names
 from kvcompile.options import options_of, suggest
 from kvcompile.stack import policy_class
 
@@ -73,6 +73,7 @@ def _budgeted(config: Config) -> Config:
 def _check(config: Config) -> None:
     m, n, s, p = config.model, config.needle, config.speed, config.plan
     _one_of("model.dtype", m.dtype, DTYPES)
+    _check_weights(config)
     _one_of("kernels", config.kernels, ("auto", *names()))
     _one_of("plan", p.mode, MODES)
     if config.artifact and not config.export and not config.tasks:
@@ -115,6 +116,23 @@ def _check(config: Config) -> None:
     _require(p.batch >= 1, "plan.batch", p.batch, "1 or more")
     _require(p.context >= 1, "plan.context", p.context, "1 or more")
     _require(p.memory is None or p.memory > 0, "plan.memory", p.memory, "more than 0 GiB")
+
+
+def _check_weights(config: Config) -> None:
+    weights = config.model.weights
+    if weights is None:
+        return
+    _one_of("model.weights", weights, (*WEIGHTS, "null"))
+    if config.export:
+        raise KvcompileError(
+            "weights in few bits run in kvcompile alone, in memory and as an artifact",
+            f"model.weights={weights} with export=[{','.join(config.export)}]",
+            "drop one of the two",
+        )
+    if config.analysis or config.evaluate.recipes:
+        raise KvcompileError(
+            "stacks are compared on the model as it is", f"model.weights={weights}", "evaluate=[...] with recipe=<one>"
+        )
 
 
 def _check_analysis(config: Config) -> None:

@@ -23,8 +23,8 @@ class Report:
     tokens: length of the prompt after which the layers were measured. planned_total: tokens planned for all layers
     whose split depends on the input. needle (question seen), needle_hidden, perplexity, parameters: (uncompressed,
     compiled). speed: the first is uncompressed, the last compiled. kernels, passes: what runs in which layer, how often
-    each pass rewrote the graph. decode_step: which layers run fused around their attention. exports: bytes by exporter
-    and file.
+    each pass rewrote the graph. decode_step: which layers run fused around their attention. weights: what they were
+    rounded to. exports: bytes by exporter and file.
     """
 
     title: str
@@ -39,6 +39,7 @@ class Report:
     kernels: list[str] = field(default_factory=list)
     passes: dict[str, int] = field(default_factory=dict)
     decode_step: str = ""
+    weights: str = ""
     needle: tuple[NeedleResult, NeedleResult] | None = None
     needle_hidden: tuple[NeedleResult, NeedleResult] | None = None
     speed: Comparison | None = None

@@ -345,6 +345,7 @@ def _facts(report: Report, text: Callable[[str], str]) -> str:
         "graph passes": ", ".join(f"{name} {times}" for name, times in report.passes.items()),
         "kernels": ", ".join(f"{name} ({_count(times, 'layer')})" for name, times in Counter(report.kernels).items()),
         "decode step": report.decode_step,
+        "weights": report.weights,
     }
     return "\n".join(f"- {name}: {text(value)}" for name, value in lines.items() if value)
 

@@ -111,7 +111,7 @@ def _require_untied(architecture: Architecture, model: Any) -> None:
 @torch.no_grad()
 def _turns(architecture: Architecture, model: Any, plan: Plan, text: Tensor | None) -> Turns:
     from kvcompile.calibration.activations import keys_values
-    from kvcompile.structure.align import alignment
+    from kvcompile.structure.grouping import alignment
 
     wanted = {p.index: p.heads for p in plan.layers if p.heads is not None and p.heads.align != "none"}
     if not wanted:

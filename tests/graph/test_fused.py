@@ -21,9 +21,11 @@ pytestmark = pytest.mark.skipif(build.available() is not None, reason=f"no compi
 
 TOKENS = 24
 WHOLE = {  # families all of whose attending layers run as two kernels
-    *("arcee", "bamba", "cwm", "ernie4_5", "flint", "gemma", "gemma2", "gemma3_text", "granite", "granite_swa"),
-    *("helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral"),
-    *("ministral3", "mistral", "qwen2", "qwen3", "smollm3", "vaultgemma"),
+    *("arcee", "bamba", "cwm", "ernie4_5", "flint", "gemma", "gemma2", "gemma3_text", "gemma4_text"),
+    *("gemma4_unified_text", "glm", "glm4", "gpt_bigcode", "gpt_neo", "granite", "granite_swa", "helium"),
+    *("hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "lfm2", "llama", "minicpm3"),
+    *("ministral", "ministral3", "mistral", "persimmon", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2", "vaultgemma", "youtu"),
 }
 
 
@@ -125,6 +127,29 @@ def test_prompts_gradients_and_large_batches_run_the_modules() -> None:
     decode(model, cache, 2)
     decode(model, prompt(model, MOST_ROWS), MOST_ROWS)
     assert counter.count == 2
+
+
+def test_dropouts_drop_where_the_model_is_trained() -> None:
+    """Without gradients too: kernels know of none."""
+    model = kvcompile.compile(tiny_model("phi3", resid_pdrop=0.5))
+    cache, counter = prompt(model, 2), Counter(model)
+    still = decode(model, cache, 2)
+    assert counter.count == 1
+    model.train()
+    assert not torch.equal(decode(model, cache, 2), still)
+    assert counter.count == 1
+    model.eval()
+    assert torch.equal(decode(model, cache, 2), still)
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4"])
+def test_pieces_of_one_projection_in_few_bits(name: str) -> None:
+    """Queries, keys and values, or gate and up, are rows of one weight, which is read where it lies."""
+    model = kvcompile.compile(family_model(name), overrides=["model.weights=int8"])
+    assert describe(model) == f"{2 * len(model.kvcompile.plan.layers)} fused kernels a token"
+    cache = prompt(model)
+    fused, modules = decode(model, cache, 3), decode(model, cache, 3, fused=False)
+    assert float((fused - modules).norm() / modules.norm()) < 0.03
 
 
 def places(model: Any) -> list[nn.Module]:

@@ -18,9 +18,8 @@ from kvcompile.calibration.activations import LayerKV, keys_values
 from kvcompile.errors import KvcompileError
 from kvcompile.plan.structure import Heads
 from kvcompile.policies.gqa import divisor
-from kvcompile.structure.align import alignment
 from kvcompile.structure.convert import convert
-from kvcompile.structure.grouping import by_similarity, partition, similarity
+from kvcompile.structure.grouping import alignment, by_similarity, partition, similarity
 from kvcompile.structure.heads import merge_heads
 
 STOCK = [name for name in ARCHITECTURES if name != "gpt_neox"]  # which has no stock class with fewer KV heads

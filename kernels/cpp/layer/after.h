@@ -39,10 +39,12 @@ extern "C" void after_attention(const After* of, const T* a, const T* x, T* y, i
 #pragma omp parallel num_threads(team)
   {
     float out[MOST_ROWS * TILE], gates[MOST_ROWS * TILE];
+    Rows attended(m, of->attended), middle(m, K), inside(m, inner);
+    attended.enter(a);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < K; n += TILE) {
       const int count = width_of(n, K);
-      columns(a, m, of->output, of->attended, n, count, out);
+      columns(attended, m, of->output, of->attended, n, count, out);
       for (int64_t i = 0; i < m; i++) {
         memcpy(sums.get() + i * K + n, out + i * TILE, count * sizeof(float));
         if constexpr (OUTPUT_NORM == NONE)
@@ -56,20 +58,22 @@ extern "C" void after_attention(const After* of, const T* a, const T* x, T* y, i
     }
     T* z = states.get() + thread() * m * K;
     for (int64_t i = 0; i < m; i++) normed<NORM>(of->norm, sums.get() + i * K, z + i * K, K);
+    middle.enter(z);
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < inner; n += TILE) {
       const int count = width_of(n, inner);
-      if constexpr (GATED) columns(z, m, of->gate, K, n, count, gates);
-      columns(z, m, of->up, K, n, count, out);
+      if constexpr (GATED) columns(middle, m, of->gate, K, n, count, gates);
+      columns(middle, m, of->up, K, n, count, out);
       for (int64_t i = 0; i < m; i++)
         for (int c = 0; c < count; c += 16)
           activate((GATED ? gates : out) + i * TILE + c, out + i * TILE + c, h.get() + i * inner + n + c,
                    count - c < 16 ? count - c : 16);
     }
+    inside.enter(h.get());
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < K; n += TILE) {
       const int count = width_of(n, K);
-      columns(h.get(), m, of->down, inner, n, count, out);
+      columns(inside, m, of->down, inner, n, count, out);
       for (int64_t i = 0; i < m; i++) {
         if constexpr (DOWN_NORM == NONE)
           add<NONE>(of->down_norm, sums.get() + i * K + n, out + i * TILE, y + i * K + n, factor, count);

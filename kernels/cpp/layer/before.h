@@ -50,6 +50,8 @@ extern "C" void before_attention(const Before* of, const T* x, const float* cos,
   {
     T* z = states.get() + thread() * m * K;
     for (int64_t i = 0; i < m; i++) normed<NORM>(of->norm, x + i * K, z + i * K, K);
+    Rows rows(m, K);
+    rows.enter(z);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < all_tiles; t++) {
       int p = 0;
@@ -58,7 +60,7 @@ extern "C" void before_attention(const Before* of, const T* x, const float* cos,
       const int64_t n = (t - first_tile[p]) * TILE;
       const int count = width_of(n, linear.N);
       float out[MOST_ROWS * TILE];
-      columns(z, m, linear, K, n, count, out);
+      columns(rows, m, linear, K, n, count, out);
       for (int64_t i = 0; i < m; i++)
         memcpy(parts.get() + (i * all_heads + first_head[p]) * head + n, out + i * TILE, count * sizeof(float));
     }

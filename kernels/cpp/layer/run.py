@@ -12,14 +12,18 @@ from torch import Tensor
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.cpp.layer.source import TYPES, AfterSpec, BeforeSpec
 from kvcompile.kernels.layers import AfterAttention, BeforeAttention, LayerKernels, Linear, Norm
+from kvcompile.kernels.names import WEIGHTS
 from kvcompile.kernels.pointers import address
+from kvcompile.kernels.reference.packed import BLOCK, GROUP, Packed, require_packable
 
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 KEYS = 3  # parts that a call has room for: queries, keys, values
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = (("w", POINTER), ("bias", POINTER), ("N", SIZE))
+class CLinear(ctypes.Structure):
+    """`Linear` of `rows.h`."""
+
+    _fields_ = (("w", POINTER), ("bias", POINTER), ("N", SIZE), ("scales", POINTER), ("lows", POINTER))
 
 
 class _Norm(ctypes.Structure):
@@ -27,7 +31,7 @@ class _Norm(ctypes.Structure):
 
 
 class _Part(ctypes.Structure):
-    _fields_ = (("linear", _Linear), ("norm", _Norm), ("normed", SIZE), ("turned", SIZE))
+    _fields_ = (("linear", CLinear), ("norm", _Norm), ("normed", SIZE), ("turned", SIZE))
 
 
 class _Before(ctypes.Structure):
@@ -42,19 +46,28 @@ class _After(ctypes.Structure):
     _fields_ = (
         *((name, SIZE) for name in ("K", "inner", "attended")),
         ("factor", ctypes.c_double),
-        *((name, _Linear) for name in ("output", "gate", "up", "down")),
+        *((name, CLinear) for name in ("output", "gate", "up", "down")),
         *((name, _Norm) for name in ("output_norm", "norm", "down_norm")),
     )
 
 
-def _linear(name: str, linear: Linear | None, inner: int, features: int = 0) -> _Linear:
-    """features: what it must have (0: any)."""
+def address_of(name: str, linear: Linear | None, inner: int, features: int = 0) -> CLinear:
+    """Where a linear layer lies. features: what it must have (0: any). Raises KvcompileError where it is another."""
     if linear is None:
-        return _Linear()
-    rows, dtype = features or linear.weight.shape[0], linear.weight.dtype
-    weight = address(f"the weight of {name}", linear.weight, dtype, (rows, inner))
+        return CLinear()
+    weight, what = linear.weight, f"the weight of {name}"
+    rows, dtype = features or weight.shape[0], weight.dtype
     bias = None if linear.bias is None else address(f"the bias of {name}", linear.bias, dtype, (rows,))
-    return _Linear(weight, bias, rows)
+    if not isinstance(weight, Packed):
+        return CLinear(address(what, weight, dtype, (rows, inner)), bias, rows)
+    require_packable(name, (rows, inner))
+    blocks, groups = -(-rows // BLOCK), inner // GROUP
+    codes = address(what, weight.codes, torch.uint8, (blocks, groups, GROUP * BLOCK * WEIGHTS[weight.format] // 8))
+    scales, lows = (
+        None if x is None else address(f"scales of {name}", x, torch.int16, (blocks, groups, BLOCK))
+        for x in (weight.scales, weight.lows)
+    )
+    return CLinear(codes, bias, rows, scales, lows)
 
 
 def _norm(name: str, norm: Norm | None, width: int, dtype: torch.dtype) -> _Norm:
@@ -83,7 +96,7 @@ class Before:
         self.wanted = [*(True for _ in layer.parts), *plain]
         parts = (_Part * KEYS)()
         for place, part in enumerate(layer.parts):
-            linear = _linear("a projection", part.linear, self.inner, self.heads[place] * layer.head_dim)
+            linear = address_of("a projection", part.linear, self.inner, self.heads[place] * layer.head_dim)
             norm = _norm("a head norm", part.norm, layer.head_dim, self.dtype)
             parts[place] = _Part(linear, norm, part.norm is not None, part.turned)
         norm = _norm("a norm", layer.norm, self.inner, self.dtype)
@@ -124,10 +137,10 @@ class After:
             inner,
             attended,
             layer.factor,
-            _linear("the output projection", layer.output, attended),
-            _linear("the gate", layer.gate, hidden, inner),
-            _linear("the MLP", layer.up, hidden),
-            _linear("the MLP's output", layer.down, inner, hidden),
+            address_of("the output projection", layer.output, attended),
+            address_of("the gate", layer.gate, hidden, inner),
+            address_of("the MLP", layer.up, hidden),
+            address_of("the MLP's output", layer.down, inner, hidden),
             _norm("the norm of the output", layer.output_norm, hidden, self.dtype),
             _norm("a norm", layer.norm, hidden, self.dtype),
             _norm("the norm of the MLP's output", layer.down_norm, hidden, self.dtype),

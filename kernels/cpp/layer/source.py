@@ -1,4 +1,4 @@
-"""The C++ texts of the two halves of a decoder layer: f(dtype, norms, activation); all sizes are arguments."""
+"""The C++ texts of the two halves of a decoder layer: f(dtype, weights, norms, activation); sizes are arguments."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 from kvcompile.kernels.cpp import simd
 from kvcompile.kernels.layers import AfterAttention, BeforeAttention, Norm
+from kvcompile.kernels.names import WEIGHTS
 
 TYPES = {"float32": "float", "bfloat16": "bf16"}
+PRODUCTS = {**TYPES, "float16": "fp16"}  # where one linear layer runs by itself
 KINDS = {None: "NONE", "rms": "RMS", "rms_plus_one": "RMS_PLUS_ONE", "layer": "LAYER"}
 ACTIVATIONS = {
     "silu": "  return x * sigmoid(x);\n",
@@ -29,9 +31,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class BeforeSpec:
-    """What the kernel before attention is generated from."""
+    """What the kernel before attention is generated from. weights: `floats`, or one of `kernels.names.WEIGHTS`."""
 
     dtype: str
+    weights: str
     norm: str
     head_norm: str | None
 
@@ -39,12 +42,12 @@ class BeforeSpec:
     def of(cls, layer: BeforeAttention) -> BeforeSpec:
         """That of a layer."""
         norms = [part.norm for part in layer.parts if part.norm is not None]
-        return cls(_dtype(layer.parts[0].linear.weight), layer.norm.kind, norms[0].kind if norms else None)
+        return cls(*layer.parts[0].linear.kind, layer.norm.kind, norms[0].kind if norms else None)
 
     def text(self) -> str:
         """The whole C++ text."""
         kinds = _kinds(NORM=self.norm, HEAD_NORM=self.head_norm)
-        return _prelude(self.dtype) + kinds + _file("before")
+        return prelude(self.dtype, self.weights) + kinds + _file("before")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class AfterSpec:
     """What the kernel behind attention is generated from."""
 
     dtype: str
+    weights: str
     norm: str
     output_norm: str | None
     down_norm: str | None
@@ -61,15 +65,21 @@ class AfterSpec:
     @classmethod
     def of(cls, layer: AfterAttention) -> AfterSpec:
         """That of a layer."""
-        norms = layer.norm.kind, _kind(layer.output_norm), _kind(layer.down_norm)
-        return cls(_dtype(layer.output.weight), *norms, layer.activation, layer.gate is not None)
+        (dtype, weights), norm = layer.output.kind, layer.norm.kind
+        behind = _kind(layer.output_norm), _kind(layer.down_norm)
+        return cls(dtype, weights, norm, *behind, layer.activation, layer.gate is not None)
 
     def text(self) -> str:
         """The whole C++ text."""
         kinds = _kinds(NORM=self.norm, OUTPUT_NORM=self.output_norm, DOWN_NORM=self.down_norm)
         gated = f"constexpr bool GATED = {str(self.gated).lower()};\n"
         activation = f"KV_INLINE F activation(F x) {{\n{ACTIVATIONS[self.activation]}}}\n"
-        return _prelude(self.dtype) + kinds + gated + SIGMOID + activation + _file("after")
+        return prelude(self.dtype, self.weights) + kinds + gated + SIGMOID + activation + _file("after")
+
+
+def linear_text(dtype: str, weights: str) -> str:
+    """The whole C++ text of one linear layer with weights in few bits."""
+    return prelude(dtype, weights) + _file("linear")
 
 
 SIGMOID = """\
@@ -80,10 +90,16 @@ KV_INLINE F sigmoid(F x) {
 """
 
 
-def _prelude(dtype: str) -> str:
-    name = TYPES[dtype]
+def prelude(dtype: str, weights: str) -> str:
+    """What comes before either: vectors, norms, and products with weights of that kind."""
+    name, bits = PRODUCTS[dtype], WEIGHTS.get(weights)
     products = Path(simd.__file__).with_name("products.h").read_text("utf-8")
-    return f"{simd.prelude()}\ntypedef {name} T;\n#define T_IS_{name.upper()}\n\n{products}\n{_file('rows')}\n"
+    kind = "typedef T W;" if bits is None else f"typedef uint8_t W;\nconstexpr int BITS = {bits};"
+    columns = _file("floats" if bits is None else "few_bits")
+    return (
+        f"{simd.prelude()}\ntypedef {name} T;\n#define T_IS_{name.upper()}\n{kind}\n\n"
+        f"{products}\n{_file('rows')}\n{columns}\n"
+    )
 
 
 def _kinds(**names: str | None) -> str:
@@ -92,10 +108,6 @@ def _kinds(**names: str | None) -> str:
 
 def _kind(norm: Norm | None) -> str | None:
     return None if norm is None else norm.kind
-
-
-def _dtype(weight: object) -> str:
-    return str(getattr(weight, "dtype", "")).removeprefix("torch.")
 
 
 def _file(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from kvcompile.graph import ops
 from kvcompile.graph.fused import parts
 from kvcompile.graph.fused.parts import Unfit
-from kvcompile.kernels.layers import AfterAttention, BeforeAttention, Norm, Part
+from kvcompile.kernels.layers import AfterAttention, BeforeAttention, Linear, Norm, Part
 
 Angle = tuple[fx.Node, "int | None"]  # a node, or one item of what it gives
 
@@ -65,7 +65,7 @@ class Matcher:
         if not isinstance(normed, fx.Node) or normed.op != "call_module":
             raise Unfit("no norm before the projections")
         norm = parts.norm(self._module(normed), self.dtype)
-        heads = [self._heads(user) for user in normed.users]
+        heads = [each for user in normed.users for each in self._heads(user)]
         angles = {head.angles for head in heads if head.angles is not None}
         kinds = {head.part.norm.kind for head in heads if head.part.norm is not None}
         if len(heads) > 3 or len(angles) > 1 or len(kinds) > 1 or len({head.head_dim for head in heads}) > 1:
@@ -105,12 +105,16 @@ class Matcher:
         )
         return AfterPlace(layer, _node(output.args[0]), states, end)
 
-    def _heads(self, projection: fx.Node) -> Heads:
-        """One projection and what is done to its heads. Raises Unfit."""
+    def _heads(self, projection: fx.Node) -> list[Heads]:
+        """One projection, or all that one makes side by side, and what is done to the heads. Raises Unfit."""
         if projection.op != "call_module":
             raise Unfit("the normed states feed more than projections")
         linear = parts.linear(self._module(projection), self.dtype)
-        cut = _only_user(projection)
+        pieces = _pieces(projection, linear.weight.shape[0])
+        return [self._piece(parts.rows_of(linear, first, count), cut) for first, count, cut in pieces]
+
+    def _piece(self, linear: Linear, cut: fx.Node) -> Heads:
+        """What is done to heads that one projection makes, beginning with the node that cuts them. Raises Unfit."""
         sizes: Any = cut.args[2] if cut.target is torch.unflatten and cut.args[1] == -1 else (0, 0)
         plain, head_dim = _only_user(cut), int(sizes[1])
         if plain.target != "transpose" or plain.args[1:] != (1, 2) or head_dim < 1 or linear.weight.shape[0] % head_dim:
@@ -153,6 +157,25 @@ def _node(argument: object) -> fx.Node:
     if not isinstance(argument, fx.Node):
         raise Unfit("an argument that is no node")
     return argument
+
+
+def _pieces(projection: fx.Node, features: int) -> list[tuple[int, int, fx.Node]]:
+    """First row, number of rows, and the node that cuts them into heads, of each part of a projection. Raises Unfit."""
+    cut = _only_user(projection)
+    split = _only_user(cut) if len(cut.users) == 1 else cut
+    if split.target is not torch.functional.split:
+        return [(0, features, cut)]
+    sizes: Any = split.args[1]
+    if cut.args[1:] != (-1, (sum(sizes), -1)) or split.kwargs.get("dim") != 2 or features % sum(sizes):
+        raise Unfit("its projections are not cut into heads as they come")
+    each, pieces = features // sum(sizes), []
+    for item in split.users:
+        flat = _only_user(item)
+        if item.target is not operator.getitem or flat.target != "flatten" or flat.args[1:] != (2,):
+            raise Unfit("its projections are not cut into heads as they come")
+        place: Any = item.args[1]
+        pieces.append((each * sum(sizes[:place]), each * sizes[place], _only_user(flat)))
+    return pieces
 
 
 def _only_user(node: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvcompile.graph import ops
 from kvcompile.graph.fused.match import Angle, Matcher
-from kvcompile.graph.fused.parts import Unfit
+from kvcompile.graph.fused.parts import Unfit, without_dropout
 from kvcompile.graph.wiring import attends
 from kvcompile.kernels.layers import LayerKernels
 from kvcompile.runtime.decode.steps import FusedSteps, Steps
@@ -46,8 +46,9 @@ def fuse(whole: LiveGraph, kernels: LayerKernels) -> Steps:
     reason = kernels.refuses(str(dtype).removeprefix("torch."))
     if reason is not None:
         return Steps(None, Watch(whole, ()), 0, {reason: sorted(attends(whole.graph))})
-    graph, root, modules = copy.deepcopy(whole.graph), nn.Module(), set()
+    graph, root, modules = copy.deepcopy(whole.graph), nn.Module(), set[str]()
     root.model, root.before, root.after = whole.model, nn.ModuleList(), nn.ModuleList()
+    modules |= set(without_dropout(graph, whole))
     for layer, attend in attends(graph).items():
         for put in (_before, _after):
             matcher = Matcher(whole, dtype)

@@ -62,7 +62,7 @@ class FusedSteps:
         """The graph for these new tokens `[B, Q]`; None where they run through the modules of the `whole` one."""
         if tokens.ndim != 2 or tokens.shape[1] != 1 or not 0 < tokens.shape[0] <= MOST_ROWS or not tokens.is_cpu:
             return None
-        if torch.is_grad_enabled() or cache.prompting or not any(cache.seen):
+        if torch.is_grad_enabled() or cache.prompting or not any(cache.seen) or whole.model.training:
             return None
         return None if _watched() else self.of(whole).graph
 

@@ -24,6 +24,10 @@ class Watch:
             for module in modules.values()
             for name, x in module._parameters.items()
         ]
+        # what moves or casts a module puts another tensor in the place of a buffer, but other memory into a parameter
+        self.buffers = [
+            (module._buffers, name, x) for module in modules.values() for name, x in module._buffers.items()
+        ]
 
     def unchanged(self) -> bool:
         """Whether all of them are; spelt out, as it runs at every token."""
@@ -36,4 +40,4 @@ class Watch:
         for parameters, name, x, place in self.weights:
             if parameters.get(name) is not x or (x is not None and x.data_ptr() != place):
                 return False
-        return True
+        return all(buffers.get(name) is buffer for buffers, name, buffer in self.buffers)
