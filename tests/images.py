@@ -32,6 +32,14 @@ GRID = {
 EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 QWEN_EYES = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 1}
 GEMMA4_EYES = {**EYES, "num_key_value_heads": 2, "head_dim": 16, "patch_size": PATCH, "pooling_kernel_size": 2}
+LLAMA4_EYES = {
+    "image_size": 2 * SIDE,  # of four patches a token is made
+    "patch_size": PATCH,
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "intermediate_size": 128,  # both of the encoder and of four patches together
+}
 SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 PARTS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]], dict[str, Any]]] = {
     "gemma3": (("gemma3_text", SLIDING), ("siglip_vision_model", {}), {"mm_tokens_per_image": TOKENS}),
@@ -49,6 +57,11 @@ PARTS: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]], d
         ("gemma4_unified_text", TINY["gemma4_unified_text"]),
         ("gemma4_unified_vision", {"mm_embed_dim": 32, "output_proj_dims": 32, "mm_posemb_size": 4, **ONE_PATCH}),
         {"video_token_id": 6, "audio_token_id": 9},
+    ),
+    "llama4": (
+        ("llama4_text", TINY["llama4_text"]),
+        ("llama4_vision_model", {**EYES, **LLAMA4_EYES}),
+        {},
     ),
     "llava": (("llama", {}), ("clip_vision_model", {}), {"vision_feature_layer": -1}),
     "mistral3": (
@@ -128,11 +141,11 @@ def image_model(name: str, **text: Any) -> PreTrainedModel:
 
 
 def image_inputs(name: str, batch: int = 1, tokens: int = 30) -> dict[str, Any]:
-    """A prompt with an image in each sequence; in a batch the first is padded."""
+    """A prompt with an image in each sequence; in a batch the first is padded (not for llama4: it counts padding)."""
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(10, 128, (batch, tokens), generator=draw)
     mask = torch.ones_like(ids)
-    if batch > 1:
+    if batch > 1 and name != "llama4":
         mask[0, :2] = 0
     ids[:, 4 : 4 + TOKENS] = IMAGE
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -146,7 +159,8 @@ def image_inputs(name: str, batch: int = 1, tokens: int = 30) -> dict[str, Any]:
         patches = torch.randn(batch, side * side, 3 * PATCH * PATCH, generator=draw)
         inputs |= {"pixel_values": patches, "image_position_ids": places}
     else:
-        inputs["pixel_values"] = torch.randn(batch, 3, SIDE, SIDE, generator=draw)
+        side = 2 * SIDE if name == "llama4" else SIDE
+        inputs["pixel_values"] = torch.randn(batch, 3, side, side, generator=draw)
     if name == "mistral3":
         inputs["image_sizes"] = torch.tensor([[SIDE, SIDE]] * batch)
     types = {"gemma3": "token_type_ids"}.get(name, "mm_token_type_ids")
@@ -155,8 +169,8 @@ def image_inputs(name: str, batch: int = 1, tokens: int = 30) -> dict[str, Any]:
     return inputs
 
 
-def text_inputs(batch: int = 1, tokens: int = 30) -> dict[str, Any]:
-    """A prompt of text alone; in a batch the first is padded."""
-    inputs = image_inputs("llava", batch, tokens)
-    inputs["input_ids"][inputs["input_ids"] == IMAGE] = IMAGE + 15
+def text_inputs(name: str, batch: int = 1, tokens: int = 30) -> dict[str, Any]:
+    """The same of text alone."""
+    inputs = image_inputs(name, batch, tokens)
+    inputs["input_ids"][inputs["input_ids"] < 10] += 15
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}

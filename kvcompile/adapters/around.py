@@ -49,6 +49,7 @@ AROUND: dict[str, Around] = {
     "gemma3n": Around("model.language_model", "google/gemma-3n-E2B-it"),
     "gemma4": Around("model.language_model", "google/gemma-4-E2B-it", True, sliding_layers),
     "gemma4_unified": Around("model.language_model", "google/gemma-4-12B-it", True, where_it_says_so),
+    "llama4": Around("language_model.model", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
     "llava": Around("model.language_model", "llava-hf/llava-1.5-7b-hf"),
     "mistral3": Around("model.language_model", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
     "qwen2_5_vl": Around("model.language_model", "Qwen/Qwen2.5-VL-3B-Instruct"),

@@ -18,7 +18,7 @@ _TYPES = {
         "qwen4_exp_text"
     ),
     "an image or audio model around a text model, not yet: compile the text model of the same family": (
-        "emu3 fuyu got_ocr2 llama4 mllama moss_transcribe_diarize phi4_multimodal"
+        "emu3 fuyu got_ocr2 mllama moss_transcribe_diarize phi4_multimodal"
     ),
     "an image model, whose image tokens see each other both ways": "git",
     "a draft model, which reads the cache of the model that it drafts for": (
