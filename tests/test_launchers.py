@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from kvcompile.config.compose import check
 from kvcompile.errors import KvcompileError
+from kvcompile.tasks import rows
 
 PLUGINS = {
     "kv_joblib": "joblib",
@@ -44,9 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    (folder / "words.txt").write_text(
-        " ".join(f"W{4 + (7 * i * i + i) % 120} w5 w6 w7 w8 w9 w10 w11." for i in range(400))
-    )
+    sentences = (f"W{4 + i % 120} w{4 + i // 120} w{4 + i * i % 120} w7 w8 w9 w10 w11." for i in range(400))
+    (folder / "words.txt").write_text(" ".join(sentences))
     return folder
 
 
@@ -122,3 +124,47 @@ def test_jobs_run_side_by_side_and_once(model: Path, tmp_path: Path, launcher: s
         assert statuses(tmp_path) == [("0.5", "ok"), ("0.25", "ok")]
         assert "job 0 is done already" in again.stdout
         assert {path: path.stat().st_mtime_ns for path in written} == written, "none twice"
+
+
+def test_a_worker_of_ray_is_killed_and_the_sweep_repeated(model: Path, tmp_path: Path) -> None:
+    """No row is lost, and none is measured twice."""
+    needs("kv_ray")
+    text = f"tasks.perplexity.texts=['{model / 'words.txt'}']"
+    options = ["tasks.perplexity.tokens=100", "tasks.perplexity.scored=200", "tasks.perplexity.windows=8"]
+    sweep = ["recipe=snapkv", "kernels=sdpa", "evaluate=[perplexity]", text, *options, "budget=0.5,0.4,0.3"]
+    words = command(model, "kv_ray", *sweep, "evaluate.rows=rows", "+hydra.launcher.ray.init.num_cpus=2")
+    folder = tmp_path / "rows"
+    first = [*words, "hydra.launcher.ray.remote.max_retries=0"]
+    with subprocess.Popen(
+        first, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.kill(worker(folder, process), signal.SIGKILL)
+        said = process.communicate()[1]
+    assert process.returncode == 1
+    last = said.strip().splitlines()[-1]
+    assert "every job of a sweep must come back" in last
+    assert f"hydra.sweep.dir={tmp_path / 'sweep'}" in last
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.row.json")}
+    assert 1 <= len(kept) < 4, "three stacks and the uncompressed model"
+
+    done = run(tmp_path, words)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    there = list(rows.found([folder]))
+    assert len(there) == len({row.stack for row in there}) == 4
+    assert [status for _, status in statuses(tmp_path)] == ["ok"] * 3
+
+
+def worker(folder: Path, sweep: subprocess.Popen[str]) -> int:
+    """The process that measures a row when one is there already."""
+    while sweep.poll() is None:
+        claims = list(folder.glob(".*.claim")) if list(folder.glob("*.row.json")) else []
+        for claim in claims:
+            if (folder / f"{claim.name[1:].removesuffix('.claim')}.row.json").exists():
+                continue  # it is about to be given up
+            try:
+                return int(json.loads(claim.read_text())["pid"])
+            except (OSError, ValueError):
+                continue  # it was about to be written, or is done
+        time.sleep(0.005)
+    raise AssertionError(f"the sweep ended by itself: {sweep.stderr and sweep.stderr.read()}")
