@@ -175,6 +175,7 @@ def _write(model: Any, folder: Path, tokenizer: Any) -> None:
 def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
     from kvcompile.build import build, plan_of
     from kvcompile.config.recipe import from_recipe, to_recipe
+    from kvcompile.structure.pack import require_cpu
 
     facts = manifest.verify(folder)
     with wrapped_errors(f"{folder / RECIPE} must be a recipe", manifest.REMADE):
@@ -184,6 +185,8 @@ def _opened(folder: Path, dtype: str | None, device: Any) -> Any:
     with wrapped_errors(f"{folder / CONFIG} must fit {RECIPE}", manifest.REMADE):
         plan = plan_of(original, dtype or stored.dtype, config, config.policies())
     model = _placed(weights.read(folder, stored, original, plan, config.model.weights), device)
+    if config.model.weights:
+        require_cpu(model)
     model = build(model, plan, config.kernels, to_recipe(config))
     kernel_texts.verify(_as_saved(model.kvcompile.plan, folder, facts, converted=dtype is not None), folder, facts)
     model.config.kvcompile = stamp(model.kvcompile.plan, model.config)

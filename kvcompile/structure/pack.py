@@ -32,10 +32,7 @@ def pack_weights(model: Any, format: str, plan: Plan | None = None) -> None:
             f"model.weights={format}",
             "drop it, or the policy that makes latents",
         )
-    if model.device.type != "cpu":
-        raise KvcompileError(
-            "weights in few bits are read by kernels of a CPU", f"a model on {model.device}", "model.device=cpu"
-        )
+    require_cpu(model)
     for module in _linears(model, format):
         weight = module[2].weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -52,6 +49,14 @@ def pack_weights(model: Any, format: str, plan: Plan | None = None) -> None:
         return packed
 
     _replace(model, format, rounded)
+
+
+def require_cpu(model: Any) -> None:
+    """Raise KvcompileError where no kernel would read weights in few bits."""
+    if model.device.type != "cpu":
+        raise KvcompileError(
+            "weights in few bits are read by kernels of a CPU", f"a model on {model.device}", "use one"
+        )
 
 
 def hollow_weights(model: Any, format: str) -> None:

@@ -16,9 +16,11 @@ from torch import nn
 import kvcompile
 from kvcompile.config.compose import compose
 from kvcompile.errors import KvcompileError
+from kvcompile.job import warnings
 from kvcompile.kernels.cpp import build
 from kvcompile.kernels.names import WEIGHTS
 from kvcompile.kernels.reference.packed import PackedLinear
+from kvcompile.report.report import Report
 from kvcompile.structure.pack import pack_weights, packed_as, weight_bytes, weight_count
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
@@ -120,6 +122,19 @@ def test_gates_stay_floats() -> None:
     assert type(original.model.layers[0].mlp.gate) is nn.Linear
     assert type(original.model.layers[0].mlp.up_proj) is PackedLinear
     assert type(original.lm_head) is PackedLinear
+
+
+def test_where_no_kernel_reads_them_a_report_says_so_and_other_devices_are_refused(tmp_path: Path) -> None:
+    model = kvcompile.compile(tiny_model("llama", **SIZES), overrides=["model.weights=int8", "kernels=sdpa"])
+    report = Report(title="", model="", recipe="", policies=[], tokens=64, rows=[])
+    assert any("floats are made of them at every token" in line for line in warnings(model, report))
+    fast = kvcompile.compile(tiny_model("llama", **SIZES), overrides=["model.weights=int8", "kernels=cpp"])
+    assert not warnings(fast, report)
+    folder = kvcompile.save(fast, tmp_path / "a")
+    with pytest.raises(KvcompileError, match="kernels of a CPU"):
+        kvcompile.load(folder, device="meta")
+    with pytest.raises(KvcompileError, match="kernels of a CPU"):
+        pack_weights(tiny_model("llama", **SIZES).to("meta"), "int8")
 
 
 def test_what_is_refused() -> None:
