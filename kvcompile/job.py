@@ -257,8 +257,8 @@ def warnings(model: Any, measured: Report) -> list[str]:
     ]
     if packed_as(model) and not any(map(lowered, model.modules())):
         lines.append(
-            "model.weights: nothing here reads weights in few bits, so floats are made of them at every token, which is "
-            "slow. kernels=cpp reads them."
+            "model.weights: nothing here reads weights in few bits, so floats are made of them at every token, which "
+            "is slow. kernels=cpp reads them."
         )
     if model.device.type == "cpu" and any(p.storage.offload for p in plan.layers):
         lines.append(

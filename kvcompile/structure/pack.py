@@ -54,9 +54,7 @@ def pack_weights(model: Any, format: str, plan: Plan | None = None) -> None:
 def require_cpu(model: Any) -> None:
     """Raise KvcompileError where no kernel would read weights in few bits."""
     if model.device.type != "cpu":
-        raise KvcompileError(
-            "weights in few bits are read by kernels of a CPU", f"a model on {model.device}", "use one"
-        )
+        raise KvcompileError("weights in few bits are read by kernels of a CPU", f"a model on {model.device}")
 
 
 def hollow_weights(model: Any, format: str) -> None:

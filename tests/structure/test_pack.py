@@ -124,6 +124,7 @@ def test_gates_stay_floats() -> None:
     assert type(original.lm_head) is PackedLinear
 
 
+@pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
 def test_where_no_kernel_reads_them_a_report_says_so_and_other_devices_are_refused(tmp_path: Path) -> None:
     model = kvcompile.compile(tiny_model("llama", **SIZES), overrides=["model.weights=int8", "kernels=sdpa"])
     report = Report(title="", model="", recipe="", policies=[], tokens=64, rows=[])
