@@ -131,7 +131,7 @@ def main() -> None:
     if args.out:
         machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
         head = f"{time.strftime('%Y-%m-%d')}, {machine}, a prompt of {args.prompt} tokens, then {args.tokens}"
-        told = " ".join(w if w != args.llama else "VENV/bin/python" for w in sys.argv)
+        told = " ".join(w if w != args.llama or w == "transformers" else "VENV/bin/python" for w in sys.argv)
         words = told.replace(f" --keep {args.keep}", "")
         Path(f"{args.out}.md").write_text(f"{head}\n\n    python {words}\n\n{table}\n")
         Path(f"{args.out}.json").write_text(json.dumps(rows, indent=1) + "\n")
