@@ -36,13 +36,14 @@ def metered(model: Any) -> Iterator[dict[int, list[float]]]:
 
     A number for each KV head of each sequence, at each step that does not read all of its groups.
     """
-    graph = model.kvcompile.graph
+    compiled = model.kvcompile
+    graph, steps = compiled.graph, compiled.steps
     meter = _Meter(graph)
-    model.kvcompile.graph = meter.run
+    compiled.graph, compiled.steps = meter.run, None  # every token through the graph that is metered
     try:
         yield meter.recalls
     finally:
-        model.kvcompile.graph = graph
+        compiled.graph, compiled.steps = graph, steps
 
 
 @torch.inference_mode()
