@@ -26,7 +26,6 @@ from kvcompile.evaluation.proof import prove
 from kvcompile.evaluation.speed import Comparison, compare
 from kvcompile.exporters.write import FOLDER, write_into
 from kvcompile.heal.corpus import held_out
-from kvcompile.kernels.cpp.lower import lowered
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan, converts
 from kvcompile.progress import Progress, progress_bar
@@ -255,7 +254,7 @@ def warnings(model: Any, measured: Report) -> list[str]:
         )
         if shift and measured.tokens + shift > longest(model)
     ]
-    if packed_as(model) and not any(map(lowered, model.modules())):
+    if measured.weights and not measured.passes.get("DecodeLinear"):
         lines.append(
             "model.weights: nothing here reads weights in few bits, so floats are made of them at every token, which "
             "is slow. kernels=cpp reads them."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,11 @@ def test_gates_stay_floats() -> None:
 @pytest.mark.skipif(build.available() is not None, reason=f"no compiler: {build.available()}")
 def test_where_no_kernel_reads_them_a_report_says_so_and_other_devices_are_refused(tmp_path: Path) -> None:
     model = kvcompile.compile(tiny_model("llama", **SIZES), overrides=["model.weights=int8", "kernels=sdpa"])
-    report = Report(title="", model="", recipe="", policies=[], tokens=64, rows=[])
+    report = Report(title="", model="", recipe="", policies=[], tokens=64, rows=[], weights="int8")
+    report = replace(report, passes=model.kvcompile.changes)
     assert any("floats are made of them at every token" in line for line in warnings(model, report))
     fast = kvcompile.compile(tiny_model("llama", **SIZES), overrides=["model.weights=int8", "kernels=cpp"])
-    assert not warnings(fast, report)
+    assert not warnings(fast, replace(report, passes=fast.kvcompile.changes))
     folder = kvcompile.save(fast, tmp_path / "a")
     with pytest.raises(KvcompileError, match="kernels of a CPU"):
         kvcompile.load(folder, device="meta")
