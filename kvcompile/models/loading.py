@@ -289,7 +289,8 @@ def _dtype(model: ModelConfig, device: Any) -> Any:
 def _unquantised(loaded: PreTrainedModel) -> PreTrainedModel:
     """A clean copy of a GGUF-loaded model: the original cannot be saved."""
     settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    clean = type(loaded)(type(loaded.config)(**settings)).to(loaded.dtype)
+    # `.to(dtype)` would round the angles of rotary positions, which stay float32
+    clean = type(loaded)._from_config(type(loaded.config)(**settings), dtype=loaded.dtype)
     clean.load_state_dict(loaded.state_dict())
     clean.generation_config = loaded.generation_config
     clean.config._name_or_path = loaded.config._name_or_path

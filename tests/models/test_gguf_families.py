@@ -54,6 +54,16 @@ def test_a_file_in_fewer_bits_is_near_it(name: str, kind: str, most: float, tmp_
     assert 0 < apart(name, kind, tmp_path / "model.gguf") < most
 
 
+def test_angles_of_rotary_positions_stay_float32_in_sixteen_bits(tmp_path: Path) -> None:
+    """And so a compiled model of it can be saved, and turns far tokens as the checkpoint does."""
+    model, path = wide_model("qwen2_moe"), tmp_path / "model.gguf"
+    write(model, path, "F32")
+    config = ModelConfig(pretrained=str(path), device="cpu", dtype="bfloat16")
+    loaded: Any = loading.load(config)[0]
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
 def test_what_was_read_is_compiled(tmp_path: Path) -> None:
     model = wide_model("gemma3_text")
     write(model, tmp_path / "model.gguf", "F32")
