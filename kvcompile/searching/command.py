@@ -111,6 +111,7 @@ def settings(overrides: Sequence[str], folder: str | None = None) -> tuple[Confi
     config = compose([*searched(folder), *(text for text in overrides if text not in output)])
     others: dict[str, Any] = {"recipe or policy": config.stack, "export": config.export, "analysis": config.analysis}
     others |= {"artifact": config.artifact, "plan=only": config.plan.mode == "only"}
+    others |= {"model.weights": config.model.weights}
     for name, value in others.items():
         if value:
             raise KvcompileError("kvcompile search finds the stack itself, and nothing else is done", name, "drop it")

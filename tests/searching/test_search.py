@@ -176,6 +176,7 @@ def test_the_command_refuses_what_is_no_search_and_python_needs_a_tokenizer(
     assert "search.bytes=1/24" in capsys.readouterr().out
     for arguments, says in (
         (["recipe=snapkv"], "finds the stack itself"),
+        (["model.weights=int8"], "got model.weights"),
         (["-m", "search.bytes=1/3"], "takes one flag, --config-dir, got -m"),
         (["--config-dir"], "must name a folder"),
         (["--config-dir", "nowhere"], "must name a folder that is there"),

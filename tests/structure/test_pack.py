@@ -23,6 +23,7 @@ from kvcompile.kernels.names import WEIGHTS
 from kvcompile.kernels.reference.packed import PackedLinear
 from kvcompile.report.report import Report
 from kvcompile.structure.pack import pack_weights, packed_as, weight_bytes, weight_count
+from kvcompile.tasks.stacks.subject import Checkpoint
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
 SELECTED = ["policy=[streaming]", "stack.streaming.budget=15"]
@@ -158,3 +159,11 @@ def test_what_is_refused() -> None:
     pack_weights(twice, "int8")
     with pytest.raises(KvcompileError, match="plain linear layers"):
         pack_weights(twice, "int4")
+
+
+def test_rows_of_an_evaluation_are_of_these_weights_alone() -> None:
+    """What was measured with floats is not taken for what is measured with few bits, nor int8 for int4."""
+    kinds = ("null", *WEIGHTS)
+    configs = [compose(["policy=[streaming]", "evaluate=[needle]", f"model.weights={kind}"]) for kind in kinds]
+    settings = [Checkpoint(config.model).stack(config).settings for config in configs]
+    assert len({str(each) for each in settings}) == len(kinds)

@@ -183,7 +183,9 @@ class _Projection:
     pieces: int = 1
 
     def rows(self, whole: Linear) -> Linear:
-        """The weights of the piece."""
+        """The weights of the piece. Raises Unfit where pieces differ."""
+        if whole.weight.shape[0] % self.pieces or not 0 <= self.piece < self.pieces:
+            raise Unfit("a projection that is cut into unequal pieces")
         size = whole.weight.shape[0] // self.pieces
         return rows_of(whole, self.piece * size, size)
 

@@ -127,6 +127,8 @@ class Checkpoint:
         model = [f"model={self.given.name}", *differing("model", self.given, ModelConfig())]
         words = (*stack_words(config), *model, *kernels)
         settings: dict[str, Any] = {"prefill_chunk": config.prefill_chunk, "kernels": config.kernels}
+        if self.given.weights:
+            settings["weights"] = self.given.weights
         if config.heal.tokens:
             settings["heal"] = vars(config.heal)
         facts = (self.name, self.source, self.dtype)
