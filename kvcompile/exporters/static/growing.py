@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch import Tensor, nn
 
 from kvcompile.exporters.static.attention import masked
-from kvcompile.exporters.static.lower import Lowering
+from kvcompile.exporters.static.lower import lowered
 from kvcompile.plan.plan import LayerPlan, Plan
 
 
@@ -62,13 +61,13 @@ class GrowingProgram(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         compiled: Any = model.kvcompile
-        self.traced: fx.GraphModule = compiled.graph
+        self.traced = lowered(compiled.graph)
         self.plan: Plan = compiled.plan
 
     def forward(self, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """Logits of all new tokens, and the cache with them in it."""
         cache = GrowingCache(self.plan, past, input_ids)
         positions = cache.positions.expand(input_ids.shape[0], -1)
-        logits = Lowering(self.traced).run(input_ids, None, positions, cache, slice(None))
+        logits = self.traced(input_ids, None, positions, cache, slice(None))
         rows = [cache.present[p.index] for p in self.plan.owners]
         return (logits, *(x for kv in rows for x in (kv.keys, kv.values)))

@@ -16,6 +16,7 @@ from kvcompile.graph import ops
 from kvcompile.plan.plan import Plan
 from kvcompile.runtime.attention import Expansion
 from kvcompile.runtime.cache import Rotary
+from kvcompile.runtime.live import LiveGraph
 
 Cache = PrefillCache | DecodeCache
 
@@ -70,12 +71,15 @@ def _require_lowered(graph: fx.Graph) -> None:
         raise KvcompileError("a program expresses every node of the graph", ", ".join(sorted(strange)), fix)
 
 
-class Lowering(fx.Interpreter):
-    """Runs the graph with the cache's nodes lowered."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The lowered function, or the node's own."""
-        return super().call_function(LOWERED.get(target, target), args, kwargs)
+def lowered(traced: LiveGraph) -> LiveGraph:
+    """A twin of a compiled graph whose cache's nodes call the functions of a program. Raises KvcompileError."""
+    _require_lowered(traced.graph)
+    twin = traced.twin()
+    for node in twin.graph.nodes:
+        if node.op == "call_function":
+            node.target = LOWERED.get(node.target, node.target)
+    twin.recompile()
+    return twin
 
 
 class Program(nn.Module):
@@ -84,11 +88,10 @@ class Program(nn.Module):
     def __init__(self, model: nn.Module, limits: Limits) -> None:
         super().__init__()
         compiled: Any = model.kvcompile
-        self.traced: fx.GraphModule = compiled.graph
+        self.traced: LiveGraph = lowered(compiled.graph)
         self.plan: Plan = compiled.plan
         self.rotaries: list[Rotary] = compiled.rotaries
         self.limits = limits
-        _require_lowered(self.traced.graph)
         self.rooms: list[Room] = rooms(self.plan, limits)
         for room in self.rooms:
             for name, table in room.tables.items():
@@ -121,5 +124,5 @@ class Program(nn.Module):
         return dict(self.named_buffers(recurse=False))
 
     def _run(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        logits: Tensor = Lowering(self.traced).run(ids, None, positions, cache, slice(-1, None))
+        logits: Tensor = self.traced(ids, None, positions, cache, slice(-1, None))
         return logits

@@ -111,7 +111,8 @@ def score_entries(p: LayerPlan, entries: Entries, inputs: Inputs) -> BatchScores
     s = p.selection
     if s is None:
         raise RuntimeError(f"layer {p.index} selects nothing")
-    scores, carried = list[Tensor](), list[Tensor]()
+    scores: list[Tensor] = []
+    carried: list[Tensor] = []
     for b in range(entries.keys.shape[0]):
         seen = _observation(p, entries, inputs, b)
         if s.score.needs.carries:

@@ -23,6 +23,12 @@ def _block(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return block
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The block as a graph of torch.compile has it: no step makes it anew, or brings it to a device."""
+    return _block(size, dtype, device)
+
+
 def matrix(dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
     """H `[D, D]`: Sylvester's Hadamard matrices over sqrt(b) along the diagonal, b = `block_of(dim)`; H = H^T = H^-1.
 
@@ -34,5 +40,5 @@ def matrix(dim: int, dtype: torch.dtype = torch.float64, device: torch.device | 
 
 def turn_basis(states: Tensor) -> Tensor:
     """`[..., D]` times H: into the Hadamard basis, and out of it again."""
-    block = _block(block_of(states.shape[-1]), states.dtype, states.device)
+    block: Tensor = _constant(block_of(states.shape[-1]), states.dtype, states.device)
     return (torch.unflatten(states, -1, (-1, block.shape[0])) @ block).flatten(-2)
