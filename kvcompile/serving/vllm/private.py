@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -59,6 +60,7 @@ TOUCHED: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
         ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
     (CommonAttentionMetadata, "replace", ("self",)),
+    (InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params")),
 )
 FIELDS: tuple[tuple[Any, tuple[str, ...]], ...] = (  # of dataclasses
     (CommonAttentionMetadata, ("rswa_prefix_lens", "block_table_tensor", "seq_lens", "query_start_loc_cpu")),
@@ -97,6 +99,7 @@ __all__ = [
     "CommonAttentionMetadata",
     "FullAttentionManager",
     "FullAttentionSpec",
+    "InputProcessor",
     "KVCacheManager",
     "KVCacheSpecRegistry",
     "Scheduler",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,23 @@ def test_one_module_holds_every_name_of_vllm(path: Path) -> None:
 def test_another_vllm_than_the_tested_one_is_refused() -> None:
     with pytest.raises(KvcompileError, match=f"serves with vLLM {TESTED}"):
         plugin._require_tested("0.99.0")
+
+
+def test_a_prompt_that_comes_in_pieces_is_refused_of_a_served_model_alone() -> None:
+    """More of it would change its length, and with that which blocks every process takes for free."""
+
+    def stock(self: Any, resumable: bool = False) -> bool:
+        return resumable
+
+    process = plugin._in_one_piece(stock)
+    for facts, refused in (({"served": "digest"}, True), ({}, False)):
+        engine = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(kvcompile=facts)))
+        assert process(engine) is False
+        if refused:
+            with pytest.raises(KvcompileError, match="in pieces"):
+                process(engine, resumable=True)
+        else:
+            assert process(engine, resumable=True) is True
 
 
 def test_no_private_name_has_moved() -> None:
