@@ -12,7 +12,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import gc
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,20 @@ from kvcompile.serving.vllm.rules import PromptRule, rules
 MODEL = Path(os.environ.get("KVCOMPILE_SERVED_MODEL", "~/.cache/kvcompile/SmolLM2-135M-Instruct")).expanduser()
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 32
+POLICIES = {
+    "keydiff": ["policy=[keydiff]", "budget=0.25"],
+    "knorm": ["policy=[knorm]", "budget=0.25"],
+    "snapkv": ["policy=[snapkv]", "budget=0.25"],
+    "dropkv": ["policy=[dropkv]", "budget=0.25"],
+    "streaming": ["policy=[streaming]", "budget=0.25", "stack.streaming.decode_every=0"],
+    "pyramidkv": ["policy=[pyramidkv]", "budget=0.25"],
+}
+WHOLE = ["policy=[keydiff]", "budget=1.0"]
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from serve_engine import FORCED, Forced  # noqa: E402 (a benchmark is no package)
+
+FORCING = {"logits_processors": [Forced]}  # options of an engine; not with drafts
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,8 @@ def loaded(dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
 
 
-def compiled(overrides: Sequence[str]) -> Any:
-    return kvcompile.compile(loaded(), overrides=[*overrides, "kernels=sdpa"], tokenizer=tokenizer())
+def compiled(overrides: Sequence[str], load: Callable[[], Any] = loaded) -> Any:
+    return kvcompile.compile(load(), overrides=[*overrides, "kernels=sdpa"], tokenizer=tokenizer())
 
 
 def tokenizer() -> Any:
@@ -72,15 +88,17 @@ def export(overrides: Sequence[str], folder: Path, dtype: str = "float32") -> Pa
 class Reference:
     """The compiled model of a stack that keeps what vLLM keeps, one prompt at a time."""
 
-    def __init__(self, overrides: Sequence[str], classes: int = 3, block: int = BLOCK) -> None:
-        plan = compiled(overrides).kvcompile.plan
+    def __init__(
+        self, overrides: Sequence[str], classes: int = 3, block: int = BLOCK, load: Callable[[], Any] = loaded
+    ) -> None:
+        plan = compiled(overrides, load).kvcompile.plan
         by_layer = rules(plan, classes)
 
         def whole(p: Any) -> Any:
             rule = by_layer[p.index]
             return p if rule is None else replace(p, selection=replace(p.selection, allocation=Whole(rule, block)))
 
-        self.model = compile_plan(loaded(), plan.map(whole), kernels="sdpa")
+        self.model = compile_plan(load(), plan.map(whole), kernels="sdpa")
         self.model.generation_config.eos_token_id = None
 
     def __call__(self, ids: list[int], new: int) -> list[int]:
@@ -90,9 +108,9 @@ class Reference:
         return [int(token) for token in out[0, len(ids) :]]
 
 
-def prompts(count: int, words: int, start: int = 0) -> list[list[int]]:
-    """Questions about a passcode in a text of so many words, each another one."""
-    text, t = (ROOT / "docs" / "policies.md").read_text("utf-8").split(), tokenizer()
+def prompts(count: int, words: int, start: int = 0, by: Any = None) -> list[list[int]]:
+    """Questions about a passcode in a text of so many words, each another one. by: a tokenizer (None: the model's)."""
+    text, t = (ROOT / "docs" / "policies.md").read_text("utf-8").split(), by or tokenizer()
     out = []
     for i in range(start, start + count):
         part = text[i * 97 : i * 97 + words]
@@ -170,12 +188,38 @@ class Engine:
         self.scheduler._preempt_request = stock
         return ran
 
+    def log_probabilities(self, ids: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
+        """Logarithms of the probabilities of given answers, token by token, in one row; wants FORCING."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(temperature=0, max_tokens=len(a), ignore_eos=True, logprobs=0, extra_args={FORCED: a})
+            for a in answers
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": i} for i in ids], params, use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == list(answers)
+        rows = [
+            [step[token].logprob for step, token in zip(o.outputs[0].logprobs, answer, strict=True)]
+            for o, answer in zip(outputs, answers, strict=True)
+        ]
+        return torch.tensor(rows).flatten()
+
     def close(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         del self.llm, self.scheduler, self.pool
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Engine]:
+    """An engine that is closed at the end."""
+    running = Engine(folder, **options)
+    try:
+        yield running
+    finally:
+        running.close()
 
 
 def words(ran: Ran) -> list[list[int]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,46 +16,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 import vllm_engine as vllm  # noqa: E402 (it imports vLLM's environment)
 
 NEW = 32
-POLICIES = {
-    "keydiff": ["policy=[keydiff]", "budget=0.25"],
-    "knorm": ["policy=[knorm]", "budget=0.25"],
-    "snapkv": ["policy=[snapkv]", "budget=0.25"],
-    "dropkv": ["policy=[dropkv]", "budget=0.25"],
-    "streaming": ["policy=[streaming]", "budget=0.25", "stack.streaming.decode_every=0"],
-    "pyramidkv": ["policy=[pyramidkv]", "budget=0.25"],
-}
+Served = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ids() -> list[list[int]]:
     vllm.require_model()
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
-def ids(place: Path) -> list[list[int]]:
     return [*vllm.prompts(2, 200), *vllm.prompts(1, 90, start=2)]
 
 
-@contextmanager
-def engine(folder: Path, **options: Any) -> Iterator[vllm.Engine]:
-    running = vllm.Engine(folder, **options)
-    try:
-        yield running
-    finally:
-        running.close()
-
-
-def served(name: str, place: Path) -> Path:
-    folder = place / name
-    return folder if folder.is_dir() else vllm.export(POLICIES[name], folder)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_tokens_are_those_of_the_compiled_model(name: str, place: Path, ids: list[list[int]]) -> None:
-    reference = vllm.Reference(POLICIES[name])
+@pytest.mark.parametrize("name", vllm.POLICIES)
+def test_tokens_are_those_of_the_compiled_model(name: str, served: Served, ids: list[list[int]]) -> None:
+    reference = vllm.Reference(vllm.POLICIES[name])
     expected = [reference(prompt, NEW) for prompt in ids]
-    with engine(served(name, place)) as running:
+    with vllm.engine(served(name)) as running:
         together = running.run(ids, NEW)
         assert vllm.words(together) == expected
         again = running.run(ids, NEW)  # from cached blocks
@@ -70,13 +42,13 @@ def test_tokens_are_those_of_the_compiled_model(name: str, place: Path, ids: lis
 
 
 @pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
-def test_chunks_preemption_and_aborts_change_no_token(name: str, place: Path, ids: list[list[int]]) -> None:
+def test_chunks_preemption_and_aborts_change_no_token(name: str, served: Served, ids: list[list[int]]) -> None:
     several, new = [*ids, *vllm.prompts(2, 150, start=3)], 60
-    with engine(served(name, place), enable_prefix_caching=False) as running:
+    with vllm.engine(served(name), enable_prefix_caching=False) as running:
         ample = running.run(several, new)
     options = {"max_model_len": 512, "max_num_batched_tokens": 80}
     blocks = 1 + 21 * (3 if name == "pyramidkv" else 1)
-    with engine(served(name, place), num_gpu_blocks_override=blocks, **options) as running:
+    with vllm.engine(served(name), num_gpu_blocks_override=blocks, **options) as running:
         tight = running.run(several, new, abort={1: 25})
         assert tight.preempted > 0
         left = [str(i) for i in range(len(several)) if i != 1]
@@ -84,10 +56,10 @@ def test_chunks_preemption_and_aborts_change_no_token(name: str, place: Path, id
         assert running.pool.get_num_free_blocks() == running.total
 
 
-def test_several_answers_to_one_prompt_share_its_head_alone(place: Path, ids: list[list[int]]) -> None:
+def test_several_answers_to_one_prompt_share_its_head_alone(served: Served, ids: list[list[int]]) -> None:
     from vllm.sampling_params import RequestOutputKind
 
-    with engine(served("keydiff", place)) as running:
+    with vllm.engine(served("keydiff")) as running:
         one = running.run(ids[:1], NEW)
         together = {"n": 3, "temperature": 1, "top_k": 1, "output_kind": RequestOutputKind.FINAL_ONLY}
         several = running.run(ids[:1], NEW, **together)
@@ -95,40 +67,40 @@ def test_several_answers_to_one_prompt_share_its_head_alone(place: Path, ids: li
         assert running.pool.get_num_free_blocks() == running.total
 
 
-def test_a_budget_of_all_is_stock_vllm_block_by_block(place: Path, ids: list[list[int]]) -> None:
+def test_a_budget_of_all_is_stock_vllm_block_by_block(served: Served, ids: list[list[int]]) -> None:
     ran = {}
-    whole = vllm.export(["policy=[keydiff]", "budget=1.0"], place / "whole")
+    whole = served("whole")
     for folder in (vllm.MODEL, whole):
-        with engine(folder) as running:
+        with vllm.engine(folder) as running:
             first, second = running.run(ids, NEW), running.run(ids, NEW)
             ran[folder] = [(r.tokens, r.steps, r.cached) for r in (first, second)]
     assert ran[whole] == ran[vllm.MODEL]
 
 
-def test_a_model_whose_weights_were_converted_runs_as_a_stock_one(place: Path, ids: list[list[int]]) -> None:
+def test_a_model_whose_weights_were_converted_runs_as_a_stock_one(tmp_path: Path, ids: list[list[int]]) -> None:
     import kvcompile
 
     model = vllm.compiled(["policy=[mqa]"])
-    kvcompile.export(model, "hf", place / "mqa", tokenizer=vllm.tokenizer())
+    kvcompile.export(model, "hf", tmp_path / "mqa", tokenizer=vllm.tokenizer())
     reference = vllm.Reference(["policy=[mqa]"])
-    with engine(place / "mqa") as running:
+    with vllm.engine(tmp_path / "mqa") as running:
         assert vllm.words(running.run(ids, NEW)) == [reference(prompt, NEW) for prompt in ids]
 
 
-def test_without_the_plugin_the_folder_is_refused(place: Path) -> None:
-    code = f"from vllm import LLM; LLM(model={str(served('keydiff', place))!r})"
+def test_without_the_plugin_the_folder_is_refused(served: Served) -> None:
+    code = f"from vllm import LLM; LLM(model={str(served('keydiff'))!r})"
     environment = {**os.environ, "VLLM_PLUGINS": "none"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "serve with vllm and kvcompile[vllm]" in done.stderr
 
 
-def test_what_would_see_a_compacted_prompt_as_a_whole_one_is_refused(place: Path) -> None:
+def test_what_would_see_a_compacted_prompt_as_a_whole_one_is_refused(served: Served) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from kvcompile.errors import KvcompileError
 
-    folder = str(served("snapkv", place))
+    folder = str(served("snapkv"))
     wrong = {"async_scheduling": True, "max_num_batched_tokens": 40}
     for option, value in wrong.items():
         with pytest.raises((KvcompileError, ValueError), match=r"kvcompile|read in one step"):
