@@ -1,13 +1,15 @@
 """A decode step beside what memory allows: bytes of weights and of cache read, over the measured speed of reading.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_step.py --lengths 1024 4096 8192 --batches 1 8 --out ...
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_step.py --recipes zigzag --weights int8 int4 --models "" FILE.gguf
     OMP_NUM_THREADS=1 python benchmarks/decode_step.py --profile
 
-Dense caches of random keys and values. Rows: transformers, ours through the modules of the layers (as before there were
-fused kernels), ours fused, and with `--weights int8 int4` ours fused over weights in few bits; steps in turns, in one
-process. `roof ms` is the time in which this machine reads the bytes
-once, by the best of many readings of a large array between the steps; `/ roof` is the median step over it, and `x` are
-medians over the rounds of the first row's step over this one's, which other work on the machine changes least.
+Caches of random keys and values. Rows: transformers, ours through the modules of the layers (as before there were
+fused kernels), ours fused, with `--weights int8 int4` ours fused over weights in few bits, and with `--recipes zigzag`
+ours fused over a cache that keeps `--keep` of the rows on average, by lengths drawn at random; steps in turns, in one
+process. `roof ms` is the time in which this machine reads the bytes of weights and cache once, by the best of many
+readings of a large array between the steps; `/ roof` is the median step over it, and `x` are medians over the rounds of
+the first row's step over this one's, which other work on the machine changes least.
 `--profile` counts calls of Python functions, and of ATen operators, in one step.
 """
 
@@ -60,8 +62,22 @@ def filled(cache: Any, plan: Any, batch: int, length: int, dtype: torch.dtype) -
     return cache
 
 
-def contestants(original: Any, compiled: Any, rounded: dict[str, Any], batch: int, length: int) -> dict[str, Step]:
-    """One decode step of each way to run the model, over a cache of its own."""
+def thinned(cache: Any, length: int, share: float) -> Any:
+    """The same cache with a random part of each row, `share` of it on average and at most twice that."""
+    drawn = torch.Generator().manual_seed(0)
+    for layer in cache.layers:
+        if layer.store is not None:
+            rows = len(layer.store.lengths)
+            counts = (2 * share * length * torch.rand(rows, generator=drawn)).long().clamp(1, length).tolist()
+            order = [torch.randperm(length, generator=drawn)[:n].sort().values for n in counts]
+            layer.keep(order, cache.headroom)
+    return cache
+
+
+def contestants(
+    original: Any, compiled: Any, others: dict[str, Any], batch: int, length: int, share: float
+) -> tuple[dict[str, Step], dict[str, int]]:
+    """One decode step of each way to run the model, over a cache of its own; bytes of the caches."""
     plan, dtype, token = compiled.kvcompile.plan, compiled.dtype, torch.full((batch, 1), 42)
     caches = [DynamicCache(), compiled.new_cache(), compiled.new_cache()]
     theirs, plain, own = (filled(cache, plan, batch, length, dtype) for cache in caches)
@@ -76,15 +92,17 @@ def contestants(original: Any, compiled: Any, rounded: dict[str, Any], batch: in
         "modules": lambda: ours(plain, None),
         "fused": lambda: ours(own, steps),
     }
-    for format, model in rounded.items():
+    held = dict.fromkeys(runs, own.nbytes())
+    for label, model in others.items():
         cache = filled(model.new_cache(), plan, batch, length, dtype)
-        runs[f"fused, {format}"] = partial(model, token, past_key_values=cache)
-    return runs
+        if model.kvcompile.plan.selected:
+            thinned(cache, length, share)
+        runs[label], held[label] = partial(model, token, past_key_values=cache), cache.nbytes()
+    return runs, held
 
 
-def bytes_read(original: Any, rounded: dict[str, Any], label: str) -> int:
+def bytes_read(model: Any) -> int:
     """Weights that a step of a contestant reads: all of them, but of a head with its own copy not the embeddings."""
-    model = rounded.get(label.removeprefix("fused, "), original)
     embeddings, head = (x().weight for x in (model.get_input_embeddings, model.get_output_embeddings))
     unread = 0 if head is embeddings else embeddings.numel() * embeddings.element_size()
     return weight_bytes(model) - unread
@@ -115,6 +133,19 @@ def profile(runs: dict[str, Step]) -> list[dict[str, Any]]:
     return rows
 
 
+def other_models(original: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Compiled models by label: weights in few bits, recipes, and each recipe over each of these weights."""
+    made: dict[str, Any] = {}
+    for recipe in ("", *args.recipes):
+        for format in ("", *args.weights):
+            if not (recipe or format):
+                continue
+            over = [f"model.weights={format}"] * bool(format) + [f"budget={args.keep}"] * bool(recipe)
+            name = ", ".join(filter(None, ("fused", format, f"{recipe} {args.keep:.0%}" * bool(recipe))))
+            made[name] = kvcompile.compile(shared(original), **({"recipe": recipe} if recipe else {}), overrides=over)
+    return made
+
+
 def main() -> None:
     """Parse, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,6 +155,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--weights", nargs="*", default=[], help="int8, int4")
+    parser.add_argument("--recipes", nargs="*", default=[], help="that select: zigzag; with all of --weights too")
+    parser.add_argument("--keep", type=float, default=0.2, help="share of the tokens that --recipes keep")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
@@ -131,22 +164,18 @@ def main() -> None:
     reader = Reader()
     for path, name in ((path, name) for path in args.models for name in args.dtypes):
         original, _ = load(ModelConfig(**({"pretrained": path} if path else {}), dtype=name))
-        compiled = kvcompile.compile(shared(original))
-        rounded = {
-            each: kvcompile.compile(shared(original), overrides=[f"model.weights={each}"]) for each in args.weights
-        }
+        compiled, others = kvcompile.compile(shared(original)), other_models(original, args)
         for batch, length in ((b, n) for b in args.batches for n in args.lengths):
             with torch.inference_mode():
-                runs = contestants(original, compiled, rounded, batch, length)
+                runs, held = contestants(original, compiled, others, batch, length, args.keep)
                 about = {"model": Path(path).stem or "SmolLM2-135M", "dtype": name, "batch": batch, "tokens": length}
                 if args.profile:
                     rows += [{**about, **row} for row in profile(runs)]
                     continue
                 taken = race(runs, args.rounds, reader)
-            held = sum(layer.bytes for layer in compiled.kvcompile.plan.bytes(batch, length))
             base = taken["transformers"]
             for label, mine in taken.items():
-                roof = (bytes_read(original, rounded, label) + held) / reader.rate
+                roof = (bytes_read(others.get(label, original)) + held[label]) / reader.rate
                 median = statistics.median(mine)
                 ratio = statistics.median(b / m for b, m in zip(base, mine, strict=True))
                 step = {"step ms": round(1e3 * median, 1), "best ms": round(1e3 * min(mine), 1)}

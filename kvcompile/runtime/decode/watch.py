@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from kvcompile.runtime.live import hooked
-
 
 class Watch:
     """Modules, by their names in a graph, that are to stay as they are: in their places, unhooked, weights and all."""
@@ -35,7 +33,9 @@ class Watch:
             if children.get(name) is not module:
                 return False
         for own, forward in self.own:
-            if own.get("forward") is not forward or hooked(own):
+            if own.get("forward") is not forward or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
                 return False
         for parameters, name, x, place in self.weights:
             if parameters.get(name) is not x or (x is not None and x.data_ptr() != place):
