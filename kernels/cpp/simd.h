@@ -92,7 +92,18 @@ template <class V> KV_INLINE V if_less(V a, V b, V then, V otherwise) {  // a < 
     return {if_less(a.lo, b.lo, then.lo, otherwise.lo), if_less(a.hi, b.hi, then.hi, otherwise.hi)};
   else return a < b ? then : otherwise;
 }
-template <class V> KV_INLINE V mul_add(V a, V b, V c) { return a * b + c; }  // fused by -ffp-contract=fast
+// One rounding. Left to -ffp-contract=fast, GCC fuses in some of the copies of a loop and not in others, and a row of a
+// batch would differ from the row alone.
+template <class V> KV_INLINE V mul_add(V a, V b, V c) {
+  if constexpr (Kind<V>::pair) return {mul_add(a.lo, b.lo, c.lo), mul_add(a.hi, b.hi, c.hi)};
+#if defined(KV_AVX512)
+  else if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(KV_AVX512) || defined(KV_AVX2)
+  else if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+  else return a * b + c;
+}
 
 KV_INLINE F set(float x) { return all<F>(x); }
 KV_INLINE F zero() { return all<F>(0.0f); }
