@@ -247,7 +247,7 @@ def test_ragged_rows_decode_like_the_reference(across: bool) -> None:
     ids, mask = left_padded(30, 0, 11)
     first, second = (generate(compiled(s, kernels=k), ids, mask, output_logits=True) for k in ("sdpa", "reference"))
     assert first.past_key_values.lengths() == second.past_key_values.lengths()
-    torch.testing.assert_close(torch.stack(first.logits), torch.stack(second.logits), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(first.logits), torch.stack(second.logits), atol=3e-5, rtol=1e-5)
 
 
 def test_the_plan_of_the_tests_is_the_plan_of_the_model() -> None:
