@@ -29,7 +29,9 @@ OPTIONS = {"rope": 12, "rank": 22, "tokens": 64, "frequencies": FREQUENCIES}
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    return assemble(model, finish(Config(stack={"mla": {**OPTIONS, **options}})), tiny_tokenizer())
+    """Over the reference: SDPA of torch 2.13 is off by a tenth in one row of smollm3 on a CPU with AVX2."""
+    config = Config(kernels="reference", stack={"mla": {**OPTIONS, **options}})
+    return assemble(model, finish(config), tiny_tokenizer())
 
 
 def off(got: torch.Tensor, expected: torch.Tensor) -> float:
