@@ -33,6 +33,7 @@ class Watch:
             if children.get(name) is not module:
                 return False
         for own, forward in self.own:
+            # `hooked`, without its call: this runs for every module in every step
             if own.get("forward") is not forward or own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 return False
             if own["_backward_hooks"] or own["_backward_pre_hooks"]:
