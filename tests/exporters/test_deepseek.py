@@ -29,7 +29,7 @@ OPTIONS = {"rope": 12, "rank": 22, "tokens": 64, "frequencies": FREQUENCIES}
 
 
 def compiled(model: Any, **options: Any) -> Any:
-    """Over the reference: in a layer without positions attention is one key each here, and rounding decides near ties."""
+    """Over the reference: in a layer without positions attention is one key each, and rounding decides near ties."""
     config = Config(kernels="reference", stack={"mla": {**OPTIONS, **options}})
     return assemble(model, finish(config), tiny_tokenizer())
 
