@@ -27,11 +27,12 @@ import torch
 
 from kvcompile.atomic import making
 from kvcompile.errors import KvcompileError
-from kvcompile.kernels.cpp import library
+from kvcompile.kernels.cpp import library, simd
 from kvcompile.paths import make_private, private_folder
 
 COMPILERS = ("c++", "g++", "clang++")
 LANGUAGE = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+REFUSED = ("-Winvalid-pch", "-Werror=invalid-pch")  # a header that GCC passes over is an error
 WARNINGS = ("-Wall", "-Wno-psabi", "-Wno-unknown-pragmas")
 FIX = "install g++ or clang++ (or name one in $CXX), or set kernels=sdpa"
 COMPILE_SECONDS, ANSWER_SECONDS = 300.0, 60.0  # until a compiler counts as hanging: at a kernel, at a question
@@ -47,6 +48,7 @@ extern "C" int probe(int threads) {
 _lock = threading.Lock()
 _building: dict[str, threading.Lock] = {}
 _loaded: dict[str, ctypes.CDLL] = {}
+_headers: dict[str, bool] = {}  # of each parsed header, whether the compiler takes it
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,7 @@ def load(source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
 
 def _load(tools: Toolchain, source: str, name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     link = tools.openmp.link if tools.openmp else ()
-    identity = (source, *tools.compiler, *tools.flags, *flags, tools.macros, *link)
-    key = f"{name}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]}"
-    stem = folder() / key
+    stem = folder() / f"{name}-{_hash(source, *tools.compiler, *tools.flags, *flags, tools.macros, *link)}"
     with _lock:
         if loaded := _loaded.get(str(stem)):
             return loaded
@@ -154,21 +154,70 @@ def _compiled(tools: Toolchain, source: str, stem: Path, flags: tuple[str, ...])
         with making(built, ".making-") as scratch:
             written = scratch / text.name
             written.write_text(source, "utf-8")
-            _compile(tools, written, text, flags)
+            _compile(tools, written, text, flags, source.startswith(simd.prelude()))
             library.publish(written.with_suffix(".so"), built)
     return ctypes.CDLL(str(built))
 
 
-def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...]) -> None:
+def _compile(tools: Toolchain, text: Path, shown: Path, flags: tuple[str, ...], vectors: bool) -> None:
     """Compile and link apart: given -fopenmp, a linker would take the compiler's own runtime, not torch's.
 
-    shown: the file that an error names, which stays.
+    shown: the file that an error names, which stays; vectors: whether the text begins with those of `simd`.
     """
     command = [*tools.compiler, *tools.flags, *WARNINGS, *flags]
     threads, link = (tools.openmp.compile, tools.openmp.link) if tools.openmp else ((), ())
     compiled, linked = text.with_suffix(".o"), text.with_suffix(".so")
-    _run([*command, *threads, "-c", str(text), "-o", str(compiled)], compiled, shown)
+    parse = [*command, *threads]
+    header = _header(tools, parse, shown.parent) if vectors else None
+    to_object = ["-c", str(text), "-o", str(compiled)]
+    try:
+        _run([*parse, *(["-include", str(header), *REFUSED] if header else []), *to_object], compiled, shown)
+    except KvcompileError as error:
+        if header is None or isinstance(error.__cause__, subprocess.TimeoutExpired):
+            raise
+        _run([*parse, *to_object], compiled, shown)  # where that works, it was the header
+        _headers[str(header)] = False
     _run([*command, "-shared", str(compiled), "-o", str(linked), *link], linked, shown)
+
+
+def _header(tools: Toolchain, command: list[str], kept: Path) -> Path | None:
+    """The vectors as a header that this compiler has parsed under this command; None where it makes or takes none.
+
+    To parse them (with the intrinsics of the system) takes longer than to compile most kernels.
+    """
+    if "__clang__" in tools.macros:
+        return None
+    header = kept / f"vectors-{_hash(simd.header(), *command, tools.version, tools.macros)}.h"
+    with _lock:
+        lock = _building.setdefault(str(header), threading.Lock())
+    with lock:
+        if str(header) not in _headers:
+            _headers[str(header)] = _parsed(command, header)
+        return header if _headers[str(header)] else None
+
+
+def _parsed(command: list[str], header: Path) -> bool:
+    """Have the compiler parse the vectors into the file beside `header` that it looks for; whether it could."""
+    built = header.with_name(f"{header.name}.gch")
+    if library.whole(built):
+        return True
+    with library.alone(header):
+        if library.whole(built):
+            return True
+        header.write_text(simd.header(), "utf-8")
+        with making(built, ".making-") as scratch:
+            written, made = scratch / header.name, scratch / built.name
+            written.write_text(simd.header(), "utf-8")
+            try:
+                _run([*command, "-x", "c++-header", str(written), "-o", str(made)], made, header)
+            except KvcompileError:
+                return False
+            library.publish(made, built)
+    return True
+
+
+def _hash(*identity: str) -> str:
+    return hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:20]
 
 
 def _run(command: list[str], result: Path, shown: Path) -> None:

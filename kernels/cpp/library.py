@@ -22,17 +22,23 @@ def opened(library: Path) -> ctypes.CDLL | None:
 
     It is compared with the size and hash beside it first: one that was cut off would be mapped, and kill the process.
     """
-    record = _record(library)
     try:
-        if not (ours(library) and ours(record)) or record.read_text("ascii") != _facts(library):
-            return None
-        return ctypes.CDLL(str(library))
-    except (OSError, ValueError):
+        return ctypes.CDLL(str(library)) if whole(library) else None
+    except OSError:
         return None
 
 
+def whole(built: Path) -> bool:
+    """Whether a file that a compiler wrote is there, is ours, and is as it was published."""
+    record = _record(built)
+    try:
+        return ours(built) and ours(record) and record.read_text("ascii") == _facts(built)
+    except (OSError, ValueError):
+        return False
+
+
 def publish(built: Path, library: Path) -> None:
-    """Give a finished library and its record their names, both whole on the disk by then."""
+    """Give a finished library (or header) and its record their names, both whole on the disk by then."""
     record = _record(built)
     record.write_text(_facts(built), "ascii")
     built.chmod(0o700)
