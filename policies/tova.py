@@ -23,6 +23,7 @@ class LastAttention(Score):
 
     needs = Needs(queries=1, reduce="sum")
     comparable = True
+    mixes_heads = True
 
     def score(self, seen: Observation) -> Tensor:
         """Scores `[H_kv, n]`; all rows hold the same entries, since every head gets the same selection."""

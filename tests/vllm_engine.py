@@ -38,7 +38,11 @@ POLICIES = {
     "dropkv": ["policy=[dropkv]", "budget=0.25"],
     "streaming": ["policy=[streaming]", "budget=0.25", "stack.streaming.decode_every=0"],
     "pyramidkv": ["policy=[pyramidkv]", "budget=0.25"],
+    "expected_attention": ["policy=[expected_attention]", "budget=0.25"],
+    "ghost": ["policy=[ghost]", "budget=0.25"],
+    "h2o": ["policy=[h2o]", "budget=0.25", "stack.h2o.decode_every=0"],
 }
+COUNTING = ("expected_attention", "ghost", "h2o")  # scores of every query, without prefix caching
 WHOLE = ["policy=[keydiff]", "budget=1.0"]
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -42,8 +42,10 @@ class VLLM(Exporter):
     def refuse(self, plan: Plan, model_config: Any) -> None:
         """What one block table a layer cannot express, and weights that no stock class has."""
         from kvcompile.serving.vllm.served import refuse
+        from kvcompile.serving.vllm.turning import require_known_turns
 
         refuse(plan)
+        require_known_turns(plan, model_config)
         require_plain(plan, model_config, weights_only=True, option="")
 
     def write(self, model: Any, tokenizer: Any, folder: Path) -> None:

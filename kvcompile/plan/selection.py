@@ -108,10 +108,12 @@ class Score:
     """Ranks the cached entries of one sequence in one layer; the highest stay.
 
     A subclass says what it must see (`needs`) and implements `score`. `comparable`: its values mean the same in every
-    layer and head, so that they may be ranked together.
+    layer and head, so that they may be ranked together. `mixes_heads`: what it says of a KV head depends on others too,
+    so that machines which have some heads each cannot tell.
     """
 
     comparable: ClassVar[bool] = False
+    mixes_heads: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

@@ -26,6 +26,20 @@ def _rotation(cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     return out
 
 
+def averaged_turn(rotary: Rotary, start: int, dim: int, device: torch.device, horizon: int) -> Tensor:
+    """The rotation of row vectors averaged over the `horizon` positions from `start` on, `[D, D]`, float32."""
+    at = torch.arange(start, start + horizon, device=device, dtype=torch.int64)
+    cos, sin = (x.float().mean(0) for x in rotary(at))
+    return _rotation(cos, sin, dim)
+
+
+def turn_by(rotary: Rotary, dim: int, device: torch.device, shift: int) -> Tensor:
+    """The rotation of row vectors by `shift` positions, `[D, D]`, float32; an amplitude in the rotary table cancels."""
+    origin, there = (torch.tensor([at], device=device, dtype=torch.int64) for at in (0, shift))
+    cos, sin = angle(origin, there, rotary)
+    return _rotation(cos[0], sin[0], dim)
+
+
 def mean_rotation(step: Step, plan: LayerPlan, sequence: int, horizon: int) -> Tensor:
     """The rotation of row vectors averaged over the next `horizon` positions of a sequence, `[D, D]`, float32.
 
@@ -38,9 +52,7 @@ def mean_rotation(step: Step, plan: LayerPlan, sequence: int, horizon: int) -> T
     else:
         key = (rotary, next_position, horizon, plan.key_dim)
         if key not in step.shared:
-            at = torch.arange(next_position, next_position + horizon, device=device, dtype=torch.int64)
-            cos, sin = (x.float().mean(0) for x in rotary(at))
-            step.shared[key] = _rotation(cos, sin, plan.key_dim)
+            step.shared[key] = averaged_turn(rotary, next_position, plan.key_dim, device, horizon)
         turn = step.shared[key]
     return turn_basis(turn) if plan.storage.rotated else turn
 
@@ -55,9 +67,7 @@ def rotation(step: Step, plan: LayerPlan, shift: int) -> Tensor:
         return torch.eye(plan.key_dim, device=device, dtype=torch.float32)
     key = ("rotation", rotary, shift, plan.key_dim, plan.storage.rotated)
     if key not in step.shared:
-        origin, there = (torch.tensor([at], device=device, dtype=torch.int64) for at in (0, shift))
-        cos, sin = angle(origin, there, rotary)
-        turn = _rotation(cos[0], sin[0], plan.key_dim)
+        turn = turn_by(rotary, plan.key_dim, device, shift)
         step.shared[key] = turn_basis(turn_basis(turn.mT).mT) if plan.storage.rotated else turn
     turned: Tensor = step.shared[key]
     return turned

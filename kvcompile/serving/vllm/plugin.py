@@ -6,13 +6,16 @@ A model without a plan is served as if this package was not there.
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from kvcompile.errors import KvcompileError
-from kvcompile.serving.vllm.rules import last_chunk
+from kvcompile.serving.vllm.rules import PromptRule, last_chunk, remembers
 from kvcompile.serving.vllm.served import FILE, MODEL_TYPE, TESTED, Served, read
 
 CACHES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+log = logging.getLogger(__name__)
 PLAN = "kvcompile_served"  # attribute of the config of a served model
 
 
@@ -146,6 +149,7 @@ def _in_one_piece(stock: Any) -> Any:
 def _prepared(config: Any, digest: str) -> Served:
     """The plan of the model of a vLLM config, which is set to serve it. Raises KvcompileError where it cannot be."""
     from kvcompile.serving.vllm import private
+    from kvcompile.serving.vllm.turning import require_known_turns
 
     model = config.model_config
     facts = private.get_hf_file_to_dict(FILE, model.model, model.revision)
@@ -156,11 +160,22 @@ def _prepared(config: Any, digest: str) -> Served:
     if len(served.rules) != layers:
         raise KvcompileError(f"{FILE} must be the plan of this model", f"{len(served.rules)} layers, not {layers}")
     _require_supported(config)
+    require_known_turns(served.plan, model.hf_config)
+    _require_heads(served, config.parallel_config.tensor_parallel_size)
+    _set_caching(config.cache_config, served.rules)
     scheduler = config.scheduler_config
     _require_room(scheduler, last_chunk(served.rules))
     scheduler.scheduler_cls = "kvcompile.serving.vllm.scheduler.SplitScheduler"
     scheduler.async_scheduling = False
     return served
+
+
+def _set_caching(cache: Any, served: Sequence[PromptRule | None]) -> None:
+    """Switch prefix caching off, and say so, where a score counts every query: those of shared blocks are not made."""
+    if cache.enable_prefix_caching and remembers(served):
+        cache.enable_prefix_caching = False
+        names = {rule.selection.policy for rule in served if rule is not None and rule.remembers}
+        log.warning("kvcompile: prefix caching is off: %s counts every query of a prompt", ", ".join(sorted(names)))
 
 
 def _require_supported(config: Any) -> None:
@@ -182,6 +197,19 @@ def _require_supported(config: Any) -> None:
     for rule, wrong in reasons.items():
         if wrong:
             raise KvcompileError("kvcompile in vLLM needs " + rule, "another setting of vLLM")
+
+
+def _require_heads(served: Served, ranks: int) -> None:
+    """Raise KvcompileError where a rank of tensor parallelism would keep other tokens than the whole model."""
+    for p in served.plan.selected if ranks > 1 else ():
+        if p.kv_heads % ranks:
+            raise KvcompileError(
+                "each rank must have whole KV heads, with all of their query heads", f"{p.kv_heads} over {ranks} ranks"
+            )
+        if p.selection is not None and p.selection.score.mixes_heads:
+            raise KvcompileError(
+                "a rank sees its own heads alone, and this score looks at all of a layer", repr(p.selection.policy)
+            )
 
 
 def _require_room(scheduler: Any, last: int) -> None:

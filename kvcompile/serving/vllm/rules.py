@@ -54,6 +54,18 @@ class PromptRule:
         needs = self.selection.score.needs
         return max(SHORTEST_LAST_CHUNK, needs.queries or 0)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the score counts every query, so that something of each has to stay until the prompt ends."""
+        needs = self.selection.score.needs
+        return needs.carries or needs.moments > 0
+
+    @property
+    def turns(self) -> bool:
+        """Whether the score turns queries back, or on."""
+        needs = self.selection.score.needs
+        return needs.moments > 0 or needs.rotation > 0
+
 
 @functools.lru_cache(maxsize=65536)
 def _gap(rule: PromptRule, tokens: int, block: int) -> int:
@@ -90,6 +102,11 @@ def _rule(plan: Plan, p: LayerPlan, classes: int) -> PromptRule | None:
     place, count = plan.rank(p.index)
     own = place * classes // count
     return PromptRule(p.selection, tuple(i for i in range(count) if i * classes // count == own), count)
+
+
+def remembers(served: Sequence[PromptRule | None]) -> bool:
+    """Whether a layer counts every query of a prompt, so that none may be taken as read from another request."""
+    return any(rule is not None and rule.remembers for rule in served)
 
 
 def last_chunk(served: Sequence[PromptRule | None]) -> int:

@@ -124,14 +124,16 @@ def _refuse_selection(plan: Plan, p: LayerPlan, s: Selection) -> None:
 
 
 def _refuse_score(p: LayerPlan, s: Selection) -> None:
-    needs, shared = s.score.needs, "and those of blocks that requests share are never seen"
+    needs = s.score.needs
     _raise_first(
         p,
         s,
         {
-            f"its score wants every query, {shared}": (needs.carries or needs.queries is None, None),
-            f"its score wants moments of all queries, {shared}": (needs.moments, None),
-            "its score looks at more than the cache and the last queries": (needs.norms or needs.rotation, None),
+            "its score wants every query at once, and vLLM reads a prompt in chunks": (
+                needs.queries is None and not needs.carries,
+                None,
+            ),
+            "its score looks at more than the cache and the queries": (needs.norms, None),
         },
     )
 
