@@ -82,7 +82,7 @@ def _assembled(
     tokens = text_wanted(shape)
     convert(model, shape, calibration_ids(tokenizer, tokens, "align") if tokens else None)
     healed = repair(model, teacher, shape, config, tokenizer, progress, workspace) if teacher is not None else None
-    calibrator = ModelCalibrator(model, tokenizer, progress, shape)
+    calibrator = ModelCalibrator(model, tokenizer, progress, shape, stack.plan)
     others = tuple(p.calibrated(calibrator) for p in stack.others)
     plan = stack.plan if structure + others == stack.policies else apply_stack(shape, others)
     center_keys(model, plan, tokenizer)

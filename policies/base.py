@@ -256,11 +256,11 @@ def require_budget(policy: Policy, budget: float) -> None:
     policy.require(0 < budget <= 1 or whole, "budget", "in (0, 1] or a whole number of tokens")
 
 
-def require_layers(plan: Plan, policy: str, layers: list[int]) -> None:
-    """Raise KvcompileError if `skip_layers` names a layer that the model has not."""
+def require_layers(plan: Plan, policy: str, layers: list[int], name: str = "skip_layers") -> None:
+    """Raise KvcompileError if the field `name` names a layer that the model has not."""
     outside = [i for i in layers if not 0 <= i < len(plan.layers)]
     if outside:
-        raise KvcompileError(f"stack.{policy}: skip_layers must be in 0..{len(plan.layers) - 1}", outside)
+        raise KvcompileError(f"stack.{policy}: {name} must be in 0..{len(plan.layers) - 1}", outside)
 
 
 def choose(plan: Plan, selection: Selection, skip_layers: list[int]) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcompile.errors import KvcompileError
 from kvcompile.models.sharing import shared
 from kvcompile.plan.plan import Plan
 from kvcompile.plan.selection import Allocation, LayerScores, Needs, Score, Selection
@@ -46,12 +47,18 @@ class ModelCalibrator:
     """The `Calibrator` that policies get: the uncompressed model, observed through its own compiled graph.
 
     plan: that of a model whose weights have been converted (default: what its config says).
+    stored: that of the whole stack, before anything is calibrated: how its layers will store their keys.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, progress: Callable[[str, int, int], None], plan: Plan | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        progress: Callable[[str, int, int], None],
+        plan: Plan | None = None,
+        stored: Plan | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.progress, self.plan = model, tokenizer, progress, plan
+        self.model, self.tokenizer, self.progress, self.plan, self.stored = model, tokenizer, progress, plan, stored
         self.layers: int = model.config.get_text_config().num_hidden_layers
         self.owners = [p.index for p in plan.owners] if plan else list(range(self.layers))
         self._probe: Probe | None = None
@@ -86,6 +93,22 @@ class ModelCalibrator:
         plan: Plan = out.past_key_values.plan
         floors = [selection.resolve(p.span(ids.shape[1]))[1] for p in plan.owners]
         return [out.past_key_values.lengths()[p.index] for p in plan.owners], floors
+
+    def noise(self, ids: Tensor) -> dict[int, float]:
+        """What encoding keys as the stack does adds to logits over one sequence `ids [1, n]`, in nats, by layer.
+
+        See `logit_noise`; layers whose keys stay as they are, and those of latents, are left out. Raises KvcompileError
+        where no stack is known.
+        """
+        from kvcompile.calibration.noise import NoiseMeter
+
+        if self.stored is None:
+            raise KvcompileError("what codes do to logits is measured for a stack", "no plan of one", "pass stored=")
+        meter = NoiseMeter(self.stored)
+        with torch.no_grad():
+            self._selected(Selection("noise", meter, None, Everything()))(ids.to(self.model.device), logits_to_keep=1)
+        encoded = [p.index for p in self.stored.owners if p.storage.key is not None and p.latent is None]
+        return {i: meter.found[i] for i in encoded}
 
     def _build(self, window: int) -> None:
         self._probe = Probe(window)

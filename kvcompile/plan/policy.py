@@ -28,6 +28,10 @@ class Calibrator(Protocol):
         """Attention of the last `last` tokens of one sequence `ids [1, n]`: per layer `[H_kv, g, last, n]`."""
         ...
 
+    def noise(self, ids: Tensor) -> dict[int, float]:
+        """What encoding keys as the stack does adds to logits over `ids [1, n]`: standard deviation, nats, by layer."""
+        ...
+
     def kept(self, ids: Tensor, selection: Selection) -> tuple[list[list[int]], list[int]]:
         """What a selection keeps of `ids [1, n]`, by layer with a cache of its own: by KV head, and at the least."""
         ...

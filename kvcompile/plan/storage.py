@@ -9,6 +9,7 @@ from kvcompile.plan.formats import NumberFormat, number_format
 
 Axis = Literal["none", "token", "channel"]
 SCALE_BYTES = 2  # scales and zeros are float16; what they cannot hold is refused (see `cache.scales`)
+SINKS = 4  # first tokens, whose keys are like no others: no mean is taken over them
 FLUSH = 32  # decoded tokens between two encodings of a layer: some twenty small calls, however many rows they are for
 
 

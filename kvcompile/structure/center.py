@@ -11,9 +11,7 @@ from torch import Tensor
 from kvcompile.adapters.architectures import architecture_of
 from kvcompile.adapters.center import Center
 from kvcompile.plan.plan import Plan, centred
-from kvcompile.plan.storage import PLAIN
-
-SINKS = 4  # first tokens, whose keys are like no others
+from kvcompile.plan.storage import PLAIN, SINKS
 
 
 @torch.no_grad()

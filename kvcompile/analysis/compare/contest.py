@@ -134,6 +134,7 @@ class Contest:
         if converts(stack.plan):
             own = assemble(copy.deepcopy(self.model), config, self.tokenizer, self.progress, stack=stack)
             return Runner(own.kvcompile.plan, own, None)
+        self._calibrator.stored = stack.plan
         policies = tuple(policy.calibrated(self._calibrator) for policy in stack.policies)
         plan = plan_of(self.model.config, self.dtype, config, policies)
         reader = self._reader(any(p.storage.rotated for p in plan.layers), centred(plan))
