@@ -2,6 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_step.py --lengths 1024 4096 8192 --batches 1 8 --out ...
     OMP_WAIT_POLICY=PASSIVE python benchmarks/decode_step.py --recipes zigzag --weights int8 int4 --models "" FILE.gguf
+    python benchmarks/decode_step.py --dtypes bfloat16 --weights int4 --llama PYTHON --gguf FILE.gguf
     OMP_NUM_THREADS=1 python benchmarks/decode_step.py --profile
 
 Caches of random keys and values. Rows: transformers, ours through the modules of the layers (as before there were
@@ -10,6 +11,8 @@ ours fused over a cache that keeps `--keep` of the rows on average, by lengths d
 process. `roof ms` is the time in which this machine reads the bytes of weights and cache once, by the best of many
 readings of a large array between the steps; `/ roof` is the median step over it, and `x` are medians over the rounds of
 the first row's step over this one's, which other work on the machine changes least.
+`--llama PYTHON` adds llama.cpp, of batch 1, over its own GGUF file of each model (`--gguf`): steps by themselves, in
+the same run (`peer_llama.py`), with a cache in 16 bits.
 `--profile` counts calls of Python functions, and of ATen operators, in one step.
 """
 
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from decode_linear import Reader, seconds
+from peers import WORKERS, foreign
 from tables import show
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -146,6 +150,16 @@ def other_models(original: Any, args: argparse.Namespace) -> dict[str, Any]:
     return made
 
 
+def llama(args: argparse.Namespace, gguf: str, config: Any) -> dict[int, dict[str, Any]]:
+    """By length, llama.cpp's row: its median step over random tokens."""
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    drawn = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1000, 30000, (n,), generator=drawn, dtype=torch.int64).tolist() for n in args.lengths]
+    job = {"gguf": gguf, "prompts": prompts, "tokens": 2 * args.rounds, "threads": torch.get_num_threads()}
+    timed = foreign(args.llama, WORKERS["llama"], {**job, "kv_elements": elements})["timed"]
+    return {n: {**next(iter(timed[str(n)].values())), "weights": Path(gguf).stat().st_size} for n in args.lengths}
+
+
 def main() -> None:
     """Parse, run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -157,14 +171,19 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=[], help="int8, int4")
     parser.add_argument("--recipes", nargs="*", default=[], help="that select: zigzag; with all of --weights too")
     parser.add_argument("--keep", type=float, default=0.2, help="share of the tokens that --recipes keep")
+    parser.add_argument("--llama", help="python of an environment with llama-cpp-python")
+    parser.add_argument("--gguf", nargs="+", default=[], help="for it, the file of each of --models")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     reader = Reader()
+    theirs: dict[int, dict[str, Any]] = {}
     for path, name in ((path, name) for path in args.models for name in args.dtypes):
         original, _ = load(ModelConfig(**({"pretrained": path} if path else {}), dtype=name))
         compiled, others = kvcompile.compile(shared(original)), other_models(original, args)
+        if args.llama:
+            theirs = llama(args, args.gguf[args.models.index(path)], original.config)
         for batch, length in ((b, n) for b in args.batches for n in args.lengths):
             with torch.inference_mode():
                 runs, held = contestants(original, compiled, others, batch, length, args.keep)
@@ -182,6 +201,13 @@ def main() -> None:
                 rows.append(
                     {**about, "": label, **step, "roof ms": round(1e3 * roof, 1), "/ roof": round(median / roof, 2)}
                     | {"x": round(ratio, 2)}
+                )
+            if theirs and batch == 1:
+                step, held_there = theirs[length]["decode ms"], 1e6 * theirs[length]["cache MB"]
+                roof = 1e3 * (theirs[length]["weights"] + held_there) / reader.rate
+                row = {**about, "": "llama.cpp", "step ms": round(step, 1), "roof ms": round(roof, 1)}
+                rows.append(
+                    {**row, "/ roof": round(step / roof, 2), "x": round(1e3 * statistics.median(base) / step, 2)}
                 )
     show(args.out, rows, note="" if args.profile else f"read {reader.rate / 1e9:.1f} GB/s")
 

@@ -157,9 +157,16 @@ template <bool apart> KV_INLINE void store_whole(int16_t* p, I x) {
     __m512i packed = _mm512_packs_epi32((__m512i)x, (__m512i)x);
     _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(read<__m512i>(order), packed)));
   } else _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(KV_AVX2)
+  __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x.lo, (__m256i)x.hi), 0xd8);
+  if constexpr (apart) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    h = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(h, _mm256_broadcastsi128_si256(order)), 0xd8);
+  }
+  write(p, h);
 #else
   int32_t part[16];
-  memcpy(part, &x, sizeof part);
+  write(part, x);
   for (int i = 0; i < 16; i++) p[apart ? i / 2 + i % 2 * 8 : i] = (int16_t)part[i];
 #endif
 }

@@ -70,14 +70,27 @@ template <class V, class T> KV_INLINE V all(T x) {
   if constexpr (Kind<V>::pair) return {all<typename Kind<V>::half>(x), all<typename Kind<V>::half>(x)};
   else return x - V{};  // the scalar goes to every lane
 }
-template <class V> KV_INLINE V read(const void* p) {  // any alignment
-  V x;
-  memcpy(&x, p, sizeof x);
-  return x;
+// From and to memory of any alignment, register by register: a pair that is copied whole goes through the stack in
+// pieces of 16 bytes, and to load two of them as one register waits for both.
+template <class V> KV_INLINE V read(const void* p) {
+  if constexpr (Kind<V>::pair) {
+    typedef typename Kind<V>::half Half;
+    return {read<Half>(p), read<Half>((const char*)p + sizeof(Half))};
+  } else {
+    V x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
+}
+template <class V> KV_INLINE void write(void* p, V x) {
+  if constexpr (Kind<V>::pair) write(p, x.lo), write((char*)p + sizeof(x.lo), x.hi);
+  else memcpy(p, &x, sizeof x);
 }
 template <class To, class From> KV_INLINE To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From), "bits are kept");
-  return read<To>(&x);
+  if constexpr (Kind<To>::pair)
+    return {bits_as<typename Kind<To>::half>(x.lo), bits_as<typename Kind<To>::half>(x.hi)};
+  else return read<To>(&x);
 }
 template <class V> KV_INLINE V max(V a, V b) {
   if constexpr (Kind<V>::pair) return {max(a.lo, b.lo), max(a.hi, b.hi)};
@@ -150,6 +163,34 @@ KV_INLINE F to_float(I x) {
 }
 #endif
 
+// Whole numbers below 2^16 and 2^8 of sixteen lanes, as 16 and 8 bits each.
+#if defined(KV_AVX512) || defined(KV_AVX2)
+KV_INLINE __m256i halves(U x) {
+#if defined(KV_AVX512)
+  return _mm512_cvtepi32_epi16((__m512i)x);
+#else  // packed within 128 bits
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)x.lo, (__m256i)x.hi), 0xd8);
+#endif
+}
+KV_INLINE void store_halves(void* p, U x) { write(p, halves(x)); }
+KV_INLINE void store_bytes(uint8_t* p, U x) {
+#if defined(KV_AVX512)
+  write(p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  __m256i h = halves(x);
+  write(p, _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
+#endif
+}
+#else
+template <class T> KV_INLINE void store_lanes(T* p, U x) {
+  uint32_t part[16];
+  write(part, x);
+  for (int i = 0; i < 16; i++) p[i] = (T)part[i];
+}
+KV_INLINE void store_halves(void* p, U x) { store_lanes((uint16_t*)p, x); }
+KV_INLINE void store_bytes(uint8_t* p, U x) { store_lanes(p, x); }
+#endif
+
 // The same, held in registers: GCC would rather load an operand of many products again for each of them.
 template <class V> KV_INLINE V held(V x) {
   if constexpr (Kind<V>::pair) return {held(x.lo), held(x.hi)};
@@ -188,9 +229,10 @@ KV_INLINE F load(const e4m3* p) {
 #if defined(KV_AVX512)
 KV_INLINE F load(const fp16* p) { return (F)_mm512_cvtph_ps(read<__m256i>(p)); }
 #elif defined(KV_AVX2)
-KV_INLINE F load(const fp16* p) {
-  return {(V8)_mm256_cvtph_ps(read<__m128i>(p)), (V8)_mm256_cvtph_ps(read<__m128i>(p + 8))};
+KV_INLINE F to_floats(__m256i x) {  // of half floats
+  return {(V8)_mm256_cvtph_ps(_mm256_castsi256_si128(x)), (V8)_mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
 }
+KV_INLINE F load(const fp16* p) { return to_floats(read<__m256i>(p)); }
 #elif defined(KV_NEON)
 KV_INLINE V4 half4(const fp16* p) { return (V4)vcvt_f32_f16(read<float16x4_t>(p)); }
 KV_INLINE F load(const fp16* p) { return {{half4(p), half4(p + 4)}, {half4(p + 8), half4(p + 12)}}; }
@@ -202,13 +244,15 @@ KV_INLINE F load(const fp16* p) { return fp16_from_bits(bits_as<U>(widen(&p->bit
 KV_INLINE void load_pairs(const fp16* p, F& first, F& second) {
 #if defined(KV_AVX512)
   U pairs = read<U>(p);
-  first = (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)pairs));
-  second = (F)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(pairs >> 16)));
+  first = (F)_mm512_cvtph_ps(halves(pairs));
+  second = (F)_mm512_cvtph_ps(halves(pairs >> 16));
+#elif defined(KV_AVX2)
+  U pairs = read<U>(p);
+  first = to_floats(halves(pairs & unsigned_all(0xffffu)));
+  second = to_floats(halves(pairs >> 16));
 #else
   float x[32], y[32];
-  F low = load(p), high = load(p + 16);
-  memcpy(x, &low, sizeof low);
-  memcpy(x + 16, &high, sizeof high);
+  write(x, load(p)), write(x + 16, load(p + 16));
   for (int i = 0; i < 16; i++) y[i] = x[2 * i], y[16 + i] = x[2 * i + 1];
   first = read<F>(y), second = read<F>(y + 16);
 #endif
@@ -233,6 +277,7 @@ template <class T> KV_INLINE F load(const T* p, int n) {
   if constexpr (sizeof(T) == 2) _mm256_store_si256((__m256i*)part, _mm256_maskz_loadu_epi16(mask, p));
   if constexpr (sizeof(T) == 1) _mm_store_si128((__m128i*)part, _mm_maskz_loadu_epi8(mask, p));
 #else
+  if (n == 16) return load(p);
   T part[16];
   load_part(part, p, n);
 #endif
@@ -260,21 +305,30 @@ KV_INLINE void narrow(fp16* p, float x) {
   else u = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
   p->bits = (uint16_t)(u | sign);
 }
-KV_INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
-template <class T> KV_INLINE void store(T* p, F x, int n) {
-  float part[16];
-  store(part, x);
-  for (int i = 0; i < n; i++) narrow(p + i, part[i]);
+KV_INLINE void store(float* p, F x) { write(p, x); }
+KV_INLINE void store(bf16* p, F x) {
+  U u = bits_as<U>(x), rounded = (u + unsigned_all(0x7fffu) + ((u >> 16) & unsigned_all(1u))) >> 16;
+  I size = bits_as<I>(u & unsigned_all(0x7fffffffu));
+  store_halves(p, bits_as<U>(if_less(all<I>(0x7f800000), size, all<I>(0x7fc0), bits_as<I>(rounded))));
 }
-KV_INLINE void store(bf16* p, F x) { store(p, x, 16); }
-#if defined(KV_AVX512)
 KV_INLINE void store(fp16* p, F x) {
-  __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  memcpy(p, &half, sizeof half);
-}
+#if defined(KV_AVX512)
+  write(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(KV_AVX2)
+  write(p, _mm256_cvtps_ph((__m256)x.lo, _MM_FROUND_TO_NEAREST_INT));
+  write(p + 8, _mm256_cvtps_ph((__m256)x.hi, _MM_FROUND_TO_NEAREST_INT));
 #else
-KV_INLINE void store(fp16* p, F x) { store(p, x, 16); }
+  float part[16];
+  write(part, x);
+  for (int i = 0; i < 16; i++) narrow(p + i, part[i]);
 #endif
+}
+template <class T> KV_INLINE void store(T* p, F x, int n) {
+  if (n == 16) return store(p, x);
+  T part[16];
+  store(part, x);
+  for (int i = 0; i < n; i++) p[i] = part[i];
+}
 
 // Codes from 0 to `most`: rounded to nearest, ties to even, one in each lane; and lanes below 256 as bytes.
 KV_INLINE U round_to_code(F x, float most) {
@@ -282,17 +336,11 @@ KV_INLINE U round_to_code(F x, float most) {
   x = max(min((x + shift) - shift, set(most)), zero());
   return bits_as<U>(x + set(8388608.0f)) & unsigned_all(0xffu);
 }
-KV_INLINE void store_bytes(uint8_t* p, U x, int n = 16) {
-#if defined(KV_AVX512)
-  if (n == 16) {
-    __m128i bytes = _mm512_cvtepi32_epi8((__m512i)x);
-    memcpy(p, &bytes, sizeof bytes);
-    return;
-  }
-#endif
-  uint32_t part[16];
-  memcpy(part, &x, sizeof part);
-  for (int i = 0; i < n; i++) p[i] = (uint8_t)part[i];
+KV_INLINE void store_bytes(uint8_t* p, U x, int n) {
+  if (n == 16) return store_bytes(p, x);
+  uint8_t part[16];
+  store_bytes(part, x);
+  for (int i = 0; i < n; i++) p[i] = part[i];
 }
 
 KV_INLINE void store(e4m3* p, F x, int n = 16) {  // of magnitude 448 at most

@@ -16,7 +16,8 @@ extern "C" void few_bits_linear(const Linear* of, const T* x, T* y, int64_t m, i
       const int count = width_of(n, N);
       columns(rows, m, *of, K, n, count, out);
       for (int64_t i = 0; i < m; i++)
-        for (int c = 0; c < count; c++) narrow(y + i * N + n + c, out[i * TILE + c]);
+        for (int c = 0; c < count; c += 16)
+          store(y + i * N + n + c, load(out + i * TILE + c), count - c < 16 ? count - c : 16);
     }
   }
 }
